@@ -1,0 +1,64 @@
+"""A character-level GPT in JAX: train one on a book, watch it learn, read what it writes and what surprises it."""
+
+from importlib import metadata as _metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from chargpt_jax.api import (
+        Model,
+        Sample,
+        Samples,
+        evaluate,
+        find_lr,
+        info,
+        load,
+        prepare,
+        run,
+        train,
+        write_report,
+        write_samples,
+    )
+    from chargpt_jax.config import Config, UserError, load_config
+    from chargpt_jax.progress import show
+
+__version__ = _metadata.version("chargpt_jax")
+
+_HOMES = {
+    **dict.fromkeys(("Config", "UserError", "load_config"), "config"),
+    "show": "progress",
+    **dict.fromkeys(
+        (
+            *("Model", "Sample", "Samples", "evaluate", "find_lr", "info", "load", "prepare", "run", "train"),
+            *("write_report", "write_samples"),
+        ),
+        "api",
+    ),
+}
+
+__all__ = [
+    "Config",
+    "Model",
+    "Sample",
+    "Samples",
+    "UserError",
+    "evaluate",
+    "find_lr",
+    "info",
+    "load",
+    "load_config",
+    "prepare",
+    "run",
+    "show",
+    "train",
+    "write_report",
+    "write_samples",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that a mistyped command is answered before JAX has started."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
