@@ -1,0 +1,365 @@
+"""Every setting of a run: its name, default, unit and limits, and the one `validate()`.
+
+Sections and fields keep the names of the PyTorch notebook this project descends from. A config file under `configs/`
+returns a `Config` and changes only what differs from the defaults here. Nothing in this file imports JAX.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+VOCAB_MULTIPLE = 64
+"""The embedding table's rows are rounded up to a multiple of this, the padding id included."""
+
+
+class UserError(ValueError):
+    """A user's mistake, in one sentence: the value, the rule, the remedy. `main` turns it into exit code 2."""
+
+
+def setting(default: Any, about: str, **limits: Any) -> Any:
+    """Declare a field with its meaning and its limits (`above`, `least`, `below`, `most`, `choices`, `even`)."""
+    return field(default=default, metadata={"about": about, **limits})
+
+
+@dataclass(unsafe_hash=True)  # a compiled function is looked up by the model it was made for
+class ModelConfig:
+    """The decoder's shape. `vocab_size` and `used_ids` are filled in from the corpus."""
+
+    vocab_size: int = setting(0, "rows of the embedding table, a multiple of 64; 0: from the corpus", least=0)
+    used_ids: int = setting(0, "ids that a character (or padding) has; 0: from the corpus", least=0)
+    block_size: int = setting(512, "longest context, in characters", least=1)
+    n_embd: int = setting(32, "width of the residual stream", least=1)
+    n_head: int = setting(8, "attention heads a layer", least=1)
+    n_head_dim: int = setting(8, "width of one head; need not be n_embd / n_head", least=2, even=True)
+    n_ff: int = setting(128, "hidden width of the MLP", least=1)
+    n_layer: int = setting(15, "transformer blocks", least=1)
+    dropout: float = setting(0.0, "on attention weights, attention output and MLP output", least=0.0, below=1.0)
+    mask_unused_ids: bool = setting(True, "give padding and ids without a character no probability")
+    remat: bool = setting(True, "recompute each block in the backward pass: less memory, and here less time too")
+    attention_block: int = setting(64, "query positions whose scores are held at once", least=1)
+
+
+@dataclass
+class DataConfig:
+    """Where the text comes from and how it is cut into batches."""
+
+    source: str = setting("60", "Gutenberg number, URL, .txt file, folder, or 'stdlib'; several with commas between")
+    start_at: str = setting("", "regular expression at whose first match a source's text begins; '': at its start")
+    allow_stand_in: bool = setting(True, "use the text that ships with Python when a download fails")
+    mirrors: tuple[str, ...] = setting(
+        (
+            "https://www.gutenberg.org/cache/epub/{number}/pg{number}.txt",
+            "https://www.gutenberg.org/ebooks/{number}.txt.utf-8",
+            "https://gutenberg.pglaf.org/cache/epub/{number}/pg{number}.txt",
+        ),
+        "where a Gutenberg number is looked for, in this order",
+    )
+    timeout: float = setting(20.0, "seconds without an answer before a download is tried again", above=0.0)
+    max_megabytes: float = setting(100.0, "largest download", above=0.0)
+    batch_size: int = setting(16, "sequences an update", least=1)
+    oversample: float = setting(1.0, "times the training text is covered in an epoch", above=0.0)
+    train_split: float = setting(0.8, "leading part of the corpus that is trained on", above=0.0, below=1.0)
+    padding_chance: float = setting(0.0, "chance that a training sequence begins with padding", least=0.0, most=1.0)
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW. A learning rate of None is found by the range test before training."""
+
+    learning_rate: float | None = setting(None, "peak rate; None: found by the range test", above=0.0)
+    weight_decay: float = setting(0.1, "decoupled decay, on arrays of rank 2 and more", least=0.0, most=1.0)
+    betas: tuple[float, float] = setting((0.9, 0.95), "decay of the first and second moments", least=0.0, below=1.0)
+    clip_norm: float | None = setting(None, "largest global norm of the gradient; None: no clipping", above=0.0)
+    accumulation_steps: int = setting(1, "parts that a batch is split into to save memory", least=1)
+
+
+@dataclass
+class SchedulerConfig:
+    """Linear warm-up from min_lr_factor x peak, then cosine back down to it at the last step."""
+
+    epochs: float = setting(100.0, "length of the run", above=0.0)
+    max_steps: int | None = setting(None, "length of the run in steps; overrides epochs", least=1)
+    warmup_epochs: float = setting(1.0, "epochs of linear warm-up", least=0.0)
+    min_lr_factor: float = setting(0.1, "lowest rate as a part of the peak", least=0.0, most=1.0)
+
+
+@dataclass
+class AmpConfig:
+    """Mixed precision: parameters stay float32, matrix products run in `dtype`."""
+
+    enabled: bool = setting(True, "off: compute in float32 everywhere")
+    dtype: str = setting(
+        "auto",
+        "'auto' is bfloat16 on TPU and newer GPUs, float16 on older GPUs, float32 on CPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+
+
+@dataclass
+class LRFinderConfig:
+    """The multi-zoom learning-rate range test."""
+
+    start_lr: float = setting(1e-10, "lowest rate of the first zoom", above=0.0)
+    end_lr: float = setting(10.0, "highest rate of the first zoom", above=0.0)
+    num_zooms: int = setting(5, "times the range is narrowed", least=1)
+    steps_per_zoom: int = setting(10, "training steps a zoom", least=2)
+    zoom_factor: float = setting(0.5, "part of the old range's margin that is kept", above=0.0, below=1.0)
+    method: str = setting("steepest", "which rate is proposed", choices=("steepest", "lowest", "balanced"))
+
+
+@dataclass
+class TrainConfig:
+    """How a run is looked after. None of these changes what is learned."""
+
+    steps_per_dispatch: int = setting(0, "updates a call of the compiled step; 0: about two seconds of work", least=0)
+    log_every: int = setting(10, "steps between two lines of metrics.jsonl", least=1)
+    validate_every: float = setting(1.0, "epochs between two validations, each followed by a checkpoint", above=0.0)
+    keep_last: int = setting(2, "newest checkpoints that are kept, besides the best by validation", least=1)
+
+
+@dataclass
+class SampleConfig:
+    """What `run` writes when training is done."""
+
+    prompts: tuple[str, ...] = setting(("\n",), "texts to continue")
+    max_new_tokens: int = setting(300, "characters to write", least=1)
+    temperature: float = setting(0.8, "0 takes the likeliest character", least=0.0)
+    top_k: int | None = setting(None, "sample among the k likeliest; None: all", least=1)
+    top_p: float | None = setting(
+        None, "sample among the likeliest that hold this mass; None: all", above=0.0, most=1.0
+    )
+
+
+@dataclass
+class Config:
+    """A whole run. Two runs with equal configs and corpora on equal devices learn the same bits."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    amp: AmpConfig = field(default_factory=AmpConfig)
+    lr_finder: LRFinderConfig = field(default_factory=LRFinderConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    seed: int = setting(0, "every random number of a run follows from it", least=0, below=2**31)
+
+
+RESOLVED = ("model.vocab_size", "model.used_ids", "optimizer.learning_rate")
+"""Fields that a run fills in for itself when they are left unset."""
+
+MAY_CHANGE = ("train.", "sample.", "scheduler.epochs", "data.timeout", "data.max_megabytes", "data.mirrors")
+"""Fields, or sections, that a resumed run may change: what was learned so far stays valid."""
+
+
+def validate(config: Config) -> Config:
+    """Check every field's type and limits and the relations between fields; return the config.
+
+    Raises:
+        UserError: naming the first field that is wrong, its value and what it must be.
+    """
+    for section in dataclasses.fields(config):
+        value = getattr(config, section.name)
+        if not dataclasses.is_dataclass(value):
+            _check_field(section.name, section, value)
+            continue
+        for item in dataclasses.fields(value):
+            _check_field(f"{section.name}.{item.name}", item, getattr(value, item.name))
+    model, data = config.model, config.data
+    if model.vocab_size % VOCAB_MULTIPLE:
+        raise UserError(
+            f"model.vocab_size is {model.vocab_size}, but it must be a multiple of {VOCAB_MULTIPLE}: leave it at 0 to "
+            "take it from the corpus."
+        )
+    if config.lr_finder.start_lr >= config.lr_finder.end_lr:
+        raise UserError(
+            f"lr_finder.start_lr is {config.lr_finder.start_lr:g}, but it must be less than lr_finder.end_lr "
+            f"({config.lr_finder.end_lr:g}): lower it."
+        )
+    if data.batch_size % config.optimizer.accumulation_steps:
+        raise UserError(
+            f"optimizer.accumulation_steps is {config.optimizer.accumulation_steps}, but it must divide "
+            f"data.batch_size ({data.batch_size}): choose a divisor."
+        )
+    if not config.sample.prompts or "" in config.sample.prompts:
+        raise UserError("sample.prompts holds an empty text, but each prompt needs a character: try ('\\n',).")
+    return config
+
+
+def _check_field(name: str, item: dataclasses.Field, value: Any) -> None:
+    kind, optional = item.type, False
+    if isinstance(kind, types.UnionType):
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        optional = True
+    if value is None and optional:
+        return
+    if typing.get_origin(kind) is tuple:
+        args = typing.get_args(kind)
+        fixed = Ellipsis not in args
+        if not isinstance(value, tuple | list) or (fixed and len(value) != len(args)):
+            wanted = f"{len(args)} values" if fixed else "a tuple"
+            raise UserError(f"{name} is {value!r}, but it must be {wanted}: write it as in {item.default!r}.")
+        for part in value:
+            _check_value(name, item, args[0], part)
+    else:
+        _check_value(name, item, typing.cast(type, kind), value)
+
+
+def _check_value(name: str, item: dataclasses.Field, kind: type, value: Any) -> None:
+    limits = item.metadata
+
+    def wrong(rule: str) -> UserError:
+        return UserError(f"{name} is {value!r}, but it must be {rule} ({item.metadata.get('about', '')}).")
+
+    accepted: tuple[type, ...] = (float, int) if kind is float else (kind,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        names = {float: "a number", int: "a whole number", str: "a text", bool: "True or False"}
+        raise wrong(names.get(kind, kind.__name__))
+    if kind is float and not abs(typing.cast(float, value)) < math.inf:
+        raise wrong("a finite number")
+    if "choices" in limits and value not in limits["choices"]:
+        raise wrong("one of " + ", ".join(limits["choices"]))
+    if "above" in limits and not value > limits["above"]:
+        raise wrong(f"above {limits['above']:g}")
+    if "least" in limits and not value >= limits["least"]:
+        raise wrong(f"at least {limits['least']:g}")
+    if "below" in limits and not value < limits["below"]:
+        raise wrong(f"below {limits['below']}")
+    if "most" in limits and not value <= limits["most"]:
+        raise wrong(f"at most {limits['most']:g}")
+    if limits.get("even") and typing.cast(int, value) % 2:
+        raise wrong("even, since rotary encoding pairs its two halves")
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Return {'section.field': value} for every field, in order; tuples become lists as in JSON."""
+    flat: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items():
+        items = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+        flat.update({k: list(v) if isinstance(v, tuple) else v for k, v in items.items()})
+    return flat
+
+
+def differences(saved: Config, given: Config) -> list[str]:
+    """List, a line each, the fields in which a given config contradicts the one a workdir was made with.
+
+    Fields that a run resolves for itself count only where both sides give them; fields that may change do not count.
+    """
+    old, new = flatten(saved), flatten(given)
+    lines = []
+    for name, value in new.items():
+        unset = name in RESOLVED and not (value and old[name])
+        if value != old[name] and not unset and not name.startswith(MAY_CHANGE):
+            lines.append(f"{name}: {old[name]!r} there, {value!r} given")
+    return lines
+
+
+def to_json(config: Config) -> str:
+    """Write a config as indented JSON; `from_json` reads it back."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_dict(saved: dict[str, Any]) -> Config:
+    """Build a validated config from `dataclasses.asdict`'s form; fields it lacks keep their defaults.
+
+    Raises:
+        UserError: for an unknown section or field, naming the nearest known one.
+    """
+    config = Config()
+    if not isinstance(saved, dict):
+        raise UserError(f"A config is an object of sections, but this is a {type(saved).__name__}.")
+    for name, value in saved.items():
+        if not isinstance(value, dict):
+            _set(config, name, name, value)
+            continue
+        for item, inner in value.items():
+            _set(getattr(config, name, None), item, f"{name}.{item}", inner)
+    return validate(config)
+
+
+def _set(section: Any, item: str, path: str, value: Any) -> None:
+    known = [f.name for f in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
+    if item not in known:
+        raise unknown_field(path)
+    setattr(section, item, tuple(value) if isinstance(value, list) else value)
+
+
+def optional_fields(section: str) -> list[str]:
+    """List the fields of a section that may be None."""
+    return [f.name for f in dataclasses.fields(getattr(Config(), section)) if isinstance(f.type, types.UnionType)]
+
+
+def help_lines() -> list[str]:
+    """Describe every field in a line: its name, default and meaning."""
+    lines = []
+    for path, default in flatten(Config()).items():
+        section, _, name = path.rpartition(".")
+        holder = getattr(Config(), section) if section else Config()
+        about = next(f.metadata["about"] for f in dataclasses.fields(holder) if f.name == name)
+        lines.append(f"{path}={default}: {about}")
+    return lines
+
+
+def unknown_field(path: str) -> UserError:
+    """Return the error for a field that no config has, with the nearest one that it has."""
+    known = list(flatten(Config()))
+    tails = {name.rpartition(".")[2]: name for name in known}
+    near = difflib.get_close_matches(path, known, 1, 0.6)
+    near = near or [tails[t] for t in difflib.get_close_matches(path.rpartition(".")[2], list(tails), 1, 0.6)]
+    hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(vars(Config()))}."
+    return UserError(f"The config has no field {path!r}: {hint}")
+
+
+def find_config(name: str) -> Path:
+    """Return the file of a config given by path or by the bare name of a shipped one ('small').
+
+    Raises:
+        UserError: where neither is there, listing the shipped names.
+    """
+    try:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--config is {name[:80]!r}, but that is no file's name ({error}): correct it.") from None
+    here = Path(__file__).parent
+    for folder in (here / "configs", here.parent / "configs"):
+        if folder.is_dir():
+            shipped = {p.stem: p for p in sorted(folder.glob("*.py")) if not p.stem.startswith("_")}
+            if path.parent == Path() and path.suffix in ("", ".py") and path.stem in shipped:
+                return shipped[path.stem]
+            raise UserError(
+                f"--config is {name!r}, but there is no such file: give a path, or one of {', '.join(shipped)}."
+            )
+    raise UserError(f"--config is {name!r}, but there is no such file: give the path of a config file.")
+
+
+def load_config(name: str) -> Config:
+    """Run a config file's `get_config()`; `name` as in `find_config`.
+
+    Raises:
+        UserError: where the file is missing or does not give a `Config`.
+    """
+    path = find_config(name)
+    spec = importlib.util.spec_from_file_location(f"chargpt_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config is {name!r}, but that is not a Python file: give one that ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except UserError:
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"{path} fails with {type(error).__name__} ({what}): correct it.") from error
+    if not isinstance(config, Config):
+        raise UserError(f"{path} does not define get_config() returning a chargpt_jax Config: see configs/small.py.")
+    return config

@@ -1,0 +1,276 @@
+"""Laws of the settings: what is refused, what survives JSON, and which config files are found."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chargpt_jax.config import (
+    Config,
+    UserError,
+    differences,
+    find_config,
+    flatten,
+    from_dict,
+    load_config,
+    to_json,
+    unknown_field,
+    validate,
+)
+
+SHIPPED = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
+MAY_DIFFER = ("scheduler.epochs", "data.timeout", "data.max_megabytes", "data.mirrors")
+RESOLVED = {"model.vocab_size": 0, "model.used_ids": 0, "optimizer.learning_rate": None}
+
+
+def fields() -> dict[str, dataclasses.Field]:
+    """Return every field of a config by its dotted name."""
+    found = {}
+    for top in dataclasses.fields(Config):
+        section = getattr(Config(), top.name)
+        inner = dataclasses.fields(section) if dataclasses.is_dataclass(section) else ()
+        found |= {f"{top.name}.{item.name}": item for item in inner} or {top.name: top}
+    return found
+
+
+FIELDS = fields()
+WHOLE = [name for name, item in FIELDS.items() if item.type in (int, int | None)]
+REAL = [name for name, item in FIELDS.items() if item.type in (float, float | None)]
+PAIRS = [name for name, item in FIELDS.items() if item.type == tuple[float, float]]
+
+
+def changed(name: str, value: Any) -> Config:
+    config = Config()
+    section, _, item = name.rpartition(".")
+    setattr(getattr(config, section) if section else config, item, value)
+    return config
+
+
+def another(name: str) -> Any:
+    """Return a value that a field may have, but does not have by default."""
+    if name in ("model.vocab_size", "model.used_ids"):
+        return 64
+    value, kind = FIELDS[name].default, FIELDS[name].type
+    if "choices" in FIELDS[name].metadata:
+        return FIELDS[name].metadata["choices"][-1]
+    if name == "optimizer.accumulation_steps":
+        return 4
+    if value is None:
+        return 3 if kind == int | None else 0.25
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return (0.5, 0.5) if name in PAIRS else ("x",)
+    if isinstance(value, str):
+        return "x"
+    return value + 2 if isinstance(value, int) else value / 2 or 0.25
+
+
+def test_the_helpers_cover_every_field_of_a_config():
+    assert set(FIELDS) == set(flatten(Config()))
+    assert len(WHOLE) > 15
+    assert len(REAL) > 12
+    assert PAIRS == ["optimizer.betas"]
+    for name in FIELDS:
+        assert another(name) != FIELDS[name].default
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_config_is_valid(name):
+    assert validate(load_config(name)) == load_config(name)
+
+
+def test_small_keeps_the_notebooks_values():
+    flat = flatten(load_config("small"))
+    assert flat["model.block_size"] == 512
+    assert flat["model.n_layer"] == 15
+    assert flat["model.n_embd"] == 32
+    assert flat["optimizer.learning_rate"] is None
+    assert flat["scheduler.epochs"] == 100
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_config_survives_json(name):
+    config = load_config(name)
+    again = from_dict(json.loads(to_json(config)))
+    assert again == config
+    assert flatten(again) == flatten(config)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_changed_field_survives_json_and_changes_nothing_else(name):
+    config = validate(changed(name, another(name)))
+    flat = flatten(config)
+    assert from_dict(json.loads(to_json(config))) == config
+    assert json.loads(json.dumps(flat)) == flat
+    assert {key for key, value in flatten(Config()).items() if value != flat[key]} == {name}
+
+
+def test_an_older_file_without_some_fields_gets_their_defaults():
+    config = from_dict({"model": {"n_layer": 3}, "seed": 7})
+    assert (config.model.n_layer, config.seed) == (3, 7)
+    assert config.data == Config().data
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_differences_lists_a_changed_field_unless_it_may_change(name):
+    free = name.startswith(("train.", "sample.")) or name in MAY_DIFFER
+    lines = differences(Config(), changed(name, another(name)))
+    assert [line.partition(":")[0] for line in lines] == ([] if free or name in RESOLVED else [name])
+
+
+@pytest.mark.parametrize("name", RESOLVED)
+def test_differences_ignores_a_resolved_field_only_while_one_side_leaves_it_open(name):
+    value, unset = another(name), RESOLVED[name]
+    assert differences(changed(name, value), changed(name, unset)) == []
+    assert differences(changed(name, unset), changed(name, value)) == []
+    assert differences(changed(name, value), changed(name, value)) == []
+    (line,) = differences(changed(name, value), changed(name, 2 * value))
+    assert line == f"{name}: {value!r} there, {2 * value!r} given"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", WHOLE + REAL + PAIRS)
+def test_no_numeric_field_takes_nan_or_infinity(name, value):
+    with pytest.raises(UserError, match=rf"^{name} is .*must be"):
+        validate(changed(name, (0.5, value) if name in PAIRS else value))
+
+
+@pytest.mark.parametrize("value", [True, 3.0, "3", (3,)])
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_number_is_not_a_bool_a_float_or_a_text(name, value):
+    with pytest.raises(UserError, match=rf"^{name} is .*must be a whole number"):
+        validate(changed(name, value))
+
+
+@pytest.mark.parametrize("value", [False, "0.5", (0.5,)])
+@pytest.mark.parametrize("name", REAL)
+def test_a_number_is_not_a_bool_or_a_text(name, value):
+    with pytest.raises(UserError, match=rf"^{name} is .*must be a number"):
+        validate(changed(name, value))
+
+
+@pytest.mark.parametrize("name", [n for n, f in FIELDS.items() if f.default is not None])
+def test_only_an_optional_field_takes_none(name):
+    with pytest.raises(UserError, match=rf"^{name} is None"):
+        validate(changed(name, None))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.block_size", 0),
+        ("model.n_head_dim", 7),
+        ("model.dropout", 1.0),
+        ("model.dropout", -0.1),
+        ("model.vocab_size", 65),
+        ("model.mask_unused_ids", 1),
+        ("data.source", 60),
+        ("data.train_split", 0.0),
+        ("data.train_split", 1.0),
+        ("data.padding_chance", 1.1),
+        ("data.oversample", 0.0),
+        ("data.mirrors", "https://example.org"),
+        ("optimizer.learning_rate", 0.0),
+        ("optimizer.betas", (0.9,)),
+        ("optimizer.betas", (0.9, 1.0)),
+        ("optimizer.betas", 0.9),
+        ("optimizer.accumulation_steps", 3),
+        ("scheduler.epochs", 0.0),
+        ("scheduler.max_steps", 0),
+        ("scheduler.min_lr_factor", 1.5),
+        ("amp.dtype", "float8"),
+        ("lr_finder.start_lr", 10.0),
+        ("lr_finder.steps_per_zoom", 1),
+        ("lr_finder.zoom_factor", 1.0),
+        ("lr_finder.method", "fastest"),
+        ("sample.prompts", ()),
+        ("sample.prompts", ("a", "")),
+        ("sample.prompts", "a"),
+        ("sample.top_p", 0.0),
+        ("seed", -1),
+        ("seed", 2**31),
+    ],
+)
+def test_a_value_outside_the_limits_is_refused_by_its_name(name, value):
+    with pytest.raises(UserError) as error:
+        validate(changed(name, value))
+    assert str(error.value).startswith(name)
+    assert "must be" in str(error.value) or "must divide" in str(error.value) or "needs" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ({"model": {"n_layers": 3}}, "model.n_layer"),
+        ({"modle": {"n_layer": 3}}, "model.n_layer"),
+        ({"optimizer": {"learnig_rate": 3}}, "optimizer.learning_rate"),
+        ({"scheduler": {"epoch": 3}}, "scheduler.epochs"),
+        ({"sead": 3}, "seed"),
+    ],
+)
+def test_an_unknown_field_is_refused_with_the_nearest_known_one(given, nearest):
+    with pytest.raises(UserError, match=f"did you mean {nearest}"):
+        from_dict(given)
+
+
+def test_a_field_given_in_the_wrong_section_is_sent_to_its_own():
+    assert "did you mean model.dropout?" in str(unknown_field("train.dropout"))
+
+
+def test_a_field_that_resembles_none_is_answered_with_the_sections():
+    assert "the sections are model, data, optimizer" in str(unknown_field("zzz"))
+
+
+@pytest.mark.parametrize("given", [{"seed": {"x": 1}}, {"model": 3}, {"model": None}, []])
+def test_a_damaged_file_is_the_users_mistake_not_a_crash(given):
+    with pytest.raises(UserError):
+        from_dict(given)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_config_is_found_by_bare_name_and_by_path(name):
+    path = find_config(name)
+    assert path.name == f"{name}.py"
+    assert find_config(f"{name}.py").samefile(path)
+    assert load_config(str(path)) == load_config(name)
+
+
+def test_a_config_file_is_found_in_a_folder_with_spaces_and_letters(tmp_path):
+    path = tmp_path / "my config é.py"
+    path.write_text(
+        "from chargpt_jax.config import Config\n\n\ndef get_config():\n    return Config(seed=7)\n", encoding="utf-8"
+    )
+    assert load_config(str(path)).seed == 7
+
+
+def test_two_loads_of_a_config_share_nothing():
+    first = load_config("small")
+    first.model.n_layer = 99
+    assert load_config("small").model.n_layer == 15
+
+
+@pytest.mark.parametrize("name", ["smal", "nowhere/small.py", "", "__init__", "."])
+def test_a_config_that_is_not_there_is_refused_with_the_shipped_names(name):
+    with pytest.raises(UserError) as error:
+        load_config(name)
+    assert all(shipped in str(error.value) for shipped in SHIPPED)
+
+
+@pytest.mark.parametrize("code", ["", "get_config = lambda: {}", "get_config = lambda: None", "config = 3"])
+def test_a_file_whose_get_config_gives_no_config_is_refused(tmp_path, code):
+    path = tmp_path / "wrong.py"
+    path.write_text(code, encoding="utf-8")
+    with pytest.raises(UserError, match=r"wrong\.py does not define get_config\(\)"):
+        load_config(str(path))
+
+
+def test_a_file_that_is_not_python_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="not a Python file"):
+        load_config(str(path))
