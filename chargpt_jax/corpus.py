@@ -1,0 +1,271 @@
+"""Find a text, cut the licence off, mend it, and say where it came from.
+
+A text is looked for where the user points (a path or an address), then in the cache, then on the web; where a download
+fails, the text that ships with Python stands in, loudly. How a text is fetched and kept is left to `download.py`, and
+what a character becomes to `tokenizer.py`.
+"""
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from chargpt_jax.config import DataConfig, UserError
+from chargpt_jax.download import DownloadError, Page, default_cache, fetch, keep, split_url
+
+SHORTEST_CUT = 1_000
+"""Characters that a text must keep after something was cut from it; it must also keep a tenth of them."""
+
+_BOOK = r"PROJECT\s+GUTENBERG(?:['’]S)?\s+E-?(?:BOOK|TEXT)\b"
+_START = re.compile(
+    # The title may run over several lines, but not over an empty one; a marker may also lack its closing stars.
+    rf"^[ \t]*\*{{3}}\s*START\s+OF\s+(?:THE|THIS)\s+{_BOOK}(?:(?:(?!\n[ \t]*\n)[\s\S]){{0,500}}?\*{{3}}|[^\n]*)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_OLD_START = re.compile(r"^[ \t]*\*+\s*END\s*\**\s*THE\s+SMALL\s+PRINT[^\n]*", re.IGNORECASE | re.MULTILINE)
+_END = re.compile(
+    rf"^[ \t]*(?:\*{{3}}\s*END\s+OF\s+(?:THE|THIS)\s+{_BOOK}"
+    rf"|END\s+OF\s+(?:(?:THE|THIS)\s+)?(?:{_BOOK}|PROJECT\s+GUTENBERG['’]S\b))",
+    re.IGNORECASE | re.MULTILINE,
+)
+_TITLE = re.compile(r"^Title:[ \t]*(\S.*(?:\n[ \t]+\S.*)*)", re.MULTILINE)
+_PRODUCER = re.compile(r"\s*(?:Produced|E-?text\s+prepared)\s+by\b(?:(?!\n[ \t]*\n)[\s\S])*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a part of the corpus came from, and what it was when it was used."""
+
+    title: str
+    kind: str
+    """'gutenberg', 'url', 'file' or 'stdlib'."""
+    url: str
+    """The address, the file's path as it was given, or 'python:pydoc_data.topics'."""
+    sha256: str
+    """Of the UTF-8 of this source's final text, in hexadecimal."""
+    characters: int
+    fixes: tuple[tuple[str, str], ...]
+    """What ftfy mended: pairs of action and parameter, in order."""
+    stand_in_for: str | None = None
+    """The source that could not be had, where this one is its stand-in."""
+
+
+Part = tuple[str, Source]
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def load_corpus(
+    config: DataConfig, *, cache: Path | None = None, warn: Callable[[str], None] = _to_stderr
+) -> tuple[str, tuple[Source, ...]]:
+    """Return the text of all of `config.source`, end to end, and where each part of it came from.
+
+    Raises:
+        UserError: where a source is missing or bad, or where `start_at` is not a regular expression or has no match.
+    """
+    try:
+        start = re.compile(config.start_at, re.MULTILINE)
+    except re.error as error:
+        raise UserError(
+            f"data.start_at is {config.start_at!r}, but it must be a regular expression ({error}): correct or empty it."
+        ) from None
+    cache = cache or default_cache()
+    parts: list[Part] = []
+    missing: dict[str, str] = {}
+    for entry in _entries(config.source):
+        if entry == "stdlib":
+            parts.append(_stdlib_part())
+            continue
+        try:
+            kind, pages = _pages(entry, config, cache)
+        except DownloadError as error:
+            missing[entry] = str(error)
+            continue
+        for page in pages:
+            body, title = _cut_licence(_decode(page), kind, page.url)
+            if page.key:  # kept only now: a bad page is to be fetched again
+                keep(page, cache, warn)
+            parts.append(_finish(kind, page.url, title, _start_at(body, start, page.url)))
+    if missing:  # one stand-in for all: twice the same text would put training text into the validation split
+        parts = [part for part in parts if part[1].kind != "stdlib"] + [_stand_in(missing, config, warn)]
+    return "".join(text for text, _ in parts), tuple(source for _, source in parts)
+
+
+def read_text(path: str | Path) -> str:
+    """Return a local text file by the rules for sources: strict UTF-8, no byte order mark, plain line ends.
+
+    Nothing is cut off or mended, and an empty text is one too.
+
+    Raises:
+        UserError: where the file cannot be read, or is not a text in UTF-8.
+    """
+    return _decode(Page(str(path), _read_file(str(path))))
+
+
+def stdlib_text() -> str:
+    """Return the help texts that ship with Python, in printable ASCII: every version needs equally many embeddings."""
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics))
+    return "".join(c for c in text if c == "\n" or " " <= c <= "~")
+
+
+def _stdlib_part(stand_in_for: str | None = None) -> Part:
+    """Return the whole of the stdlib text: `start_at` is about a book, and nothing here needs mending."""
+    return _part("Python help topics", "stdlib", "python:pydoc_data.topics", stdlib_text(), (), stand_in_for)
+
+
+def _stand_in(missing: dict[str, str], config: DataConfig, warn: Callable[[str], None]) -> Part:
+    names = ", ".join(missing)
+    reasons = "; ".join(dict.fromkeys(missing.values()))
+    if not config.allow_stand_in:
+        raise UserError(
+            f"data.source names {names}, which could not be downloaded ({reasons}), and data.allow_stand_in is off: "
+            "connect, give the path of a text file, or allow the stand-in."
+        )
+    text, source = _stdlib_part(names)
+    warn(
+        f"WARNING: {names} could not be downloaded ({reasons}); the text is now a STAND-IN, {source.title!r}, which "
+        "ships with Python."
+    )
+    return text, source
+
+
+# From what the user names to bytes
+
+
+def _entries(source: str) -> list[str]:
+    """Split at commas, but never inside the name of a path that exists."""
+    pieces, entries = source.split(","), []
+    while pieces:
+        for taken in range(len(pieces), 0, -1):
+            entry = ",".join(pieces[:taken])
+            entry = entry if _exists(entry) else entry.strip()
+            if _exists(entry):
+                break
+        entries.append(entry)
+        pieces = pieces[taken:]
+    entries = [entry for entry in entries if entry]
+    if not entries:
+        raise UserError(
+            f"data.source is {source!r}, but it must name a text: give a Gutenberg number, a URL, a path or 'stdlib'."
+        )
+    return entries
+
+
+def _exists(entry: str) -> bool:
+    return os.path.exists(os.path.expanduser(entry))
+
+
+def _pages(entry: str, config: DataConfig, cache: Path) -> tuple[str, list[Page]]:
+    """Return the kind of a source and its texts as they were found."""
+    if entry.isascii() and entry.isdigit():
+        number = entry.lstrip("0") or "0"
+        urls = [mirror.replace("{number}", number) for mirror in config.mirrors]
+        return "gutenberg", [fetch(f"pg{number}", urls, config, cache)]
+    if "://" in entry:
+        host = f".{split_url(entry).hostname}"
+        kind = "gutenberg" if host.endswith(".gutenberg.org") else "url"
+        key = "url-" + hashlib.sha256(os.fsencode(entry)).hexdigest()[:24]
+        return kind, [fetch(key, [entry], config, cache)]
+    return "file", [Page(name, _read_file(name)) for name in _files(entry)]
+
+
+def _files(entry: str) -> list[str]:
+    path = Path(os.path.expanduser(entry))
+    if not _exists(entry):
+        raise UserError(
+            f"data.source names the path {entry!r}, but it does not exist: correct it, or give a Gutenberg number, a "
+            "URL or 'stdlib'."
+        )
+    if not path.is_dir():
+        return [entry]
+    names = sorted(item.name for item in path.glob("*.txt") if item.is_file())
+    if not names:
+        raise UserError(f"The folder {entry!r} holds no .txt file, but it needs one: put a text there.")
+    return [os.path.join(entry, name) for name in names]
+
+
+def _read_file(name: str) -> bytes:
+    try:
+        return Path(os.path.expanduser(name)).read_bytes()
+    except OSError as error:
+        raise UserError(f"The file {name!r} cannot be read ({error.strerror}): give a readable text file.") from None
+
+
+# From bytes to a clean text
+
+
+def _decode(page: Page) -> str:
+    if (offset := page.data.find(b"\0")) >= 0:
+        raise UserError(f"{page.url} is binary (NUL at byte {offset}), but a text is needed: give plain text in UTF-8.")
+    charset = page.charset or "utf-8"
+    try:
+        text = page.data.decode(charset)
+    except (LookupError, UnicodeError) as error:
+        wrong = f"at byte {error.start}" if isinstance(error, UnicodeDecodeError) else f"({error})"
+        raise UserError(
+            f"{page.url} cannot be read as {charset} {wrong}: save it in UTF-8 and give the file."
+        ) from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _cut_licence(text: str, kind: str, url: str) -> tuple[str, str | None]:
+    """Return what lies between Gutenberg's markers, and the title in its header; other texts stay whole."""
+    start = _START.search(text) or _OLD_START.search(text)
+    end = _END.search(text, start.end() if start else 0)
+    if not start or not end:
+        if kind == "gutenberg":
+            raise UserError(
+                f"{url} has no Gutenberg {'end' if start else 'start'} marker, but both are needed to cut the "
+                "licence off: cut it by hand and give the file."
+            )
+        return text, None
+    body = text[start.end() : end.start()]
+    if producer := _PRODUCER.match(body):
+        body = body[producer.end() :]
+    title = _TITLE.search(text, 0, start.start())
+    return _plausible(body, text, url, "cutting the licence off"), title and " ".join(title[1].split())
+
+
+def _start_at(text: str, start: re.Pattern[str], where: str) -> str:
+    match = start.search(text)
+    if not match:
+        raise UserError(f"data.start_at is {start.pattern!r}, but {where} has no match: correct or empty it.")
+    return _plausible(text[match.start() :], text, where, "data.start_at") if match.start() else text
+
+
+def _plausible(cut: str, text: str, where: str, by: str) -> str:
+    least = max(SHORTEST_CUT, len(text) / 10)
+    if len(cut.strip()) < least:
+        raise UserError(
+            f"{where} keeps {len(cut.strip()):,} of {len(text):,} characters after {by}, but {least:,.0f} is the least "
+            "that is plausible: look at the text, cut it by hand and give the file."
+        )
+    return cut
+
+
+def _finish(kind: str, url: str, title: str | None, body: str) -> Part:
+    """Strip, mend and describe a text."""
+    import ftfy
+
+    mended = ftfy.fix_and_explain(body.strip())
+    fixes = tuple((str(action), str(parameter)) for action, parameter in mended.explanation or ())
+    if not mended.text:
+        raise UserError(f"{url} is empty, but a text is needed: give another.")
+    if not title:
+        title = Path(url).stem if kind == "file" else unquote(urlsplit(url).path).rpartition("/")[2]
+    return _part(title or url, kind, url, mended.text, fixes)
+
+
+def _part(
+    title: str, kind: str, url: str, text: str, fixes: tuple[tuple[str, str], ...], stand_in_for: str | None = None
+) -> Part:
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    return text, Source(title, kind, url, sha256, len(text), fixes, stand_in_for)

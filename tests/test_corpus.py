@@ -1,0 +1,299 @@
+"""What `corpus` promises of local files; `test_download.py` holds what comes from the web."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chargpt_jax.config import DataConfig, UserError
+from chargpt_jax.corpus import Source, load_corpus, read_text, stdlib_text
+
+STORY = "\n".join(f"CHAPTER {n}\n\nIt was day {n}, and nothing had happened yet." for n in range(1, 60))
+HEADER = "The Project Gutenberg EBook of A Story\n\nTitle: A Story\n   of Days\n\nAuthor: Nobody\n\n"
+START = "*** START OF THIS PROJECT GUTENBERG EBOOK A STORY ***\n\n\n"
+END = "\n\n\n*** END OF THIS PROJECT GUTENBERG EBOOK A STORY ***\n\nUpdated editions will replace the previous one.\n"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def settings_for(source: str, **changes: Any) -> DataConfig:
+    return DataConfig(source=source, **{"timeout": 2.0, "allow_stand_in": False, **changes})
+
+
+def load(source: str, cache: Path, **changes: Any) -> tuple[str, tuple[Source, ...]]:
+    return load_corpus(settings_for(source, **changes), cache=cache, warn=pytest.fail)
+
+
+def refusal(source: str, cache: Path, **changes: Any) -> str:
+    """Return the message of the refusal; nothing may be kept, and it must be one short line."""
+    before = files_in(cache)
+    with pytest.raises(UserError) as caught:
+        load_corpus(settings_for(source, **changes), cache=cache, warn=pytest.fail)
+    assert files_in(cache) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def files_in(cache: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in cache.iterdir()} if cache.is_dir() else {}
+
+
+# The text that ships with Python
+
+
+def test_the_stdlib_text_needs_128_rows_and_no_more_than_printable_ascii() -> None:
+    alphabet = set(stdlib_text())
+    assert alphabet <= {"\n", *map(chr, range(32, 127))}
+    assert 64 < len(alphabet) + 1 <= 128  # with padding, aligned to a multiple of 64
+    assert len(stdlib_text()) > 400_000
+
+
+def test_the_stdlib_text_can_be_asked_for(cache: Path) -> None:
+    text, (source,) = load("stdlib", cache)
+    assert text == stdlib_text()
+    assert (source.kind, source.stand_in_for, source.fixes) == ("stdlib", None, ())
+
+
+# Local files
+
+
+def test_a_file_is_read_and_described(cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "story.txt"
+    file.write_text(STORY)
+    text, (source,) = load(str(file), cache)
+    assert text == STORY
+    assert source == Source("story", "file", str(file), hashlib.sha256(STORY.encode()).hexdigest(), len(STORY), ())
+    assert json.loads(json.dumps(dataclasses.asdict(source)))["characters"] == len(STORY)
+    assert files_in(cache) == {}
+
+
+def test_a_folder_gives_its_txt_files_in_order_of_name(cache: Path, tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.md"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "d.txt").mkdir()
+    text, sources = load(str(tmp_path), cache)
+    assert text == "a.txtb.txt"
+    assert [source.url for source in sources] == [f"{tmp_path}/a.txt", f"{tmp_path}/b.txt"]
+
+
+def test_a_folder_without_txt_files_is_refused(cache: Path, tmp_path: Path) -> None:
+    assert "holds no .txt file" in refusal(str(tmp_path), cache)
+
+
+def test_a_path_with_comma_spaces_and_other_letters_is_one_source(cache: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "naïve, 60, ça va 文.txt"
+    odd.write_text("odd")
+    (tmp_path / "plain.txt").write_text("plain")
+    assert load(str(odd), cache)[1][0].url == str(odd)
+    text, sources = load(f"{tmp_path}/plain.txt,{odd},{tmp_path}/plain.txt", cache)
+    assert text == "plainoddplain"
+    assert sources[1].title == "naïve, 60, ça va 文"
+
+
+def test_a_byte_order_mark_and_foreign_line_ends_are_normalised(cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "dos.txt"
+    file.write_bytes(b"\xef\xbb\xbf\r\none\r\ntwo\rthree\n\nfour\r\n")
+    assert load(str(file), cache)[0] == "one\ntwo\nthree\n\nfour"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "is empty"),
+        (b"\xef\xbb\xbf \r\n\t", "is empty"),
+        (b"abc\0def", "binary (NUL at byte 3)"),
+        (b"abcd\xffe", "cannot be read as utf-8 at byte 4"),
+        (b"\xef\xbb\xbfab\r\n\xc3", "cannot be read as utf-8 at byte 7"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(cache: Path, tmp_path: Path, data: bytes, said: str) -> None:
+    file = tmp_path / "bad.txt"
+    file.write_bytes(data)
+    message = refusal(str(file), cache, allow_stand_in=True)
+    assert str(file) in message
+    assert said in message
+
+
+@pytest.mark.parametrize("source", ["/no/such/file.txt", "gone.txt", "6O", "x" * 5000])
+def test_a_missing_path_is_refused_even_where_a_stand_in_is_allowed(cache: Path, source: str) -> None:
+    assert "does not exist" in refusal(source, cache, allow_stand_in=True)
+
+
+@pytest.mark.parametrize("source", ["", " , ", "ftp://127.0.0.1/a.txt", "http://[/a.txt", "http://", "file:///a.txt"])
+def test_a_source_that_names_nothing_fetchable_is_refused(cache: Path, source: str) -> None:
+    message = refusal(source, cache, allow_stand_in=True)
+    assert source.strip() in message
+    assert "give" in message
+
+
+# A text to score
+
+
+def test_a_text_is_read_as_it_stands(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes("\ufeff\r\n  “cafÃ©”\r\rCHAPTER 1\n".encode())
+    assert read_text(file) == read_text(str(file)) == "\n  “cafÃ©”\n\nCHAPTER 1\n"
+
+
+def test_a_text_keeps_its_licence_and_may_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(HEADER + START + STORY + END)
+    (tmp_path / "empty.txt").write_bytes(b"")
+    assert read_text(tmp_path / "book.txt") == HEADER + START + STORY + END
+    assert read_text(tmp_path / "empty.txt") == ""
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        (b"abc\0def", "binary (NUL at byte 3)"),
+        (b"abcd\xffe", "cannot be read as utf-8 at byte 4"),
+    ],
+)
+def test_what_is_no_text_is_not_read(tmp_path: Path, data: bytes | None, said: str) -> None:
+    file = tmp_path / "bad.txt"
+    if data is not None:
+        file.write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        read_text(file)
+    assert str(file) in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_a_folder_is_not_read_as_a_text(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Is a directory"):
+        read_text(tmp_path)
+
+
+# Cutting
+
+
+OLD = "***START**THE SMALL PRINT!**FOR PUBLIC DOMAIN ETEXTS**START***\nWhy is this here?\n\n"
+OLD_START = "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\n\n"
+NEW_END = "*** END OF THE PROJECT GUTENBERG EBOOK A STORY ***\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (HEADER + START, END),
+        (HEADER + "*** START OF THE PROJECT GUTENBERG EBOOK A STORY ***\n", "\n" + NEW_END),
+        (HEADER + "*** START OF THE PROJECT GUTENBERG EBOOK A STORY\nIN SO MANY DAYS ***\n", "\n" + NEW_END),
+        (HEADER + "***START OF  THE PROJECT GUTENBERG E-TEXT A STORY***\n", "\n***END OF THE PROJECT GUTENBERG ETEXT"),
+        (HEADER + "*** Start of this Project Gutenberg eBook A STORY\n\n", "\n" + NEW_END.lower()),
+        (HEADER + "End of Project Gutenberg's header\n\n" + START, END),
+        (HEADER + START, "\nEnd of the Project Gutenberg EBook of A Story, by Nobody\n\n" + NEW_END),
+        (HEADER + START, "\n  End of Project Gutenberg's A Story, by Nobody\n\n" + NEW_END),
+        (HEADER + START, "\nEnd of Project Gutenberg’s Etext of A Story\n"),
+        (HEADER + START + "Produced by A. Person and\nthe others\n\n\n", END),
+        (HEADER + OLD + OLD_START, "\n\nEnd of The Project Gutenberg Etext of A Story\n"),
+        (HEADER + OLD + "*END THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*\n", "\nEnd of Project Gutenberg Etext"),
+    ],
+)
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_the_licence_is_cut_off(cache: Path, tmp_path: Path, before: str, after: str, line_end: str) -> None:
+    file = tmp_path / "pg1.txt"
+    file.write_text("\ufeff" + before + STORY + after, encoding="utf-8", newline=line_end)
+    text, (source,) = load(str(file), cache)
+    assert text == STORY
+    assert (source.title, source.kind) == ("A Story of Days", "file")
+
+
+@pytest.mark.parametrize("text", [HEADER + START + STORY, STORY + END, f"{STORY}\nthe end of the Project Gutenberg"])
+def test_a_file_without_both_markers_is_left_whole(cache: Path, tmp_path: Path, text: str) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text(text)
+    loaded, (source,) = load(str(file), cache)
+    assert (loaded, source.title) == (text.strip(), "mine")
+
+
+@pytest.mark.parametrize(
+    "book",
+    [
+        HEADER + START + END,
+        HEADER + START + "x" * 999 + END,
+        HEADER + START + "x" * 2_000 + END + "licence" * 4_000,
+    ],
+)
+def test_an_implausibly_short_cut_is_refused(cache: Path, tmp_path: Path, book: str) -> None:
+    file = tmp_path / "pg1.txt"
+    file.write_text(book)
+    assert "after cutting the licence off" in refusal(str(file), cache)
+
+
+def test_a_text_begins_where_start_at_first_matches(cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pg1.txt"
+    file.write_text(HEADER + "CHAPTER 9\n" + START + "Contents: CHAPTER 1\n\n" + STORY + END)
+    assert load(str(file), cache, start_at=r"^CHAPTER \d")[0] == STORY
+    assert load(str(file), cache, start_at=r"^CHAPTER 9$")[0] == STORY[STORY.index("CHAPTER 9") :]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [("^PROLOGUE", "no match"), ("CHAPTER (", "regular expression"), ("CHAPTER 59", "after data.start_at")],
+)
+def test_a_bad_start_at_is_refused(cache: Path, tmp_path: Path, pattern: str, said: str) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text(STORY)
+    message = refusal(str(file), cache, start_at=pattern)
+    assert said in message
+    assert "data.start_at" in message
+
+
+# Mending
+
+
+def test_what_was_mended_is_recorded(cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("The cafÃ© said “no”.", encoding="utf-8")
+    text, (source,) = load(str(file), cache)
+    assert text == 'The café said "no".'
+    assert ("apply", "uncurl_quotes") in source.fixes
+    assert any("decode" in parameter for _, parameter in source.fixes)
+    assert (source.sha256, source.characters) == (hashlib.sha256(text.encode()).hexdigest(), 19)
+
+
+def test_a_clean_text_needs_no_mending(cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text(STORY)
+    assert load(str(file), cache)[1][0].fixes == ()
+
+
+def test_no_explanation_from_ftfy_means_no_fixes(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ftfy, "fix_and_explain", lambda text: ftfy.ExplainedText(text, None))
+    file = tmp_path / "a.txt"
+    file.write_text(STORY)
+    assert load(str(file), cache)[1][0].fixes == ()
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=80)
+PIECES = st.sampled_from(["\r", "\n", "\r\n", "\ufeff", "“", "Ã©", "&amp;", "<", "*** ", " ", "e\u0301"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(TEXTS | PIECES, max_size=6).map("".join))
+def test_any_text_without_markers_is_only_normalised_stripped_and_mended(
+    tmp_path_factory: pytest.TempPathFactory, written: str
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    file, cache = folder / "any.txt", folder / "never made"
+    file.write_bytes(written.encode())
+    plain = written.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").strip()
+    wanted = ftfy.fix_and_explain(plain).text  # fix_text mends line by line, and may differ where '<' and '&' meet
+    if not wanted:
+        assert "is empty" in refusal(str(file), cache)
+        return
+    text, (source,) = load(str(file), cache)
+    assert text == wanted
+    assert (source.sha256, source.characters) == (hashlib.sha256(wanted.encode()).hexdigest(), len(wanted))
+    if "<" not in plain and "&" not in plain and plain.isascii():
+        assert text == ftfy.fix_text(plain)

@@ -1,0 +1,437 @@
+"""What `download` promises, and what `corpus` makes of it, against a real HTTP server on loopback."""
+
+import hashlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chargpt_jax import download
+from chargpt_jax.config import DataConfig, UserError
+from chargpt_jax.corpus import Source, load_corpus, stdlib_text
+from chargpt_jax.download import Page, default_cache, fetch, keep
+
+STORY = "\n".join(f"CHAPTER {n}\n\nIt was day {n}, and nothing had happened yet." for n in range(1, 60))
+HEADER = "The Project Gutenberg EBook of A Story\n\nTitle: A Story\n   of Days\n\nAuthor: Nobody\n\n"
+START = "*** START OF THIS PROJECT GUTENBERG EBOOK A STORY ***\n\n\n"
+END = "\n\n\n*** END OF THIS PROJECT GUTENBERG EBOOK A STORY ***\n\nUpdated editions will replace the previous one.\n"
+BOOK = HEADER + START + STORY + END
+TEXT = {"Content-Type": "text/plain; charset=utf-8"}
+
+
+# A server whose answers each test writes
+
+
+@dataclass
+class Answer:
+    body: bytes = STORY.encode()
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=lambda: dict(TEXT))
+    delay: float = 0.0
+    sent: float = 1.0
+    """The part of the body that is sent before the connection is closed."""
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.answers: dict[str, list[Answer]] = {}
+        self.asked: list[str] = []
+
+    def handle_error(self, *_: Any) -> None:
+        """Keep quiet where a client hangs up, as several tests do."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        answers = self.server.answers.get(self.path, [Answer(b"no such page", 404)])
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]  # the last answer stays
+        time.sleep(answer.delay)
+        self.send_response(answer.status)
+        for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
+            if value:
+                self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(answer.body[: int(len(answer.body) * answer.sent)])
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def running_server() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def server(running_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    monkeypatch.setattr(download, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setenv("NO_PROXY", "*")
+    running_server.answers, running_server.asked = {}, []
+    return running_server
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def settings_for(source: str, **changes: Any) -> DataConfig:
+    return DataConfig(source=source, **{"timeout": 2.0, "allow_stand_in": False, **changes})
+
+
+def load(source: str, cache: Path, **changes: Any) -> tuple[str, tuple[Source, ...]]:
+    return load_corpus(settings_for(source, **changes), cache=cache, warn=pytest.fail)
+
+
+def refusal(source: str, cache: Path, **changes: Any) -> str:
+    """Return the message of the refusal; nothing may be kept, and it must be one short line."""
+    before = files_in(cache)
+    with pytest.raises(UserError) as caught:
+        load_corpus(settings_for(source, **changes), cache=cache, warn=pytest.fail)
+    assert files_in(cache) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def files_in(cache: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in cache.iterdir()} if cache.is_dir() else {}
+
+
+# Downloads
+
+
+def test_fetching_writes_nothing_and_keeping_makes_the_next_fetch_local(server: Server, cache: Path) -> None:
+    server.answers["/a.txt"] = [Answer()]
+    url = f"{server.url}/a.txt"
+    page = fetch("a", [url], settings_for(url), cache)
+    assert page == Page(url, STORY.encode(), "utf-8", key="a")
+    assert files_in(cache) == {}
+    keep(page, cache, pytest.fail)
+    assert fetch("a", ["http://never.asked/"], settings_for(url), cache) == Page(url, STORY.encode(), "utf-8")
+    assert len(server.asked) == 1
+
+
+def test_a_page_is_fetched_once_and_then_comes_from_the_cache(server: Server, cache: Path) -> None:
+    server.answers["/a.txt"] = [Answer()]
+    first = load(f"{server.url}/a.txt", cache)
+    assert load(f"{server.url}/a.txt", cache) == first
+    assert server.asked == ["/a.txt"]
+    text, (source,) = first
+    assert text == STORY
+    assert (source.kind, source.title, source.url) == ("url", "a.txt", f"{server.url}/a.txt")
+
+
+def test_the_cache_records_the_address_and_the_hash_of_the_bytes(server: Server, cache: Path) -> None:
+    server.answers["/a.txt"] = [Answer(b"\xef\xbb\xbf" + STORY.encode())]
+    load(f"{server.url}/a.txt", cache)
+    record_file, page_file = sorted(cache.iterdir())
+    record = json.loads(record_file.read_text())
+    assert record["url"] == f"{server.url}/a.txt"
+    assert record["sha256"] == hashlib.sha256(page_file.read_bytes()).hexdigest()
+    assert page_file.read_bytes().startswith(b"\xef\xbb\xbf")
+
+
+@pytest.mark.parametrize("damage", [b"", b"other bytes", None])
+@pytest.mark.parametrize("suffix", [".txt", ".json"])
+def test_a_corrupted_cache_is_fetched_again(server: Server, cache: Path, suffix: str, damage: bytes | None) -> None:
+    server.answers["/a.txt"] = [Answer()]
+    first = load(f"{server.url}/a.txt", cache)
+    whole = files_in(cache)
+    [file] = cache.glob(f"*{suffix}")
+    file.unlink() if damage is None else file.write_bytes(damage)
+    assert load(f"{server.url}/a.txt", cache) == first
+    assert len(server.asked) == 2
+    assert files_in(cache) == whole
+
+
+def test_a_status_404_is_not_tried_again(server: Server, cache: Path) -> None:
+    message = refusal(f"{server.url}/none.txt", cache)
+    assert "404" in message
+    assert "allow_stand_in" in message
+    assert server.asked == ["/none.txt"]
+
+
+def test_a_status_503_is_tried_again_until_it_passes(server: Server, cache: Path) -> None:
+    server.answers["/a.txt"] = [Answer(status=503), Answer(status=503), Answer()]
+    assert load(f"{server.url}/a.txt", cache)[0] == STORY
+    assert len(server.asked) == 3
+
+
+def test_a_status_503_is_tried_no_more_than_three_times(server: Server, cache: Path) -> None:
+    server.answers["/a.txt"] = [Answer(status=503)]
+    assert "503" in refusal(f"{server.url}/a.txt", cache)
+    assert len(server.asked) == 3
+
+
+def test_the_wait_between_tries_doubles(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    server.answers["/a.txt"] = [Answer(status=503)]
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: waits.append(seconds) if seconds else None)
+    refusal(f"{server.url}/a.txt", cache)
+    assert waits == [download.BACKOFF_SECONDS, 2 * download.BACKOFF_SECONDS]
+
+
+def test_a_silent_server_is_given_up_after_three_timeouts(server: Server, cache: Path) -> None:
+    server.answers["/a.txt"] = [Answer(delay=0.5)]
+    assert "no answer within 0.1 s" in refusal(f"{server.url}/a.txt", cache, timeout=0.1)
+    assert len(server.asked) == 3
+
+
+def test_half_a_body_is_tried_again_and_then_refused(server: Server, cache: Path) -> None:
+    server.answers["/a.txt"] = [Answer(sent=0.5)]
+    assert "broke off" in refusal(f"{server.url}/a.txt", cache)
+    assert len(server.asked) == 3
+
+
+def test_half_a_body_is_refused_also_where_urllib3_does_not_mind(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    careless = property(lambda self: False, lambda self, value: None)  # the default of urllib3 1
+    monkeypatch.setattr("urllib3.response.HTTPResponse.enforce_content_length", careless, raising=False)
+    server.answers["/a.txt"] = [Answer(sent=0.5)]
+    assert "broke off" in refusal(f"{server.url}/a.txt", cache)
+
+
+def test_half_a_body_does_not_stop_a_whole_one_after_it(server: Server, cache: Path) -> None:
+    server.answers["/a.txt"] = [Answer(sent=0.5), Answer()]
+    assert load(f"{server.url}/a.txt", cache)[0] == STORY
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "accepted"),
+    [
+        ("/a.txt", "text/html; charset=utf-8", False),
+        ("/a.txt", "application/pdf", False),
+        ("/a.txt", "image/png", False),
+        ("/a.bin", "application/octet-stream", False),
+        ("/a.txt", "application/octet-stream", True),
+        ("/a.md", "text/markdown", True),
+        ("/a", "", True),
+    ],
+)
+def test_only_plain_text_is_accepted(server: Server, cache: Path, path: str, kind: str, accepted: bool) -> None:
+    server.answers[path] = [Answer(headers={"Content-Type": kind})]
+    if accepted:
+        assert load(f"{server.url}{path}", cache)[0] == STORY
+    else:  # and no stand-in, for an answer did come
+        message = refusal(f"{server.url}{path}", cache, allow_stand_in=True)
+        assert "wrong type" in message
+        assert kind.partition(";")[0] in message
+    assert len(server.asked) == 1
+
+
+def test_a_redirect_is_followed(server: Server, cache: Path) -> None:
+    server.answers = {"/old": [Answer(b"", 302, {"Location": "/new.txt"})], "/new.txt": [Answer()]}
+    assert load(f"{server.url}/old", cache)[0] == STORY
+    assert server.asked == ["/old", "/new.txt"]
+
+
+@pytest.mark.parametrize("target", ["file:///etc/hostname", "ftp://127.0.0.1/a.txt"])
+def test_a_redirect_away_from_http_is_refused(server: Server, cache: Path, target: str) -> None:
+    server.answers["/old"] = [Answer(b"", 302, {"Location": target})]
+    assert "cannot be fetched" in refusal(f"{server.url}/old", cache, allow_stand_in=True)
+
+
+def test_an_endless_redirect_ends(server: Server, cache: Path) -> None:
+    server.answers["/old"] = [Answer(b"", 302, {"Location": "/old"})]
+    assert "too many redirects" in refusal(f"{server.url}/old", cache)
+
+
+@pytest.mark.parametrize("length", [{}, {"Content-Length": ""}])
+def test_a_page_above_the_cap_is_refused(server: Server, cache: Path, length: dict[str, str]) -> None:
+    server.answers["/a.txt"] = [Answer(b"a" * 200_000, headers=TEXT | length)]
+    message = refusal(f"{server.url}/a.txt", cache, max_megabytes=0.1, allow_stand_in=True)
+    assert "data.max_megabytes (0.1)" in message
+    assert load(f"{server.url}/a.txt", cache, max_megabytes=0.2)[0] == "a" * 200_000
+
+
+def test_a_declared_charset_is_obeyed_also_from_the_cache(server: Server, cache: Path) -> None:
+    body = "café crème".encode("latin-1")
+    server.answers["/a.txt"] = [Answer(body, headers={"Content-Type": 'text/plain; charset="ISO-8859-1"'})]
+    assert [load(f"{server.url}/a.txt", cache)[0] for _ in range(2)] == ["café crème"] * 2
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("declared", ["utf-8", "klingon", ""])
+def test_a_page_in_another_charset_than_declared_is_refused(server: Server, cache: Path, declared: str) -> None:
+    headers = {"Content-Type": f"text/plain; charset={declared}" if declared else "text/plain"}
+    server.answers["/a.txt"] = [Answer("café crème".encode("latin-1"), headers=headers)]
+    message = refusal(f"{server.url}/a.txt", cache, allow_stand_in=True)
+    assert f"{server.url}/a.txt" in message
+    assert ("klingon" if declared == "klingon" else "at byte 3") in message
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_does_no_harm(server: Server, tmp_path: Path) -> None:
+    server.answers["/a.txt"] = [Answer()]
+    (tmp_path / "cache").write_text("a file, not a folder")
+    lines: list[str] = []
+    text, _ = load_corpus(settings_for(f"{server.url}/a.txt"), cache=tmp_path / "cache", warn=lines.append)
+    assert text == STORY
+    assert len(lines) == 1
+    assert "cannot be kept" in lines[0]
+
+
+def test_a_write_that_fails_leaves_no_temporary_file(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    server.answers["/a.txt"] = [Answer()]
+    monkeypatch.setattr(download.os, "replace", full)
+    lines: list[str] = []
+    load_corpus(settings_for(f"{server.url}/a.txt"), cache=cache, warn=lines.append)
+    assert files_in(cache) == {}
+    assert "No space left" in lines[0]
+
+
+# Gutenberg numbers and addresses
+
+
+def test_a_number_is_looked_for_on_each_mirror_in_turn(server: Server, cache: Path) -> None:
+    server.answers = {
+        "/one/60": [Answer(b"<html>", headers={"Content-Type": "text/html"})],
+        "/three/60.txt": [Answer(BOOK.encode())],
+    }
+    mirrors = tuple(server.url + path for path in ("/one/{number}", "/two/{number}", "/three/{number}.txt"))
+    text, (source,) = load("60", cache, mirrors=mirrors)
+    assert text == STORY
+    assert server.asked == ["/one/60", "/two/60", "/three/60.txt"]
+    assert (source.kind, source.title, source.url) == ("gutenberg", "A Story of Days", f"{server.url}/three/60.txt")
+    assert load("060", cache, mirrors=mirrors)[0] == STORY
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize(("text", "lost"), [(HEADER + STORY + END, "start"), (HEADER + START + STORY, "end")])
+def test_a_number_needs_both_markers(server: Server, cache: Path, text: str, lost: str) -> None:
+    server.answers["/60"] = [Answer(text.encode())]
+    message = refusal("60", cache, mirrors=(server.url + "/{number}",), allow_stand_in=True)
+    assert f"no Gutenberg {lost} marker" in message
+
+
+@pytest.mark.parametrize("host", ["www.gutenberg.org", "gutenberg.org"])
+def test_an_address_at_gutenberg_org_needs_both_markers(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    here = socket.getaddrinfo("127.0.0.1", server.server_port, type=socket.SOCK_STREAM)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: here)
+    server.answers = {"/a.txt": [Answer(STORY.encode())], "/b.txt": [Answer(BOOK.encode())]}
+    address = f"http://{host}:{server.server_port}"
+    assert "no Gutenberg start marker" in refusal(f"{address}/a.txt", cache)
+    text, (source,) = load(f"{address}/b.txt", cache)
+    assert (text, source.kind) == (STORY, "gutenberg")
+    other = f"http://notgutenberg.org:{server.server_port}/a.txt"
+    assert load(other, cache)[1][0].kind == "url"
+
+
+# The stand-in
+
+
+def test_a_failed_download_is_stood_in_for_with_one_line(server: Server, cache: Path) -> None:
+    lines: list[str] = []
+    config = settings_for("60", mirrors=(server.url + "/{number}",), allow_stand_in=True, start_at="^CHAPTER")
+    text, (source,) = load_corpus(config, cache=cache, warn=lines.append)
+    assert text == stdlib_text()
+    assert (source.kind, source.stand_in_for, source.url) == ("stdlib", "60", "python:pydoc_data.topics")
+    assert len(lines) == 1
+    assert "\n" not in lines[0]
+    assert all(word in lines[0] for word in ("60", "404", "STAND-IN", "Python help topics"))
+    assert files_in(cache) == {}
+
+
+def test_the_stand_in_is_not_used_without_permission(server: Server, cache: Path) -> None:
+    message = refusal("60", cache, mirrors=(server.url + "/{number}",))
+    assert all(word in message for word in ("60", "404", "data.allow_stand_in"))
+
+
+def test_the_stand_in_comes_once_for_all_that_is_missing(server: Server, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("here")
+    lines: list[str] = []
+    config = settings_for(f"60,{tmp_path}/a.txt,61,stdlib", mirrors=(server.url + "/{number}",), allow_stand_in=True)
+    text, sources = load_corpus(config, cache=cache, warn=lines.append)
+    assert text == "here" + stdlib_text()
+    assert [source.stand_in_for for source in sources] == [None, "60, 61"]
+    assert len(lines) == 1
+
+
+def test_an_offline_machine_asks_each_name_once_and_falls_back_quickly(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+
+    def no_such_name(host: str, *_: Any, **__: Any) -> None:
+        names.append(host)
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_such_name)
+    monkeypatch.setattr(download, "BACKOFF_SECONDS", 60.0)
+    lines: list[str] = []
+    _, (source,) = load_corpus(DataConfig(source="60"), cache=cache, warn=lines.append)
+    assert source.stand_in_for == "60"
+    assert names == ["www.gutenberg.org", "gutenberg.pglaf.org"]
+    assert "its name cannot be resolved" in lines[0]
+
+
+def test_a_refused_connection_is_not_waited_for(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:  # bound but not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(download, "BACKOFF_SECONDS", 60.0)
+        message = refusal(f"http://127.0.0.1:{taken.getsockname()[1]}/a.txt", cache)
+    assert "no connection can be made" in message
+
+
+def test_several_sources_are_joined_as_they_are_named(server: Server, cache: Path, tmp_path: Path) -> None:
+    server.answers["/a.txt"] = [Answer(b"web")]
+    (tmp_path / "a.txt").write_text("file")
+    text, sources = load(f" {server.url}/a.txt , {tmp_path}/a.txt,", cache)
+    assert text == "webfile"
+    assert [source.kind for source in sources] == ["url", "file"]
+    assert [source.characters for source in sources] == [3, 4]
+
+
+# Where downloads are kept
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"CHARGPT_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
+        ({"CHARGPT_CACHE": "", "XDG_CACHE_HOME": "/b"}, "/b/chargpt_jax"),
+        ({"HOME": "/c"}, "/c/.cache/chargpt_jax"),
+    ],
+)
+def test_the_cache_lies_where_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], folder: str
+) -> None:
+    monkeypatch.delenv("CHARGPT_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert default_cache() == Path(folder)
+
+
+def test_a_download_is_kept_in_the_default_cache(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHARGPT_CACHE", str(cache))
+    server.answers["/a.txt"] = [Answer()]
+    load_corpus(settings_for(f"{server.url}/a.txt"))
+    assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".txt"]
