@@ -1,0 +1,101 @@
+"""Laws of the tokenizer, over all of Unicode."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from chargpt_jax.config import UserError
+from chargpt_jax.tokenizer import PADDING, CharTokenizer
+
+ODD = st.sampled_from("\0\ud800\udfff\ud83d\ude00\U0001f600\U0010ffff\r\né")
+EVERY = st.characters() | ODD | st.integers(0, 0x10FFFF).map(chr)
+# Not st.text: it leaves surrogates out, whatever alphabet it is given.
+TEXTS = st.lists(EVERY, min_size=1, max_size=60).map("".join)
+few = settings(max_examples=60, deadline=None)
+
+
+def original_ids(corpus: str, texts: list[str], block_size: int | None = None) -> list[list[int]]:
+    """Encode as the PyTorch original does: sorted characters after '', padding on the left, cut on the right."""
+    vocabulary = sorted({"", *corpus})
+    rank = {character: i for i, character in enumerate(vocabulary)}
+    width = max(map(len, texts)) if block_size is None else block_size
+    rows = []
+    for text in texts:
+        kept = [rank[character] for character in text][:width]
+        rows.append([rank[""]] * (width - len(kept)) + kept)
+    return rows
+
+
+@few
+@given(TEXTS)
+def test_decoding_gives_the_encoded_text_back(text):
+    tokenizer = CharTokenizer.from_text(text)
+    ids = tokenizer.encode_text(text)
+    assert ids.dtype == np.int32
+    assert ids.shape == (len(text),)
+    assert (ids > PADDING).all()
+    assert tokenizer.decode([ids]) == [text]
+    assert tokenizer.decode_each([ids]) == [list(text)]
+
+
+@few
+@given(st.lists(TEXTS, min_size=1, max_size=4), st.none() | st.integers(1, 70))
+def test_ids_padding_and_truncation_are_the_originals(texts, block_size):
+    corpus = "".join(texts)
+    ids = CharTokenizer.from_text(corpus).encode(texts, block_size)
+    assert ids.dtype == np.int32
+    assert ids.tolist() == original_ids(corpus, texts, block_size)
+
+
+@few
+@given(TEXTS, TEXTS)
+def test_the_order_of_the_vocabulary_given_does_not_matter(first, second):
+    one, two = CharTokenizer(first + second), CharTokenizer([*second, *first, "", first[0]])
+    assert one.vocabulary == two.vocabulary
+    assert one.vocabulary[PADDING] == ""
+    assert one.n_ids == len(set(first + second)) + 1
+
+
+@few
+@given(TEXTS, TEXTS)
+def test_a_character_without_an_id_is_named_with_its_code_point(corpus, text):
+    foreign = [c for c in text if c not in corpus]
+    assume(foreign)
+    tokenizer = CharTokenizer.from_text(corpus)
+    with pytest.raises(UserError) as error:
+        tokenizer.encode_text(text)
+    assert repr(foreign[0]) in str(error.value)
+    assert f"(U+{ord(foreign[0]):04X}) at character {text.index(foreign[0])}," in str(error.value)
+    assert tokenizer.unknown(text) == list(dict.fromkeys(foreign))
+    assert tokenizer.drop_unknown(text) == "".join(c for c in text if c in corpus)
+    assert tokenizer.decode([tokenizer.encode_text(tokenizer.drop_unknown(text))]) == [tokenizer.drop_unknown(text)]
+
+
+def test_a_combined_emoji_is_as_many_tokens_as_it_has_code_points():
+    family = "👩‍👩‍👧"
+    tokenizer = CharTokenizer.from_text(family)
+    assert len(tokenizer.encode_text(family)) == 5
+    assert tokenizer.n_ids == 4
+
+
+def test_padding_stands_on_the_left_and_the_end_is_cut():
+    tokenizer = CharTokenizer("abc")
+    assert tokenizer.encode(["abc", "c", ""]).tolist() == [[1, 2, 3], [0, 0, 3], [0, 0, 0]]
+    assert tokenizer.encode(["abc", "c"], 2).tolist() == [[1, 2], [0, 3]]
+    assert tokenizer.encode(["abc"], 5).tolist() == [[0, 0, 1, 2, 3]]
+    assert tokenizer.encode([]).shape == (0, 0)
+    assert tokenizer.encode([], 3).shape == (0, 3)
+
+
+def test_padding_and_ids_without_a_character_decode_to_nothing():
+    tokenizer = CharTokenizer("ab")
+    assert tokenizer.decode_each([[0, 1, 3, 63, -1, 10**6, 2]]) == [["", "a", "", "", "", "", "b"]]
+    assert tokenizer.decode(np.array([[0, 1, 2], [0, 0, 2]], dtype=np.int32)) == ["ab", "b"]
+
+
+@pytest.mark.parametrize(("characters", "rows"), [(1, 64), (62, 64), (63, 64), (64, 128), (127, 128), (128, 192)])
+def test_the_vocabulary_is_aligned_to_64_with_the_padding_counted(characters, rows):
+    tokenizer = CharTokenizer(map(chr, range(1000, 1000 + characters)))
+    assert tokenizer.n_ids == characters + 1
+    assert tokenizer.vocab_size == rows
