@@ -1,0 +1,213 @@
+"""Laws of the batches: what is a target, how often, in which order, and what padding may touch."""
+
+import math
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.extend.random import define_prng_impl
+
+from chargpt_jax.batches import batch_at, shuffled, split, steps_per_epoch, validation_batches, windows_per_pass
+from chargpt_jax.config import DataConfig, UserError
+
+
+def mixed(x: jax.Array) -> jax.Array:
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+# Threefry takes seconds to compile. What holds for every source of random bits is tested with this one, which does not.
+CHEAP = define_prng_impl(
+    key_shape=(1,),
+    seed=lambda seed: mixed(seed.astype(jnp.uint32))[None],
+    split=lambda key, shape: mixed(key[0] ^ jnp.arange(7, 7 + math.prod(shape), dtype=jnp.uint32)).reshape(*shape, 1),
+    random_bits=lambda key, width, shape: mixed(key[0] + jnp.arange(math.prod(shape), dtype=jnp.uint32)).reshape(shape),
+    fold_in=lambda key, data: mixed(key * jnp.uint32(0x9E3779B9) + data.astype(jnp.uint32) + jnp.uint32(1)),
+    name="cheap",
+)
+KEY = jax.random.key(3, impl=CHEAP)
+
+
+@cache
+def run(n: int, block_size: int, batch_size: int, steps: int, padding: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Return the inputs and targets of the first steps, [steps * B, T] each, of a text whose token i is i + 1."""
+    data = DataConfig(batch_size=batch_size, padding_chance=padding)
+    batch = partial(batch_at, jnp.arange(1, n + 1), KEY, block_size=block_size, data=data)
+    inputs, targets = jax.jit(jax.vmap(batch))(jnp.arange(steps))
+    assert inputs.dtype == targets.dtype == jnp.int32
+    assert inputs.shape == targets.shape == (steps, batch_size, block_size)
+    return np.asarray(inputs).reshape(-1, block_size), np.asarray(targets).reshape(-1, block_size)
+
+
+# Split and validation
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(20, 400), st.floats(0.05, 0.95), st.integers(1, 10))
+def test_the_split_is_contiguous_and_complete(n, share, block_size):
+    tokens = np.arange(n)
+    cut = int(share * n)
+    if min(cut, n - cut) < block_size + 1:
+        with pytest.raises(UserError):
+            split(tokens, share, block_size)
+        return
+    train, held_out = split(tokens, share, block_size)
+    assert len(train) == cut
+    assert np.concatenate([train, held_out]).tolist() == tokens.tolist()
+
+
+@pytest.mark.parametrize(("share", "name", "length"), [(0.05, "training", 5), (0.95, "validation", 5)])
+def test_a_part_shorter_than_a_window_and_its_next_character_is_refused(share, name, length):
+    with pytest.raises(UserError) as error:
+        split(np.arange(100), share, 5)
+    for words in (f"The {name} part has {length} characters", "block_size 5", "at least 6", str(share)):
+        assert words in str(error.value)
+    split(np.arange(100), share, 4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 90), st.integers(1, 12), st.integers(1, 5))
+def test_every_held_out_token_is_a_target_once_and_follows_its_input(n_train, n_held_out, block_size, batch_size):
+    tokens = np.arange(1, n_train + n_held_out + 1, dtype=np.int32)
+    inputs, targets = validation_batches(tokens, n_train, block_size, batch_size)
+    assert inputs.shape == targets.shape == (len(targets), batch_size, block_size)
+    assert inputs.dtype == targets.dtype == np.int32
+    assert targets[targets != 0].tolist() == tokens[n_train:].tolist()
+    assert (inputs[targets != 0] == targets[targets != 0] - 1).all()
+    assert (inputs[targets == 0] == 0).all()
+    assert (targets != 0).any(axis=(1, 2)).all()
+
+
+# Training
+
+
+@pytest.mark.parametrize(("n", "block_size", "batch_size"), [(100, 8, 1), (97, 8, 3), (17, 16, 1), (33, 16, 2)])
+def test_a_pass_makes_every_character_a_target_once_but_for_two_windows_at_the_ends(n, block_size, batch_size):
+    count = windows_per_pass(n, block_size)
+    inputs, targets = run(n, block_size, batch_size, math.ceil(3 * count / batch_size))
+    assert (targets == inputs + 1).all()
+    assert (np.diff(inputs, axis=1) == 1).all()
+    assert inputs.min() >= 1
+    assert targets.max() <= n
+    for number in range(3):
+        seen = np.sort(targets[number * count : (number + 1) * count].ravel())
+        assert (np.diff(seen) == 1).all()
+        assert n - 1 - len(seen) < 2 * block_size
+
+
+def test_two_passes_have_other_orders_and_phases():
+    count = windows_per_pass(160, 8)
+    starts = run(160, 8, 1, 6 * count)[0][:, 0].reshape(6, count)
+    phases = starts.min(axis=1, keepdims=True)
+    orders = {tuple(order) for order in (starts - phases) // 8}
+    assert len(orders) == 6
+    assert len(set(phases.ravel().tolist())) > 2
+    assert tuple(range(count)) not in orders
+
+
+def test_no_character_but_the_first_is_left_out_for_ever():
+    targets = run(33, 16, 2, 100)[1]
+    assert set(targets.ravel().tolist()) == set(range(2, 34))
+
+
+def test_a_batch_is_a_function_of_key_and_step_under_jit_and_not():
+    tokens, data = jnp.arange(1, 60), DataConfig(batch_size=3, padding_chance=0.5)
+    plain = partial(batch_at, tokens, block_size=6, data=data)
+    compiled = jax.jit(plain)
+    for step in (0, 1, 17):
+        for one, two in zip(plain(key=KEY, step=jnp.int32(step)), compiled(key=KEY, step=step), strict=True):
+            assert one.tolist() == two.tolist()
+    first, again, other = compiled(key=KEY, step=5), compiled(key=KEY, step=5), compiled(key=KEY, step=6)
+    assert first[0].tolist() == again[0].tolist() != other[0].tolist()
+    assert first[0].tolist() != compiled(key=jax.random.key(4, impl=CHEAP), step=5)[0].tolist()
+
+
+# Order
+
+
+def test_shuffled_is_a_bijection():
+    sizes = [*range(1, 19), 31, 32, 33, 63, 64, 65, 70, 1000]
+    images = jax.jit(lambda: [jax.vmap(partial(shuffled, size=n, key=KEY))(jnp.arange(n)) for n in sizes])()
+    for size, image in zip(sizes, images, strict=True):
+        assert image.dtype == jnp.int32
+        assert sorted(image.tolist()) == list(range(size))
+
+
+def test_no_place_of_the_order_favours_a_window():
+    """Chi-square over tenths of 100 windows, to 5 sigma. (In orders of ten or so the four rounds do show.)"""
+    n_keys, size = 2000, 100
+    keys = jax.random.split(KEY, n_keys)
+    order = jax.jit(jax.vmap(lambda key: jax.vmap(partial(shuffled, size=size, key=key))(jnp.arange(size))))(keys)
+    assert (np.sort(order, axis=1) == np.arange(size)).all()
+    places = np.broadcast_to(np.arange(size) // 10, order.shape)
+    counts = np.bincount((10 * places + np.asarray(order) // 10).ravel(), minlength=100)
+    expected = n_keys * size / 100
+    assert ((counts - expected) ** 2 / expected).sum() < 81 + 5 * math.sqrt(2 * 81)
+
+
+# Epochs
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 10**6), st.integers(1, 512), st.integers(1, 64), st.floats(0.01, 4))
+def test_an_epochs_steps_just_cover_the_windows_times_oversample(n, block_size, batch_size, oversample):
+    data = DataConfig(batch_size=batch_size, oversample=oversample)
+    steps, wanted = steps_per_epoch(n, block_size, data), windows_per_pass(n, block_size) * oversample
+    assert steps >= 1
+    assert steps * batch_size >= wanted * (1 - 1e-12)
+    assert (steps - 1) * batch_size < max(wanted, 1)
+
+
+def test_oversample_scales_an_epoch():
+    lengths = [steps_per_epoch(100_001, 100, DataConfig(batch_size=9, oversample=x)) for x in (0.5, 1.0, 2.0)]
+    assert lengths == [56, 111, 222]
+
+
+# Padding
+
+
+@pytest.mark.parametrize("block_size", [12, 30])
+def test_padding_hides_a_prefix_shorter_than_a_third_and_one_target_less(block_size):
+    n, rows = 200, 1200
+    text, following = run(n, block_size, 4, rows // 4)
+    inputs, targets = run(n, block_size, 4, rows // 4, padding=0.5)
+    lengths = (inputs == 0).sum(axis=1)
+    place = np.arange(block_size)
+    assert (inputs == np.where(place < lengths[:, None], 0, text)).all()
+    assert (targets == np.where(place < lengths[:, None] - 1, 0, following)).all()
+    assert set(lengths.tolist()) == set(range(block_size // 3))
+
+
+def test_a_block_too_short_for_a_third_is_padded_by_one():
+    inputs, targets = run(60, 5, 4, 50, padding=1.0)
+    assert ((inputs == 0).sum(axis=1) == 1).all()
+    assert (inputs[:, 0] == 0).all()
+    assert (targets != 0).all()
+
+
+@pytest.mark.parametrize("chance", [0.1, 0.5])
+def test_the_chance_of_padding_is_the_configs(chance):
+    inputs, _ = run(200, 12, 64, 64, padding=chance)
+    padded, rows = int((inputs[:, 0] == 0).sum()), len(inputs)
+    assert abs(padded - rows * chance) < 5 * math.sqrt(rows * chance * (1 - chance))
+
+
+def test_without_a_chance_nothing_is_padded():
+    inputs, targets = run(200, 12, 4, 300)
+    assert (inputs != 0).all()
+    assert (targets != 0).all()
+
+
+def test_padding_leaves_the_corpus_alone_and_the_runs_own_keys_do_as_well():
+    corpus = np.arange(1, 61, dtype=np.int32)
+    on_device = jnp.asarray(corpus)
+    data = DataConfig(batch_size=windows_per_pass(60, 12), padding_chance=1.0)
+    inputs, targets = jax.jit(partial(batch_at, block_size=12, data=data))(on_device, jax.random.key(0), 0)
+    assert (inputs[:, 0] == 0).all()
+    assert len(set(targets[:, -1].tolist())) == data.batch_size
+    assert corpus.tolist() == on_device.tolist() == list(range(1, 61))
