@@ -1,0 +1,145 @@
+"""The masks' statistics: a counter hash must look like independent coins. Seeds are fixed; bounds are 5 sigma."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chargpt_jax.dropout import dropout, keep_mask, seeds_for, site
+from chargpt_jax.step import dropout_key
+
+SEEDS = seeds_for(jax.random.key(0), 64)
+N = 8192
+PLACES = jnp.arange(N, dtype=jnp.uint32)
+RATES = [0.001, 0.1, 0.2, 0.5, 0.9]
+mask_of = jax.jit(keep_mask, static_argnums=2)
+
+
+def coins(mask: jax.Array, rate: float) -> np.ndarray:
+    """Return a mask as numbers of mean 0 and variance 1, if the rate is right."""
+    return (np.asarray(mask, dtype=np.float32) - (1 - rate)) / math.sqrt(rate * (1 - rate))
+
+
+def assert_independent(one: np.ndarray, two: np.ndarray) -> None:
+    assert abs(float(np.mean(one * two, dtype=np.float64))) < 5 / math.sqrt(one.size)
+
+
+def assert_all_independent(rows: np.ndarray) -> None:
+    """Hold every pair of the rows [K, N] to 5 sigma."""
+    products = rows.astype(np.float64) @ rows.T / rows.shape[1]
+    pairs = products[np.triu_indices(len(rows), 1)]
+    assert np.abs(pairs).max() < 5 / math.sqrt(rows.shape[1])
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_the_rate_is_the_nominal_one(rate):
+    values = coins(mask_of(SEEDS, PLACES, rate), rate)
+    assert abs(values.mean(dtype=np.float64)) < 5 / math.sqrt(values.size)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+@pytest.mark.parametrize("lag", [1, 2, 3, 7, 8, 31, 32, 64, 128, 255, 256, 512, 1024, 4096])
+def test_places_are_independent_at_every_lag(rate, lag):
+    values = coins(mask_of(SEEDS, PLACES, rate), rate)
+    assert_independent(values[:, lag:], values[:, :-lag])
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_neighbouring_triples_are_independent(rate):
+    values = coins(mask_of(SEEDS, PLACES, rate), rate)
+    assert_independent(values[:, :-2] * values[:, 1:-1], values[:, 2:])
+
+
+def test_heads_and_rows_of_attention_are_independent():
+    heads, length = 8, 64
+    values = coins(mask_of(SEEDS[:16], jnp.arange(heads * length**2, dtype=jnp.uint32), 0.2), 0.2)
+    values = values.reshape(16, heads, length, length)
+    assert_all_independent(values.swapaxes(0, 1).reshape(heads, -1))
+    assert_all_independent(values.swapaxes(0, 2).reshape(length, -1))
+    assert_all_independent(values.swapaxes(0, 3).reshape(length, -1))
+
+
+def test_sequences_are_independent():
+    assert_all_independent(coins(mask_of(SEEDS, PLACES, 0.2), 0.2))
+
+
+def test_steps_are_independent():
+    key = jax.random.key(1)
+    seeds = jnp.concatenate([seeds_for(dropout_key(key, jnp.int32(step)), 2) for step in range(24)])
+    assert len({tuple(pair) for pair in seeds.tolist()}) == 48
+    assert_all_independent(coins(mask_of(seeds, PLACES, 0.2), 0.2))
+
+
+def test_sites_and_layers_are_independent():
+    """A layer is a site of the step and its three places are sites of the layer, as in the model."""
+    seeds = [site(site(SEEDS[:2], layer + 1), number) for layer in range(15) for number in range(3)]
+    assert_all_independent(coins(mask_of(jnp.concatenate(seeds), PLACES, 0.2), 0.2))
+
+
+def test_every_place_is_kept_equally_often():
+    """Chi-square over places of how many of 4096 sequences keep each."""
+    n_seeds, places, rate = 4096, 512, 0.2
+    mask = mask_of(seeds_for(jax.random.key(2), n_seeds), PLACES[:places], rate)
+    kept = np.asarray(mask).sum(axis=0)
+    chi_square = ((kept - n_seeds * (1 - rate)) ** 2).sum() / (n_seeds * rate * (1 - rate))
+    assert abs(chi_square - places) < 5 * math.sqrt(2 * places)
+
+
+def test_sequences_differ_in_how_much_they_keep_as_coins_do():
+    """Chi-square over sequences: a hash that spread its values too evenly would fail from below."""
+    n_seeds, places, rate = 2048, 1024, 0.2
+    mask = mask_of(seeds_for(jax.random.key(3), n_seeds), PLACES[:places], rate)
+    kept = np.asarray(mask).sum(axis=1)
+    chi_square = ((kept - places * (1 - rate)) ** 2).sum() / (places * rate * (1 - rate))
+    assert abs(chi_square - n_seeds) < 5 * math.sqrt(2 * n_seeds)
+
+
+def test_sequences_that_share_half_of_their_seed_are_independent():
+    """Where two first halves differ by a multiple of the hash's stride, only the second ones tell masks apart."""
+    for half in (0, 1):
+        assert_all_independent(coins(mask_of(SEEDS.at[:, half].set(7), PLACES, 0.2), 0.2))
+
+
+def test_flipping_one_bit_of_a_seeds_first_half_makes_an_unrelated_mask():
+    seeds = jnp.stack([SEEDS[0]] + [SEEDS[0] ^ jnp.uint32([1 << bit, 0]) for bit in range(32)])
+    values = coins(mask_of(seeds, PLACES, 0.5), 0.5)
+    for flipped in values[1:]:
+        assert_independent(values[0], flipped)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_scaling_keeps_the_mean(rate):
+    values = np.asarray(dropout(jnp.ones((64, 8, 512)), SEEDS, rate))
+    assert set(np.unique(values).tolist()) == {0.0, float(np.float32(1 / (1 - rate)))}
+    sigma = math.sqrt(rate / (1 - rate) / values.size)
+    assert abs(values.mean(dtype=np.float64) - 1) < 5 * sigma
+
+
+def test_without_seeds_or_rate_nothing_is_dropped():
+    x = jnp.arange(12.0).reshape(2, 6)
+    assert dropout(x, None, 0.5) is x
+    assert dropout(x, SEEDS[:2], 0.0) is x
+    assert bool(keep_mask(SEEDS, PLACES, 0.0).all())
+
+
+def test_dropout_keeps_the_dtype_and_drops_where_the_mask_says():
+    x = jnp.arange(1, 2 * 3 * 5 + 1, dtype=jnp.bfloat16).reshape(2, 3, 5)
+    y = dropout(x, SEEDS[:2], 0.5)
+    mask = keep_mask(SEEDS[:2], jnp.arange(15, dtype=jnp.uint32), 0.5).reshape(2, 3, 5)
+    assert y.dtype == x.dtype
+    assert ((y != 0) == mask).all()
+
+
+def test_a_part_of_the_places_or_sequences_has_the_wholes_mask():
+    place = PLACES[:4096].reshape(64, 64)
+    whole = mask_of(SEEDS, place, 0.3)
+    assert (mask_of(SEEDS, place[16:32, :32], 0.3) == whole[:, 16:32, :32]).all()
+    assert (keep_mask(SEEDS[5:9], place, 0.3) == whole[5:9]).all()
+
+
+def test_a_higher_rate_drops_what_a_lower_one_drops_and_more():
+    low, high = (np.asarray(mask_of(SEEDS, PLACES, rate)) for rate in (0.1, 0.2))
+    assert not (high & ~low).any()
+    assert (low & ~high).any()
