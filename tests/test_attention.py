@@ -1,0 +1,88 @@
+"""Blockwise attention against the plain formula: values, gradients, dropout, lengths, precisions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chargpt_jax.attention import cached_attention, causal_attention
+from chargpt_jax.dropout import keep_mask
+
+
+def inputs(length: int, dtype=jnp.float32, batch: int = 2, heads: int = 3, width: int = 4, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.normal(size=(batch, heads, length, width)), dtype) for _ in range(3))
+
+
+def plain(q, k, v, seeds=None, rate=0.0):
+    """Spell the whole T x T array out, with the mask that the blocks should use."""
+    _, H, T, D = q.shape
+    scores = jnp.einsum("bhtd,bhsd->bhts", q, k).astype(jnp.promote_types(q.dtype, jnp.float32)) * D**-0.5
+    weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf), axis=-1)
+    if seeds is not None:
+        place = jnp.arange(H * T * T, dtype=jnp.uint32).reshape(H, T, T)
+        weights = jnp.where(keep_mask(seeds, place, rate), weights / (1 - rate), 0)
+    return jnp.einsum("bhts,bhsd->bhtd", weights.astype(q.dtype), v)
+
+
+SEEDS = jnp.array([[1, 2], [3, 4]], jnp.uint32)
+
+
+@pytest.mark.parametrize(("length", "block"), [(1, 8), (8, 8), (13, 8), (16, 5), (4, 1), (7, 100)])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_values_and_gradients_are_those_of_the_plain_formula(length, block, rate):
+    q, k, v = inputs(length)
+    seeds = SEEDS if rate else None
+    weight = jnp.cos(jnp.arange(q.size)).reshape(q.shape)
+
+    def value(f):
+        return jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(weight * f(q, k, v)), argnums=(0, 1, 2)))(q, k, v)
+
+    ours, gradients = value(lambda q, k, v: causal_attention(q, k, v, seeds, rate, block))
+    theirs, expected = value(lambda q, k, v: plain(q, k, v, seeds, rate))
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
+    for gradient, other in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(gradient, other, rtol=1e-4, atol=2e-5)
+
+
+def test_bfloat16_stays_within_its_rounding_of_float32():
+    q, k, v = inputs(20, jnp.bfloat16)
+    exact = plain(*(x.astype(jnp.float32) for x in (q, k, v)))
+    ours = jax.jit(lambda *x: causal_attention(*x, None, 0.0, 8))(q, k, v)
+    assert ours.dtype == jnp.bfloat16
+    # One rounding of the weights and one of the result, 2**-9 each, of values below 3.
+    np.testing.assert_allclose(ours.astype(jnp.float32), exact, atol=0.03)
+
+
+def test_gradients_keep_the_inputs_dtype():
+    q, k, v = inputs(9, jnp.bfloat16)
+    grads = jax.grad(lambda *x: jnp.sum(causal_attention(*x, None, 0.0, 4).astype(jnp.float32)), argnums=(0, 1, 2))
+    assert {g.dtype for g in jax.eval_shape(grads, q, k, v)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_no_array_of_all_heads_scores_is_ever_made():
+    """Of [B, H, T, T] there is no trace in the compiled step, forward or backward."""
+    B, H, T, block = 2, 3, 64, 16
+    q, k, v = inputs(T)
+    step = jax.jit(jax.grad(lambda q: jnp.sum(causal_attention(q, k, v, SEEDS, 0.1, block))))
+    text = step.lower(q).as_text()
+    assert f"{B}x{H}x{T}x{T}" not in text
+    assert f"{B}x{H}x{block}x{T}" in text
+
+
+def test_keys_that_causality_masks_are_not_looked_at():
+    """The first block's scores have as many keys as queries, not T."""
+    q, k, v = inputs(64)
+    text = jax.jit(lambda q: causal_attention(q, k, v, None, 0.0, 16)).lower(q).as_text()
+    assert "2x3x16x16x" in text
+    assert "2x3x16x32x" in text
+
+
+def test_one_query_against_a_cache_equals_its_row():
+    q, k, v = inputs(12)
+    whole = jax.jit(lambda *x: causal_attention(*x, None, 0.0, 5))(q, k, v)
+    position = jnp.array([7, 11])
+    rows = jnp.arange(2)
+    junk = jnp.arange(12)[None, None, :, None] > position[:, None, None, None]
+    one = cached_attention(q[rows, :, position], jnp.where(junk, 99.0, k), jnp.where(junk, 99.0, v), position)
+    np.testing.assert_allclose(one, whole[rows, :, position], rtol=1e-5, atol=1e-6)
