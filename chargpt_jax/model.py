@@ -1,0 +1,246 @@
+"""The RoPE GPT and nothing else: token ids in, logits out, with or without a cache.
+
+A decoder of pre-LayerNorm blocks with rotary positions (Su et al. 2021, "RoFormer") and an embedding tied to the head,
+the mathematics of the PyTorch ancestor. Parameters are float32, matrix products run in `dtype`, and the residual
+stream, LayerNorm's statistics, the softmax and the logits are float32 (or `dtype`, where that is wider).
+
+Axes: B batch, T time of queries, S time of keys, C channels (n_embd), H heads, D head width, F feed-forward width,
+V vocabulary, L layers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from chargpt_jax.attention import SAVED, cached_attention, causal_attention
+from chargpt_jax.config import ModelConfig
+from chargpt_jax.dropout import dropout, site
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""From q, k and v, [B, H, T, D] each, to the heads' outputs [B, H, T, D] and whatever is to be kept of the layer."""
+
+MASKED = -1e9
+"""The logit of an id that no character has: its probability is exactly 0."""
+
+
+def widened(dtype: Any) -> Any:
+    """Return the dtype of what must not lose precision: float32, or `dtype` where that is wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def uniform(fan_in: int) -> nnx.Initializer:
+    """Return PyTorch's default for Linear weights and biases: uniform in +-1 / sqrt(fan_in)."""
+
+    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **_: Any) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    return init
+
+
+def linear(fan_in: int, fan_out: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    """Make a Linear layer initialised as in PyTorch."""
+    init = uniform(fan_in)
+    return nnx.Linear(fan_in, fan_out, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs)
+
+
+def layer_norm(width: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Make a LayerNorm as in PyTorch: Flax's defaults are eps 1e-6 and a variance that cancels."""
+    return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+def rotary(positions: jax.Array, n_head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Return cos and sin, [..., D / 2], of int32 positions [...], base 10,000; float32, or float64 under x64."""
+    inverse = 10_000.0 ** -(jnp.arange(0, n_head_dim, 2) / n_head_dim)
+    angles = positions[..., None] * inverse
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn each pair (x_i, x_{i + D/2}) of x [..., D] by its angle, in cos's precision; x's dtype comes back."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention; where the keys come from is the caller's `attend`."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        width = config.n_head * config.n_head_dim
+        self.heads = (config.n_head, config.n_head_dim)
+        self.qkv = linear(config.n_embd, 3 * width, dtype, rngs)
+        self.proj = linear(width, config.n_embd, dtype, rngs)
+
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+        """Map x [B, T, C] to [B, T, C]; also returns what `attend` keeps."""
+        B, T, _ = x.shape
+        parts = jnp.split(self.qkv(x), 3, axis=-1)
+        q, k, v = (part.reshape(B, T, *self.heads).swapaxes(1, 2) for part in parts)  # [B, H, T, D]
+        y, kept = attend(rotate(q, *rope), rotate(k, *rope), v)
+        return self.proj(y.swapaxes(1, 2).reshape(B, T, -1)), kept
+
+
+class MLP(nnx.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        self.up = linear(config.n_embd, config.n_ff, dtype, rngs)
+        self.down = linear(config.n_ff, config.n_embd, dtype, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x [B, T, C] to [B, T, C]."""
+        # Exact GELU: the ancestor uses erf, Flax defaults to tanh.
+        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+
+
+class Block(nnx.Module):
+    """One layer: attention, then the MLP, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        self.rate = config.dropout
+        self.ln_1 = layer_norm(config.n_embd, dtype, rngs)
+        self.attn = Attention(config, dtype, rngs)
+        self.ln_2 = layer_norm(config.n_embd, dtype, rngs)
+        self.mlp = MLP(config, dtype, rngs)
+
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, seeds: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Map x [B, T, C] to [B, T, C]; `seeds`, uint32 [B, 2], turn dropout on. Also returns what `attend` keeps."""
+        y, kept = self.attn(self.ln_1(x), rope, attend)
+        x = x + dropout(y, seeds if seeds is None else site(seeds, 1), self.rate)
+        y = self.mlp(self.ln_2(x))
+        return x + dropout(y, seeds if seeds is None else site(seeds, 2), self.rate), kept
+
+
+class GPT(nnx.Module):
+    """The decoder. Its blocks are one block with a leading axis of L on every parameter, run by `lax.scan`."""
+
+    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.config = config = dataclasses.replace(config)  # a copy: what is compiled must not change under its feet
+        self.dtype = dtype
+
+        @nnx.split_rngs(splits=config.n_layer)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(config, dtype, rngs)
+
+        # The tied table takes the initialisation of the ancestor's head, a Linear of fan-in C.
+        init = uniform(config.n_embd)
+        self.wte = nnx.Embed(config.vocab_size, config.n_embd, embedding_init=init, dtype=widened(dtype), rngs=rngs)
+        self.blocks = stack(rngs)
+        self.ln_f = layer_norm(config.n_embd, dtype, rngs)
+
+    def __call__(self, tokens: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
+        """Predict the token after each token.
+
+        Args:
+            tokens: int32 [B, T].
+            seeds: uint32 [B, 2] turn dropout on (training).
+
+        Returns:
+            Logits, float32 [B, T, V].
+        """
+        return self.logits(self.features(tokens, seeds))
+
+    def features(self, tokens: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
+        """Return the last block's output, [B, T, C], from which `logits` predicts; arguments as for a call."""
+        rope = rotary(jnp.arange(tokens.shape[1]), self.config.n_head_dim)
+
+        def layer(block: Block, x: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+            own = seeds if seeds is None else site(seeds, number + 1)
+            weights = own if own is None else site(own, 0)
+            return block(x, rope, lambda q, k, v: (self._attend(q, k, v, weights), None), own)[0], None
+
+        return self._scan(layer, self.wte(tokens), remat=self.config.remat)[0]
+
+    def prefill(self, tokens: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Read int32 [B, T] without dropout; return the last block's output [B, T, C] and all keys and values.
+
+        Keys and values are [L, B, H, T, D] each: the cache that `decode` continues.
+        """
+        rope = rotary(jnp.arange(tokens.shape[1]), self.config.n_head_dim)
+
+        def layer(block: Block, x: jax.Array, _: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            return block(x, rope, lambda q, k, v: (self._attend(q, k, v), (k, v)))
+
+        return self._scan(layer, self.wte(tokens))
+
+    def decode(
+        self, tokens: jax.Array, position: jax.Array, cache: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Predict the token after one token a sequence.
+
+        Args:
+            tokens: int32 [B].
+            position: int32 [B], each token's place in its sequence, less than S.
+            cache: keys and values, [L, B, H, S, D] each, filled up to the position.
+
+        Returns:
+            Logits, float32 [B, V], and the cache with this position filled.
+        """
+        cos, sin = rotary(position[:, None, None], self.config.n_head_dim)  # [B, 1, 1, D / 2]
+        rows = jnp.arange(tokens.shape[0])
+
+        def layer(block: Block, carry: tuple[jax.Array, Any], number: jax.Array) -> tuple[tuple[jax.Array, Any], None]:
+            x, (keys, values) = carry
+
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+                # Written into the whole stack, so that the loop updates it in place.
+                new_keys = keys.at[number, rows, :, position].set(k[:, :, 0])
+                new_values = values.at[number, rows, :, position].set(v[:, :, 0])
+                y = cached_attention(q[:, :, 0], new_keys[number], new_values[number], position)
+                return y[:, :, None], (new_keys, new_values)
+
+            return block(x, (cos, sin), attend), None
+
+        (x, cache), _ = self._scan(layer, (self.wte(tokens[:, None]), cache))
+        return self.logits(x)[:, 0], cache
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Map the last block's output [B, T, C] to logits, float32 [B, T, V]; ids not in use get `MASKED`."""
+        table = self.wte.embedding[...].astype(self.dtype)
+        logits = jnp.einsum("btc,vc->btv", self.ln_f(x), table, preferred_element_type=widened(self.dtype))
+        if not self.config.mask_unused_ids:
+            return logits
+        ids = jnp.arange(self.config.vocab_size)
+        return jnp.where((ids > 0) & (ids < self.config.used_ids), logits, MASKED)
+
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
+        return causal_attention(q, k, v, seeds, self.config.dropout, self.config.attention_block)
+
+    def _scan(self, layer: Callable[..., Any], carry: Any, remat: bool = False) -> tuple[Any, Any]:
+        """Run layer(block, carry, number) -> (carry, kept) through the stack of blocks."""
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def body(carry: Any, xs: Any) -> tuple[Any, Any]:
+            return layer(nnx.merge(graphdef, xs[0]), carry, xs[1])
+
+        if remat:
+            policy = jax.checkpoint_policies.save_only_these_names(SAVED)
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        return jax.lax.scan(body, carry, (stacked, jnp.arange(self.config.n_layer)))
+
+
+def create(config: ModelConfig, seed: int, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Build a model and take it apart.
+
+    Args:
+        config: with vocab_size and used_ids set.
+        seed: of the initial parameters.
+        dtype: of the matrix products.
+
+    Returns:
+        What `nnx.merge(graphdef, params)` puts together again: the static description, and the parameters as nested
+        dicts of float32 arrays.
+    """
+    graphdef, state = nnx.split(GPT(config, dtype=dtype, rngs=nnx.Rngs(params=seed)))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def count_parameters(params: Any) -> int:
+    """Count the numbers in a tree of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

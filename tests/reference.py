@@ -1,0 +1,438 @@
+"""A slow, plain NumPy statement of the mathematics, in float64, for tests to compare the package with.
+
+It covers the model, its token metrics, greedy generation, AdamW, the learning-rate schedule and the learning-rate
+range test. It imports nothing of the package, handles one sequence at a time (loop over a batch outside) and has no
+dropout. Facts come from z0u/mi-ni at commit 2a991f7 (PyTorch).
+
+RoPE: Su et al. 2021, "RoFormer". Decoupled weight decay: Loshchilov and Hutter 2019. Range test: Smith 2017.
+
+Axes: T time, C channels, H heads, D head width, F feed-forward width, V vocabulary.
+Token id 0 is padding: an ordinary token to the model, but never counted by a loss or a metric.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+Params = dict[str, np.ndarray]
+LrRange = tuple[float, float]
+
+PADDING_ID = 0
+LAYER_NORM_EPS = 1e-5
+ROPE_BASE = 10_000.0
+MASKED_LOGIT = -1e30  # finite, so that no inf - inf can arise; exp of it, or of its distance to a real logit, is 0.0
+
+
+# Parameters
+
+
+def random_parameters(
+    rng: np.random.Generator, *, vocab_size: int, n_embd: int, n_head: int, n_head_dim: int, n_ff: int, n_layer: int
+) -> Params:
+    """Draw parameters that keep activations and logits of order one, with no bias at 0 and no scale at 1.
+
+    This is not the model's initialisation: a test should notice a forgotten bias or scale.
+
+    Names are the original's, and weights have torch's orientation [out, in]; each array is float64:
+    'transformer.wte.weight' [V, C], which is also the output head; for each block N, under 'transformer.blocks.N.':
+    'ln_1' and 'ln_2' [C], 'attn.qkv' [3*H*D, C], 'attn.proj' [C, H*D], 'mlp.net.0' [F, C], 'mlp.net.2' [C, F];
+    'transformer.ln_f' [C]. Each but wte has a '.weight' and a '.bias'.
+    """
+    params = {}
+
+    def add_linear(name: str, n_in: int, n_out: int) -> None:
+        params[name + ".weight"] = rng.normal(size=(n_out, n_in)) / math.sqrt(n_in)
+        params[name + ".bias"] = 0.1 * rng.normal(size=n_out)
+
+    def add_layer_norm(name: str) -> None:
+        params[name + ".weight"] = 1.0 + 0.1 * rng.normal(size=n_embd)
+        params[name + ".bias"] = 0.1 * rng.normal(size=n_embd)
+
+    params["transformer.wte.weight"] = rng.normal(size=(vocab_size, n_embd)) / math.sqrt(n_embd)
+    for n in range(n_layer):
+        block = f"transformer.blocks.{n}."
+        add_layer_norm(block + "ln_1")
+        add_linear(block + "attn.qkv", n_embd, 3 * n_head * n_head_dim)
+        add_linear(block + "attn.proj", n_head * n_head_dim, n_embd)
+        add_layer_norm(block + "ln_2")
+        add_linear(block + "mlp.net.0", n_embd, n_ff)
+        add_linear(block + "mlp.net.2", n_ff, n_embd)
+    add_layer_norm("transformer.ln_f")
+    return params
+
+
+# Model
+
+
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Normalise each row of x [T, C] by its mean and its biased variance, then apply weight [C] and bias [C]."""
+    mean = x.mean(axis=-1, keepdims=True)
+    variance = ((x - mean) ** 2).mean(axis=-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + LAYER_NORM_EPS) * weight + bias
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """Return x times the standard normal distribution function at x, elementwise: exact erf, not tanh."""
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+    return 0.5 * x * (1.0 + erf(x / math.sqrt(2.0)))
+
+
+def rope(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Rotate the vectors x [T, D] of one head by angles that grow with positions [T]; D is even.
+
+    Channel i of the first half and channel i of the second half are one point of a plane. At position p it turns by
+    p * base ** (-2 i / D) radians. (The original keeps its frequencies in float32; here they are float64.)
+    """
+    n_head_dim = x.shape[-1]
+    half = n_head_dim // 2
+    rotated = np.empty_like(x, dtype=np.float64)
+    for t, position in enumerate(positions):
+        for i in range(half):
+            angle = float(position) * ROPE_BASE ** (-2.0 * i / n_head_dim)
+            a, b = x[t, i], x[t, half + i]
+            rotated[t, i] = a * math.cos(angle) - b * math.sin(angle)
+            rotated[t, half + i] = b * math.cos(angle) + a * math.sin(angle)
+    return rotated
+
+
+def linear(x: np.ndarray, params: Params, name: str) -> np.ndarray:
+    """Apply the named weight [out, in] and bias [out] to x [T, in]. Returns [T, out]."""
+    return x @ params[name + ".weight"].T + params[name + ".bias"]
+
+
+def attention(x: np.ndarray, params: Params, name: str, n_head: int, n_head_dim: int) -> np.ndarray:
+    """Let each position of x [T, C] look at itself and the positions before it. Returns [T, C].
+
+    name: the module's prefix in params, such as 'transformer.blocks.0.attn'. The rows of its qkv weight are all heads
+    of q, then all heads of k, then all heads of v. Positions count from 0.
+    """
+    n_time = x.shape[0]
+    positions = np.arange(n_time)
+    q_all, k_all, v_all = np.split(linear(x, params, name + ".qkv"), 3, axis=-1)  # each [T, H*D]
+
+    y = np.empty((n_time, n_head * n_head_dim))
+    for h in range(n_head):
+        columns = slice(h * n_head_dim, (h + 1) * n_head_dim)
+        q = rope(q_all[:, columns], positions)
+        k = rope(k_all[:, columns], positions)
+        v = v_all[:, columns]
+        for t in range(n_time):
+            scores = k[: t + 1] @ q[t] / math.sqrt(n_head_dim)  # [t + 1]
+            weights = np.exp(log_softmax(scores))
+            y[t, columns] = weights @ v[: t + 1]
+    return linear(y, params, name + ".proj")
+
+
+def mlp(x: np.ndarray, params: Params, name: str) -> np.ndarray:
+    """Apply the two linear layers net.0 and net.2 of the named module to x [T, C], with GELU between."""
+    return linear(gelu(linear(x, params, name + ".net.0")), params, name + ".net.2")
+
+
+def logits(params: Params, tokens: np.ndarray, n_head: int, n_head_dim: int, used_ids: int | None = None) -> np.ndarray:
+    """Run the model on one sequence, tokens: int [T], at positions 0 to T - 1. Returns [T, V].
+
+    used_ids: how many ids the tokenizer uses, padding included. Given, the logits of id 0 and of ids used_ids and up
+    are MASKED_LOGIT, so that softmax gives them exactly 0. None: all logits as computed, as the original does.
+    """
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        return layer_norm(x, params[name + ".weight"], params[name + ".bias"])
+
+    wte = params["transformer.wte.weight"]
+    x = wte[np.asarray(tokens)]  # [T, C]
+    n = 0
+    while f"transformer.blocks.{n}.ln_1.weight" in params:
+        block = f"transformer.blocks.{n}."
+        x = x + attention(norm(x, block + "ln_1"), params, block + "attn", n_head, n_head_dim)
+        x = x + mlp(norm(x, block + "ln_2"), params, block + "mlp")
+        n += 1
+    rows = norm(x, "transformer.ln_f") @ wte.T  # the head is the embedding table, without bias
+
+    if used_ids is not None:
+        rows[:, PADDING_ID] = MASKED_LOGIT
+        rows[:, used_ids:] = MASKED_LOGIT
+    return rows
+
+
+# Loss and metrics
+
+
+def log_softmax(row: np.ndarray) -> np.ndarray:
+    """Return the log probabilities [V], in nats, of logits [V]."""
+    shifted = row - row.max()
+    return shifted - math.log(np.exp(shifted).sum())
+
+
+def entropy_of(row: np.ndarray) -> float:
+    """Return the entropy in nats of the distribution that logits [V] describe, taking 0 log 0 as 0."""
+    log_p = log_softmax(row)
+    p = np.exp(log_p)
+    possible = p > 0
+    return float(-np.sum(p[possible] * log_p[possible]))
+
+
+def loss(logits: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
+    """Sum the cross-entropy, in nats, of logits [T, V] against the targets [T] that are not padding.
+
+    Row t of the logits predicts target t: the caller has shifted. Returns the sum and the number of targets counted.
+    The mean over a batch is the sum of the sums over the sum of the counts, not a mean of means.
+    """
+    nats, count = 0.0, 0
+    for row, target in zip(logits, targets, strict=True):
+        if target != PADDING_ID:
+            nats -= float(log_softmax(row)[target])
+            count += 1
+    return nats, count
+
+
+def token_metrics(
+    logits_rows: np.ndarray, tokens: np.ndarray, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Describe each token by how the model saw it coming, from the model's own logits_rows [T, V] on tokens [T].
+
+    Returns surprisal [T] in nats, entropy [T] in nats and s2 [T], which is (surprisal - entropy) / log(vocab_size).
+    Token t is predicted by row t - 1. Token 0, which nothing predicts, and padding tokens have NaN in all three. The
+    first token after padding does have values: the model predicts it from the padding.
+    """
+    n_time = len(tokens)
+    surprisal = np.full(n_time, np.nan)
+    entropy = np.full(n_time, np.nan)
+    for t in range(1, n_time):
+        if tokens[t] != PADDING_ID:
+            surprisal[t] = -log_softmax(logits_rows[t - 1])[tokens[t]]
+            entropy[t] = entropy_of(logits_rows[t - 1])
+    return surprisal, entropy, (surprisal - entropy) / math.log(vocab_size)
+
+
+def generate_greedy(
+    params: Params,
+    prompt: np.ndarray,
+    n_new: int,
+    block_size: int,
+    n_head: int,
+    n_head_dim: int,
+    used_ids: int | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Append n_new tokens to prompt [T] (at least one token), each the likeliest one; ties go to the smallest id.
+
+    Every new token runs the model anew on the last block_size tokens, whose positions count from 0 again. Past
+    block_size this differs from a rolling cache, whose keys and values above the first layer still remember tokens
+    that have left the window.
+
+    Returns tokens [T + n_new], and for the new tokens only surprisal [n_new] and entropy [n_new], in nats, under the
+    logits (masked by used_ids, see `logits`) that chose them.
+    """
+    tokens = [int(token) for token in prompt]
+    surprisal = np.empty(n_new)
+    entropy = np.empty(n_new)
+    for i in range(n_new):
+        window = np.array(tokens[-block_size:])
+        row = logits(params, window, n_head, n_head_dim, used_ids)[-1]
+        token = int(np.argmax(row))
+        surprisal[i] = -log_softmax(row)[token]
+        entropy[i] = entropy_of(row)
+        tokens.append(token)
+    return np.array(tokens), surprisal, entropy
+
+
+# Optimizer and schedule
+
+
+def adamw_init(params: Params) -> dict:
+    """Return the state before the first update: 'step' 0, and moments 'm' and 'v' of zeros shaped as params."""
+    return {
+        "step": 0,
+        "m": {name: np.zeros_like(p) for name, p in params.items()},
+        "v": {name: np.zeros_like(p) for name, p in params.items()},
+    }
+
+
+def adamw_update(
+    params: Params,
+    grads: Params,
+    state: dict,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float = 1e-8,
+    *,
+    weight_decay: float,
+) -> tuple[Params, dict]:
+    """Make one AdamW update. Returns new params and state; the arguments stay as they are.
+
+    Matrices (rank 2 and more, the embedding table too) shrink by lr * weight_decay of their value before the update;
+    biases and LayerNorm scales do not. eps is added after the root of the bias-corrected second moment.
+    """
+    beta1, beta2 = betas
+    step = state["step"] + 1
+    new_params, m, v = {}, {}, {}
+    for name, p in params.items():
+        g = grads[name]
+        m[name] = beta1 * state["m"][name] + (1.0 - beta1) * g
+        v[name] = beta2 * state["v"][name] + (1.0 - beta2) * g**2
+        m_hat = m[name] / (1.0 - beta1**step)
+        v_hat = v[name] / (1.0 - beta2**step)
+        decay = weight_decay if p.ndim >= 2 else 0.0
+        new_params[name] = p - lr * decay * p - lr * m_hat / (np.sqrt(v_hat) + eps)
+    return new_params, {"step": step, "m": m, "v": v}
+
+
+def adamw_steps(
+    params: Params,
+    grads_fn: Callable[[Params, int], Params],
+    lrs: list[float],
+    betas: tuple[float, float],
+    eps: float = 1e-8,
+    *,
+    weight_decay: float,
+) -> Params:
+    """Make one AdamW update for each rate in lrs, from a fresh state, with gradients grads_fn(params, step).
+
+    step counts from 0. Returns the final params.
+    """
+    state = adamw_init(params)
+    for step, lr in enumerate(lrs):
+        params, state = adamw_update(params, grads_fn(params, step), state, lr, betas, eps, weight_decay=weight_decay)
+    return params
+
+
+def warmup_cosine(step: int, peak: float, warmup_steps: int, total_steps: int, min_lr_factor: float) -> float:
+    """Return the rate of the update with index step, for a run of updates 0 to total_steps - 1.
+
+    Update 0 uses min_lr_factor * peak and update warmup_steps uses peak, with a straight line between; then half a
+    cosine falls so that the last update, total_steps - 1, uses exactly min_lr_factor * peak. Later steps stay there.
+    Without warm-up, update 0 uses peak. The peak must come before the last update, or the two ends would contradict.
+    """
+    last_step = total_steps - 1
+    if not 0 <= warmup_steps < last_step:
+        raise ValueError(f"warmup_steps is {warmup_steps}; it must be from 0 to total_steps - 2 = {total_steps - 2}")
+    if step < warmup_steps:
+        height = step / warmup_steps
+    else:
+        progress = min(step, last_step) - warmup_steps
+        height = 0.5 * (1.0 + math.cos(math.pi * progress / (last_step - warmup_steps)))
+    return (1.0 - height) * min_lr_factor * peak + height * peak  # exact at both heights, 0 and 1
+
+
+# Learning-rate range test
+
+
+def schedule(lr_range: LrRange, n: int) -> np.ndarray:
+    """Return n rates [n] from one end of lr_range to the other, both included, evenly spaced in the logarithm."""
+    log_start, log_end = np.log(lr_range)
+    return np.exp(np.linspace(log_start, log_end, n))
+
+
+def keep_improving(lrs: list[float], losses: list[float]) -> tuple[list[float], list[float]]:
+    """Keep the points whose loss is strictly below every loss before it; NaN and infinity never are.
+
+    Returns the kept lrs and losses, in their order.
+    """
+    kept_lrs, kept_losses = [], []
+    best = math.inf
+    for lr, value in zip(lrs, losses, strict=True):
+        if value < best:
+            best = value
+            kept_lrs.append(float(lr))
+            kept_losses.append(float(value))
+    return kept_lrs, kept_losses
+
+
+def steepest(lrs: list[float], losses: list[float]) -> float:
+    """Return the rate, averaged in the logarithm, around which the loss falls fastest from one point to the next.
+
+    A step between neighbours counts at their log midpoint, by how much further it falls than the step that falls
+    least. Where all steps fall alike (so always for two points), the middle of the two ends, in the logarithm. The
+    slope is per step, not per unit of log rate: gaps that dropped points have left are not made up for.
+    """
+    log_lrs = np.log(lrs)
+    slopes = np.diff(losses)
+    weights = np.maximum(0.0, slopes.max() - slopes)
+    if weights.sum() == 0:
+        return float(np.exp((log_lrs[0] + log_lrs[-1]) / 2))
+    midpoints = (log_lrs[:-1] + log_lrs[1:]) / 2
+    return float(np.exp(np.sum(weights * midpoints) / np.sum(weights)))
+
+
+def lowest(lrs: list[float], losses: list[float]) -> float:
+    """Return the rate at the least loss, the first of equals."""
+    return float(lrs[int(np.argmin(losses))])
+
+
+def propose(method: str, steepest: float, lowest: float) -> LrRange:
+    """Return the range that method ('steepest', 'lowest' or 'balanced') makes of the two rates.
+
+    'balanced' is the pair as it stands, steepest first, even where that is the greater.
+    """
+    if method == "steepest":
+        return steepest, steepest
+    if method == "lowest":
+        return lowest, lowest
+    if method == "balanced":
+        return steepest, lowest
+    raise ValueError(f"method is {method!r}; use 'steepest', 'lowest' or 'balanced'")
+
+
+def zoom_range(proposed: LrRange, current: LrRange, zoom_factor: float) -> LrRange:
+    """Move each end of the current range towards that of the proposed one, in the logarithm.
+
+    zoom_factor: the share of the distance that remains; 1 stays at current, 0 goes to proposed.
+    """
+    ends = []
+    for old, new in zip(current, proposed, strict=True):
+        ends.append(math.exp(math.log(old) + (1.0 - zoom_factor) * (math.log(new) - math.log(old))))
+    return ends[0], ends[1]
+
+
+def range_test(
+    loss_of: Callable[[int, int, float], float],
+    *,
+    start_lr: float = 1e-10,
+    end_lr: float = 10.0,
+    num_zooms: int = 5,
+    steps_per_zoom: int = 10,
+    zoom_factor: float = 0.5,
+    method: str = "steepest",
+) -> tuple[float, list[dict]]:
+    """Search for a learning rate by ever narrower range tests.
+
+    loss_of(zoom, step, lr): the loss before the update that uses lr, in a run that begins anew at step 0 of each
+    zoom. It is called for every step, in order, whether or not the loss improves. zoom and step count from 0.
+
+    A zoom with fewer than two improving points is skipped and leaves the range as it was. The lowest rate is the
+    smallest over all zooms so far (the rate, not its loss); the steepest is that of the zoom.
+
+    Returns the best rate, which is the arithmetic mean of the last proposed range, and one dict for each zoom not
+    skipped: 'zoom', 'range' (as tested), 'lrs' and 'losses' (improving points), 'steepest', 'lowest', 'proposed',
+    'best'.
+    """
+    best_lr = math.nan
+    lowest_lr = math.inf
+    current = (start_lr, end_lr)
+    zooms = []
+    for zoom in range(num_zooms):
+        all_lrs = [float(lr) for lr in schedule(current, steps_per_zoom)]
+        all_losses = [loss_of(zoom, step, lr) for step, lr in enumerate(all_lrs)]
+        lrs, losses = keep_improving(all_lrs, all_losses)
+        if len(lrs) < 2:
+            continue
+        steepest_lr = steepest(lrs, losses)
+        lowest_lr = min(lowest_lr, lowest(lrs, losses))
+        proposed = propose(method, steepest_lr, lowest_lr)
+        best_lr = (proposed[0] + proposed[1]) / 2
+        zooms.append(
+            {
+                "zoom": zoom,
+                "range": current,
+                "lrs": lrs,
+                "losses": losses,
+                "steepest": steepest_lr,
+                "lowest": lowest_lr,
+                "proposed": proposed,
+                "best": best_lr,
+            }
+        )
+        current = zoom_range(proposed, current, zoom_factor)
+    if not zooms:
+        raise ValueError(f"no zoom between rates {start_lr} and {end_lr} had two improving losses; widen the range")
+    return best_lr, zooms

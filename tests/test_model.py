@@ -1,0 +1,177 @@
+"""Laws of the model, then its numbers against the float64 reference."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from chargpt_jax.attention import causal_attention
+from chargpt_jax.config import ModelConfig
+from chargpt_jax.dropout import seeds_for
+from chargpt_jax.metrics import surprisal_and_entropy
+from chargpt_jax.model import MASKED, count_parameters, create, rotary, rotate
+from tests import reference
+from tests.pairing import from_reference
+
+CONFIG = ModelConfig(
+    vocab_size=64, used_ids=40, block_size=24, n_embd=20, n_head=3, n_head_dim=8, n_ff=36, n_layer=3, attention_block=10
+)
+
+
+def x64(on: bool):
+    """Return the context in which float64 is what it says; JAX moved it in 0.8."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(on)
+    from jax.experimental import enable_x64
+
+    return enable_x64(on)
+
+
+def run(config, params, tokens, dtype=jnp.float32, seeds=None):
+    graphdef, _ = create(config, 0, dtype)
+    return jax.jit(lambda p, t, s: nnx.merge(graphdef, p)(t, s))(params, tokens, seeds)
+
+
+@pytest.fixture(scope="module")
+def made():
+    return create(CONFIG, 0)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jnp.asarray(np.random.default_rng(1).integers(1, CONFIG.used_ids, (2, CONFIG.block_size)), jnp.int32)
+
+
+def test_no_gradient_reaches_later_tokens(made, tokens):
+    graphdef, params = made
+    table = params["wte"]["embedding"]
+
+    def at(embedded, position):
+        model = nnx.merge(graphdef, params)
+        rope = rotary(jnp.arange(embedded.shape[1]), CONFIG.n_head_dim)
+        attend = lambda q, k, v: (causal_attention(q, k, v, None, 0.0, 10), None)  # noqa: E731
+        x, _ = model._scan(lambda block, x, _: block(x, rope, attend), embedded)
+        return jnp.sum(model.logits(x)[0, position, 1:30] ** 2)
+
+    gradient = jax.jit(jax.grad(at))
+    for position in (0, 7, 22):
+        g = np.asarray(gradient(table[tokens], position))
+        assert np.all(g[0, position + 1 :] == 0)
+        assert np.all(np.abs(g[0, : position + 1]).sum(axis=-1) > 0)
+        assert np.all(g[1] == 0)
+
+
+def test_rotary_scores_depend_only_on_the_distance():
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=8), jnp.float32) for _ in range(2))
+
+    def score(t, s):
+        return float(jnp.dot(rotate(q, *rotary(jnp.int32(t), 8)), rotate(k, *rotary(jnp.int32(s), 8))))
+
+    for distance in (0, 1, 5, 100):
+        expected = score(distance, 0)
+        for s in (1, 17, 400):
+            assert score(s + distance, s) == pytest.approx(expected, abs=2e-5)
+    assert abs(score(3, 0) - score(0, 3)) > 1e-2  # and it is not blind to direction
+
+
+def test_an_untrained_model_hesitates_between_all_characters(made, tokens):
+    _, params = made
+    surprisal, entropy = surprisal_and_entropy(run(CONFIG, params, tokens)[:, :-1], tokens[:, 1:])
+    characters = math.log(CONFIG.used_ids - 1)
+    assert float(surprisal.mean()) == pytest.approx(characters, abs=0.4)
+    assert float(entropy.max()) <= characters + 1e-5
+
+
+def test_parameters_are_initialised_as_pytorch_does():
+    config = dataclasses.replace(CONFIG, n_embd=64, n_ff=200, n_head_dim=16)
+    _, params = create(config, 3)
+    heads = config.n_head * config.n_head_dim
+    fans = {("attn", "qkv"): 64, ("attn", "proj"): heads, ("mlp", "up"): 64, ("mlp", "down"): 200}
+    for (part, layer), fan_in in fans.items():
+        for kind in ("kernel", "bias"):
+            values = np.asarray(params["blocks"][part][layer][kind])
+            bound = fan_in**-0.5
+            assert np.abs(values).max() <= bound
+            assert np.abs(values).max() > 0.95 * bound
+            assert values.std() == pytest.approx(bound / math.sqrt(3), rel=0.15)
+            assert not np.array_equal(values[0], values[1])  # every layer has draws of its own
+    assert np.abs(np.asarray(params["wte"]["embedding"])).max() <= 64**-0.5
+    assert np.all(np.asarray(params["blocks"]["ln_1"]["scale"]) == 1)
+
+
+def test_the_number_of_parameters_is_that_of_the_formula(made):
+    c, (_, params) = CONFIG, made
+    width = c.n_head * c.n_head_dim
+    layer = 4 * c.n_embd + 3 * width * (c.n_embd + 1) + c.n_embd * (width + 1)
+    layer += c.n_ff * (c.n_embd + 1) + c.n_embd * (c.n_ff + 1)
+    assert count_parameters(params) == c.vocab_size * c.n_embd + c.n_layer * layer + 2 * c.n_embd
+
+
+def test_ids_without_a_character_have_no_probability(made, tokens):
+    _, params = made
+    probability = np.asarray(jax.nn.softmax(run(CONFIG, params, tokens)))
+    assert np.all(probability[..., 0] == 0)
+    assert np.all(probability[..., CONFIG.used_ids :] == 0)
+    assert np.all(probability[..., 1 : CONFIG.used_ids] > 0)
+    free = run(dataclasses.replace(CONFIG, mask_unused_ids=False), params, tokens)
+    assert np.all(np.asarray(free) > MASKED / 2)
+
+
+def test_remat_and_block_size_of_attention_change_nothing(tokens):
+    config = dataclasses.replace(CONFIG, dropout=0.2)
+    _, params = create(config, 0)
+    seeds = seeds_for(jax.random.key(5), 2)
+    expected = run(config, params, tokens, seeds=seeds)
+    for change in ({"remat": False}, {"attention_block": 24}, {"attention_block": 1}):
+        other = run(dataclasses.replace(config, **change), params, tokens, seeds=seeds)
+        np.testing.assert_allclose(other, expected, atol=2e-6)
+
+
+def test_dropout_is_off_without_seeds_and_differs_between_sequences(tokens):
+    config = dataclasses.replace(CONFIG, dropout=0.3)
+    _, params = create(config, 0)
+    np.testing.assert_array_equal(run(config, params, tokens), run(CONFIG, params, tokens))
+    twice = jnp.stack([tokens[0], tokens[0]])
+    dropped = run(config, params, twice, seeds=seeds_for(jax.random.key(5), 2))
+    assert np.abs(np.asarray(dropped[0] - dropped[1]))[..., 1:40].max() > 0.01
+
+
+def test_prefill_and_decode_equal_the_whole(made, tokens):
+    graphdef, params = made
+    whole = run(CONFIG, params, tokens)
+    prefill = jax.jit(lambda p, t: nnx.merge(graphdef, p).prefill(t))
+    decode = jax.jit(lambda p, t, at, cache: nnx.merge(graphdef, p).decode(t, at, cache))
+    _, cache = prefill(params, tokens.at[:, 9:].set(0))  # what is right of a prompt does not matter
+    for t in range(9, CONFIG.block_size):
+        logits, cache = decode(params, tokens[:, t], jnp.array([t, t]), cache)
+        np.testing.assert_allclose(logits, whole[:, t], atol=3e-6)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-10)])
+def test_logits_are_those_of_the_float64_reference(dtype, tolerance, masked):
+    c = dataclasses.replace(CONFIG, mask_unused_ids=masked)
+    sizes = {"vocab_size": c.vocab_size, "n_embd": c.n_embd, "n_head": c.n_head, "n_head_dim": c.n_head_dim}
+    theirs = reference.random_parameters(np.random.default_rng(7), **sizes, n_ff=c.n_ff, n_layer=c.n_layer)
+    tokens = np.random.default_rng(8).integers(0, c.used_ids, (2, c.block_size)).astype(np.int32)
+    used = c.used_ids if masked else None
+    expected = np.stack([reference.logits(theirs, row, c.n_head, c.n_head_dim, used) for row in tokens])
+    with x64(dtype == np.float64):
+        params = from_reference(theirs, c.n_layer, dtype)
+        ours = np.asarray(run(c, params, jnp.asarray(tokens), dtype=jnp.dtype(dtype)))
+    assert ours.dtype == dtype
+    counts = slice(1, c.used_ids) if masked else slice(None)
+    np.testing.assert_allclose(ours[..., counts], expected[..., counts], rtol=tolerance, atol=tolerance)
+
+
+def test_bfloat16_logits_are_float32_and_near():
+    _, params = create(CONFIG, 0)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(1, 40, (2, 24)), jnp.int32)
+    exact, rough = (run(CONFIG, params, tokens, dtype=d) for d in (jnp.float32, jnp.bfloat16))
+    assert rough.dtype == jnp.float32
+    np.testing.assert_allclose(rough, exact, atol=0.05)
