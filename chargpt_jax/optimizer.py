@@ -1,0 +1,46 @@
+"""Schedule, decay mask, AdamW: one optax transform."""
+
+from typing import Any
+
+import jax
+import optax
+
+from chargpt_jax.config import OptimizerConfig, SchedulerConfig
+
+
+def total_steps(config: SchedulerConfig, epoch_steps: int) -> int:
+    """Return the number of updates in a run, at least 1; `epoch_steps` is the number in an epoch."""
+    return config.max_steps if config.max_steps is not None else max(1, round(config.epochs * epoch_steps))
+
+
+def warmup_cosine(config: SchedulerConfig, peak: float, epoch_steps: int) -> optax.Schedule:
+    """Return the learning rate of each update, counted from 0.
+
+    Linear from min_lr_factor x peak at update 0 to the peak after warmup_epochs, then a half cosine that reaches
+    min_lr_factor x peak at the last update. In a run shorter than its warm-up, the last update
+    reaches the peak.
+    """
+    last = total_steps(config, epoch_steps) - 1
+    warmup = min(round(config.warmup_epochs * epoch_steps), last)
+    low = config.min_lr_factor * peak
+    down = optax.cosine_decay_schedule(peak, max(1, last - warmup), alpha=config.min_lr_factor)
+    if not warmup:
+        return down
+    return optax.join_schedules([optax.linear_schedule(low, peak, warmup), down], [warmup])
+
+
+def decay_mask(params: dict[str, Any]) -> dict[str, Any]:
+    """Mark with True the arrays that weight decay shrinks: matrices and the embedding, not biases and scales.
+
+    Arrays under 'blocks' carry a leading axis of layers, which does not count towards their rank.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, x: x.ndim - (path[0].key == "blocks") >= 2, params)
+
+
+def adamw(config: OptimizerConfig, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Build AdamW (Loshchilov and Hutter 2019) with the decay mask, after clipping where the config asks for it."""
+    b1, b2 = config.betas
+    update = optax.adamw(learning_rate, b1=b1, b2=b2, eps=1e-8, weight_decay=config.weight_decay, mask=decay_mask)
+    if config.clip_norm is None:
+        return update
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
