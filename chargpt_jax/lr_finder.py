@@ -1,0 +1,106 @@
+"""The multi-zoom learning-rate range test (after Smith 2017, "Cyclical Learning Rates"), as events and a typed result.
+
+Every zoom trains a few steps from the initial parameters with a fresh optimizer and ever larger rates, looks at where
+the loss fell, and hands a narrower range to the next. The search itself knows nothing of JAX: it asks a function for
+the loss at (zoom, step, rate), so it can be tested on any loss.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from chargpt_jax.config import LRFinderConfig, UserError
+from chargpt_jax.events import LRFinderResult, LRFinderStep, Zoom
+
+LossOf = Callable[[int, int, float], float]
+"""(zoom, step, rate) -> the loss before this rate's update, in nats; a step of 0 starts from the initial state."""
+
+Range = tuple[float, float]
+
+
+def search(loss_of: LossOf, config: LRFinderConfig) -> Iterator[LRFinderStep | Zoom | LRFinderResult]:
+    """Run the range test; the last event is its result.
+
+    Raises:
+        UserError: where no zoom had two points of falling loss.
+    """
+    span, lowest, zooms = (config.start_lr, config.end_lr), float("inf"), []
+    for number in range(config.num_zooms):
+        lrs: list[float] = []
+        losses: list[float] = []
+        for step, rate in enumerate(log_spaced(span, config.steps_per_zoom)):
+            loss = loss_of(number, step, float(rate))
+            done = number * config.steps_per_zoom + step + 1
+            yield LRFinderStep(done, config.num_zooms * config.steps_per_zoom, number + 1, float(rate), loss)
+            if loss < min(losses, default=float("inf")):
+                lrs.append(float(rate))
+                losses.append(loss)
+        if len(lrs) < 2:
+            continue
+        steepest, lowest = steepest_rate(lrs, losses), min(lowest, lowest_rate(lrs, losses))
+        proposed = propose(config.method, steepest, lowest)
+        best = float(np.mean(proposed))
+        zooms.append(Zoom(number + 1, *span, tuple(lrs), tuple(losses), steepest, lowest, best))
+        yield zooms[-1]
+        span = zoom_in(proposed, span, config.zoom_factor)
+    if not zooms:
+        raise UserError(
+            f"No learning rate between {config.start_lr:g} and {config.end_lr:g} lowers the loss: widen "
+            "lr_finder.start_lr and end_lr, or set optimizer.learning_rate."
+        )
+    yield LRFinderResult(zooms[-1].best, config.method, config.start_lr, config.end_lr, tuple(zooms))
+
+
+def log_spaced(span: Range, count: int) -> np.ndarray:
+    """Return `count` rates from one end of a range to the other, evenly in log space; float64 [count]."""
+    return np.exp(np.linspace(np.log(span[0]), np.log(span[1]), count))
+
+
+def steepest_rate(lrs: Sequence[float], losses: Sequence[float]) -> float:
+    """Return where the loss falls fastest: a mean of the log midpoints, weighted by how much faster than the slowest.
+
+    With g the successive differences of the losses the weights are max(0, -(g - max g)); where all vanish (two
+    points, or equal differences) it is the geometric mean of the ends.
+    """
+    logs, falls = np.log(lrs), np.diff(losses)
+    weights = np.maximum(0, -(falls - falls.max()))
+    if weights.sum() > 0:
+        return float(np.exp(np.average((logs[1:] + logs[:-1]) / 2, weights=weights)))
+    return float(np.exp((logs[0] + logs[-1]) / 2))
+
+
+def lowest_rate(lrs: Sequence[float], losses: Sequence[float]) -> float:
+    """Return the rate at the least loss."""
+    return float(lrs[int(np.argmin(losses))])
+
+
+def propose(method: str, steepest: float, lowest: float) -> Range:
+    """Return the range that a method wants to look at next: one rate twice, or for 'balanced' both."""
+    return {"steepest": (steepest, steepest), "lowest": (lowest, lowest), "balanced": (steepest, lowest)}[method]
+
+
+def zoom_in(proposed: Range, current: Range, zoom_factor: float) -> Range:
+    """Move each end of the current range by 1 - zoom_factor of its way, in log space, to the proposed one."""
+    old, new = np.log(current), np.log(proposed)
+    low, high = np.exp(old + (1 - zoom_factor) * (new - old))
+    return float(low), float(high)
+
+
+def trainer_loss(start: Callable[[int], Any], step: Callable[[Any, float], tuple[Any, Any]]) -> LossOf:
+    """Make the loss function of a real training run.
+
+    Args:
+        start: zoom -> the initial state, its optimizer fresh, its data going on where the last zoom's ended.
+        step: (state, rate) -> the state after an update with this rate, and the loss before it.
+    """
+    state: Any = None
+
+    def loss_of(zoom: int, number: int, rate: float) -> float:
+        nonlocal state
+        if number == 0:
+            state = start(zoom)
+        state, loss = step(state, rate)
+        return float(loss)
+
+    return loss_of
