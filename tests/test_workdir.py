@@ -1,0 +1,234 @@
+"""Laws of a run's folder: whole files or none, and nothing lost or made up on the way to disk and back."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chargpt_jax.config import Config, UserError, load_config
+from chargpt_jax.tokenizer import CharTokenizer
+from chargpt_jax.workdir import Workdir, replacing
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Workdir:
+    return Workdir(tmp_path / "a run of Ærøskøbing 日本 👩‍👧")
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def cut_short(path: Path, text: str, **_: object) -> None:
+    path.write_bytes(text.encode()[: len(text) // 2])
+    refuse()
+
+
+@pytest.mark.parametrize(("owner", "name", "failing"), [(os, "replace", refuse), (Path, "write_text", cut_short)])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(folder, monkeypatch, owner, name, failing):
+    path = folder.path / "x.json"
+    folder.write(path, "old")
+    monkeypatch.setattr(owner, name, failing)
+    with pytest.raises(OSError, match="No space left"):
+        folder.write(path, "new and longer")
+    monkeypatch.undo()
+    assert path.read_text(encoding="utf-8") == "old"
+    assert os.listdir(folder.path) == ["x.json"]
+
+
+def test_an_interrupted_write_leaves_nothing_behind(tmp_path):
+    partial, path = tmp_path / "x.partial", tmp_path / "x"
+
+    def interrupted() -> None:
+        with replacing(partial, path):
+            partial.write_text("half", encoding="utf-8")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_replaces_the_file_whole_and_makes_its_folder(folder):
+    path = folder.samples / "deep" / "é.json"
+    for text in ("first, and rather long", "second"):
+        folder.write(path, text)
+        assert path.read_text(encoding="utf-8") == text
+    assert os.listdir(path.parent) == ["é.json"]
+
+
+def test_nothing_is_made_until_something_is_written(folder):
+    folder.check_writable()
+    folder.check_config(Config())
+    assert not folder.has_corpus()
+    assert folder.load_metrics() == []
+    assert not folder.path.exists()
+
+
+def test_a_corpus_comes_back_as_it_was(folder):
+    text = "\0a\r\n é\ud800\U0001f600\u2028z"
+    tokenizer = CharTokenizer.from_text(text)
+    sources = [{"title": "Ænes & «co»", "sha256": "0" * 64, "stand_in_for": None}]
+    folder.save_corpus(tokenizer, tokenizer.encode_text(text), sources)
+    again, tokens = folder.load_tokenizer(), folder.load_tokens()
+    assert folder.has_corpus()
+    assert again.vocabulary == tokenizer.vocabulary
+    assert tokens.dtype == np.int32
+    assert again.decode([tokens]) == [text]
+    assert folder.load_sources() == sources
+    assert sorted(os.listdir(folder.corpus)) == ["sources.json", "tokens.npy", "vocabulary.json"]
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_a_corpus_that_was_cut_short_is_none(folder, monkeypatch, fails_at):
+    replace, calls = os.replace, []
+
+    def failing(*args: object) -> None:
+        calls.append(args)
+        refuse() if len(calls) == fails_at else replace(*args)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="No space left"):
+        folder.save_corpus(CharTokenizer("ab"), np.int32([1, 2]), [])
+    assert len(calls) == fails_at
+    assert not folder.has_corpus()
+    assert not list(folder.corpus.glob("*.partial"))
+
+
+def test_a_config_comes_back_as_it_was(folder):
+    config = load_config("small")
+    config.optimizer.learning_rate = 1.2345678901234567e-3
+    folder.save_config(config)
+    assert folder.load_config() == config
+
+
+def test_metrics_come_back_and_lines_are_added_at_the_end(folder):
+    folder.path.mkdir()
+    lines = [{"event": "step", "step": n, "loss": 4 / n, "note": "é\n\u2028"} for n in (1, 2, 3)]
+    folder.append_metrics(lines[:2])
+    folder.append_metrics(lines[2:])
+    assert folder.load_metrics() == lines
+    assert len(folder.metrics.read_text(encoding="utf-8").splitlines()) == 3
+
+
+def test_rewinding_drops_later_steps_and_a_line_cut_short(folder):
+    folder.path.mkdir()
+    lines = [{"event": "step", "step": n, "loss": 1.5} for n in (10, 20, 30)]
+    folder.append_metrics(lines)
+    with folder.metrics.open("a", encoding="utf-8") as file:
+        file.write('{"event": "step", "step": 4')
+    assert folder.load_metrics() == lines
+    assert folder.rewind_metrics(20) == lines[:2]
+    folder.append_metrics([{"event": "step", "step": 25}])
+    assert [line["step"] for line in folder.load_metrics()] == [10, 20, 25]
+    assert not list(folder.path.glob("*.partial"))
+
+
+def test_rewinding_to_before_the_first_line_leaves_an_empty_log(folder):
+    assert folder.rewind_metrics(0) == []
+    folder.append_metrics([{"step": 1}])
+    assert folder.rewind_metrics(0) == []
+    assert folder.load_metrics() == []
+
+
+def test_a_config_that_contradicts_the_runs_is_refused_field_by_field(folder):
+    folder.save_config(Config())
+    given = Config()
+    given.model.n_layer, given.data.batch_size = 3, 8
+    with pytest.raises(UserError) as error:
+        folder.check_config(given)
+    assert "model.n_layer: 15 there, 3 given; data.batch_size: 16 there, 8 given" in str(error.value)
+    assert str(folder.path) in str(error.value)
+
+
+def test_what_a_run_filled_in_or_may_change_does_not_contradict_it(folder):
+    saved, given = Config(), Config()
+    saved.model.vocab_size, saved.model.used_ids, saved.optimizer.learning_rate = 128, 98, 1e-3
+    given.train.log_every, given.scheduler.epochs, given.sample.prompts = 1, 7.0, ("x",)
+    folder.save_config(saved)
+    folder.check_config(given)
+
+
+def test_many_contradictions_are_counted(folder):
+    folder.save_config(Config())
+    given = Config()
+    for name in ("block_size", "n_embd", "n_head", "n_head_dim", "n_ff", "n_layer", "attention_block"):
+        setattr(given.model, name, 2)
+    given.seed = 1
+    with pytest.raises(UserError, match="and 2 more"):
+        folder.check_config(given)
+
+
+def test_a_relative_path_stays_where_it_pointed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Workdir("runs/é x")
+    assert folder.path.is_absolute()
+    monkeypatch.chdir("/")
+    folder.save_config(Config())
+    assert (tmp_path / "runs" / "é x" / "config.json").is_file()
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Workdir("~/run").path == tmp_path / "run"
+
+
+def test_a_file_or_a_path_below_one_is_no_workdir(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UserError, match="that is a file"):
+        Workdir(file).check_writable()
+    with pytest.raises(UserError, match="cannot be written"):
+        Workdir(file / "run").check_writable()
+
+
+def test_a_place_without_the_right_to_write_is_no_workdir(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="cannot be written"):
+        Workdir(tmp_path / "run").check_writable()
+
+
+def test_a_folder_without_a_run_says_what_is_missing(folder):
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        folder.load_config()
+    with pytest.raises(UserError, match=r"holds no corpus.vocabulary\.json"):
+        folder.load_tokenizer()
+    with pytest.raises(UserError, match=r"tokens\.npy cannot be read"):
+        folder.load_tokens()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"model": {', b"\xff\xfe", b"[]", b'{"seed": {}, "model": 1}', b'"text"'])
+def test_a_damaged_config_is_the_users_mistake_not_a_crash(folder, content):
+    folder.path.mkdir()
+    folder.config.write_bytes(content)
+    with pytest.raises(UserError):
+        folder.load_config()
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 130])
+def test_a_damaged_corpus_is_the_users_mistake_not_a_crash(folder, keep):
+    folder.save_corpus(CharTokenizer("ab"), np.ones(20, np.int32), [])
+    tokens = folder.corpus / "tokens.npy"
+    tokens.write_bytes(tokens.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"tokens\.npy cannot be read"):
+        folder.load_tokens()
+
+
+def test_a_corpus_is_read_without_running_what_it_holds(folder):
+    folder.corpus.mkdir(parents=True)
+    np.save(folder.corpus / "tokens.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError):
+        folder.load_tokens()
+
+
+def test_the_range_tests_result_is_json_beside_its_picture(folder):
+    from chargpt_jax.events import LRFinderResult, Zoom
+
+    zoom = Zoom(1, 1e-6, 1.0, (1e-3, 1e-2), (4.0, 3.0), 3e-3, 1e-2, 3e-3)
+    folder.save_lr_finder(LRFinderResult(3e-3, "steepest", 1e-6, 1.0, (zoom,)), "<svg/>")
+    saved = json.loads(folder.lr_finder.read_text(encoding="utf-8"))
+    assert saved["learning_rate"] == 3e-3
+    assert saved["zooms"][0]["losses"] == [4.0, 3.0]
+    assert (folder.path / "lr_finder.svg").read_text(encoding="utf-8") == "<svg/>"
