@@ -1,0 +1,248 @@
+"""Text with its metrics drawn under it: wrapped monospace lines, and under each the curves of its tokens, as one SVG.
+
+Each glyph and each knot of a curve is placed from the same cell number, so they line up whatever font is used.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+
+from chargpt_jax.theme import N_COLOURS, Entry, clip_path, columns, escaped, figure, glyph, joins, legend, number
+
+CELL = 8.4
+"""Width of one column, in pixels: 0.6 of the font's size, which most monospace fonts share."""
+
+MARGIN = 16.0
+TITLE = 26.0  # height that a title takes
+RISE = 18.0  # pixels from a baseline to the value 1
+FALL = 9.0  # pixels that are kept for values below 0
+TEXT = 17.0  # from the top of a line to the top of its curves
+GAP = 12.0  # between a line's curves and the next line
+PITCH = TEXT + RISE + FALL + GAP
+LEGEND = 14.0  # from the last line to the legend
+MIN_COLUMNS = 44  # narrower pictures would break their legend
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve under the text.
+
+    Attributes:
+        label: its name in the legend.
+        values: float [N], one a token: 0 at the baseline, 1 at full height, clipped beyond; NaN breaks the curve.
+        dashed: draw it dashed.
+        filled: draw a soft area from the baseline instead of a line.
+    """
+
+    label: str
+    values: np.ndarray
+    dashed: bool = False
+    filled: bool = False
+
+
+class Cell(NamedTuple):
+    """One glyph with what combines with it, and the columns that it stands in."""
+
+    text: str
+    token: int
+    stand_in: bool  # for a character that cannot be shown as it is
+    line: int
+    column: int
+    width: int
+
+
+class Piece(NamedTuple):
+    """A token's part on one line: the centres of its first and last cells, in pixels from the line's start."""
+
+    token: int
+    first: float
+    last: float
+
+
+def metric_series(
+    surprisal: np.ndarray, entropy: np.ndarray, surprise_surprise: np.ndarray, vocab_size: int
+) -> list[Series]:
+    """Return a generation's metrics as curves: entropy as an area, surprisal and S₂ as lines.
+
+    Args:
+        surprisal: float [N], nats; drawn as a part of log(vocab_size).
+        entropy: float [N], nats; drawn likewise.
+        surprise_surprise: float [N], already (surprisal - entropy) / log(vocab_size).
+        vocab_size: how many characters there are to choose from.
+    """
+    if vocab_size < 2:
+        raise ValueError(f"vocab_size is {vocab_size}, but entropy needs at least 2 characters to choose from.")
+    top = math.log(vocab_size)
+    return [
+        Series("Entropy", np.asarray(entropy, float) / top, filled=True),
+        Series("Surprisal", np.asarray(surprisal, float) / top),
+        Series("S₂ (surprise-surprise)", np.asarray(surprise_surprise, float)),
+    ]
+
+
+def subline(
+    tokens: Sequence[str],
+    series: Sequence[Series],
+    *,
+    chars_per_line: int = 80,
+    n_prompt: int = 0,
+    title: str = "",
+) -> str:
+    """Draw text with curves under each line, as a self-contained SVG.
+
+    A newline is shown as ↵ and a tab as →, in place. Wide characters take two columns; combining marks and other
+    characters without width stand with the cell before them. Tokens without a cell of their own, as padding (''),
+    take no room, and their values are not drawn.
+
+    Args:
+        tokens: [N] strings, of one character or more.
+        series: curves of N values each.
+        chars_per_line: columns after which the text is wrapped.
+        n_prompt: how many tokens at the start were given rather than generated; they are set in bold.
+        title: a line above the text; also the picture's accessible name.
+
+    Raises:
+        ValueError: where a series has not one value a token, or chars_per_line is below 1.
+    """
+    for s in series:
+        if np.shape(s.values) != (len(tokens),):
+            raise ValueError(f"Series {s.label!r} has shape {np.shape(s.values)}, but there are {len(tokens)} tokens.")
+    if chars_per_line < 1:
+        raise ValueError(f"chars_per_line is {chars_per_line}, but it must be at least 1.")
+    lines = [list(line) for _, line in groupby(_cells(tokens, chars_per_line), key=lambda cell: cell.line)]
+    width = CELL * max([MIN_COLUMNS, *(line[-1].column + line[-1].width for line in lines)])
+    numbers = [(s.label, s.dashed, s.filled, np.asarray(s.values).tolist()) for s in series]
+    content = (list(tokens), numbers, chars_per_line, n_prompt, title)
+    clip, clipped = clip_path(content, 0, -RISE - 1, width, FALL)
+    top = MARGIN + (TITLE if title else 0.0)
+    body = [f'<text class="cg-title" x="{MARGIN:g}" y="{MARGIN + 11:g}">{escaped(title)}</text>'] if title else []
+    body.append(clip)
+    pieces = [_pieces(line) for line in lines]
+    for i, line in enumerate(lines):
+        at = f"translate({MARGIN:g} {number(top + i * PITCH + TEXT + RISE)})"
+        curves = "".join(_curve(s, n, _with_neighbours(pieces, i)) for n, s in enumerate(series))
+        body.append(f'<g transform="{at}">{_text(line, n_prompt)}<g clip-path="{clipped}">{curves}</g>')
+        body.append(f"{_marks(pieces[i])}</g>")
+    key, bottom = legend(_entries(series, n_prompt), MARGIN, top + len(lines) * PITCH + LEGEND, width)
+    return figure(
+        width + 2 * MARGIN,
+        bottom + MARGIN,
+        "".join(body) + key,
+        name=title or "Text with its metrics",
+        description=", ".join(s.label for s in series) + " under each character of: " + "".join(tokens),
+    )
+
+
+def _cells(tokens: Sequence[str], chars_per_line: int) -> list[Cell]:
+    """Lay tokens out on a grid: join marks to their bases, then wrap."""
+    clusters: list[tuple[str, int, bool]] = []
+    for token, text in enumerate(tokens):
+        for char in text:
+            shown = glyph(char)
+            if not joins(shown):
+                clusters.append((shown, token, shown != char))
+            elif clusters:
+                clusters[-1] = (clusters[-1][0] + shown, *clusters[-1][1:])
+            else:
+                clusters.append(("◌" + shown, token, False))  # a mark without a base stands on a dotted circle
+    cells: list[Cell] = []
+    line = column = 0
+    for text, token, stand_in in clusters:
+        width = columns(text)
+        if column and column + width > chars_per_line:
+            line, column = line + 1, 0
+        cells.append(Cell(text, token, stand_in, line, column, width))
+        column += width
+    return cells
+
+
+def _centre(cell: Cell) -> float:
+    return (cell.column + cell.width / 2) * CELL
+
+
+def _pieces(line: Sequence[Cell]) -> list[Piece]:
+    runs = [list(run) for _, run in groupby(line, key=lambda cell: cell.token)]
+    return [Piece(run[0].token, _centre(run[0]), _centre(run[-1])) for run in runs]
+
+
+def _with_neighbours(pieces: Sequence[Sequence[Piece]], i: int) -> list[Piece]:
+    """Return line i's pieces and, one cell beyond either end, the tokens that its curves come from and go to."""
+    found = list(pieces[i])
+    if i > 0:
+        found.insert(0, Piece(pieces[i - 1][-1].token, -CELL / 2, -CELL / 2))
+    if i + 1 < len(pieces):
+        beyond = found[-1].last + CELL
+        found.append(Piece(pieces[i + 1][0].token, beyond, beyond))
+    return found
+
+
+def _text(line: Sequence[Cell], n_prompt: int) -> str:
+    """Return a line's glyphs. Runs share a tspan; a glyph of several code points has its own, so that one x is its."""
+
+    def style(cell: Cell) -> tuple[str, int]:
+        kind = "cg-stand-in" if cell.stand_in else "cg-prompt" if cell.token < n_prompt else ""
+        return kind, cell.column if len(cell.text.encode("utf-16-le")) > 2 else -1
+
+    spans = []
+    for (kind, _), run in groupby(line, key=style):
+        cells = list(run)
+        xs = " ".join(number(_centre(cell)) for cell in cells)
+        classed = f' class="{kind}"' if kind else ""
+        spans.append(f'<tspan{classed} x="{xs}">{escaped("".join(cell.text for cell in cells))}</tspan>')
+    return f'<text class="cg-text" xml:space="preserve" y="{-RISE - 5:g}">{"".join(spans)}</text>'
+
+
+def _marks(pieces: Sequence[Piece]) -> str:
+    """Return the baseline: a dot a token, or a dash from its first to its last character."""
+    path = "".join(f"M{number(p.first)} 0h{number(p.last - p.first)}" for p in pieces)
+    return f'<path class="cg-mark" d="{path}"/>'
+
+
+def _curve(series: Series, index: int, pieces: Sequence[Piece]) -> str:
+    knots: list[tuple[float, float]] = []
+    for p in pieces:
+        y = -RISE * float(np.clip(series.values[p.token], -2.0, 2.0))
+        knots += [(p.first, y)] if p.first == p.last else [(p.first, y), (p.last, y)]
+    runs = [list(run) for broken, run in groupby(knots, key=lambda knot: math.isnan(knot[1])) if not broken]
+    path = "".join(_smooth(np.array(run), series.filled) for run in runs)
+    return f'<path class="{_kind(series, index)}" d="{path}"/>' if path else ""
+
+
+def _kind(series: Series, index: int) -> str:
+    shape = "cg-area" if series.filled else "cg-line cg-dashed" if series.dashed else "cg-line"
+    return f"{shape} cg-s{index % N_COLOURS + 1}"
+
+
+def _smooth(knots: np.ndarray, filled: bool) -> str:
+    """Return a path through knots [N, 2] as monotone cubics, which never overshoot; filled: closed at the baseline.
+
+    The slopes are Fritsch and Butland's: the harmonic mean of the neighbouring slopes, 0 at a turn.
+    """
+    x, y = knots.T
+    path = f"{number(x[0])} {number(y[0])}"
+    if len(x) > 1:
+        step = np.diff(x)
+        slope = np.diff(y) / step
+        before, after = slope[:-1], slope[1:]
+        turn = before * after <= 0
+        mean = 2 * before * after / np.where(turn, 1.0, before + after)
+        tangent = np.concatenate([slope[:1], np.where(turn, 0.0, mean), slope[-1:]])
+        ahead, behind = y[:-1] + tangent[:-1] * step / 3, y[1:] - tangent[1:] * step / 3
+        points = np.stack([x[:-1] + step / 3, ahead, x[1:] - step / 3, behind, x[1:], y[1:]], axis=1)
+        path += "".join("C" + " ".join(map(number, point)) for point in points)
+    elif not filled:
+        path += "h0"  # round caps make it a dot
+    return f"M{number(x[0])} 0L{path}L{number(x[-1])} 0Z" if filled else f"M{path}"
+
+
+def _entries(series: Sequence[Series], n_prompt: int) -> list[Entry]:
+    shapes = ["M0 4V-3H16V4Z" if s.filled else "M0 0H16" for s in series]
+    curves = [
+        Entry(f'<path class="{_kind(s, i)}" d="{shape}"/>', 16, s.label)
+        for i, (s, shape) in enumerate(zip(series, shapes, strict=True))
+    ]
+    return curves + ([Entry("", 0, "Prompt", "cg-prompt")] if n_prompt > 0 else [])
