@@ -1,0 +1,223 @@
+"""Writing on: prefill, cached decoding, sampling, all in one compiled loop; and scoring a given text.
+
+Rows of a batch may have prompts of different lengths: each row sits at the left of its buffer and keeps its own
+position, so no row sees padding and a row's text does not depend on its neighbours.
+
+Inside the first `block_size` characters each new one costs one pass of one token against the cache. Past them no
+cache is exact: a window's deeper keys were computed with context that has left it. There the last `block_size`
+characters are read anew for every character, with positions from the window's start: the ancestor's values exactly.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from chargpt_jax.config import UserError
+from chargpt_jax.metrics import surprisal_and_entropy, token_metrics
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the next character is drawn from the model's distribution: temperature, then top_k, then top_p."""
+
+    temperature: float = 1.0
+    """0 takes the likeliest character."""
+    top_k: int | None = None
+    """Draw among the k likeliest; None: among all."""
+    top_p: float | None = None
+    """Draw among the fewest of the likeliest whose mass is at least p; None: among all."""
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning, in one sentence each."""
+        if not (np.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"temperature is {self.temperature}, but it must be 0 (greedy) or more: try 0.8.")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}, but it must be at least 1: leave it out to draw among all.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(
+                f"top_p is {self.top_p}, but it must be above 0 and at most 1: leave it out to draw among all."
+            )
+
+
+@flax.struct.dataclass
+class Progress:
+    """A batch of texts under way; N is the buffer's length."""
+
+    tokens: jax.Array
+    """int32 [B, N]; 0 from `length` on."""
+    length: jax.Array
+    """int32 [B]."""
+    logits: jax.Array
+    """float32 [B, V], for the next token."""
+    cache: tuple[jax.Array, jax.Array]
+    """Keys and values, [L, B, H, S, D] each; of use while every length is below block_size."""
+    surprisal: jax.Array
+    """float32 [B, N], nats; NaN where undefined."""
+    entropy: jax.Array
+    """float32 [B, N], nats; NaN where undefined."""
+
+
+def bucket(length: int) -> int:
+    """Round a length up to a power of two, at least 64, so that few lengths need a compilation of their own."""
+    return max(64, 1 << (length - 1).bit_length())
+
+
+@partial(jax.jit, static_argnames=("graphdef", "width"))
+def begin(params: Any, tokens: jax.Array, length: jax.Array, *, graphdef: nnx.GraphDef, width: int) -> Progress:
+    """Read the prompts.
+
+    Args:
+        params: of the model.
+        tokens: int32 [B, N], prompts at the left, room for the answers at the right.
+        length: int32 [B], the prompts' lengths.
+        graphdef: the model's static half.
+        width: how much of the buffer holds every prompt, or block_size where that is less.
+    """
+    model = nnx.merge(graphdef, params)
+    N, capacity = tokens.shape[1], min(model.config.block_size, tokens.shape[1])
+    window, last = _window(tokens, length, width)
+    x, cache = model.prefill(window)
+    logits = model.logits(x)
+    surprisal, entropy = token_metrics(logits, window)
+    wide = lambda a: jnp.pad(a, ((0, 0), (0, N - width)), constant_values=jnp.nan)  # noqa: E731
+    room = [(0, 0), (0, 0), (0, 0), (0, capacity - width), (0, 0)]
+    return Progress(
+        tokens=tokens,
+        length=length,
+        logits=logits[jnp.arange(len(length)), last],
+        cache=jax.tree.map(lambda a: jnp.pad(a, room), cache),
+        surprisal=wide(surprisal),
+        entropy=wide(entropy),
+    )
+
+
+@partial(jax.jit, static_argnames=("graphdef", "use_top_k", "use_top_p"), donate_argnames=("progress",))
+def advance(
+    params: Any,
+    progress: Progress,
+    key: jax.Array,
+    count: jax.Array,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    use_top_k: bool,
+    use_top_p: bool,
+) -> Progress:
+    """Write `count` more tokens (an int32 scalar, so that any count shares a compilation) on every row.
+
+    The token at place t of row b is drawn with fold_in(fold_in(key, b), t): advancing in one go or in pieces, cached
+    or not, gives the same text.
+    """
+    model = nnx.merge(graphdef, params)
+    rows = jnp.arange(progress.tokens.shape[0])
+    width = min(model.config.block_size, progress.tokens.shape[1])
+
+    def write(p: Progress) -> Progress:
+        keys = jax.vmap(lambda row, place: jax.random.fold_in(jax.random.fold_in(key, row), place))(rows, p.length)
+        filtered = _filter(p.logits / jnp.where(temperature > 0, temperature, 1), top_k, top_p, use_top_k, use_top_p)
+        drawn = jax.vmap(jax.random.categorical)(keys, filtered)
+        token = jnp.where(temperature > 0, drawn, jnp.argmax(p.logits, axis=-1)).astype(jnp.int32)
+        surprisal, entropy = surprisal_and_entropy(p.logits, token)
+        return replace(
+            p,
+            tokens=p.tokens.at[rows, p.length].set(token),
+            surprisal=p.surprisal.at[rows, p.length].set(surprisal),
+            entropy=p.entropy.at[rows, p.length].set(entropy),
+            length=p.length + 1,
+        )
+
+    def cached(carry: tuple[jax.Array, Progress]) -> tuple[jax.Array, Progress]:
+        left, p = carry
+        p = write(p)
+        logits, cache = model.decode(p.tokens[rows, p.length - 1], p.length - 1, p.cache)
+        return left - 1, replace(p, logits=logits, cache=cache)
+
+    def recomputed(carry: tuple[jax.Array, Progress]) -> tuple[jax.Array, Progress]:
+        left, p = carry
+        p = write(p)
+        window, last = _window(p.tokens, p.length, width)
+        logits = model.logits(model.features(window)[rows, last][:, None])[:, 0]
+        return left - 1, replace(p, logits=logits)
+
+    carry = (count, progress)
+    fits = lambda c: (c[0] > 0) & (jnp.max(c[1].length) < model.config.block_size)  # noqa: E731
+    carry = jax.lax.while_loop(fits, cached, carry)
+    return jax.lax.while_loop(lambda c: c[0] > 0, recomputed, carry)[1]
+
+
+def _window(tokens: jax.Array, length: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """Cut the last `width` tokens before each row's length; return them and where in them the last one stands."""
+    start = jnp.maximum(0, length - width)
+    window = jax.vmap(lambda row, s: jax.lax.dynamic_slice(row, (s,), (width,)))(tokens, start)
+    return window, length - start - 1
+
+
+def _filter(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, use_top_k: bool, use_top_p: bool) -> jax.Array:
+    """Put all but the allowed tokens of logits [B, V] at -inf."""
+    if use_top_k:
+        ranked = jnp.sort(logits, axis=-1)
+        least = ranked[:, jnp.maximum(logits.shape[-1] - top_k, 0)]
+        logits = jnp.where(logits < least[:, None], -jnp.inf, logits)
+    if use_top_p:
+        ranked = -jnp.sort(-logits, axis=-1)
+        p = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(p, axis=-1) - p  # the likeliest always stays: nothing comes before it
+        least = jnp.min(jnp.where(before < top_p, ranked, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def _window_metrics(params: Any, windows: jax.Array, *, graphdef: nnx.GraphDef) -> tuple[jax.Array, jax.Array]:
+    return token_metrics(nnx.merge(graphdef, params)(windows), windows)
+
+
+def score_tokens(
+    params: Any,
+    tokens: np.ndarray,
+    *,
+    graphdef: nnx.GraphDef,
+    block_size: int,
+    stride: int | None = None,
+    rows: int = 8,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Measure a given text of any length.
+
+    Args:
+        params: of the model.
+        tokens: int32 [N], without padding.
+        graphdef: the model's static half.
+        block_size: of the model.
+        stride: how far windows past the first are apart: each of their characters has block_size - stride to
+            block_size characters of context (1: the context that generation has). None: half of block_size.
+        rows: windows a call.
+
+    Returns:
+        Surprisal and entropy, float32 [N] each, nats; NaN for the first character.
+    """
+    stride = max(1, block_size // 2) if stride is None else stride
+    if not 1 <= stride <= block_size:
+        raise UserError(f"stride is {stride}, but it must be between 1 and the block size {block_size}.")
+    # A window holds a token more than a context, for its last prediction's sake: token T is predicted from 0 to T - 1.
+    width = min(block_size + 1, bucket(len(tokens)))
+    starts = [0, *range(stride, len(tokens) - width + stride, stride)] if len(tokens) > width else [0]
+    padded = np.zeros(starts[-1] + width, np.int32)
+    padded[: len(tokens)] = tokens
+    results = np.full((2, len(padded)), np.nan, np.float32)
+    rows = min(rows, 1 << (len(starts) - 1).bit_length())
+    for at in range(0, len(starts), rows):
+        group = starts[at : at + rows]
+        windows = np.stack([padded[s : s + width] for s in group] + [padded[:width]] * (rows - len(group)))
+        pair = [np.asarray(a) for a in _window_metrics(params, windows, graphdef=graphdef)]
+        for row, start in enumerate(group):
+            first = 0 if start == 0 else width - stride
+            results[:, start + first : start + width] = [a[row, first:] for a in pair]
+    return results[0, : len(tokens)], results[1, : len(tokens)]

@@ -1,0 +1,197 @@
+"""Generation against the model without a cache: the same tokens, the same metrics, inside the window and past it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from chargpt_jax.config import ModelConfig, UserError
+from chargpt_jax.generate import Sampler, _filter, advance, begin, bucket, score_tokens
+from chargpt_jax.metrics import surprisal_and_entropy
+from chargpt_jax.model import create
+from tests import reference
+from tests.pairing import from_reference
+
+CONFIG = ModelConfig(
+    vocab_size=64, used_ids=30, block_size=24, n_embd=16, n_head=2, n_head_dim=8, n_ff=32, n_layer=2, attention_block=9
+)
+GRAPHDEF, _ = create(CONFIG, 0)
+SIZES = {"vocab_size": 64, "n_embd": 16, "n_head": 2, "n_head_dim": 8, "n_ff": 32, "n_layer": 2}
+THEIRS = reference.random_parameters(np.random.default_rng(0), **SIZES)
+PARAMS = from_reference(THEIRS, 2, np.float32)
+WHOLE = jax.jit(lambda params, tokens: nnx.merge(GRAPHDEF, params)(tokens))
+KEY = jax.random.key(3)
+
+
+def prompts(*lengths: int, seed: int = 1) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, 30, n).astype(np.int32) for n in lengths]
+
+
+def generate(rows, count, *, pieces=None, key=KEY, temperature=1.0, top_k=0, top_p=1.0, filters=(False, False)):
+    longest = max(map(len, rows))
+    tokens = np.zeros((len(rows), bucket(longest + count)), np.int32)
+    for buffer, row in zip(tokens, rows, strict=True):
+        buffer[: len(row)] = row
+    lengths = np.array([len(row) for row in rows], np.int32)
+    width = min(CONFIG.block_size, bucket(longest))
+    p = begin(PARAMS, tokens, lengths, graphdef=GRAPHDEF, width=width)
+    for piece in pieces or [count]:
+        numbers = (np.int32(piece), np.float32(temperature), np.int32(top_k), np.float32(top_p))
+        p = advance(PARAMS, p, key, *numbers, graphdef=GRAPHDEF, use_top_k=filters[0], use_top_p=filters[1])
+    return p
+
+
+def uncached(row, count, number, temperature=1.0):
+    """Read the last block_size tokens anew for every token; draw with the documented key."""
+    row, surprisal, entropy = list(row), [], []
+    for _ in range(count):
+        window = row[-CONFIG.block_size :]
+        padded = np.zeros((1, CONFIG.block_size), np.int32)
+        padded[0, : len(window)] = window
+        logits = WHOLE(PARAMS, padded)[0, len(window) - 1]
+        key = jax.random.fold_in(jax.random.fold_in(KEY, number), len(row))
+        token = jax.random.categorical(key, logits / temperature) if temperature else jnp.argmax(logits)
+        i, h = surprisal_and_entropy(logits, token)
+        row.append(int(token))
+        surprisal.append(float(i))
+        entropy.append(float(h))
+    return row, surprisal, entropy
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
+def test_a_batch_of_different_lengths_equals_the_uncached_model_inside_and_past_the_window(temperature):
+    rows = prompts(3, 11, 23, 30)  # the last is longer than the window
+    p = generate(rows, 20, temperature=temperature)
+    for i, row in enumerate(rows):
+        tokens, surprisal, entropy = uncached(row, 20, i, temperature)
+        assert np.asarray(p.tokens[i, : len(tokens)]).tolist() == tokens
+        np.testing.assert_allclose(p.surprisal[i, len(row) : len(tokens)], surprisal, atol=1e-4)
+        np.testing.assert_allclose(p.entropy[i, len(row) : len(tokens)], entropy, atol=1e-4)
+
+
+def test_greedy_text_and_metrics_are_those_of_the_float64_reference():
+    (row,) = prompts(10, seed=5)
+    tokens, surprisal, entropy = reference.generate_greedy(THEIRS, row, 25, 24, 2, 8, used_ids=30)
+    p = generate([row], 25, temperature=0.0)
+    assert np.asarray(p.tokens[0, :35]).tolist() == np.asarray(tokens).tolist()
+    np.testing.assert_allclose(p.surprisal[0, 10:35], surprisal, atol=1e-4)
+    np.testing.assert_allclose(p.entropy[0, 10:35], entropy, atol=1e-4)
+
+
+def test_the_first_row_does_not_depend_on_its_neighbours():
+    first, second = prompts(5, 19)
+    alone, together = generate([first], 12), generate([first, second], 12)
+    assert np.asarray(alone.tokens[0, :17]).tolist() == np.asarray(together.tokens[0, :17]).tolist()
+
+
+def test_writing_in_pieces_equals_writing_at_once():
+    rows = prompts(4, 9)
+    once, pieces = generate(rows, 30), generate(rows, 30, pieces=[1, 7, 10, 12])
+    for ours, theirs in ((pieces.tokens, once.tokens), (pieces.surprisal, once.surprisal)):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_same_seed_repeats_and_another_differs():
+    rows = prompts(6)
+    first, again, other = (generate(rows, 15, key=jax.random.key(k)).tokens for k in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_prompt_metrics_are_those_of_the_whole_model():
+    rows = prompts(7, 20)
+    p = generate(rows, 1)
+    for i, row in enumerate(rows):
+        surprisal, entropy = reference.token_metrics(reference.logits(THEIRS, row, 2, 8, 30), row, 64)[:2]
+        np.testing.assert_allclose(p.surprisal[i, : len(row)], surprisal, atol=1e-4)
+        np.testing.assert_allclose(p.entropy[i, : len(row)], entropy, atol=1e-4)
+
+
+def test_one_compilation_serves_every_count_temperature_and_length_of_a_bucket():
+    generate(prompts(6), 9)
+    before = advance._cache_size()
+    for length, count, temperature in ((3, 4, 0.3), (9, 15, 1.0), (12, 1, 0.0)):
+        generate(prompts(length), count, temperature=temperature)
+    assert advance._cache_size() == before
+
+
+def test_padding_and_unused_ids_are_never_written():
+    tokens = np.asarray(generate(prompts(4, 8, 15), 40, temperature=3.0).tokens)
+    written = np.concatenate([tokens[0, 4:44], tokens[1, 8:48], tokens[2, 15:55]])
+    assert written.min() > 0
+    assert written.max() < 30
+
+
+LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [
+        *[(1, None, 1), (2, None, 2), (4, None, 4), (9, None, 4), (None, 0.4, 1), (None, 0.5, 1), (None, 0.6, 2)],
+        *[(None, 0.76, 3), (None, 1.0, 4), (None, 1e-6, 1), (2, 0.7, 2), (2, 0.6, 1), (3, 0.99, 3)],
+    ],
+)
+def test_filters_keep_the_likeliest(top_k, top_p, kept):
+    """After top_k the rest is weighed anew: of 0.5 and 0.25 the first alone holds 2/3."""
+    out = _filter(LOGITS, jnp.int32(top_k or 0), jnp.float32(top_p or 1), top_k is not None, top_p is not None)
+    assert np.isfinite(out[0]).tolist() == [True] * kept + [False] * (4 - kept)
+
+
+def test_top_k_of_one_is_greedy():
+    rows = prompts(6)
+    ours = generate(rows, 12, top_k=1, filters=(True, False))
+    np.testing.assert_array_equal(ours.tokens, generate(rows, 12, temperature=0.0).tokens)
+
+
+def test_draws_follow_the_models_distribution():
+    """4,096 rows of one prompt: counts within 5 sigma of the model's probabilities."""
+    (row,) = prompts(5)
+    n = 4096
+    p = generate([row] * n, 1)
+    padded = np.zeros((1, 24), np.int32)
+    padded[0, :5] = row
+    probability = np.asarray(jax.nn.softmax(WHOLE(PARAMS, padded)[0, 4]), np.float64)
+    counts = np.bincount(np.asarray(p.tokens[:, 5]), minlength=64)
+    sigma = np.sqrt(n * probability * (1 - probability))
+    assert np.all(np.abs(counts - n * probability) <= 5 * sigma + 1e-9)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
+def test_a_sampler_without_meaning_is_refused(bad):
+    (name,) = bad
+    with pytest.raises(UserError, match=f"^{name} is .*, but it must be"):
+        Sampler(**bad)
+
+
+def test_scores_inside_the_window_are_those_of_the_whole_model():
+    (row,) = prompts(21)
+    surprisal, entropy = score_tokens(PARAMS, row, graphdef=GRAPHDEF, block_size=24)
+    expected = reference.token_metrics(reference.logits(THEIRS, row, 2, 8, 30), row, 64)
+    np.testing.assert_allclose(surprisal, expected[0], atol=1e-4)
+    np.testing.assert_allclose(entropy, expected[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [24, 25, 26, 49, 60])
+def test_scores_past_the_window_cover_every_character_and_at_stride_1_equal_generation(length):
+    (row,) = prompts(length)
+    exact = score_tokens(PARAMS, row, graphdef=GRAPHDEF, block_size=24, stride=1)
+    for t in range(1, length):
+        window = row[max(0, t - 24) : t]
+        padded = np.zeros((1, 24), np.int32)
+        padded[0, : len(window)] = window
+        pair = surprisal_and_entropy(WHOLE(PARAMS, padded)[0, len(window) - 1], jnp.int32(row[t]))
+        np.testing.assert_allclose([exact[0][t], exact[1][t]], pair, atol=1e-4)
+    rough = score_tokens(PARAMS, row, graphdef=GRAPHDEF, block_size=24, stride=7)
+    assert np.isnan(rough[0][0])
+    assert np.isfinite(rough[0][1:]).all()
+    np.testing.assert_allclose(rough[0][1:25], exact[0][1:25], atol=1e-4)
+
+
+def test_a_stride_out_of_range_is_refused():
+    with pytest.raises(UserError, match="between 1 and the block size 24"):
+        score_tokens(PARAMS, prompts(30)[0], graphdef=GRAPHDEF, block_size=24, stride=25)
