@@ -1,0 +1,69 @@
+"""One readable rule by platform: the dtype to compute in, the mesh, the compilation cache."""
+
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from chargpt_jax.config import AmpConfig
+
+DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+def compute_dtype(amp: AmpConfig, device: Any = None) -> Any:
+    """Choose the dtype of matrix products.
+
+    TPU: bfloat16. GPU: bfloat16 from compute capability 8.0 (Ampere) on, float16 before (the T4 is 7.5). CPU: float32.
+
+    Args:
+        amp: as configured; a dtype other than 'auto' is taken as it is.
+        device: a JAX device; None: the first one.
+    """
+    if not amp.enabled:
+        return jnp.float32
+    if amp.dtype != "auto":
+        return DTYPES[amp.dtype]
+    device = jax.local_devices()[0] if device is None else device
+    if device.platform == "tpu":
+        return jnp.bfloat16
+    if device.platform in ("gpu", "cuda", "rocm"):
+        capability = float(getattr(device, "compute_capability", "8.0"))
+        return jnp.bfloat16 if capability >= 8 else jnp.float16
+    return jnp.float32
+
+
+def data_mesh(batch_size: int, devices: list[Any] | None = None) -> Mesh:
+    """Make the mesh that shares a batch: as many local devices as divide it evenly, on one axis named 'data'."""
+    devices = jax.local_devices() if devices is None else devices
+    count = math.gcd(batch_size, len(devices))
+    if count < len(devices):
+        logging.getLogger(__name__).warning("%d sequences share %d of %d devices", batch_size, count, len(devices))
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of what every device holds whole: parameters and the corpus."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shared(mesh: Mesh, batch: Any) -> Any:
+    """Inside jit, split a batch's leading axis over the mesh."""
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec("data")))
+
+
+def describe(mesh: Mesh) -> str:
+    """Name the devices in use: '1 x cpu', '8 x TPU v5 lite'."""
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+
+
+def use_compilation_cache(folder: Path) -> None:
+    """Keep compiled programs in a folder, so that the next start is quick; JAX_COMPILATION_CACHE_DIR goes first."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.read("jax_compilation_cache_dir"):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

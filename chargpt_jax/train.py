@@ -1,0 +1,410 @@
+"""The stages of a run, where the pieces meet: prepare, find_lr, train.
+
+Each is a generator of typed events and leaves its results in the workdir; a later stage makes up for an earlier one
+that was left out. What is compiled is at the top: many updates a dispatch, one probe of the range test, one
+validation batch; each is traced once, whatever the lengths of epochs and dispatches.
+"""
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from chargpt_jax import batches, devices, optimizer, plots
+from chargpt_jax.checkpoint import Checkpoints, NoCheckpoint
+from chargpt_jax.config import Config, UserError, differences, from_dict, validate
+from chargpt_jax.corpus import load_corpus
+from chargpt_jax.events import Ended, Event, LRFinderResult, Prepared, Saved, Steps, TrainStarted, Validated
+from chargpt_jax.lr_finder import search, trainer_loss
+from chargpt_jax.metrics import bits_per_character
+from chargpt_jax.model import count_parameters, create
+from chargpt_jax.step import TrainState, create_state, data_key, eval_step, train_step
+from chargpt_jax.tokenizer import CharTokenizer
+from chargpt_jax.workdir import Workdir
+
+MOST_STEPS = 256
+"""Updates in one dispatch at most."""
+
+DISPATCH_SECONDS = 2.0
+"""How long a dispatch should take where the config leaves it open: the pace of the progress bar and of signals."""
+
+UNKNOWN = 1e30
+"""The validation loss of a checkpoint made between validations: it is never the best."""
+
+Stop = Callable[[], int | None]
+"""Asked after every dispatch; a signal's number ends training after a checkpoint."""
+
+
+class NonFiniteLoss(Exception):
+    """The loss is no longer a number; `main` turns it into exit code 4."""
+
+
+# --- what is compiled ------------------------------------------------------------------------------------------------
+
+
+def updates(
+    state: TrainState,
+    tokens: jax.Array,
+    count: jax.Array,
+    *,
+    config: Config,
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Make `count` updates (int32 scalar, at most MOST_STEPS), each on the batch that its step says.
+
+    Returns:
+        The state after them, and train_step's scalars, float32 [MOST_STEPS] each, of which `count` are filled.
+    """
+    step = partial(train_step, graphdef=graphdef, tx=tx, parts=config.optimizer.accumulation_steps)
+
+    def body(i: jax.Array, carry: Any) -> Any:
+        state, history = carry
+        state, scalars = step(state, _batch(state, tokens, config, mesh))
+        return state, {name: history[name].at[i].set(value) for name, value in scalars.items()}
+
+    history = {name: jnp.zeros(MOST_STEPS) for name in ("loss", "grad_norm")}
+    return jax.lax.fori_loop(0, count, body, (state, history))
+
+
+def probe(
+    state: TrainState, tokens: jax.Array, rate: jax.Array, *, config: Config, graphdef: nnx.GraphDef, mesh: Mesh
+) -> tuple[TrainState, jax.Array]:
+    """Make one update with a given learning rate, float32 scalar; return the state and the loss before it."""
+    tx = optimizer.adamw(config.optimizer, rate)
+    batch = _batch(state, tokens, config, mesh)
+    state, scalars = train_step(state, batch, graphdef=graphdef, tx=tx, parts=config.optimizer.accumulation_steps)
+    return state, scalars["loss"]
+
+
+def validation_nats(
+    params: Any, inputs: jax.Array, targets: jax.Array, *, graphdef: nnx.GraphDef, mesh: Mesh
+) -> tuple[jax.Array, jax.Array]:
+    """Return the sum of losses in nats, and the characters, of one batch int32 [B, T]."""
+    return eval_step(params, devices.shared(mesh, (inputs, targets)), graphdef=graphdef)
+
+
+def _batch(state: TrainState, tokens: jax.Array, config: Config, mesh: Mesh) -> batches.Batch:
+    batch = batches.batch_at(tokens, data_key(state.key), state.step, config.model.block_size, config.data)
+    return devices.shared(mesh, batch)
+
+
+# --- what a stage stands on ------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Setup:
+    """A run's corpus, model and devices, ready to train; the same for every stage and every restart."""
+
+    config: Config
+    tokens: np.ndarray
+    """int32 [N], the whole corpus."""
+    n_train: int
+    vocabulary: tuple[str, ...]
+    graphdef: nnx.GraphDef
+    params: dict[str, Any]
+    """As initialised."""
+    dtype: Any
+    mesh: Mesh
+    on_device: jax.Array
+    """int32 [n_train], the training part."""
+
+    @classmethod
+    def of(cls, workdir: Workdir) -> "Setup":
+        """Read a prepared workdir and build its model."""
+        config, tokens = workdir.load_config(), workdir.load_tokens()
+        dtype = devices.compute_dtype(config.amp)
+        mesh = devices.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps)
+        graphdef, params = create(config.model, config.seed, dtype)
+        everywhere = devices.replicated(mesh)
+        train, _ = batches.split(tokens, config.data.train_split, config.model.block_size)
+        vocabulary = workdir.load_tokenizer().vocabulary
+        params, on_device = jax.device_put((params, jnp.asarray(train)), everywhere)
+        return cls(config, tokens, len(train), vocabulary, graphdef, params, dtype, mesh, on_device)
+
+    @property
+    def epoch_steps(self) -> int:
+        """Updates in an epoch."""
+        return batches.steps_per_epoch(self.n_train, self.config.model.block_size, self.config.data)
+
+    def fresh_state(self, tx: optax.GradientTransformation) -> TrainState:
+        """Return the state before the first update, in memory of its own (updates are made in place)."""
+        params = jax.tree.map(jnp.copy, self.params)
+        state = create_state(params, tx, self.config.seed, self.dtype)
+        return jax.device_put(state, devices.replicated(self.mesh))
+
+    def validator(self) -> Callable[[Any], float]:
+        """Return the function from parameters to the loss on the held-out part, in nats per character."""
+        config = self.config
+        inputs, targets = batches.validation_batches(
+            self.tokens, self.n_train, config.model.block_size, config.data.batch_size
+        )
+        nats_of = jax.jit(partial(validation_nats, graphdef=self.graphdef, mesh=self.mesh))
+
+        def loss(params: Any) -> float:
+            pairs = [nats_of(params, x, y) for x, y in zip(inputs, targets, strict=True)]
+            return sum(float(nats) for nats, _ in pairs) / sum(int(count) for _, count in pairs)
+
+        return loss
+
+    def record(self) -> dict[str, Any]:
+        """Return what a checkpoint says of itself, as JSON."""
+        return {
+            "config": dataclasses.asdict(self.config),
+            "vocabulary": list(self.vocabulary),
+            "corpus_sha256": hashlib.sha256(self.tokens.tobytes()).hexdigest(),
+            "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")},
+        }
+
+
+# --- the stages ------------------------------------------------------------------------------------------------------
+
+
+def prepare(config: Config, workdir: str | Path, warn: Callable[[str], None] = print) -> Iterator[Event]:
+    """Find, mend and encode the text; write it and the config, with the vocabulary's size filled in.
+
+    Raises:
+        UserError: where the config, the workdir or the text will not do; nothing has been written then.
+    """
+    validate(config)
+    folder = Workdir(workdir)
+    folder.check_writable()
+    folder.check_config(config)
+    if folder.has_corpus() and folder.config.exists():
+        tokenizer, tokens, sources = folder.load_tokenizer(), folder.load_tokens(), folder.load_sources()
+        config = _carried_over(folder.load_config(), config)
+    else:
+        text, found = load_corpus(config.data, warn=warn)
+        tokenizer, sources = CharTokenizer.from_text(text), [dataclasses.asdict(source) for source in found]
+        if tokenizer.n_ids < 3:
+            raise UserError(f"The text holds one distinct character, {text[0]!r}: a model needs at least two.")
+        tokens = tokenizer.encode_text(text)
+    train, validation = batches.split(tokens, config.data.train_split, config.model.block_size)
+    config = _fitted(config, tokenizer)
+    if not folder.has_corpus():
+        folder.save_corpus(tokenizer, tokens, sources)
+    folder.save_config(config)
+    yield Prepared(
+        titles=tuple(source["title"] for source in sources),
+        characters=len(tokens),
+        n_train=len(train),
+        n_validation=len(validation),
+        n_ids=tokenizer.n_ids,
+        vocab_size=config.model.vocab_size,
+        stand_in_for=next((source["stand_in_for"] for source in sources if source["stand_in_for"]), None),
+    )
+
+
+def _fitted(config: Config, tokenizer: CharTokenizer) -> Config:
+    """Fill in what follows from the corpus."""
+    given = config.model.vocab_size
+    if given and given < tokenizer.n_ids:
+        raise UserError(
+            f"model.vocab_size is {given}, but the corpus has {tokenizer.n_ids} ids with the padding: leave it at 0."
+        )
+    if config.model.used_ids not in (0, tokenizer.n_ids):
+        raise UserError(
+            f"model.used_ids is {config.model.used_ids}, but the corpus has {tokenizer.n_ids} ids with the padding: "
+            "leave it at 0."
+        )
+    model = dataclasses.replace(config.model, vocab_size=given or tokenizer.vocab_size, used_ids=tokenizer.n_ids)
+    return dataclasses.replace(config, model=model)
+
+
+def _carried_over(saved: Config, given: Config) -> Config:
+    """Take a given config over a saved one that it does not contradict, keeping what the run had filled in."""
+    rate = given.optimizer.learning_rate or saved.optimizer.learning_rate
+    model = dataclasses.replace(given.model, vocab_size=saved.model.vocab_size, used_ids=saved.model.used_ids)
+    return dataclasses.replace(given, model=model, optimizer=dataclasses.replace(given.optimizer, learning_rate=rate))
+
+
+def find_lr(config: Config, workdir: str | Path, warn: Callable[[str], None] = print) -> Iterator[Event]:
+    """Run the range test, save its result and picture, and write the rate into the run's config."""
+    yield from prepare(config, workdir, warn)
+    yield from _find_lr(Workdir(workdir))
+
+
+def _find_lr(folder: Workdir) -> Iterator[Event]:
+    setup = Setup.of(folder)
+    finder = setup.config.lr_finder
+    compiled = jax.jit(partial(probe, config=setup.config, graphdef=setup.graphdef, mesh=setup.mesh), donate_argnums=0)
+
+    def start(zoom: int) -> TrainState:
+        state = setup.fresh_state(optimizer.adamw(setup.config.optimizer, 0.0))
+        return dataclasses.replace(state, step=state.step + zoom * finder.steps_per_zoom)
+
+    loss_of = trainer_loss(start, lambda state, rate: compiled(state, setup.on_device, np.float32(rate)))
+    for event in search(loss_of, finder):
+        if isinstance(event, LRFinderResult):
+            zooms = [(zoom.lrs, zoom.losses) for zoom in event.zooms]
+            steepest = [zoom.steepest for zoom in event.zooms]
+            folder.save_lr_finder(event, plots.lr_finder_plot(zooms, steepest, event.learning_rate, event.method))
+            found = dataclasses.replace(setup.config.optimizer, learning_rate=event.learning_rate)
+            folder.save_config(dataclasses.replace(setup.config, optimizer=found))
+        yield event
+
+
+def train(
+    config: Config, workdir: str | Path, warn: Callable[[str], None] = print, stop: Stop = lambda: None
+) -> Iterator[Event]:
+    """Train to the end of the schedule, from the newest checkpoint where there is one.
+
+    Raises:
+        NonFiniteLoss: with the step and the last good checkpoint, which is kept.
+    """
+    yield from prepare(config, workdir, warn)
+    folder = Workdir(workdir)
+    if folder.load_config().optimizer.learning_rate is None:
+        yield from _find_lr(folder)
+    setup = Setup.of(folder)
+    store = Checkpoints(
+        folder.checkpoints, keep_last=setup.config.train.keep_last, parameters=count_parameters(setup.params)
+    )
+    try:
+        yield from _train(setup, folder, store, stop)
+    finally:
+        store.close()
+
+
+def _train(setup: Setup, folder: Workdir, store: Checkpoints, stop: Stop) -> Iterator[Event]:
+    config, epoch_steps = setup.config, setup.epoch_steps
+    assert config.optimizer.learning_rate is not None
+    schedule = optimizer.warmup_cosine(config.scheduler, config.optimizer.learning_rate, epoch_steps)
+    tx = optimizer.adamw(config.optimizer, schedule)
+    total = optimizer.total_steps(config.scheduler, epoch_steps)
+    every = max(1, round(config.train.validate_every * epoch_steps))
+    state = _resumed(setup, store, setup.fresh_state(tx))
+    step = int(state.step)
+    log = folder.rewind_metrics(step)
+    seconds = max((line["seconds"] for line in log if line["event"] == "validation"), default=0.0)
+    best = min((line["loss"] for line in log if line["event"] == "validation"), default=math.inf)
+    yield TrainStarted(
+        parameters=count_parameters(setup.params),
+        first_step=step,
+        total_steps=total,
+        epoch_steps=epoch_steps,
+        epochs=total / epoch_steps,
+        learning_rate=config.optimizer.learning_rate,
+        device=devices.describe(setup.mesh),
+        dtype=jnp.dtype(setup.dtype).name,
+    )
+    parts: dict[str, Any] = {"config": config, "graphdef": setup.graphdef, "tx": tx, "mesh": setup.mesh}
+    everywhere = devices.replicated(setup.mesh)
+    dispatch = jax.jit(partial(updates, **parts), donate_argnums=0, out_shardings=everywhere)
+    validate_now, pace, signal = setup.validator(), Pace(config), None
+
+    while step < total and signal is None:
+        count = min(pace.steps, every - step % every, total - step)
+        began = time.perf_counter()
+        state, history = dispatch(state, setup.on_device, np.int32(count))
+        # Awaited at once: with several CPU devices two dispatches in flight can deadlock.
+        losses, norms = (np.asarray(history[name])[:count] for name in ("loss", "grad_norm"))
+        pace.took(time.perf_counter() - began, count)
+        seconds += time.perf_counter() - began
+        _check_finite(losses, norms, step, store, scaled=state.loss_scale is not None)
+        folder.append_metrics(_lines(losses, norms, schedule, step, config.train.log_every))
+        step += count
+        yield Steps(
+            step=step,
+            epoch=step / epoch_steps,
+            loss=float(losses[-1]),
+            learning_rate=float(schedule(step - 1)),
+            grad_norm=float(norms[-1]),
+            tokens_per_second=config.data.batch_size * config.model.block_size / pace.seconds_per_step,
+            seconds_left=(total - step) * pace.seconds_per_step,
+        )
+        signal = stop()
+        if step % every == 0 or step == total:
+            began = time.perf_counter()
+            loss = validate_now(state.params)
+            _check_finite(np.array([loss]), norms[-1:], step - 1, store)
+            seconds += time.perf_counter() - began
+            found = Validated(step, step / epoch_steps, loss, bits_per_character(loss), loss < best, seconds)
+            best = min(best, loss)
+            # The line goes first: after a crash between the two, training goes on from before it and drops it.
+            folder.append_metrics([{"event": "validation", **dataclasses.asdict(found)}])
+            yield found
+            yield Saved(step, str(store.save(state, {**setup.record(), "step": step}, loss)))
+        elif signal is not None:
+            yield Saved(step, str(store.save(state, {**setup.record(), "step": step}, UNKNOWN)))
+    yield Ended(step, seconds, best, signal)
+
+
+def _resumed(setup: Setup, store: Checkpoints, fresh: TrainState) -> TrainState:
+    """Return the newest saved state, or the fresh one where nothing was saved.
+
+    Raises:
+        UserError: where the checkpoint is of another model or corpus than the workdir says.
+    """
+    if not store.steps():
+        return fresh
+    step = store.choose("latest")
+    saved, own = store.record(step), setup.record()
+    lines = differences(from_dict(saved["config"]), setup.config)
+    lines += [f"{name} differs" for name in ("vocabulary", "corpus_sha256") if saved[name] != own[name]]
+    if lines:
+        raise UserError(f"Checkpoint {step} of {store.folder} is of another run ({'; '.join(lines[:6])}).")
+    return store.restore(step, fresh)
+
+
+def _check_finite(losses: np.ndarray, norms: np.ndarray, step: int, store: Checkpoints, scaled: bool = False) -> None:
+    """Stop at the first loss, or gradient, that is no number; with loss scaling an overflowing gradient is normal."""
+    bad = ~np.isfinite(losses) | (~np.isfinite(norms) & (not scaled))
+    if not bad.any():
+        return
+    at = int(np.argmax(bad))
+    kept = store.steps()
+    last = f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint was made before"
+    raise NonFiniteLoss(
+        f"At step {step + at + 1} the loss is {losses[at]} and the gradient's norm {norms[at]}: {last}. Lower "
+        "optimizer.learning_rate, or set optimizer.clip_norm=1.0."
+    )
+
+
+def _lines(
+    losses: np.ndarray, norms: np.ndarray, schedule: optax.Schedule, step: int, every: int
+) -> list[dict[str, Any]]:
+    """Make the lines of metrics.jsonl for the updates after `step` whose number is a multiple of `every`."""
+    return [
+        {
+            "event": "step",
+            "step": step + i + 1,
+            "loss": float(losses[i]),
+            "learning_rate": float(schedule(step + i)),
+            "grad_norm": float(norms[i]),
+        }
+        for i in range(len(losses))
+        if (step + i + 1) % every == 0
+    ]
+
+
+class Pace:
+    """How many updates to put into a dispatch, so that one takes about DISPATCH_SECONDS."""
+
+    def __init__(self, config: Config):
+        self.fixed = min(config.train.steps_per_dispatch, MOST_STEPS)
+        self.steps = self.fixed or 1
+        self.seconds_per_step = math.inf
+
+    def took(self, seconds: float, count: int) -> None:
+        """Learn from a dispatch; the first one compiles, so the best so far, slowly forgotten, is believed."""
+        self.seconds_per_step = min(seconds / count, 1.2 * self.seconds_per_step)
+        if not self.fixed:
+            wanted = int(DISPATCH_SECONDS / self.seconds_per_step)
+            self.steps = max(1, min(MOST_STEPS, 4 * self.steps, wanted))
+
+
+__all__ = ["NoCheckpoint", "NonFiniteLoss", "Setup", "find_lr", "prepare", "train"]

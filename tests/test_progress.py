@@ -1,0 +1,244 @@
+"""What a log, a terminal and a notebook show of a run, from a list of events: no JAX needed."""
+
+import io
+import math
+import re
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+
+from chargpt_jax.events import (
+    Ended,
+    Event,
+    LRFinderResult,
+    LRFinderStep,
+    Prepared,
+    Saved,
+    Steps,
+    TrainStarted,
+    Validated,
+    Zoom,
+)
+from chargpt_jax.progress import duration, numbers, sentence, show
+
+LAST = Steps(1000, 10.0, 2 * math.log(2), 1.5e-3, 0.7, 12_345.6, 0.0)
+ZOOM = Zoom(1, 1e-10, 10.0, (1e-3, 1e-2), (4.0, 3.0), 3.2e-3, 1e-2, 3.2e-3)
+RUN: list[Event] = [
+    Prepared(("Python's own help texts",), 465_000, 400_000, 65_000, 97, 128, "60"),
+    *[LRFinderStep(n, 2, 1, 10.0**-n, 4.5 - n) for n in (1, 2)],
+    ZOOM,
+    LRFinderResult(3.2e-3, "steepest", 1e-10, 10.0, (ZOOM,)),
+    TrainStarted(213_504, 0, 1000, 100, 10.0, 3.2e-3, "1 x cpu", "float32"),
+    *[Steps(n, n / 100, 3.0, 1e-3, 0.7, 10_000.0, 7260.0) for n in range(1, 1000)],
+    LAST,
+    Validated(1000, 10.0, 1.7, 1.7 / math.log(2), True, 605.0),
+    Saved(1000, "runs/x/checkpoints/1000"),
+    Ended(1000, 605.0, 1.7),
+]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def log(events: list[Event]) -> str:
+    file = io.StringIO()
+    show(events, file)
+    return file.getvalue()
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Return a function that shows events on a terminal so many columns wide and gives what is left to be read."""
+
+    def draw(events: list[Event], columns: int) -> str:
+        for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "JUPYTER_COLUMNS"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.setenv("COLUMNS", str(columns))
+        file = Terminal()
+        show(events, file)
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+
+    return draw
+
+
+# Times
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (0.4, "0 s"),
+        (48, "48 s"),
+        (99, "99 s"),
+        (100, "2 min"),
+        (720, "12 min"),
+        (5900, "98 min"),
+        (6000, "1 h 40 min"),
+        (11_100, "3 h 05 min"),
+        (7200, "2 h 00 min"),
+        (100 * 3600, "100 h 00 min"),
+    ],
+)
+def test_a_duration_is_written_as_people_do(seconds, text):
+    assert duration(seconds) == text
+
+
+# A log
+
+
+def test_a_line_of_numbers_has_loss_bits_rate_speed_and_time_left():
+    line = numbers(Steps(10, 0.1, 2 * math.log(2), 1.5e-3, 0.7, 12_345.6, 720.0))
+    assert line == "loss 1.3863 nats (2.0000 bits/char)  rate 1.50e-03  12,346 tokens/s  12 min left"
+
+
+def test_a_log_tells_each_stage_in_order():
+    lines = log(RUN).splitlines()
+    assert lines[0].startswith("corpus: Python's own help texts, standing in for 60: 465,000 characters, 96 distinct")
+    assert "learning rate: 3.20e-03 (steepest)" in lines
+    (training,) = [line for line in lines if line.startswith("training:")]
+    for words in ("213,504 parameters", "1 x cpu", "float32", "starting of 1,000 steps", "10 epochs of 100"):
+        assert words in training
+    (last,) = [line for line in lines if line.startswith("step 1,000 (epoch 10.00): ")]
+    assert last.endswith(numbers(LAST))
+    (validation,) = [line for line in lines if line.startswith("validation:")]
+    assert "1.7000 nats = 2.4526 bits per character (best), 10 min" in validation
+    assert lines[-1] == "done: step 1,000 after 10 min, best 1.7000 nats"
+
+
+def test_a_log_has_a_line_of_numbers_at_each_doubling_and_at_the_end():
+    told = [line.split()[1] for line in log(RUN).splitlines() if line.startswith("step ")]
+    assert told == ["1", "2", "4", "8", "16", "32", "64", "128", "256", "512", "1,000"]
+
+
+def test_a_long_run_is_heard_of_about_every_minute():
+    """Doubling alone would be silent for the second half of a run."""
+    seconds, per_step = 3600, 10  # ten seconds a step, steps of 1000 tokens
+    events = [
+        Steps(n, 1.0, 3.0, 1e-3, 0.7, 100.0, float(seconds - n * per_step)) for n in range(1, seconds // per_step)
+    ]
+    steps = [int(line.split()[1]) for line in log(events).splitlines()]
+    assert max(b - a for a, b in pairwise(steps)) * per_step <= 120
+
+
+def test_a_corpus_is_named_as_a_stand_in_only_where_it_is_one():
+    assert "standing in" not in sentence(Prepared(("A Book",), 10, 8, 2, 5, 64, None))
+    assert "A Book, standing in for https://x.org/a.txt:" in sentence(
+        Prepared(("A Book",), 10, 8, 2, 5, 64, "https://x.org/a.txt")
+    )
+
+
+def test_a_resumed_run_says_from_where():
+    assert "resuming after step 1,234 of 5,000" in sentence(
+        TrainStarted(1, 1234, 5000, 10, 500.0, 1e-3, "x", "float32")
+    )
+
+
+def test_only_the_best_validation_is_called_so():
+    assert "(best)" not in sentence(Validated(1, 1.0, 1.7, 2.4, False, 1.0))
+
+
+def test_a_stopped_run_is_not_called_done():
+    line = sentence(Ended(7, 60.0, 1.7, 15))
+    assert line is not None
+    assert "7" in line
+    assert not line.startswith("done")
+
+
+def test_events_are_consumed_as_they_come():
+    seen = []
+
+    def events():
+        for event in RUN[:4]:
+            yield event
+            seen.append(event)
+        raise ValueError("the run failed")
+
+    file = io.StringIO()
+    with pytest.raises(ValueError, match="the run failed"):
+        show(events(), file)
+    assert seen == RUN[:4]
+    assert file.getvalue().startswith("corpus:")
+
+
+# A terminal
+
+
+def test_a_wide_terminal_ends_with_the_final_numbers_and_a_full_bar(terminal):
+    text = terminal(RUN, 160)
+    assert numbers(LAST) in text
+    assert "1,000/1,000" in text
+    assert "━━━━━" in text
+    for words in ("standing in for 60", "learning rate: 3.20e-03", "done: step 1,000"):
+        assert words in text
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_a_usual_terminal_has_room_for_the_step_the_loss_and_the_time_left(terminal, columns):
+    last = Steps(900, 9.0, 2.1234, 1e-3, 0.7, 12_345.0, 720.0)
+    text = terminal([*RUN[:6], last], columns)
+    for words in ("900/1,000", "2.1234", "12 min left"):
+        assert words in text
+    assert "…" not in text
+
+
+def test_a_terminal_shows_the_range_test_as_it_goes(terminal):
+    text = terminal(RUN[:3], 160)
+    assert "range test" in text
+    assert "rate 1.00e-02  loss 2.5000" in text
+
+
+def test_a_title_with_brackets_is_shown_as_it_is(terminal):
+    titles = ("The [red]Scarlet[/red] Pimpernel [/]",)
+    assert titles[0] in terminal([Prepared(titles, 10, 8, 2, 5, 64, None)], 160)
+
+
+def test_a_run_that_fails_leaves_the_terminals_cursor_on(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+    def events():
+        yield from RUN[:8]
+        raise ValueError("the run failed")
+
+    file = Terminal()
+    with pytest.raises(ValueError, match="the run failed"):
+        show(events(), file)
+    assert file.getvalue().rindex("\x1b[?25h") > file.getvalue().rindex("\x1b[?25l")
+
+
+# A notebook
+
+
+@pytest.fixture
+def cell(monkeypatch):
+    """Return what a notebook's cell displays, in order."""
+    shown: list[str] = []
+
+    def display(thing: str, **_: object) -> SimpleNamespace:
+        shown.append(thing)
+        return SimpleNamespace(update=shown.append)
+
+    shell = SimpleNamespace(kernel=None)
+    fake = SimpleNamespace(get_ipython=lambda: shell)
+    monkeypatch.setitem(sys.modules, "IPython", fake)
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(HTML=str, display=display))
+    return shown
+
+
+def test_a_notebook_keeps_the_last_numbers_and_draws_both_pictures(cell, capsys):
+    show(RUN)
+    assert "<pre>done: step 1,000 after 10 min, best 1.7000 nats</pre>" in cell
+    assert f"<pre>{numbers(LAST)}</pre>" in cell
+    assert len([thing for thing in cell if "<svg" in thing]) == 2
+    assert "training: 213,504 parameters" in capsys.readouterr().out
+
+
+def test_a_title_is_text_to_a_notebook_not_html(cell):
+    show([Prepared(("<script>alert(1)</script> & Co",), 10, 8, 2, 5, 64, None)])
+    assert not any("<script>" in thing for thing in cell)
+    assert any("&lt;script&gt;alert(1)&lt;/script&gt; &amp; Co" in thing for thing in cell)

@@ -1,0 +1,256 @@
+"""The stages end to end on a small text of known entropy: resuming, stopping, the range test, what is refused."""
+
+import dataclasses
+import itertools
+import json
+import math
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from chargpt_jax import train as stages
+from chargpt_jax.checkpoint import Checkpoints
+from chargpt_jax.config import UserError
+from chargpt_jax.events import (
+    Ended,
+    LRFinderResult,
+    LRFinderStep,
+    Prepared,
+    Saved,
+    Steps,
+    TrainStarted,
+    Validated,
+    Zoom,
+)
+from chargpt_jax.workdir import Workdir
+from tests.corpus_text import FLOOR, small_config, write_words
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_words(tmp_path_factory.mktemp("text") / "words.txt")
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def final(workdir):
+    """Return the arrays of a run's last checkpoint, by path."""
+    setup = stages.Setup.of(Workdir(workdir))
+    tx = stages.optimizer.adamw(setup.config.optimizer, lambda count: 0.0 * count)
+    store = Checkpoints(Workdir(workdir).checkpoints)
+    state = store.restore(store.choose("latest"), setup.fresh_state(tx))
+    store.close()
+    return {
+        jax.tree_util.keystr(path): np.asarray(jax.random.key_data(x) if x.dtype.name.startswith("key") else x)
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def same_bits(one, other):
+    return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
+
+
+def logged(workdir):
+    """Return metrics.jsonl without wall-clock times."""
+    lines = Workdir(workdir).load_metrics()
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """Train without interruption."""
+    workdir = tmp_path_factory.mktemp("whole")
+    events = list(stages.train(small_config(text), workdir, quiet))
+    return workdir, events
+
+
+def test_events_tell_the_whole_story_in_order(whole):
+    _, events = whole
+    kinds = [type(event) for event in events]
+    assert kinds[:2] == [Prepared, TrainStarted]
+    assert kinds[-3:] == [Validated, Saved, Ended]
+    steps = [event.step for event in events if isinstance(event, Steps)]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == events[1].total_steps == 30
+    assert all(event.tokens_per_second > 0 for event in events if isinstance(event, Steps))
+    best = [event.loss for event in events if isinstance(event, Validated) and event.best]
+    assert best == sorted(best, reverse=True)
+    assert events[-1].best_loss == best[-1]
+
+
+def test_every_step_and_validation_is_logged_once(whole):
+    workdir, events = whole
+    lines = Workdir(workdir).load_metrics()
+    assert [line["step"] for line in lines if line["event"] == "step"] == list(range(1, 31))
+    validations = [dataclasses.asdict(event) for event in events if isinstance(event, Validated)]
+    assert [{k: v for k, v in line.items() if k != "event"} for line in lines if line["event"] == "validation"] == (
+        validations
+    )
+
+
+@pytest.mark.parametrize("when", [2, 4])
+def test_resuming_equals_never_stopping_bit_for_bit(whole, text, tmp_path, when):
+    """Drop the generator, as a crash would, after some checkpoint and again later; dropout and padding are on."""
+    config = small_config(text)
+    for stop_after in (when, 1):
+        saved = 0
+        for event in stages.train(config, tmp_path, quiet):
+            saved += isinstance(event, Saved)
+            if saved == stop_after:
+                break
+    events = list(stages.train(config, tmp_path, quiet))
+    started = next(event for event in events if isinstance(event, TrainStarted))
+    assert 0 < started.first_step < 30
+    assert same_bits(final(tmp_path), final(whole[0]))
+    assert logged(tmp_path) == logged(whole[0])
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_how_many_steps_share_a_dispatch_changes_no_bit(whole, text, tmp_path, steps):
+    config = small_config(text)
+    config.train.steps_per_dispatch = steps
+    list(stages.train(config, tmp_path, quiet))
+    assert same_bits(final(tmp_path), final(whole[0]))
+
+
+def test_a_signal_saves_between_validations_and_the_run_goes_on_from_there(whole, text, tmp_path):
+    config = small_config(text)
+    config.train.steps_per_dispatch = 1
+    asked = itertools.count()
+    events = list(stages.train(config, tmp_path, quiet, lambda: signal.SIGTERM if next(asked) == 4 else None))
+    assert isinstance(events[-1], Ended)
+    assert events[-1].signal == signal.SIGTERM
+    assert events[-1].step == 5
+    list(stages.train(config, tmp_path, quiet))
+    assert same_bits(final(tmp_path), final(whole[0]))
+    assert logged(tmp_path) == logged(whole[0])
+
+
+def test_a_finished_run_has_nothing_left_to_do(whole, text):
+    workdir, _ = whole
+    before = final(workdir)
+    events = list(stages.train(small_config(text), workdir, quiet))
+    assert not [event for event in events if isinstance(event, Steps)]
+    assert same_bits(final(workdir), before)
+
+
+def test_training_compiles_once_for_dispatches_of_any_length(text, tmp_path, monkeypatch):
+    traces = []
+    original = stages.updates
+
+    def counted(*args, **kwargs):
+        traces.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(stages, "updates", counted)
+    events = list(stages.train(small_config(text), tmp_path, quiet))
+    lengths = np.diff([0] + [event.step for event in events if isinstance(event, Steps)])
+    assert len(set(lengths)) > 1
+    assert len(traces) == 1
+
+
+@pytest.mark.slow
+def test_the_model_learns_the_text_down_to_its_entropy(text, tmp_path):
+    """The words are drawn evenly: nothing below FLOOR can be learned, and little above it must be left."""
+    config = small_config(text, dropout=0.0, n_embd=32)
+    config.scheduler.max_steps = 400
+    config.train.validate_every = 100.0
+    (ended,) = [event for event in stages.train(config, tmp_path, quiet) if isinstance(event, Ended)]
+    assert FLOOR * 0.97 < ended.best_loss < FLOOR * 1.12
+
+
+def test_without_a_rate_the_range_test_finds_one_and_the_config_keeps_it(text, tmp_path):
+    config = small_config(text)
+    config.optimizer.learning_rate = None
+    config.scheduler.max_steps = 3
+    events = list(stages.train(config, tmp_path, quiet))
+    steps = [event for event in events if isinstance(event, LRFinderStep)]
+    (result,) = [event for event in events if isinstance(event, LRFinderResult)]
+    started = next(event for event in events if isinstance(event, TrainStarted))
+    assert len(steps) == steps[-1].total_steps == 50
+    assert [event for event in events if isinstance(event, Zoom)] == list(result.zooms)
+    assert started.learning_rate == result.learning_rate == Workdir(tmp_path).load_config().optimizer.learning_rate
+    assert json.loads((tmp_path / "lr_finder.json").read_text())["learning_rate"] == result.learning_rate
+    assert (tmp_path / "lr_finder.svg").read_text().startswith("<svg")
+    assert 1e-5 < result.learning_rate < 1
+    # Every zoom starts from the same parameters: at vanishing rates the first losses differ by their batches only.
+    firsts = [step.loss for step in steps if (step.step - 1) % 10 == 0]
+    assert max(firsts) - min(firsts) < 0.2
+    again = list(stages.train(config, tmp_path, quiet))
+    assert not [event for event in again if isinstance(event, LRFinderStep)]
+
+
+def test_the_range_test_compiles_once(text, tmp_path, monkeypatch):
+    traces = []
+    original = stages.probe
+
+    def counted(*args, **kwargs):
+        traces.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(stages, "probe", counted)
+    list(stages.find_lr(small_config(text), tmp_path, quiet))
+    assert len(traces) == 1
+
+
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(text, tmp_path):
+    config = small_config(text)
+    config.optimizer.learning_rate = 1e30
+    config.scheduler.warmup_epochs = 100.0  # the rate grows from nothing, so the first checkpoint is good
+    config.scheduler.min_lr_factor = 0.0
+    config.train.validate_every = 1 / 40
+    config.scheduler.max_steps = 200
+    with pytest.raises(stages.NonFiniteLoss, match=r"the loss is (nan|inf).*(checkpoint of step \d+ is kept)"):
+        list(stages.train(config, tmp_path, quiet))
+    assert all(np.isfinite(x).all() for x in final(tmp_path).values())
+
+
+def test_a_changed_config_is_refused_with_its_fields_and_what_may_change_is_not(whole, text):
+    workdir, _ = whole
+    config = small_config(text)
+    config.model.dropout, config.seed = 0.3, 5
+    with pytest.raises(UserError, match=r"model.dropout: 0.1 there, 0.3 given; seed: 0 there, 5 given"):
+        next(stages.train(config, workdir, quiet))
+    config = small_config(text)
+    config.train.log_every, config.sample.temperature = 3, 0.1
+    list(stages.train(config, workdir, quiet))
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused_before_training(whole, text, tmp_path):
+    workdir, _ = whole
+    config = small_config(text)
+    list(stages.prepare(config, tmp_path, quiet))
+    (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
+    folder = Workdir(tmp_path)
+    tokens = folder.load_tokens()
+    folder.save_corpus(folder.load_tokenizer(), tokens[::-1].copy(), folder.load_sources())
+    with pytest.raises(UserError, match="is of another run .*corpus_sha256 differs"):
+        list(stages.train(config, tmp_path, quiet))
+
+
+def test_preparing_writes_nothing_when_the_text_is_too_short(tmp_path):
+    source = tmp_path / "short.txt"
+    source.write_text("abc " * 20)
+    with pytest.raises(UserError, match="validation part has 16 characters, but model.block_size 32"):
+        list(stages.prepare(small_config(source), tmp_path / "run", quiet))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_distinct_character_is_refused(tmp_path):
+    source = tmp_path / "aaa.txt"
+    source.write_text("a" * 2000)
+    with pytest.raises(UserError, match="one distinct character, 'a'"):
+        list(stages.prepare(small_config(source), tmp_path / "run", quiet))
+
+
+def test_pace_aims_at_two_seconds_whatever_the_first_dispatch_took(text):
+    pace = stages.Pace(small_config(text))
+    assert pace.steps == 1
+    for seconds in (9.0, 0.01, 0.04, 0.16, 0.64):
+        pace.took(seconds, pace.steps)
+    assert math.isclose(pace.seconds_per_step, 0.01, rel_tol=0.5)
+    assert 100 <= pace.steps <= 200
