@@ -1,0 +1,392 @@
+"""What a user can do, as functions: `main` and the notebooks call these and nothing else.
+
+for event in chargpt_jax.run(chargpt_jax.load_config("tiny"), "runs/tiny"):
+    ...
+model = chargpt_jax.load("runs/tiny")
+model.generate("The ", max_new_tokens=200)      # shows itself as a subline in a notebook
+model.score("A text of your own.")
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from chargpt_jax import batches, devices, optimizer, plots, report, subline
+from chargpt_jax.checkpoint import Checkpoints, NoCheckpoint
+from chargpt_jax.config import Config, UserError, from_dict
+from chargpt_jax.events import Event
+from chargpt_jax.generate import Progress, Sampler, advance, begin, bucket, score_tokens
+from chargpt_jax.metrics import bits_per_character, perplexity, surprise_surprise
+from chargpt_jax.model import count_parameters, create
+from chargpt_jax.step import create_state
+from chargpt_jax.tokenizer import CharTokenizer
+from chargpt_jax.train import Setup, Stop, find_lr, prepare, train
+from chargpt_jax.workdir import Workdir
+
+MOST_NEW_TOKENS = 1_000_000
+"""The longest continuation that is asked of a machine in one go."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A text and what the model made of each of its characters; N characters, prompt included."""
+
+    prompt: str
+    tokens: tuple[str, ...]
+    """One string a token."""
+    surprisal: np.ndarray
+    """float32 [N], nats; NaN where undefined."""
+    entropy: np.ndarray
+    """float32 [N], nats; NaN where undefined."""
+    vocab_size: int
+
+    @property
+    def text(self) -> str:
+        """The whole text, prompt included."""
+        return "".join(self.tokens)
+
+    @property
+    def surprise_surprise(self) -> np.ndarray:
+        """S2, float32 [N]: (surprisal - entropy) / log(vocab_size)."""
+        return surprise_surprise(self.surprisal, self.entropy, self.vocab_size)
+
+    @property
+    def loss(self) -> float:
+        """The mean surprisal, in nats per character."""
+        return float(np.nanmean(self.surprisal)) if np.isfinite(self.surprisal).any() else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the sample as JSON has it: lists, and None for NaN."""
+        return {
+            "prompt": self.prompt,
+            "text": self.text,
+            "tokens": list(self.tokens),
+            "surprisal": _listed(self.surprisal),
+            "entropy": _listed(self.entropy),
+            "surprise_surprise": _listed(self.surprise_surprise),
+            "vocab_size": self.vocab_size,
+        }
+
+    def svg(self, chars_per_line: int = 80) -> str:
+        """Draw the text with its entropy, surprisal and S2 under it."""
+        series = subline.metric_series(self.surprisal, self.entropy, self.surprise_surprise, self.vocab_size)
+        return subline.subline(
+            self.tokens, series, chars_per_line=chars_per_line, n_prompt=len(self.prompt), title=self.text[:60]
+        )
+
+    def _repr_html_(self) -> str:
+        return self.svg()
+
+
+class Samples(list[Sample]):
+    """Several samples; a notebook shows them one below the other."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return {'samples': [...]} as JSON has it."""
+        return {"samples": [sample.to_dict() for sample in self]}
+
+    def _repr_html_(self) -> str:
+        return "\n".join(sample.svg() for sample in self)
+
+
+class Model:
+    """A trained model with its vocabulary; `load` makes one."""
+
+    def __init__(self, config: Config, tokenizer: CharTokenizer, graphdef: nnx.GraphDef, params: Any, step: int):
+        """Put together what a checkpoint holds."""
+        self.config, self.tokenizer, self.graphdef, self.params, self.step = config, tokenizer, graphdef, params, step
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        max_new_tokens: int = 300,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        skip_unknown: bool = False,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> Samples:
+        """Continue one or more prompts.
+
+        Args:
+            prompts: texts of at least one character each; of one longer than block_size the last block_size
+                characters are read.
+            max_new_tokens: characters to write.
+            temperature: 0 takes the likeliest character each time.
+            top_k: draw among the k likeliest characters.
+            top_p: draw among the likeliest that hold this mass.
+            seed: the same seed and prompts give the same text.
+            skip_unknown: drop characters that the model has never seen, instead of refusing them.
+            on_text: called with (index of the prompt, new text) while the text grows.
+
+        Raises:
+            UserError: for an argument that makes no sense, in one sentence.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        sampler = Sampler(temperature, top_k, top_p)
+        if not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
+            raise UserError(
+                f"max_new_tokens is {max_new_tokens}, but it must be between 1 and {MOST_NEW_TOKENS:,}: try 500."
+            )
+        prompts = [self._readable(prompt, skip_unknown) for prompt in prompts]
+        rows = [self.tokenizer.encode_text(prompt) for prompt in prompts]
+        longest, block_size = max(map(len, rows)), self.config.model.block_size
+        tokens = np.zeros((len(rows), bucket(longest + max_new_tokens)), np.int32)
+        for buffer, row in zip(tokens, rows, strict=True):
+            buffer[: len(row)] = row
+        lengths = np.array([len(row) for row in rows], np.int32)
+        width = min(block_size, bucket(longest), tokens.shape[1])
+        progress = begin(self.params, tokens, lengths, graphdef=self.graphdef, width=width)
+        piece = max_new_tokens if on_text is None else 16
+        for done in range(0, max_new_tokens, piece):
+            count = min(piece, max_new_tokens - done)
+            progress = advance(
+                self.params,
+                progress,
+                jax.random.key(seed),
+                np.int32(count),
+                np.float32(sampler.temperature),
+                np.int32(top_k or 0),
+                np.float32(top_p or 1.0),
+                graphdef=self.graphdef,
+                use_top_k=top_k is not None,
+                use_top_p=top_p is not None,
+            )
+            if on_text is not None:
+                for i, row in enumerate(np.asarray(progress.tokens)):
+                    start = lengths[i] + done
+                    on_text(i, self.tokenizer.decode([row[start : start + count]])[0])
+        return self._samples(prompts, rows, progress, max_new_tokens)
+
+    def _samples(self, prompts: list[str], rows: list[np.ndarray], progress: Progress, count: int) -> Samples:
+        tokens, surprisal, entropy = (np.array(a) for a in (progress.tokens, progress.surprisal, progress.entropy))
+        samples = Samples()
+        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            end = len(row) + count
+            if len(row) > self.config.model.block_size:  # the prefill saw only its last window
+                surprisal[i, : len(row)], entropy[i, : len(row)] = self._measure(row)
+            names = tuple(self.tokenizer.decode_each([tokens[i, :end]])[0])
+            samples.append(Sample(prompt, names, surprisal[i, :end], entropy[i, :end], self.config.model.vocab_size))
+        return samples
+
+    def score(self, text: str, *, stride: int | None = None, skip_unknown: bool = False) -> Sample:
+        """Measure a given text.
+
+        Args:
+            text: at least two characters.
+            stride: past block_size, each character is judged from at least block_size - stride characters before it;
+                1 gives exactly what generation would see, at the cost of a window a character. None: half of it.
+            skip_unknown: drop characters that the model has never seen, instead of refusing them.
+
+        Raises:
+            UserError: for a text or stride that makes no sense, in one sentence.
+        """
+        text = self._readable(text, skip_unknown)
+        tokens = self.tokenizer.encode_text(text)
+        surprisal, entropy = self._measure(tokens, stride)
+        return Sample(text, tuple(text), surprisal, entropy, self.config.model.vocab_size)
+
+    def _measure(self, tokens: np.ndarray, stride: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        block_size = self.config.model.block_size
+        return score_tokens(self.params, tokens, graphdef=self.graphdef, block_size=block_size, stride=stride)
+
+    def _readable(self, text: str, skip_unknown: bool) -> str:
+        text = self.tokenizer.drop_unknown(text) if skip_unknown else text
+        if not text:
+            raise UserError("The text is empty, but the model needs a character to go on from: try '\\n'.")
+        return text
+
+
+def load(workdir: str | Path, step: str | int = "best") -> Model:
+    """Load a trained model from a run's folder.
+
+    Args:
+        workdir: of the run.
+        step: 'best' by validation, 'latest', or a step's number.
+
+    Raises:
+        UserError: where the folder is not a run.
+        NoCheckpoint: where it holds no such checkpoint.
+    """
+    folder = Workdir(workdir)
+    folder.load_config()  # says so where this is no run
+    if not folder.checkpoints.is_dir():
+        raise NoCheckpoint(f"{folder.path} holds no checkpoint: train first.")
+    store = Checkpoints(folder.checkpoints)
+    try:
+        chosen = store.choose(step)
+        record = store.record(chosen)
+        config = from_dict(record["config"])
+        dtype = devices.compute_dtype(config.amp)
+        graphdef, like = _shapes(config, dtype)
+        params = store.restore(chosen, like).params
+    finally:
+        store.close()
+    return Model(config, CharTokenizer(record["vocabulary"]), graphdef, params, chosen)
+
+
+def _shapes(config: Config, dtype: Any) -> tuple[nnx.GraphDef, Any]:
+    """Return a model's static half, and its training state with shapes in place of arrays, on one device."""
+    made: list[nnx.GraphDef] = []
+
+    def init() -> Any:
+        graphdef, params = create(config.model, 0, dtype)
+        made.append(graphdef)
+        return create_state(params, optimizer.adamw(config.optimizer, lambda count: 0.0 * count), 0, dtype)
+
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(init)
+    return made[0], jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
+def evaluate(workdir: str | Path, step: str | int = "best") -> dict[str, Any]:
+    """Measure a trained model on the whole held-out part of its corpus.
+
+    Returns:
+        loss (nats per character), bits_per_character, perplexity, tokens, split, step.
+    """
+    model = load(workdir, step)
+    setup = Setup.of(Workdir(workdir))
+    loss = setup.validator()(jax.device_put(model.params, devices.replicated(setup.mesh)))
+    return {
+        "loss": loss,
+        "bits_per_character": bits_per_character(loss),
+        "perplexity": perplexity(loss),
+        "tokens": len(setup.tokens) - setup.n_train,
+        "split": "validation",
+        "step": model.step,
+    }
+
+
+def run(
+    config: Config, workdir: str | Path, warn: Callable[[str], None] = print, stop: Stop = lambda: None
+) -> Iterator[Event]:
+    """Do the whole story: prepare, find_lr where no rate is given, train, write samples, draw the report."""
+    interrupted = False
+    for event in train(config, workdir, warn, stop):
+        interrupted = getattr(event, "signal", None) is not None
+        yield event
+    if not interrupted:
+        write_samples(workdir)
+        write_report(workdir)
+
+
+def write_samples(workdir: str | Path) -> Samples:
+    """Continue the config's sample prompts and keep the texts, as JSON and as sublines, in the workdir."""
+    folder, model = Workdir(workdir), load(workdir)
+    how = folder.load_config().sample
+    samples = model.generate(
+        how.prompts,
+        how.max_new_tokens,
+        temperature=how.temperature,
+        top_k=how.top_k,
+        top_p=how.top_p,
+        seed=model.config.seed,
+        skip_unknown=True,
+    )
+    save_samples(folder, samples, f"step-{model.step}")
+    return samples
+
+
+def save_samples(folder: Workdir, samples: Samples, name: str) -> list[Path]:
+    """Write samples under a name: one JSON file, and one SVG each; return the SVGs' paths."""
+    folder.write(folder.samples / f"{name}.json", json.dumps(samples.to_dict(), indent=1) + "\n")
+    paths = [folder.samples / f"{name}-{i}.svg" for i in range(len(samples))]
+    for path, sample in zip(paths, samples, strict=True):
+        folder.write(path, sample.svg())
+    return paths
+
+
+def loss_curve(workdir: str | Path) -> str:
+    """Draw the losses of a run so far, as SVG."""
+    log = Workdir(workdir).load_metrics()
+    points = {kind: [(x["step"], x["loss"]) for x in log if x["event"] == kind] for kind in ("step", "validation")}
+    return plots.loss_plot(points["step"], points["validation"])
+
+
+def write_report(workdir: str | Path) -> Path:
+    """Draw a run as one HTML page (report.html) and its loss curve as loss.svg; return the page's path."""
+    folder = Workdir(workdir)
+    curve = loss_curve(workdir)
+    folder.write(folder.path / "loss.svg", curve)
+    figures = [("Loss on the training batches and on the whole held-out text.", curve)]
+    if folder.lr_finder.with_suffix(".svg").exists():
+        svg = folder.lr_finder.with_suffix(".svg").read_text(encoding="utf-8")
+        figures.append(("The learning-rate range test, zoom by zoom.", svg))
+    for path in sorted(folder.samples.glob("step-*.svg")):
+        figures.append(
+            ("Written by the model: how unsure it was, and how surprised.", path.read_text(encoding="utf-8"))
+        )
+    facts = [(name, _shown(value)) for name, value in info(workdir).items()]
+    folder.write(folder.report, report.report(f"A run of chargpt_jax: {folder.path.name}", facts, figures))
+    return folder.report
+
+
+def info(workdir: str | Path) -> dict[str, Any]:
+    """Say what a run is: its corpus, model, progress and the devices here, as JSON can hold it."""
+    folder = Workdir(workdir)
+    config, sources = folder.load_config(), folder.load_sources()
+    log = [line for line in folder.load_metrics() if line["event"] == "validation"]
+    _, like = _shapes(config, devices.compute_dtype(config.amp))
+    n = int(sum(source["characters"] for source in sources))
+    epoch_steps = batches.steps_per_epoch(int(config.data.train_split * n), config.model.block_size, config.data)
+    best = min(log, key=lambda line: line["loss"], default=None)
+    return {
+        "sources": [source["title"] for source in sources],
+        "characters": n,
+        "vocabulary": config.model.used_ids - 1,
+        "parameters": count_parameters(like.params),
+        "block_size": config.model.block_size,
+        "steps_per_epoch": epoch_steps,
+        "total_steps": optimizer.total_steps(config.scheduler, epoch_steps),
+        "learning_rate": config.optimizer.learning_rate,
+        "step": log[-1]["step"] if log else 0,
+        "seconds": log[-1]["seconds"] if log else 0.0,
+        "best_step": best and best["step"],
+        "best_loss": best and best["loss"],
+        "best_bits_per_character": best and best["bits_per_character"],
+        "devices": devices.describe(devices.data_mesh(config.data.batch_size)),
+        "dtype": jnp.dtype(devices.compute_dtype(config.amp)).name,
+    }
+
+
+def _listed(values: np.ndarray) -> list[float | None]:
+    return [float(v) if np.isfinite(v) else None for v in values]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return (
+        ", ".join(map(str, value))
+        if isinstance(value, list)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
+
+
+__all__ = [
+    "Model",
+    "Sample",
+    "Samples",
+    "evaluate",
+    "find_lr",
+    "info",
+    "load",
+    "prepare",
+    "run",
+    "train",
+    "write_report",
+    "write_samples",
+]

@@ -1,0 +1,408 @@
+"""Train, use and look at a character-level GPT.
+
+    python -m chargpt_jax.main --config=configs/small.py [--workdir=DIR] [--mode=MODE] [--config.x.y=v ...]
+
+Modes: run (default) prepares the text, finds a learning rate, trains, writes samples and draws the report; prepare,
+find_lr, train and eval do that stage alone; generate and score use a trained model; info says what a run is; compile
+builds the steps of a config for a TPU that need not be there.
+
+This file knows flags and exit codes only: 0 done, 2 the user's mistake, 3 no usable checkpoint, 4 non-finite loss,
+130 and 143 stopped by a signal after a checkpoint.
+"""
+
+import difflib
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from chargpt_jax.config import (
+    Config,
+    UserError,
+    find_config,
+    flatten,
+    help_lines,
+    load_config,
+    optional_fields,
+    unknown_field,
+    validate,
+)
+
+MODES = ("run", "prepare", "find_lr", "train", "eval", "generate", "score", "info", "compile")
+NEEDS_CONFIG = ("run", "prepare", "find_lr", "train", "compile")
+USES_MODEL = ("generate", "score", "eval")
+MODES_OF = {
+    **dict.fromkeys(("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stream"), ("generate",)),
+    **dict.fromkeys(("text", "text_file", "stride"), ("score",)),
+    "skip_unknown": ("generate", "score"),
+    "step": USES_MODEL,
+    "topology": ("compile",),
+    "json": (*USES_MODEL, "find_lr", "info"),
+}
+"""The modes that a flag means something to; flags that are not here go with every mode."""
+
+
+def define_flags() -> flags.FlagValues:
+    """Return the flags of all modes, unparsed."""
+    values = flags.FlagValues()
+    text: dict[str, str] = {
+        "workdir": "the run's folder; default: runs/NAME for --config=NAME",
+        "text": "score: the text",
+        "text_file": "score: a UTF-8 file that holds the text",
+        "step": "generate, score, eval: 'best' by validation, 'latest', or a number; default: best",
+        "topology": "compile: the TPU slice; default: v5e:2x4",
+    }
+    for name, about in text.items():
+        flags.DEFINE_string(name, None, about, flag_values=values)
+    flags.DEFINE_enum("mode", "run", MODES, "what to do", flag_values=values)
+    flags.DEFINE_multi_string("prompt", None, "generate: a text to go on from; may repeat", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", None, "generate: characters to write", flag_values=values)
+    flags.DEFINE_float("temperature", None, "generate: 0 takes the likeliest character", flag_values=values)
+    flags.DEFINE_integer("top_k", None, "generate: draw among the k likeliest", flag_values=values)
+    flags.DEFINE_float("top_p", None, "generate: draw among the likeliest of this mass", flag_values=values)
+    flags.DEFINE_integer("seed", None, "generate: of the draws; default: the config's", flag_values=values)
+    flags.DEFINE_integer(
+        "stride", None, "score: between windows; 1 is exact; default: half a block", flag_values=values
+    )
+    flags.DEFINE_bool("stream", False, "generate: print while writing", flag_values=values)
+    flags.DEFINE_bool("skip_unknown", False, "drop characters the model has never seen", flag_values=values)
+    flags.DEFINE_bool("json", False, "print one JSON object on stdout, all else on stderr", flag_values=values)
+    flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
+    return values
+
+
+def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Config | None, str | None]:
+    """Read a command line, the program's name first.
+
+    Returns:
+        The flags, the config with its overrides where one is named, and its bare name.
+
+    Raises:
+        UserError: for anything that is no flag, field or value.
+    """
+    argv, name = _without_config(list(argv))
+    values = define_flags()
+    if name is not None:
+        config = load_config(name)
+        _check_overrides(argv)
+        argv = _unset_fields(argv, config)
+        config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=argv)
+    elif any(arg.lstrip("-").startswith("config.") for arg in argv if arg.startswith("-")):
+        raise UserError("A --config.field=value needs a --config to change: give --config=small, for example.")
+    try:
+        rest = values(argv)[1:]
+    except (flags.Error, ValueError, TypeError, KeyError) as error:
+        raise UserError(_plainly(error)) from None
+    mode = values.mode
+    for flag, modes in MODES_OF.items():
+        if values[flag].present and mode not in modes:
+            raise UserError(f"--{flag} means nothing to --mode={mode}: it goes with --mode={' or '.join(modes)}.")
+    if mode not in NEEDS_CONFIG and any(word.lstrip("-").startswith("config.") for word in argv[1:]):
+        raise UserError(
+            f"--mode={mode} takes the run's own config, which cannot be changed here: leave --config.* out."
+        )
+    if rest:
+        raise UserError(f"{rest[0]!r} is not a flag: put -- and a name before it, as in --prompt={rest[0]!r}.")
+    return values, None if name is None else values.config, None if name is None else find_config(name).stem
+
+
+def _without_config(argv: list[str]) -> tuple[list[str], str | None]:
+    """Take --config=NAME (or --config NAME) out of a command line."""
+    name, rest = None, []
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag not in ("--config", "-config"):
+            rest.append(word)
+            continue
+        name = value if equals else next(words, "")
+    return rest, name
+
+
+def _overrides(argv: Sequence[str]) -> list[tuple[str, str, str]]:
+    """List the words of a command line that override a field: (word, section.field, value)."""
+    words = [(word, *word.lstrip("-").partition("=")[::2]) for word in argv if word.startswith("-")]
+    return [(word, path.removeprefix("config."), value) for word, path, value in words if path.startswith("config.")]
+
+
+def _check_overrides(argv: Sequence[str]) -> None:
+    """Refuse an override of a field that no config has, naming the nearest."""
+    known = flatten(Config())
+    for word, field, _ in _overrides(argv):
+        if hasattr(Config(), field) and field not in known:
+            some = next(name for name in known if name.startswith(field))
+            raise UserError(f"{word!r} names a section: give one of its fields, as in --config.{some}={known[some]}.")
+        if field not in known:
+            raise unknown_field(field)
+
+
+def _unset_fields(argv: list[str], config: Config) -> list[str]:
+    """Carry out --config.x.y=None, which the flags library cannot, and return the command line without it."""
+    done = []
+    for word, field, value in _overrides(argv):
+        section, _, name = field.rpartition(".")
+        if value.lower() == "none" and section and name in optional_fields(section):
+            setattr(getattr(config, section), name, None)
+            done.append(word)
+    return [word for word in argv if word not in done]
+
+
+def _plainly(error: BaseException) -> str:
+    """Say in a sentence what absl found wrong with a command line."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        near = difflib.get_close_matches(error.flagname, list(define_flags()), 1, 0.6)
+        return f"There is no flag --{error.flagname}: " + (f"did you mean --{near[0]}?" if near else "see --help.")
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split()).rstrip(".")
+    text = text.replace("flag --", "--", 1).removeprefix("ERROR:: ")
+    rules = {"literal for int": "a whole number", "could not convert": "a number", "on-boolean": "true or false"}
+    for words, wanted in rules.items():
+        if words in text and ": " in text:
+            return f"{text.partition(': ')[0]} will not do: it must be {wanted}."
+    text = re.sub(r"\[Errno \d+\] ", "", text)
+    return f"{text[:1].upper()}{text[1:]}: see --help."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (`sys.argv` if none is given) and return its exit code."""
+    try:
+        return _main(sys.argv if argv is None else argv)
+    except UserError as error:
+        return _complain(error, 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return _complain("Interrupted; the same command goes on from the last checkpoint.", 130)
+    except Exception as error:
+        # By name, so that a mistyped command is answered without importing JAX.
+        code = {"NoCheckpoint": 3, "NonFiniteLoss": 4}.get(type(error).__name__)
+        if code is None:
+            raise
+        return _complain(error, code)
+
+
+def _complain(error: object, code: int) -> int:
+    print(f"chargpt: {error}", file=sys.stderr)
+    return code
+
+
+def _main(argv: Sequence[str]) -> int:
+    values, config, name = parse(argv)
+    if values.help:
+        print(f"{__doc__}\nFlags:")
+        for name in ("workdir", "mode", *MODES_OF):
+            print(f"  --{name}: {values[name].help}")
+        print("\nFields of a config, as in --config.model.n_layer=4, with their defaults:", *help_lines(), sep="\n  ")
+        return 0
+    mode = values.mode
+    if mode in NEEDS_CONFIG:
+        if config is None:
+            raise UserError(f"--mode={mode} needs a config: give --config=small, or the path of a config file.")
+        validate(config)
+    elif not values.workdir and name is None:
+        raise UserError(f"--mode={mode} needs the folder of a run: give --workdir.")
+    values["workdir"].value = values.workdir or f"runs/{name}"
+    if mode in ("run", "prepare", "find_lr", "train"):
+        assert config is not None
+        return _stage(mode, config, values)
+    return {"eval": _eval, "generate": _generate, "score": _score, "info": _info, "compile": _compile}[mode](
+        values, config
+    )
+
+
+def _stage(mode: str, config: Config, values: flags.FlagValues) -> int:
+    from chargpt_jax import corpus
+    from chargpt_jax.workdir import Workdir
+
+    folder = Workdir(values.workdir)
+    folder.check_writable()
+    folder.check_config(config)
+    from chargpt_jax import devices
+
+    devices.use_compilation_cache(corpus.default_cache() / "xla")
+    from chargpt_jax import api, events, progress
+
+    out = sys.stderr if values.json else sys.stdout
+    signals, last = Signals(), None
+    warn = _warn
+    stages: dict[str, Callable[[], Any]] = {
+        "run": lambda: api.run(config, values.workdir, warn, signals.received),
+        "train": lambda: api.train(config, values.workdir, warn, signals.received),
+        "prepare": lambda: api.prepare(config, values.workdir, warn),
+        "find_lr": lambda: api.find_lr(config, values.workdir, warn),
+    }
+
+    def watched() -> Any:
+        nonlocal last
+        for event in stages[mode]():
+            if isinstance(event, events.TrainStarted):
+                signals.install()
+            if isinstance(event, events.Ended):
+                signals.restore()
+            last = event
+            yield event
+
+    progress.show(watched(), out)
+    if isinstance(last, events.Ended) and last.signal is not None:
+        return 128 + last.signal
+    if mode == "run":
+        _tell_samples(folder, out)
+    if values.json and isinstance(last, events.LRFinderResult):
+        import dataclasses
+
+        print(json.dumps(dataclasses.asdict(last)))
+    return 0
+
+
+def _tell_samples(folder: Any, out: Any) -> None:
+    newest = max(folder.samples.glob("step-*.json"), key=lambda path: path.stat().st_mtime)
+    for sample in json.loads(newest.read_text(encoding="utf-8"))["samples"]:
+        print(f"\n{printable(sample['text'])}", file=out)
+    print(f"\nreport: {folder.report}", file=out)
+
+
+def _eval(values: flags.FlagValues, _: Config | None) -> int:
+    api = _api()
+    result = api.evaluate(values.workdir, _step(values))
+    shown = "{loss:.4f} nats = {bits_per_character:.4f} bits per character over {tokens:,} held-out characters"
+    print(json.dumps(result) if values.json else shown.format(**result) + f" (step {result['step']:,})")
+    return 0
+
+
+def _generate(values: flags.FlagValues, _: Config | None) -> int:
+    from chargpt_jax.workdir import Workdir
+
+    folder = Workdir(values.workdir)
+    how = folder.load_config().sample
+    given = lambda flag, default: default if flag is None else flag  # noqa: E731
+    prompts = tuple(given(values.prompt, how.prompts))
+    streaming = values.stream and not values.json
+    if streaming and len(prompts) > 1:
+        raise UserError(f"--stream shows one text, but there are {len(prompts)} prompts: give one --prompt.")
+    step = _step(values)
+    model = _api().load(values.workdir, step)
+    if streaming:
+        print(printable(prompts[0]), end="", flush=True)
+    samples = model.generate(
+        prompts,
+        given(values.max_new_tokens, how.max_new_tokens),
+        temperature=given(values.temperature, how.temperature),
+        top_k=given(values.top_k, how.top_k),
+        top_p=given(values.top_p, how.top_p),
+        seed=given(values.seed, model.config.seed),
+        skip_unknown=values.skip_unknown,
+        on_text=(lambda _, text: print(printable(text), end="", flush=True)) if streaming else None,
+    )
+    _deliver(values, folder, samples, "generated", quiet=streaming)
+    return 0
+
+
+def _score(values: flags.FlagValues, _: Config | None) -> int:
+    from chargpt_jax import corpus
+    from chargpt_jax.workdir import Workdir
+
+    if (values.text is None) == (values.text_file is None):
+        raise UserError("--mode=score needs a text: give either --text or --text_file.")
+    text = values.text if values.text is not None else corpus.read_text(Path(values.text_file))
+    api = _api()
+    sample = api.load(values.workdir, _step(values)).score(text, stride=values.stride, skip_unknown=values.skip_unknown)
+    _deliver(values, Workdir(values.workdir), api.Samples([sample]), "scored")
+    return 0
+
+
+def _deliver(values: flags.FlagValues, folder: Any, samples: Any, name: str, quiet: bool = False) -> None:
+    """Print samples and keep them, with their pictures, in the workdir."""
+    api = _api()
+    out = sys.stderr if values.json else sys.stdout
+    if values.json:
+        print(json.dumps(samples.to_dict()))
+    elif not quiet:
+        for sample in samples:
+            print(printable(sample.text))
+    for sample, path in zip(samples, api.save_samples(folder, samples, name), strict=True):
+        print(f"\n{sample.loss:.4f} nats per character; drawn in {path}", file=out)
+
+
+def _info(values: flags.FlagValues, _: Config | None) -> int:
+    facts = _api().info(values.workdir)
+    print(json.dumps(facts) if values.json else "\n".join(f"{name}: {value}" for name, value in facts.items()))
+    return 0
+
+
+def _compile(values: flags.FlagValues, config: Config | None) -> int:
+    from chargpt_jax import compile
+
+    assert config is not None
+    for line in compile.for_tpu(config, values.topology or "v5e:2x4"):
+        print(line, flush=True)
+    return 0
+
+
+def _api() -> Any:
+    from chargpt_jax import corpus, devices
+
+    devices.use_compilation_cache(corpus.default_cache() / "xla")
+    from chargpt_jax import api
+
+    return api
+
+
+def _step(values: flags.FlagValues) -> str | int:
+    step = values.step or "best"
+    if step not in ("best", "latest") and not step.isdecimal():
+        raise UserError(f"--step is {step!r}, but it must be 'best', 'latest' or a number.")
+    return int(step) if step.isdecimal() else step
+
+
+def _warn(text: str) -> None:
+    print(f"\n*** {text}\n", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Replace what could steer a terminal, but for newlines and tabs."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+class Signals:
+    """While training: the first SIGINT, SIGTERM or SIGHUP asks for a checkpoint and an end, a second SIGINT insists."""
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def received(self) -> int | None:
+        """Return the number of the signal that came, if one did."""
+        return self._number
+
+    def install(self) -> None:
+        """Begin to listen."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                self._before[getattr(signal, name)] = signal.signal(getattr(signal, name), self._on_signal)
+
+    def restore(self) -> None:
+        """Stop listening."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self._number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._number = number
+
+
+def console() -> None:
+    """Be the `chargpt` command."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,253 @@
+"""A trained run as its user meets it: loading, writing, scoring, the command line, the files left behind."""
+
+import json
+import math
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+import chargpt_jax
+from chargpt_jax.checkpoint import NoCheckpoint
+from chargpt_jax.config import UserError
+from chargpt_jax.main import main
+from tests.corpus_text import FLOOR, small_config, write_words
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run from start to report."""
+    folder = tmp_path_factory.mktemp("a run with spaces é")
+    config = small_config(write_words(folder / "words.txt"))
+    config.scheduler.max_steps = 60
+    events = list(chargpt_jax.run(config, folder / "run", lambda text: None))
+    assert events
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def model(workdir):
+    return chargpt_jax.load(workdir)
+
+
+def test_a_run_leaves_what_the_readme_promises(workdir):
+    names = {str(path.relative_to(workdir)) for path in workdir.rglob("*") if path.is_file()}
+    expected = {"config.json", "metrics.jsonl", "report.html", "loss.svg"}
+    expected |= {f"corpus/{name}" for name in ("tokens.npy", "vocabulary.json", "sources.json")}
+    assert expected <= names
+    assert any(name.startswith("samples/step-") and name.endswith(".json") for name in names)
+    assert not [name for name in names if name.endswith(".partial")]
+    report = (workdir / "report.html").read_text(encoding="utf-8")
+    assert report.count("<svg") >= 2
+
+
+def test_sources_say_where_the_text_came_from(workdir):
+    (source,) = json.loads((workdir / "corpus" / "sources.json").read_text(encoding="utf-8"))
+    assert source["title"] == "words"
+    assert source["url"].endswith("words.txt")
+    assert len(source["sha256"]) == 64
+    tokens = np.load(workdir / "corpus" / "tokens.npy")
+    assert source["characters"] == len(tokens)
+
+
+def test_text_continues_its_prompt_and_has_a_number_for_every_character(model):
+    samples = model.generate(["ab", "cde fghi"], 50, temperature=0.7)
+    for sample, prompt in zip(samples, ["ab", "cde fghi"], strict=True):
+        assert sample.prompt == prompt
+        assert sample.text.startswith(prompt)
+        assert len(sample.text) == len(sample.tokens) == len(prompt) + 50
+        assert np.isnan(sample.surprisal[0])
+        for series in (sample.surprisal, sample.entropy, sample.surprise_surprise):
+            assert len(series) == len(sample.tokens)
+            assert np.isfinite(series[1:]).all()
+        expected = (sample.surprisal - sample.entropy) / math.log(sample.vocab_size)
+        np.testing.assert_array_equal(sample.surprise_surprise, expected)
+
+
+def test_scoring_a_written_text_gives_the_numbers_it_was_written_with(model):
+    (sample,) = model.generate("ab cde", 40, temperature=1.0, seed=3)
+    scored = model.score(sample.text, stride=1)
+    np.testing.assert_allclose(scored.surprisal, sample.surprisal, atol=1e-4)
+    np.testing.assert_allclose(scored.entropy, sample.entropy, atol=1e-4)
+
+
+def test_a_prompt_longer_than_the_window_is_measured_whole(model):
+    prompt = "ab cde fghi jk " * 4
+    (sample,) = model.generate(prompt, 5)
+    assert np.isfinite(sample.surprisal[1:]).all()
+    assert sample.text.startswith(prompt)
+
+
+def test_the_text_of_training_surprises_less_than_nonsense(model):
+    assert model.score("ab fghi cde jk ab").loss + 1 < model.score("bjki gahe cfd  kk").loss
+
+
+def test_evaluation_agrees_with_the_log(workdir):
+    result = chargpt_jax.evaluate(workdir)
+    logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    best = min(line["loss"] for line in logged if line["event"] == "validation")
+    assert result["loss"] == pytest.approx(best, rel=1e-6)
+    assert result["bits_per_character"] == pytest.approx(best / math.log(2), rel=1e-6)
+    assert result["loss"] > FLOOR
+    assert result["split"] == "validation"
+
+
+def test_streamed_pieces_are_the_text(model):
+    pieces = []
+    (sample,) = model.generate("ab", 40, on_text=lambda i, text: pieces.append(text))
+    assert len(pieces) > 1
+    assert "ab" + "".join(pieces) == sample.text
+    assert sample.text == model.generate("ab", 40)[0].text
+
+
+def test_samples_draw_themselves_in_a_notebook(model):
+    samples = model.generate(["ab", "cd"], 5)
+    assert samples._repr_html_().count("<svg") == 2
+    ET.fromstring(samples[0]._repr_html_())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": "ab\x07"}, r"has '\\x07' \(U\+0007\) at character 2"),
+        ({"prompts": "ab€"}, r"has '€' \(U\+20AC\).*--skip_unknown"),
+        ({"prompts": ""}, "empty"),
+        ({"prompts": "€", "skip_unknown": True}, "empty"),
+        ({"prompts": "ab", "max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"prompts": "ab", "max_new_tokens": 10**9}, "max_new_tokens is 1000000000"),
+        ({"prompts": "ab", "temperature": -1.0}, "temperature is -1.0"),
+        ({"prompts": "ab", "top_k": 0}, "top_k is 0"),
+        ({"prompts": "ab", "top_p": 0.0}, "top_p is 0.0"),
+    ],
+)
+def test_arguments_without_meaning_are_refused_in_a_sentence(model, arguments, message):
+    with pytest.raises(UserError, match=message):
+        model.generate(**arguments)
+
+
+def test_unknown_characters_can_be_dropped(model):
+    (sample,) = model.generate("a€b", 3, skip_unknown=True)
+    assert sample.prompt == "ab"
+
+
+def test_steps_can_be_chosen(workdir):
+    latest = chargpt_jax.load(workdir, "latest")
+    assert latest.step == 60
+    with pytest.raises(NoCheckpoint, match="holds no step 61: it has .*60"):
+        chargpt_jax.load(workdir, 61)
+
+
+# --- the same through the command line -------------------------------------------------------------------------------
+
+
+def command(capsys, workdir, *flags: str):
+    code = main(["chargpt", f"--workdir={workdir}", *flags])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_generate_prints_one_json_object(capsys, workdir):
+    flags = ("--prompt=ab", "--prompt=jk ", "--max_new_tokens=7", "--temperature=0", "--json")
+    code, out, _ = command(capsys, workdir, "--mode=generate", *flags)
+    samples = json.loads(out)["samples"]
+    assert code == 0
+    assert [sample["prompt"] for sample in samples] == ["ab", "jk "]
+    for sample in samples:
+        assert "".join(sample["tokens"]) == sample["text"]
+        assert set(sample) == {
+            *("prompt", "text", "tokens", "surprisal", "entropy", "surprise_surprise", "vocab_size"),
+        }
+        assert sample["surprisal"][0] is None
+        assert all(isinstance(x, float) for x in sample["surprisal"][1:])
+        assert sample["vocab_size"] == 64
+
+
+def test_generate_repeats_for_a_seed_and_streams_the_same_text(capsys, workdir):
+    flags = ("--mode=generate", "--prompt=ab", "--max_new_tokens=20", "--seed=4")
+    _, first, _ = command(capsys, workdir, *flags)
+    _, streamed, _ = command(capsys, workdir, *flags, "--stream")
+    text = first.split("\n\n")[0].rstrip("\n")
+    assert len(text) >= 20
+    assert streamed.startswith(text)
+
+
+def test_score_prints_json_and_draws(capsys, workdir):
+    code, out, err = command(capsys, workdir, "--mode=score", "--text=ab cde", "--json")
+    (sample,) = json.loads(out)["samples"]
+    assert code == 0
+    assert len(sample["surprisal"]) == 6
+    assert "scored-0.svg" in err
+    ET.parse(workdir / "samples" / "scored-0.svg")
+
+
+def test_score_reads_a_file(capsys, workdir, tmp_path):
+    path = tmp_path / "text é.txt"
+    path.write_text("ab cde fghi", encoding="utf-8")
+    code, out, _ = command(capsys, workdir, "--mode=score", f"--text_file={path}", "--json")
+    assert code == 0
+    assert json.loads(out)["samples"][0]["text"] == "ab cde fghi"
+
+
+def test_eval_and_info_print_json(capsys, workdir):
+    code, out, _ = command(capsys, workdir, "--mode=eval", "--json")
+    assert code == 0
+    assert {"loss", "bits_per_character", "tokens", "split"} <= set(json.loads(out))
+    code, out, _ = command(capsys, workdir, "--mode=info", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["step"] == facts["total_steps"] == 60
+    assert facts["sources"] == ["words"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--mode=generate", "--prompt=a\u20acb"), "U+20AC"),
+        (("--mode=generate", "--prompt=ab", "--temperature=-1"), "temperature is -1"),
+        (("--mode=generate", "--prompt=ab", "--temperature=nan"), "temperature is nan"),
+        (("--mode=generate", "--prompt=ab", "--top_k=0"), "top_k is 0"),
+        (("--mode=generate", "--prompt=ab", "--top_p=0"), "top_p is 0"),
+        (("--mode=generate", "--prompt=ab", "--top_p=1.5"), "top_p is 1.5"),
+        (("--mode=generate", "--prompt="), "empty"),
+        (("--mode=score", "--text="), "empty"),
+        (("--mode=score", "--text=ab cd", "--stride=99"), "stride is 99"),
+        (("--mode=generate", "--step=soon"), "--step is 'soon'"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_exit_code_2(capsys, workdir, flags, message):
+    before = sorted(workdir.rglob("*"))
+    code, out, err = command(capsys, workdir, *flags)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_an_absent_step_gives_exit_code_3(capsys, workdir):
+    code, _, err = command(capsys, workdir, "--mode=generate", "--step=7")
+    assert code == 3
+    assert "holds no step 7" in err
+
+
+def test_run_again_only_writes_and_draws_again(capsys, workdir):
+    path = workdir.parent / "config.py"
+    path.write_text(
+        "from tests.corpus_text import small_config\n\n\ndef get_config():\n"
+        f"    config = small_config({str(workdir.parent / 'words.txt')!r})\n"
+        "    config.scheduler.max_steps = 60\n    return config\n",
+        encoding="utf-8",
+    )
+    code, out, _ = command(capsys, workdir, f"--config={path}")
+    assert code == 0
+    assert "resuming after step 60" in out
+    assert "report:" in out
+
+
+def test_a_non_finite_loss_gives_exit_code_4(capsys, workdir, tmp_path):
+    path = workdir.parent / "config.py"
+    flags = ("--mode=train", f"--config={path}", "--config.optimizer.learning_rate=1e30")
+    code = main(["chargpt", f"--workdir={tmp_path / 'run'}", *flags])
+    _, err = capsys.readouterr()
+    assert code == 4
+    assert "the loss is" in err

@@ -1,0 +1,412 @@
+"""What the command line promises: a mistake costs one sentence and exit code 2, and leaves no trace.
+
+Everything runs in process but for the two tests that look at what is imported. No model is trained here.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.monitoring
+import pytest
+
+from chargpt_jax.main import MODES, main
+
+PREPARE = "--mode=prepare --config=tiny --config.data.source=text.txt --workdir=run"
+SENTENCE = "The quick brown fox jumps over the lazy dog.\n"
+Refused = Callable[..., str]
+
+compiled: list[str] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilations() -> Iterator[None]:
+    """Note every compilation of this process while the tests of this file run."""
+    listening = True
+
+    def note(event: str, seconds: float, **_: object) -> None:
+        if listening and "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield
+    listening = False
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in an empty folder that holds one good text; caches go there too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CHARGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))  # main leaves JAX's own setting alone then
+    (tmp_path / "text.txt").write_text(SENTENCE * 100)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Return the function that runs a bad command line and gives its message, after looking for traces."""
+
+    def run(line: str, code: int = 2) -> str:
+        capsys.readouterr()
+        before, n_compiled = tree(here), len(compiled)
+        assert main(["chargpt", *shlex.split(line)]) == code
+        assert tree(here) == before, "something was written"
+        assert len(compiled) == n_compiled, "something was compiled"
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert shown.err.startswith("chargpt: ")
+        assert shown.err.count("\n") == 1, "the message is not one line"
+        assert shown.err.endswith((".\n", "?\n"))
+        return shown.err
+
+    return run
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Return every path under a folder, with the bytes of files."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def prepare(here: Path) -> None:
+    """Make a run, without training, in the folder named run."""
+    assert main(["chargpt", *shlex.split(PREPARE)]) == 0
+    assert (here / "run" / "config.json").exists()
+
+
+# Controls: the checks below can fail
+
+
+def test_a_good_command_line_is_obeyed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare(here)
+    first = tree(here / "run")
+    prepare(here)
+    assert tree(here / "run") == first
+    assert {"corpus/tokens.npy", "corpus/sources.json", "corpus/vocabulary.json"} <= set(first)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_compilation_is_noticed() -> None:
+    before = len(compiled)
+    jax.jit(lambda x: x + 41)(1)
+    assert len(compiled) > before
+
+
+def test_help_names_all_modes_and_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chargpt", "--help"]) == 0
+    shown = capsys.readouterr()
+    assert all(mode in shown.out for mode in MODES)
+    assert shown.err == ""
+
+
+# Flags
+
+
+FLAG_MISTAKES = [
+    ("", "needs a config: give --config=small"),
+    ("--mode=train", "--mode=train needs a config"),
+    ("--mode=compile", "--mode=compile needs a config"),
+    ("--config", "nanogpt_baby, nanogpt_cpu, small, tiny"),
+    ("--config=", "nanogpt_baby, nanogpt_cpu, small, tiny"),
+    ("--config=smal", "'smal', but there is no such file: give a path, or one of nanogpt_baby, nanogpt_cpu, small"),
+    ("--config=/no/such/file.py", "nanogpt_baby, nanogpt_cpu, small, tiny"),
+    ("--config=.", "nanogpt_baby, nanogpt_cpu, small, tiny"),
+    ("--config=text.txt", "'text.txt', but that is not a Python file"),
+    ("--config.model.n_layer=3", "needs a --config to change"),
+    ("--config.x.y=3 --mode=info", "needs a --config to change"),
+    ("--config=tiny --mode=trian", "run|prepare|find_lr|train|eval|generate|score|info|compile"),
+    ("--config=tiny --mode", "--mode"),
+    ("--config=tiny --tempature=1", "temperature"),
+    ("--config=tiny --wrokdir=there", "workdir"),
+    ("--config=tiny --data.source=60", "data.source"),
+    ("--config=tiny --temperature=warm", "--temperature=warm"),
+    ("--config=tiny --max_new_tokens=2.5", "--max_new_tokens=2.5"),
+    ("--config=tiny --json=perhaps", "--json=perhaps"),
+    ("prepare", "'prepare' is not a flag"),
+    ("--config=tiny small", "'small' is not a flag"),
+    ("--mode=generate --workdir=run --prompt=one two", "'two' is not a flag"),
+    ("--config=tiny -- --mode=prepare", "'--mode=prepare' is not a flag"),
+    ("--mode=generate", "--mode=generate needs the folder of a run: give --workdir"),
+    ("--mode=score --text=hello", "--mode=score needs the folder of a run: give --workdir"),
+    ("--mode=eval", "give --workdir"),
+    ("--mode=info", "give --workdir"),
+    ("--mode=generate --workdir=", "give --workdir"),
+    ("--mode=score --workdir=run", "give either --text or --text_file"),
+    ("--mode=score --workdir=run --text=a --text_file=text.txt", "give either --text or --text_file"),
+    ("--mode=score --workdir=run --text_file=gone.txt", "'gone.txt' cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), FLAG_MISTAKES)
+def test_a_mistake_in_the_flags_is_answered_in_a_sentence(refused: Refused, line: str, said: str) -> None:
+    assert said in refused(line)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "does not define get_config()"),
+        ("def get_config():\n    return {'n_layer': 3}\n", "does not define get_config()"),
+        ("def get_config(:\n", "mine.py"),
+        ("import no_such_module\n", "no_such_module"),
+        ("def get_config():\n    return Confog()\n", "Confog"),
+    ],
+)
+def test_a_config_file_that_gives_no_config_is_named(refused: Refused, here: Path, content: str, said: str) -> None:
+    (here / "mine.py").write_text(content)
+    message = refused("--config=mine.py --workdir=run")
+    assert "mine.py" in message
+    assert said in message
+
+
+# Fields of the config
+
+
+SIZES = [
+    *("model.block_size", "model.n_embd", "model.n_head", "model.n_head_dim", "model.n_ff", "model.n_layer"),
+    *("data.batch_size", "optimizer.accumulation_steps", "scheduler.max_steps", "lr_finder.num_zooms"),
+    *("train.log_every", "train.keep_last", "sample.max_new_tokens", "sample.top_k"),
+]
+RATES = [
+    *("optimizer.learning_rate", "optimizer.clip_norm", "data.oversample", "data.train_split", "data.timeout"),
+    *("scheduler.epochs", "lr_finder.start_lr", "lr_finder.end_lr", "train.validate_every", "sample.top_p"),
+]
+FIELD_MISTAKES = [
+    ("model.n_layers=3", "did you mean model.n_layer?"),
+    ("modle.n_layer=3", "did you mean model.n_layer?"),
+    ("learning_rate=0.1", "did you mean optimizer.learning_rate?"),
+    ("nothing.at.all=3", "the sections are model, data, optimizer"),
+    ("=3", "the sections are model, data, optimizer"),
+    ("model=3", "names a section"),
+    ("model.n_layer=abc", "model.n_layer"),
+    ("model.n_layer=2.5", "model.n_layer"),
+    ("model.n_layer=", "model.n_layer"),
+    ("data.batch_size=1e3", "data.batch_size"),
+    ("optimizer.learning_rate=fast", "optimizer.learning_rate"),
+    ("model.mask_unused_ids=perhaps", "model.mask_unused_ids"),
+    ("model.n_head_dim=7", "model.n_head_dim is 7, but it must be even"),
+    ("model.vocab_size=100", "multiple of 64"),
+    ("model.used_ids=3", "model.used_ids"),
+    ("model.dropout=1.0", "model.dropout is 1.0, but it must be below 1"),
+    ("model.dropout=-0.1", "model.dropout is -0.1, but it must be at least 0"),
+    ("model.dropout=1.5", "model.dropout is 1.5, but it must be below 1"),
+    ("model.dropout=nan", "model.dropout is nan"),
+    ("data.train_split=0", "data.train_split is 0.0, but it must be above 0"),
+    ("data.train_split=1", "data.train_split is 1.0, but it must be below 1"),
+    ("data.padding_chance=1.5", "data.padding_chance is 1.5, but it must be at most 1"),
+    ("optimizer.betas=0.9", "it must be 2 values"),
+    ("'optimizer.betas=(0.9, 1.0)'", "optimizer.betas"),
+    ("optimizer.weight_decay=-1", "optimizer.weight_decay is -1.0"),
+    ("optimizer.accumulation_steps=3", "must divide data.batch_size (16)"),
+    ("lr_finder.start_lr=10", "must be less than lr_finder.end_lr (10)"),
+    ("amp.dtype=float8", "one of auto, float32, bfloat16, float16"),
+    ("seed=-1", "seed is -1"),
+    ("sample.temperature=-1", "sample.temperature is -1.0"),
+    ("sample.top_p=1.5", "sample.top_p is 1.5, but it must be at most 1"),
+    ("\"sample.prompts=('a', '')\"", "sample.prompts holds an empty text"),
+]
+
+
+@pytest.mark.parametrize(("override", "said"), FIELD_MISTAKES)
+def test_a_mistake_in_the_config_is_answered_in_a_sentence(refused: Refused, override: str, said: str) -> None:
+    assert said in refused(f"{PREPARE} --config.{override}")
+
+
+@pytest.mark.parametrize("value", ["0", "-1"])
+@pytest.mark.parametrize("field", SIZES)
+def test_a_size_is_at_least_one(refused: Refused, field: str, value: str) -> None:
+    assert f"{field} is {value}, but it must be at least" in refused(f"{PREPARE} --config.{field}={value}")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("field", RATES)
+def test_a_rate_is_finite(refused: Refused, field: str, value: str) -> None:
+    assert f"{field} is {value}, but it must be a finite number" in refused(f"{PREPARE} --config.{field}={value}")
+
+
+@pytest.mark.parametrize("value", ["0", "-1"])
+@pytest.mark.parametrize("field", RATES)
+def test_a_rate_is_above_zero(refused: Refused, field: str, value: str) -> None:
+    assert f"{field} is {float(value)}, but it must be above 0" in refused(f"{PREPARE} --config.{field}={value}")
+
+
+# Words of Python or of a library that a user did not write
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--config=tiny --tempature=1",
+        "--config=tiny --temperature=warm",
+        "--config=tiny --max_new_tokens=2.5",
+        "--config=tiny --json=perhaps",
+        f"{PREPARE} --config.model.n_layer=abc",
+        f"{PREPARE} --config.model.n_layer=2.5",
+        f"{PREPARE} --config.optimizer.learning_rate=fast",
+        f"{PREPARE} --config.model.mask_unused_ids=perhaps",
+        f"{PREPARE} --config.seed=2147483648",
+        "--flagfile=/no/such/file",
+        "--mode=generate --workdir=text.txt",
+        "--mode=info --workdir=text.txt",
+    ],
+)
+def test_a_message_is_free_of_jargon(refused: Refused, line: str) -> None:
+    message = refused(line)
+    for word in ("literal", "int()", "convert", "Errno", "ERROR", "argument to", "('", "e+09", " ?", "?:"):
+        assert word not in message
+
+
+# Texts
+
+
+@pytest.mark.parametrize("mode", ["run", "prepare", "find_lr", "train"])
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (None, "does not exist"),
+        (b"", "is empty"),
+        (b" \n\t\r\n", "is empty"),
+        (b"abc\0def", "binary (NUL at byte 3)"),
+        (b"caf\xe9 cr\xe8me", "cannot be read as utf-8 at byte 3"),
+        (b"a" * 9_000, "one distinct character, 'a'"),
+        (SENTENCE.encode(), "training part has 39 characters, but model.block_size 128 needs at least 129"),
+        (SENTENCE.encode() * 5, "validation part has 23 characters, but model.block_size 128 needs at least 129"),
+    ],
+)
+def test_a_text_that_will_not_do_is_refused_before_anything_is_made(
+    refused: Refused, here: Path, mode: str, data: bytes | None, said: str
+) -> None:
+    if data is not None:
+        (here / "bad.txt").write_bytes(data)
+    assert said in refused(f"--config=tiny --mode={mode} --workdir=run --config.data.source=bad.txt")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.source=", "must name a text"),
+        ("data.source=ftp://127.0.0.1/a.txt", "not an http or https address"),
+        ("data.source=.", "training part"),
+        ("data.start_at=NOWHERE", "has no match"),
+        ("'data.start_at=('", "regular expression"),
+        ("data.train_split=0.001", "The training part has 4 characters"),
+        ("data.train_split=0.999", "The validation part has 5 characters"),
+        ("model.block_size=4096", "needs at least 4097: use a longer text"),
+    ],
+)
+def test_a_text_must_suit_the_config(refused: Refused, here: Path, override: str, said: str) -> None:
+    if override == "data.source=.":  # a folder is the sum of its texts
+        (here / "text.txt").write_text(SENTENCE)
+    assert said in refused(f"{PREPARE} --config.{override}")
+
+
+# Workdirs
+
+
+@pytest.mark.parametrize("mode", ["run", "prepare", "find_lr", "train"])
+@pytest.mark.parametrize(
+    ("workdir", "said"),
+    [("text.txt", "that is a file"), ("text.txt/deeper", "cannot be written"), ("~nobody-of-that-name/run", "home")],
+)
+def test_a_place_that_cannot_be_a_folder_is_refused(refused: Refused, mode: str, workdir: str, said: str) -> None:
+    message = refused(f"--config=tiny --mode={mode} --workdir={workdir}")
+    assert "--workdir" in message
+    assert said in message
+
+
+@pytest.mark.parametrize("workdir", ["run", "deep/down/run"])
+def test_a_read_only_place_is_refused(refused: Refused, monkeypatch: pytest.MonkeyPatch, workdir: str) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: not mode & os.W_OK)  # root may write anywhere
+    assert "cannot be written: choose another place" in refused(f"--config=tiny --workdir={workdir}")
+
+
+def test_a_run_made_with_another_config_is_not_touched(refused: Refused, here: Path) -> None:
+    prepare(here)
+    message = refused(f"{PREPARE} --config.model.n_layer=7 --config.model.dropout=0.5 --config.sample.temperature=0.1")
+    assert "model.n_layer: 3 there, 7 given" in message
+    assert "model.dropout: 0.0 there, 0.5 given" in message
+    assert "temperature" not in message
+    assert "model.block_size: 128 there, 512 given" in refused("--config=small --workdir=run")
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"model": {"n_layers": 3}}', '{"model": 3}'])
+@pytest.mark.parametrize("mode", ["train --config=tiny", "info", "generate"])
+def test_a_damaged_config_is_refused(refused: Refused, here: Path, mode: str, damage: str) -> None:
+    prepare(here)
+    (here / "run" / "config.json").write_text(damage)
+    refused(f"--mode={mode} --workdir=run")
+
+
+@pytest.mark.parametrize("mode", ["generate --prompt=a", "score --text=abc", "eval", "info"])
+@pytest.mark.parametrize("workdir", ["nowhere", "text.txt", "empty"])
+def test_a_run_that_is_not_there_is_asked_for(refused: Refused, here: Path, mode: str, workdir: str) -> None:
+    if workdir == "empty":
+        (here / "empty").mkdir()
+    assert workdir in refused(f"--mode={mode} --workdir={workdir}")
+
+
+@pytest.mark.parametrize("mode", ["generate --prompt=a", "score --text=abc", "eval", "eval --step=latest"])
+@pytest.mark.parametrize("folder", [None, "checkpoints"])
+def test_a_run_without_a_checkpoint_has_an_exit_code_of_its_own(
+    refused: Refused, here: Path, mode: str, folder: str | None
+) -> None:
+    prepare(here)
+    if folder is not None:
+        (here / "run" / folder).mkdir()
+    assert "holds no checkpoint: train first" in refused(f"--mode={mode} --workdir=run", code=3)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--mode=generate --stream --prompt=a --prompt=b", "--stream shows one text, but there are 2 prompts"),
+        ("--mode=generate --stream", "--stream shows one text, but there are 2 prompts"),  # tiny has two of its own
+        ("--mode=generate --step=first", "'best', 'latest' or a number"),
+        ("--mode=score --text_file=latin.txt", "cannot be read as utf-8 at byte 3"),
+        ("--mode=score --text_file=nul.txt", "binary (NUL at byte 3)"),
+    ],
+)
+def test_a_mistake_in_the_use_of_a_model_is_found_before_it_is_loaded(
+    refused: Refused, here: Path, line: str, said: str
+) -> None:
+    prepare(here)
+    (here / "latin.txt").write_bytes(b"caf\xe9")
+    (here / "nul.txt").write_bytes(b"abc\0def")
+    assert said in refused(f"{line} --workdir=run")
+
+
+# What is imported
+
+
+def test_the_bare_command_answers_without_starting_jax() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "chargpt_jax.main"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(said) == 1
+    assert said[0].startswith("chargpt: ")
+    assert "chargpt_jax.config" in imported
+    assert "jax" not in imported
+
+
+def test_no_mistake_in_flags_or_fields_starts_jax(here: Path) -> None:
+    lines = [line for line, _ in FLAG_MISTAKES]
+    lines += [f"{PREPARE} --config.{override}" for override, _ in FIELD_MISTAKES if "used_ids" not in override]
+    lines += ["--config=tiny --workdir=text.txt", "--help"]
+    program = (
+        "import shlex, sys\nfrom chargpt_jax.main import main\n"
+        "for line in sys.stdin.read().splitlines():\n"
+        "    main(['chargpt', *shlex.split(line)])\n"
+        "    if 'jax' in sys.modules:\n        sys.exit(f'{line!r} imported jax')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], input="\n".join(lines), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr.splitlines()[-1]
+    assert len(done.stderr.splitlines()) == len(lines) - 1
