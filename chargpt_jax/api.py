@@ -7,9 +7,7 @@ model.generate("The ", max_new_tokens=200)      # shows itself as a subline in a
 model.score("A text of your own.")
 """
 
-import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chargpt_jax import batches, devices, optimizer, plots, report, subline
+from chargpt_jax import batches, devices, optimizer, plots, report
 from chargpt_jax.checkpoint import Checkpoints, NoCheckpoint
 from chargpt_jax.config import Config, UserError, from_dict
 from chargpt_jax.events import Event
 from chargpt_jax.generate import Progress, Sampler, advance, begin, bucket, score_tokens
-from chargpt_jax.metrics import bits_per_character, perplexity, surprise_surprise
+from chargpt_jax.metrics import bits_per_character, perplexity
 from chargpt_jax.model import count_parameters, create
+from chargpt_jax.samples import Sample, Samples
 from chargpt_jax.step import create_state
 from chargpt_jax.tokenizer import CharTokenizer
 from chargpt_jax.train import Setup, Stop, find_lr, prepare, train
@@ -33,68 +32,6 @@ from chargpt_jax.workdir import Workdir
 
 MOST_NEW_TOKENS = 1_000_000
 """The longest continuation that is asked of a machine in one go."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """A text and what the model made of each of its characters; N characters, prompt included."""
-
-    prompt: str
-    tokens: tuple[str, ...]
-    """One string a token."""
-    surprisal: np.ndarray
-    """float32 [N], nats; NaN where undefined."""
-    entropy: np.ndarray
-    """float32 [N], nats; NaN where undefined."""
-    vocab_size: int
-
-    @property
-    def text(self) -> str:
-        """The whole text, prompt included."""
-        return "".join(self.tokens)
-
-    @property
-    def surprise_surprise(self) -> np.ndarray:
-        """S2, float32 [N]: (surprisal - entropy) / log(vocab_size)."""
-        return surprise_surprise(self.surprisal, self.entropy, self.vocab_size)
-
-    @property
-    def loss(self) -> float:
-        """The mean surprisal, in nats per character."""
-        return float(np.nanmean(self.surprisal)) if np.isfinite(self.surprisal).any() else math.nan
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the sample as JSON has it: lists, and None for NaN."""
-        return {
-            "prompt": self.prompt,
-            "text": self.text,
-            "tokens": list(self.tokens),
-            "surprisal": _listed(self.surprisal),
-            "entropy": _listed(self.entropy),
-            "surprise_surprise": _listed(self.surprise_surprise),
-            "vocab_size": self.vocab_size,
-        }
-
-    def svg(self, chars_per_line: int = 80) -> str:
-        """Draw the text with its entropy, surprisal and S2 under it."""
-        series = subline.metric_series(self.surprisal, self.entropy, self.surprise_surprise, self.vocab_size)
-        return subline.subline(
-            self.tokens, series, chars_per_line=chars_per_line, n_prompt=len(self.prompt), title=self.text[:60]
-        )
-
-    def _repr_html_(self) -> str:
-        return self.svg()
-
-
-class Samples(list[Sample]):
-    """Several samples; a notebook shows them one below the other."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return {'samples': [...]} as JSON has it."""
-        return {"samples": [sample.to_dict() for sample in self]}
-
-    def _repr_html_(self) -> str:
-        return "\n".join(sample.svg() for sample in self)
 
 
 class Model:
@@ -358,10 +295,6 @@ def info(workdir: str | Path) -> dict[str, Any]:
         "devices": devices.describe(devices.data_mesh(config.data.batch_size)),
         "dtype": jnp.dtype(devices.compute_dtype(config.amp)).name,
     }
-
-
-def _listed(values: np.ndarray) -> list[float | None]:
-    return [float(v) if np.isfinite(v) else None for v in values]
 
 
 def _shown(value: Any) -> str:

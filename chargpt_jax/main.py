@@ -6,14 +6,12 @@ Modes: run (default) prepares the text, finds a learning rate, trains, writes sa
 find_lr, train and eval do that stage alone; generate and score use a trained model; info says what a run is; compile
 builds the steps of a config for a TPU that need not be there.
 
-This file knows flags and exit codes only: 0 done, 2 the user's mistake, 3 no usable checkpoint, 4 non-finite loss,
+Exit codes: 0 done, 2 the user's mistake, 3 no usable checkpoint, 4 non-finite loss,
 130 and 143 stopped by a signal after a checkpoint.
 """
 
-import difflib
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -21,153 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
+from absl.flags import FlagValues
 
-from chargpt_jax.config import (
-    Config,
-    UserError,
-    find_config,
-    flatten,
-    help_lines,
-    load_config,
-    optional_fields,
-    unknown_field,
-    validate,
-)
-
-MODES = ("run", "prepare", "find_lr", "train", "eval", "generate", "score", "info", "compile")
-NEEDS_CONFIG = ("run", "prepare", "find_lr", "train", "compile")
-USES_MODEL = ("generate", "score", "eval")
-MODES_OF = {
-    **dict.fromkeys(("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stream"), ("generate",)),
-    **dict.fromkeys(("text", "text_file", "stride"), ("score",)),
-    "skip_unknown": ("generate", "score"),
-    "step": USES_MODEL,
-    "topology": ("compile",),
-    "json": (*USES_MODEL, "find_lr", "info"),
-}
-"""The modes that a flag means something to; flags that are not here go with every mode."""
-
-
-def define_flags() -> flags.FlagValues:
-    """Return the flags of all modes, unparsed."""
-    values = flags.FlagValues()
-    text: dict[str, str] = {
-        "workdir": "the run's folder; default: runs/NAME for --config=NAME",
-        "text": "score: the text",
-        "text_file": "score: a UTF-8 file that holds the text",
-        "step": "generate, score, eval: 'best' by validation, 'latest', or a number; default: best",
-        "topology": "compile: the TPU slice; default: v5e:2x4",
-    }
-    for name, about in text.items():
-        flags.DEFINE_string(name, None, about, flag_values=values)
-    flags.DEFINE_enum("mode", "run", MODES, "what to do", flag_values=values)
-    flags.DEFINE_multi_string("prompt", None, "generate: a text to go on from; may repeat", flag_values=values)
-    flags.DEFINE_integer("max_new_tokens", None, "generate: characters to write", flag_values=values)
-    flags.DEFINE_float("temperature", None, "generate: 0 takes the likeliest character", flag_values=values)
-    flags.DEFINE_integer("top_k", None, "generate: draw among the k likeliest", flag_values=values)
-    flags.DEFINE_float("top_p", None, "generate: draw among the likeliest of this mass", flag_values=values)
-    flags.DEFINE_integer("seed", None, "generate: of the draws; default: the config's", flag_values=values)
-    flags.DEFINE_integer(
-        "stride", None, "score: between windows; 1 is exact; default: half a block", flag_values=values
-    )
-    flags.DEFINE_bool("stream", False, "generate: print while writing", flag_values=values)
-    flags.DEFINE_bool("skip_unknown", False, "drop characters the model has never seen", flag_values=values)
-    flags.DEFINE_bool("json", False, "print one JSON object on stdout, all else on stderr", flag_values=values)
-    flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
-    return values
-
-
-def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Config | None, str | None]:
-    """Read a command line, the program's name first.
-
-    Returns:
-        The flags, the config with its overrides where one is named, and its bare name.
-
-    Raises:
-        UserError: for anything that is no flag, field or value.
-    """
-    argv, name = _without_config(list(argv))
-    values = define_flags()
-    if name is not None:
-        config = load_config(name)
-        _check_overrides(argv)
-        argv = _unset_fields(argv, config)
-        config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=argv)
-    elif any(arg.lstrip("-").startswith("config.") for arg in argv if arg.startswith("-")):
-        raise UserError("A --config.field=value needs a --config to change: give --config=small, for example.")
-    try:
-        rest = values(argv)[1:]
-    except (flags.Error, ValueError, TypeError, KeyError) as error:
-        raise UserError(_plainly(error)) from None
-    mode = values.mode
-    for flag, modes in MODES_OF.items():
-        if values[flag].present and mode not in modes:
-            raise UserError(f"--{flag} means nothing to --mode={mode}: it goes with --mode={' or '.join(modes)}.")
-    if mode not in NEEDS_CONFIG and any(word.lstrip("-").startswith("config.") for word in argv[1:]):
-        raise UserError(
-            f"--mode={mode} takes the run's own config, which cannot be changed here: leave --config.* out."
-        )
-    if rest:
-        raise UserError(f"{rest[0]!r} is not a flag: put -- and a name before it, as in --prompt={rest[0]!r}.")
-    return values, None if name is None else values.config, None if name is None else find_config(name).stem
-
-
-def _without_config(argv: list[str]) -> tuple[list[str], str | None]:
-    """Take --config=NAME (or --config NAME) out of a command line."""
-    name, rest = None, []
-    words = iter(argv)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag not in ("--config", "-config"):
-            rest.append(word)
-            continue
-        name = value if equals else next(words, "")
-    return rest, name
-
-
-def _overrides(argv: Sequence[str]) -> list[tuple[str, str, str]]:
-    """List the words of a command line that override a field: (word, section.field, value)."""
-    words = [(word, *word.lstrip("-").partition("=")[::2]) for word in argv if word.startswith("-")]
-    return [(word, path.removeprefix("config."), value) for word, path, value in words if path.startswith("config.")]
-
-
-def _check_overrides(argv: Sequence[str]) -> None:
-    """Refuse an override of a field that no config has, naming the nearest."""
-    known = flatten(Config())
-    for word, field, _ in _overrides(argv):
-        if hasattr(Config(), field) and field not in known:
-            some = next(name for name in known if name.startswith(field))
-            raise UserError(f"{word!r} names a section: give one of its fields, as in --config.{some}={known[some]}.")
-        if field not in known:
-            raise unknown_field(field)
-
-
-def _unset_fields(argv: list[str], config: Config) -> list[str]:
-    """Carry out --config.x.y=None, which the flags library cannot, and return the command line without it."""
-    done = []
-    for word, field, value in _overrides(argv):
-        section, _, name = field.rpartition(".")
-        if value.lower() == "none" and section and name in optional_fields(section):
-            setattr(getattr(config, section), name, None)
-            done.append(word)
-    return [word for word in argv if word not in done]
-
-
-def _plainly(error: BaseException) -> str:
-    """Say in a sentence what absl found wrong with a command line."""
-    if isinstance(error, flags.UnrecognizedFlagError):
-        near = difflib.get_close_matches(error.flagname, list(define_flags()), 1, 0.6)
-        return f"There is no flag --{error.flagname}: " + (f"did you mean --{near[0]}?" if near else "see --help.")
-    text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split()).rstrip(".")
-    text = text.replace("flag --", "--", 1).removeprefix("ERROR:: ")
-    rules = {"literal for int": "a whole number", "could not convert": "a number", "on-boolean": "true or false"}
-    for words, wanted in rules.items():
-        if words in text and ": " in text:
-            return f"{text.partition(': ')[0]} will not do: it must be {wanted}."
-    text = re.sub(r"\[Errno \d+\] ", "", text)
-    return f"{text[:1].upper()}{text[1:]}: see --help."
+from chargpt_jax.config import Config, UserError, validate
+from chargpt_jax.flags import NEEDS_CONFIG, help_text, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -197,10 +52,7 @@ def _complain(error: object, code: int) -> int:
 def _main(argv: Sequence[str]) -> int:
     values, config, name = parse(argv)
     if values.help:
-        print(f"{__doc__}\nFlags:")
-        for name in ("workdir", "mode", *MODES_OF):
-            print(f"  --{name}: {values[name].help}")
-        print("\nFields of a config, as in --config.model.n_layer=4, with their defaults:", *help_lines(), sep="\n  ")
+        print(help_text(__doc__))
         return 0
     mode = values.mode
     if mode in NEEDS_CONFIG:
@@ -218,7 +70,7 @@ def _main(argv: Sequence[str]) -> int:
     )
 
 
-def _stage(mode: str, config: Config, values: flags.FlagValues) -> int:
+def _stage(mode: str, config: Config, values: FlagValues) -> int:
     from chargpt_jax import corpus
     from chargpt_jax.workdir import Workdir
 
@@ -269,7 +121,7 @@ def _tell_samples(folder: Any, out: Any) -> None:
     print(f"\nreport: {folder.report}", file=out)
 
 
-def _eval(values: flags.FlagValues, _: Config | None) -> int:
+def _eval(values: FlagValues, _: Config | None) -> int:
     api = _api()
     result = api.evaluate(values.workdir, _step(values))
     shown = "{loss:.4f} nats = {bits_per_character:.4f} bits per character over {tokens:,} held-out characters"
@@ -277,7 +129,7 @@ def _eval(values: flags.FlagValues, _: Config | None) -> int:
     return 0
 
 
-def _generate(values: flags.FlagValues, _: Config | None) -> int:
+def _generate(values: FlagValues, _: Config | None) -> int:
     from chargpt_jax.workdir import Workdir
 
     folder = Workdir(values.workdir)
@@ -305,7 +157,7 @@ def _generate(values: flags.FlagValues, _: Config | None) -> int:
     return 0
 
 
-def _score(values: flags.FlagValues, _: Config | None) -> int:
+def _score(values: FlagValues, _: Config | None) -> int:
     from chargpt_jax import corpus
     from chargpt_jax.workdir import Workdir
 
@@ -318,7 +170,7 @@ def _score(values: flags.FlagValues, _: Config | None) -> int:
     return 0
 
 
-def _deliver(values: flags.FlagValues, folder: Any, samples: Any, name: str, quiet: bool = False) -> None:
+def _deliver(values: FlagValues, folder: Any, samples: Any, name: str, quiet: bool = False) -> None:
     """Print samples and keep them, with their pictures, in the workdir."""
     api = _api()
     out = sys.stderr if values.json else sys.stdout
@@ -331,13 +183,13 @@ def _deliver(values: flags.FlagValues, folder: Any, samples: Any, name: str, qui
         print(f"\n{sample.loss:.4f} nats per character; drawn in {path}", file=out)
 
 
-def _info(values: flags.FlagValues, _: Config | None) -> int:
+def _info(values: FlagValues, _: Config | None) -> int:
     facts = _api().info(values.workdir)
     print(json.dumps(facts) if values.json else "\n".join(f"{name}: {value}" for name, value in facts.items()))
     return 0
 
 
-def _compile(values: flags.FlagValues, config: Config | None) -> int:
+def _compile(values: FlagValues, config: Config | None) -> int:
     from chargpt_jax import compile
 
     assert config is not None
@@ -355,7 +207,7 @@ def _api() -> Any:
     return api
 
 
-def _step(values: flags.FlagValues) -> str | int:
+def _step(values: FlagValues) -> str | int:
     step = values.step or "best"
     if step not in ("best", "latest") and not step.isdecimal():
         raise UserError(f"--step is {step!r}, but it must be 'best', 'latest' or a number.")

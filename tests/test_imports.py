@@ -42,12 +42,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plots": {"theme"},
     "report": set(),
     "workdir": {"config", "tokenizer"},
+    "samples": {"metrics", "subline"},
     "progress": {"plots", "events"},
+    "flags": {"config"},
     # where the pieces meet
     "train": EVERYONE - {"api", "compile", "progress", "train"},
     "compile": EVERYONE - {"api", "compile", "progress"},
     "api": EVERYONE - {"api"},
-    "main": {"config"},
+    "main": {"config", "flags"},
     "__init__": set(),
 }
 

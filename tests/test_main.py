@@ -14,7 +14,8 @@ import jax
 import jax.monitoring
 import pytest
 
-from chargpt_jax.main import MODES, main
+from chargpt_jax.flags import MODES
+from chargpt_jax.main import main
 
 PREPARE = "--mode=prepare --config=tiny --config.data.source=text.txt --workdir=run"
 SENTENCE = "The quick brown fox jumps over the lazy dog.\n"

@@ -1,0 +1,165 @@
+"""The command line: every flag, which mode it means something to, and a plain sentence for each mistake.
+
+`--config` names a file; `--config.section.field=value` overrides what it returns, through ml_collections. JAX is not
+imported here, so a mistyped command is answered at once.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from chargpt_jax.config import (
+    Config,
+    UserError,
+    find_config,
+    flatten,
+    help_lines,
+    load_config,
+    optional_fields,
+    unknown_field,
+)
+
+MODES = ("run", "prepare", "find_lr", "train", "eval", "generate", "score", "info", "compile")
+NEEDS_CONFIG = ("run", "prepare", "find_lr", "train", "compile")
+USES_MODEL = ("generate", "score", "eval")
+MODES_OF = {
+    **dict.fromkeys(("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stream"), ("generate",)),
+    **dict.fromkeys(("text", "text_file", "stride"), ("score",)),
+    "skip_unknown": ("generate", "score"),
+    "step": USES_MODEL,
+    "topology": ("compile",),
+    "json": (*USES_MODEL, "find_lr", "info"),
+}
+"""The modes that a flag means something to; flags that are not here go with every mode."""
+
+
+def define_flags() -> flags.FlagValues:
+    """Return the flags of all modes, unparsed."""
+    values = flags.FlagValues()
+    text: dict[str, str] = {
+        "workdir": "the run's folder; default: runs/NAME for --config=NAME",
+        "text": "score: the text",
+        "text_file": "score: a UTF-8 file that holds the text",
+        "step": "generate, score, eval: 'best' by validation, 'latest', or a number; default: best",
+        "topology": "compile: the TPU slice; default: v5e:2x4",
+    }
+    for name, about in text.items():
+        flags.DEFINE_string(name, None, about, flag_values=values)
+    flags.DEFINE_enum("mode", "run", MODES, "what to do", flag_values=values)
+    flags.DEFINE_multi_string("prompt", None, "generate: a text to go on from; may repeat", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", None, "generate: characters to write", flag_values=values)
+    flags.DEFINE_float("temperature", None, "generate: 0 takes the likeliest character", flag_values=values)
+    flags.DEFINE_integer("top_k", None, "generate: draw among the k likeliest", flag_values=values)
+    flags.DEFINE_float("top_p", None, "generate: draw among the likeliest of this mass", flag_values=values)
+    flags.DEFINE_integer("seed", None, "generate: of the draws; default: the config's", flag_values=values)
+    flags.DEFINE_integer(
+        "stride", None, "score: between windows; 1 is exact; default: half a block", flag_values=values
+    )
+    flags.DEFINE_bool("stream", False, "generate: print while writing", flag_values=values)
+    flags.DEFINE_bool("skip_unknown", False, "drop characters the model has never seen", flag_values=values)
+    flags.DEFINE_bool("json", False, "print one JSON object on stdout, all else on stderr", flag_values=values)
+    flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
+    return values
+
+
+def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Config | None, str | None]:
+    """Read a command line, the program's name first.
+
+    Returns:
+        The flags, the config with its overrides where one is named, and its bare name.
+
+    Raises:
+        UserError: for anything that is no flag, field or value.
+    """
+    argv, name = _without_config(list(argv))
+    values = define_flags()
+    if name is not None:
+        config = load_config(name)
+        _check_overrides(argv)
+        argv = _unset_fields(argv, config)
+        config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=argv)
+    elif any(arg.lstrip("-").startswith("config.") for arg in argv if arg.startswith("-")):
+        raise UserError("A --config.field=value needs a --config to change: give --config=small, for example.")
+    try:
+        rest = values(argv)[1:]
+    except (flags.Error, ValueError, TypeError, KeyError) as error:
+        raise UserError(_plainly(error)) from None
+    mode = values.mode
+    for flag, modes in MODES_OF.items():
+        if values[flag].present and mode not in modes:
+            raise UserError(f"--{flag} means nothing to --mode={mode}: it goes with --mode={' or '.join(modes)}.")
+    if mode not in NEEDS_CONFIG and any(word.lstrip("-").startswith("config.") for word in argv[1:]):
+        raise UserError(
+            f"--mode={mode} takes the run's own config, which cannot be changed here: leave --config.* out."
+        )
+    if rest:
+        raise UserError(f"{rest[0]!r} is not a flag: put -- and a name before it, as in --prompt={rest[0]!r}.")
+    return values, None if name is None else values.config, None if name is None else find_config(name).stem
+
+
+def help_text(about: str) -> str:
+    """Describe every flag and every field of a config, below a text of what the program does."""
+    values = define_flags()
+    own = [f"  --{name}: {' '.join((values[name].help or '').split())}" for name in ("workdir", "mode", *MODES_OF)]
+    fields = [f"  {line}" for line in help_lines()]
+    title = "Fields of a config, as in --config.model.n_layer=4, with their defaults:"
+    return "\n".join([about, "Flags:", *own, "", title, *fields])
+
+
+def _without_config(argv: list[str]) -> tuple[list[str], str | None]:
+    """Take --config=NAME (or --config NAME) out of a command line."""
+    name, rest = None, []
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag not in ("--config", "-config"):
+            rest.append(word)
+            continue
+        name = value if equals else next(words, "")
+    return rest, name
+
+
+def _overrides(argv: Sequence[str]) -> list[tuple[str, str, str]]:
+    """List the words of a command line that override a field: (word, section.field, value)."""
+    words = [(word, *word.lstrip("-").partition("=")[::2]) for word in argv if word.startswith("-")]
+    return [(word, path.removeprefix("config."), value) for word, path, value in words if path.startswith("config.")]
+
+
+def _check_overrides(argv: Sequence[str]) -> None:
+    """Refuse an override of a field that no config has, naming the nearest."""
+    known = flatten(Config())
+    for word, field, _ in _overrides(argv):
+        if hasattr(Config(), field) and field not in known:
+            some = next(name for name in known if name.startswith(field))
+            raise UserError(f"{word!r} names a section: give one of its fields, as in --config.{some}={known[some]}.")
+        if field not in known:
+            raise unknown_field(field)
+
+
+def _unset_fields(argv: list[str], config: Config) -> list[str]:
+    """Carry out --config.x.y=None, which the flags library cannot, and return the command line without it."""
+    done = []
+    for word, field, value in _overrides(argv):
+        section, _, name = field.rpartition(".")
+        if value.lower() == "none" and section and name in optional_fields(section):
+            setattr(getattr(config, section), name, None)
+            done.append(word)
+    return [word for word in argv if word not in done]
+
+
+def _plainly(error: BaseException) -> str:
+    """Say in a sentence what absl found wrong with a command line."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        near = difflib.get_close_matches(error.flagname, list(define_flags()), 1, 0.6)
+        return f"There is no flag --{error.flagname}: " + (f"did you mean --{near[0]}?" if near else "see --help.")
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split()).rstrip(".")
+    text = text.replace("flag --", "--", 1).removeprefix("ERROR:: ")
+    rules = {"literal for int": "a whole number", "could not convert": "a number", "on-boolean": "true or false"}
+    for words, wanted in rules.items():
+        if words in text and ": " in text:
+            return f"{text.partition(': ')[0]} will not do: it must be {wanted}."
+    text = re.sub(r"\[Errno \d+\] ", "", text)
+    return f"{text[:1].upper()}{text[1:]}: see --help."

@@ -1,0 +1,76 @@
+"""A text with what the model made of each of its characters: as JSON, as a picture, as a notebook shows it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from chargpt_jax import subline
+from chargpt_jax.metrics import surprise_surprise
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text and what the model made of each of its characters; N characters, prompt included."""
+
+    prompt: str
+    tokens: tuple[str, ...]
+    """One string a token."""
+    surprisal: np.ndarray
+    """float32 [N], nats; NaN where undefined."""
+    entropy: np.ndarray
+    """float32 [N], nats; NaN where undefined."""
+    vocab_size: int
+
+    @property
+    def text(self) -> str:
+        """The whole text, prompt included."""
+        return "".join(self.tokens)
+
+    @property
+    def surprise_surprise(self) -> np.ndarray:
+        """S2, float32 [N]: (surprisal - entropy) / log(vocab_size)."""
+        return surprise_surprise(self.surprisal, self.entropy, self.vocab_size)
+
+    @property
+    def loss(self) -> float:
+        """The mean surprisal, in nats per character."""
+        return float(np.nanmean(self.surprisal)) if np.isfinite(self.surprisal).any() else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the sample as JSON has it: lists, and None for NaN."""
+        return {
+            "prompt": self.prompt,
+            "text": self.text,
+            "tokens": list(self.tokens),
+            "surprisal": _listed(self.surprisal),
+            "entropy": _listed(self.entropy),
+            "surprise_surprise": _listed(self.surprise_surprise),
+            "vocab_size": self.vocab_size,
+        }
+
+    def svg(self, chars_per_line: int = 80) -> str:
+        """Draw the text with its entropy, surprisal and S2 under it."""
+        series = subline.metric_series(self.surprisal, self.entropy, self.surprise_surprise, self.vocab_size)
+        return subline.subline(
+            self.tokens, series, chars_per_line=chars_per_line, n_prompt=len(self.prompt), title=self.text[:60]
+        )
+
+    def _repr_html_(self) -> str:
+        return self.svg()
+
+
+class Samples(list[Sample]):
+    """Several samples; a notebook shows them one below the other."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return {'samples': [...]} as JSON has it."""
+        return {"samples": [sample.to_dict() for sample in self]}
+
+    def _repr_html_(self) -> str:
+        return "\n".join(sample.svg() for sample in self)
+
+
+def _listed(values: np.ndarray) -> list[float | None]:
+    return [float(v) if np.isfinite(v) else None for v in values]
