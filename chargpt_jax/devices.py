@@ -63,7 +63,7 @@ def describe(mesh: Mesh) -> str:
 
 def use_compilation_cache(folder: Path) -> None:
     """Keep compiled programs in a folder, so that the next start is quick; JAX_COMPILATION_CACHE_DIR goes first."""
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.read("jax_compilation_cache_dir"):
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or getattr(jax.config, "jax_compilation_cache_dir", None):
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -91,6 +91,8 @@ class Steps:
     learning_rate: float
     grad_norm: float
     tokens_per_second: float
+    seconds: float
+    """Of training and validation so far, interruptions left out."""
     seconds_left: float
 
 

@@ -97,13 +97,13 @@ def numbers(event: Steps, wide: bool = True) -> str:
 
 def _plain(events: Iterable[Event], file: TextIO) -> Iterator[Event]:
     """Print a line an event, and a line for updates only now and then: at each doubling, then about every minute."""
-    last, told = 0, math.inf
+    last, told = 0, 0.0
     for event in events:
         line = sentence(event)
         if isinstance(event, Steps):
-            due = event.step >= 2 * last or told - event.seconds_left >= 60
+            due = event.step >= 2 * last or event.seconds - told >= 60
             if due or event.seconds_left == 0:
-                last, told = event.step, event.seconds_left
+                last, told = event.step, event.seconds
                 line = f"step {event.step:,} (epoch {event.epoch:.2f}): {numbers(event)}"
         if line is not None:
             print(line, file=file, flush=True)

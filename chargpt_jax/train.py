@@ -324,6 +324,7 @@ def _train(setup: Setup, folder: Workdir, store: Checkpoints, stop: Stop) -> Ite
             learning_rate=float(schedule(step - 1)),
             grad_norm=float(norms[-1]),
             tokens_per_second=config.data.batch_size * config.model.block_size / pace.seconds_per_step,
+            seconds=seconds,
             seconds_left=(total - step) * pace.seconds_per_step,
         )
         signal = stop()

@@ -23,7 +23,7 @@ from chargpt_jax.events import (
 )
 from chargpt_jax.progress import duration, numbers, sentence, show
 
-LAST = Steps(1000, 10.0, 2 * math.log(2), 1.5e-3, 0.7, 12_345.6, 0.0)
+LAST = Steps(1000, 10.0, 2 * math.log(2), 1.5e-3, 0.7, 12_345.6, 600.0, 0.0)
 ZOOM = Zoom(1, 1e-10, 10.0, (1e-3, 1e-2), (4.0, 3.0), 3.2e-3, 1e-2, 3.2e-3)
 RUN: list[Event] = [
     Prepared(("Python's own help texts",), 465_000, 400_000, 65_000, 97, 128, "60"),
@@ -31,7 +31,7 @@ RUN: list[Event] = [
     ZOOM,
     LRFinderResult(3.2e-3, "steepest", 1e-10, 10.0, (ZOOM,)),
     TrainStarted(213_504, 0, 1000, 100, 10.0, 3.2e-3, "1 x cpu", "float32"),
-    *[Steps(n, n / 100, 3.0, 1e-3, 0.7, 10_000.0, 7260.0) for n in range(1, 1000)],
+    *[Steps(n, n / 100, 3.0, 1e-3, 0.7, 10_000.0, 0.1 * n / 2, 7260.0) for n in range(1, 1000)],
     LAST,
     Validated(1000, 10.0, 1.7, 1.7 / math.log(2), True, 605.0),
     Saved(1000, "runs/x/checkpoints/1000"),
@@ -93,7 +93,7 @@ def test_a_duration_is_written_as_people_do(seconds, text):
 
 
 def test_a_line_of_numbers_has_loss_bits_rate_speed_and_time_left():
-    line = numbers(Steps(10, 0.1, 2 * math.log(2), 1.5e-3, 0.7, 12_345.6, 720.0))
+    line = numbers(Steps(10, 0.1, 2 * math.log(2), 1.5e-3, 0.7, 12_345.6, 100.0, 720.0))
     assert line == "loss 1.3863 nats (2.0000 bits/char)  rate 1.50e-03  12,346 tokens/s  12 min left"
 
 
@@ -120,7 +120,8 @@ def test_a_long_run_is_heard_of_about_every_minute():
     """Doubling alone would be silent for the second half of a run."""
     seconds, per_step = 3600, 10  # ten seconds a step, steps of 1000 tokens
     events = [
-        Steps(n, 1.0, 3.0, 1e-3, 0.7, 100.0, float(seconds - n * per_step)) for n in range(1, seconds // per_step)
+        Steps(n, 1.0, 3.0, 1e-3, 0.7, 100.0, float(n * per_step), float(seconds - n * per_step))
+        for n in range(1, seconds // per_step)
     ]
     steps = [int(line.split()[1]) for line in log(events).splitlines()]
     assert max(b - a for a, b in pairwise(steps)) * per_step <= 120
@@ -180,7 +181,7 @@ def test_a_wide_terminal_ends_with_the_final_numbers_and_a_full_bar(terminal):
 
 @pytest.mark.parametrize("columns", [80, 100])
 def test_a_usual_terminal_has_room_for_the_step_the_loss_and_the_time_left(terminal, columns):
-    last = Steps(900, 9.0, 2.1234, 1e-3, 0.7, 12_345.0, 720.0)
+    last = Steps(900, 9.0, 2.1234, 1e-3, 0.7, 12_345.0, 100.0, 720.0)
     text = terminal([*RUN[:6], last], columns)
     for words in ("900/1,000", "2.1234", "12 min left"):
         assert words in text
