@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from chargpt_jax import batches, devices, optimizer, plots, report
+from chargpt_jax.assembly import Setup
 from chargpt_jax.checkpoint import Checkpoints, NoCheckpoint
 from chargpt_jax.config import Config, UserError, from_dict
 from chargpt_jax.events import Event
@@ -25,9 +26,9 @@ from chargpt_jax.generate import Progress, Sampler, advance, begin, bucket, scor
 from chargpt_jax.metrics import bits_per_character, perplexity
 from chargpt_jax.model import count_parameters, create
 from chargpt_jax.samples import Sample, Samples
+from chargpt_jax.stages import Stop, find_lr, prepare, train
 from chargpt_jax.step import create_state
 from chargpt_jax.tokenizer import CharTokenizer
-from chargpt_jax.train import Setup, Stop, find_lr, prepare, train
 from chargpt_jax.workdir import Workdir
 
 MOST_NEW_TOKENS = 1_000_000
@@ -174,16 +175,11 @@ def load(workdir: str | Path, step: str | int = "best") -> Model:
 
 def _shapes(config: Config, dtype: Any) -> tuple[nnx.GraphDef, Any]:
     """Return a model's static half, and its training state with shapes in place of arrays, on one device."""
-    made: list[nnx.GraphDef] = []
-
-    def init() -> Any:
-        graphdef, params = create(config.model, 0, dtype)
-        made.append(graphdef)
-        return create_state(params, optimizer.adamw(config.optimizer, lambda count: 0.0 * count), 0, dtype)
-
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(init)
-    return made[0], jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    tx = optimizer.adamw(config.optimizer, lambda count: 0.0 * count)
+    graphdef, params = jax.eval_shape(lambda: create(config.model, 0, dtype))
+    state = jax.eval_shape(lambda p: create_state(p, tx, 0, dtype), params)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
 
 
 def evaluate(workdir: str | Path, step: str | int = "best") -> dict[str, Any]:

@@ -109,7 +109,8 @@ def shuffled(index: jax.Array, size: int, key: jax.Array) -> jax.Array:
 
     def turn(number: jax.Array, halves: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         left, right = halves
-        return right, left ^ (jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, number), right)) & mask)
+        bits = jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, number), right), dtype=jnp.uint32)
+        return right, left ^ (bits & mask)
 
     def permute(x: jax.Array) -> jax.Array:
         left, right = jax.lax.fori_loop(0, 4, turn, (x >> half, x & mask))

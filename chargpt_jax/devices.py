@@ -38,7 +38,10 @@ def compute_dtype(amp: AmpConfig, device: Any = None) -> Any:
 
 
 def data_mesh(batch_size: int, devices: list[Any] | None = None) -> Mesh:
-    """Make the mesh that shares a batch: as many local devices as divide it evenly, on one axis named 'data'."""
+    """Make the mesh that shares a batch, one axis named 'data': as many local devices as divide it evenly.
+
+    Their number also divides that of all devices: a TPU's all-reduce needs that.
+    """
     devices = jax.local_devices() if devices is None else devices
     count = math.gcd(batch_size, len(devices))
     if count < len(devices):

@@ -99,7 +99,8 @@ def train_step(
     if parts == 1:
         (loss, grads, scale, finite), _ = part(carry, xs)
     else:
-        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), xs)
+        # Every parts-th sequence makes a part, so that each device of a mesh holds a share of every part.
+        split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), xs)
         (loss, grads, scale, finite), _ = jax.lax.scan(part, carry, split)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

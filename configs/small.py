@@ -1,4 +1,4 @@
-"""The notebook's run: a 15-layer GPT of 0.2 M parameters on The Scarlet Pimpernel.
+"""The notebook's run: a 15-layer GPT of 0.26 M parameters on The Scarlet Pimpernel.
 
 python -m chargpt_jax.main --config=configs/small.py
 """

@@ -46,8 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"plots", "events"},
     "flags": {"config"},
     # where the pieces meet
-    "train": EVERYONE - {"api", "compile", "progress", "train"},
-    "compile": EVERYONE - {"api", "compile", "progress"},
+    "assembly": {"batches", "config", "devices", "model", "optimizer", "step", "workdir"},
+    "stages": EVERYONE - {"api", "compile", "progress", "stages"},
+    "compile": {"assembly", "config", "devices", "generate", "model", "optimizer", "step"},
     "api": EVERYONE - {"api"},
     "main": {"config", "flags"},
     "__init__": set(),

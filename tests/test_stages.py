@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from chargpt_jax import train as stages
+from chargpt_jax import assembly, stages
 from chargpt_jax.checkpoint import Checkpoints
 from chargpt_jax.config import UserError
 from chargpt_jax.events import (
@@ -140,13 +140,13 @@ def test_a_finished_run_has_nothing_left_to_do(whole, text):
 
 def test_training_compiles_once_for_dispatches_of_any_length(text, tmp_path, monkeypatch):
     traces = []
-    original = stages.updates
+    original = assembly.updates
 
     def counted(*args, **kwargs):
         traces.append(1)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(stages, "updates", counted)
+    monkeypatch.setattr(assembly, "updates", counted)
     events = list(stages.train(small_config(text), tmp_path, quiet))
     lengths = np.diff([0] + [event.step for event in events if isinstance(event, Steps)])
     assert len(set(lengths)) > 1

@@ -1,0 +1,152 @@
+"""A run's corpus, model and devices put together, and what is compiled of them.
+
+Three functions are compiled, each traced once whatever the lengths of epochs and dispatches: many updates a dispatch,
+one probe of the range test, one validation batch.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from chargpt_jax import batches, devices, optimizer
+from chargpt_jax.config import Config
+from chargpt_jax.model import create
+from chargpt_jax.step import TrainState, create_state, data_key, eval_step, train_step
+from chargpt_jax.workdir import Workdir
+
+MOST_STEPS = 256
+"""Updates in one dispatch at most."""
+
+
+def updates(
+    state: TrainState,
+    tokens: jax.Array,
+    count: jax.Array,
+    *,
+    config: Config,
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Make `count` updates (int32 scalar, at most MOST_STEPS), each on the batch that its step says.
+
+    Returns:
+        The state after them, and train_step's scalars, float32 [MOST_STEPS] each, of which `count` are filled.
+    """
+    step = partial(train_step, graphdef=graphdef, tx=tx, parts=config.optimizer.accumulation_steps)
+
+    def body(i: jax.Array, carry: Any) -> Any:
+        state, history = carry
+        state, scalars = step(state, _batch(state, tokens, config, mesh))
+        return state, {name: history[name].at[i].set(value) for name, value in scalars.items()}
+
+    history = {name: jnp.zeros(MOST_STEPS) for name in ("loss", "grad_norm")}
+    return jax.lax.fori_loop(0, count, body, (state, history))
+
+
+def compiled_updates(config: Config, graphdef: nnx.GraphDef, tx: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """Return `updates` under jit: the state's memory is reused, and every device ends with the whole state."""
+    parts: dict[str, Any] = {"config": config, "graphdef": graphdef, "tx": tx, "mesh": mesh}
+    return jax.jit(partial(updates, **parts), donate_argnums=0, out_shardings=devices.replicated(mesh))
+
+
+def probe(
+    state: TrainState, tokens: jax.Array, rate: jax.Array, *, config: Config, graphdef: nnx.GraphDef, mesh: Mesh
+) -> tuple[TrainState, jax.Array]:
+    """Make one update with a given learning rate, float32 scalar; return the state and the loss before it."""
+    tx = optimizer.adamw(config.optimizer, rate)
+    batch = _batch(state, tokens, config, mesh)
+    state, scalars = train_step(state, batch, graphdef=graphdef, tx=tx, parts=config.optimizer.accumulation_steps)
+    return state, scalars["loss"]
+
+
+def validation_nats(
+    params: Any, inputs: jax.Array, targets: jax.Array, *, graphdef: nnx.GraphDef, mesh: Mesh
+) -> tuple[jax.Array, jax.Array]:
+    """Return the sum of losses in nats, and the characters, of one batch int32 [B, T]."""
+    return eval_step(params, devices.shared(mesh, (inputs, targets)), graphdef=graphdef)
+
+
+def _batch(state: TrainState, tokens: jax.Array, config: Config, mesh: Mesh) -> batches.Batch:
+    batch = batches.batch_at(tokens, data_key(state.key), state.step, config.model.block_size, config.data)
+    return devices.shared(mesh, batch)
+
+
+@dataclasses.dataclass
+class Setup:
+    """A run's corpus, model and devices, ready to train; the same for every stage and every restart."""
+
+    config: Config
+    tokens: np.ndarray
+    """int32 [N], the whole corpus."""
+    n_train: int
+    vocabulary: tuple[str, ...]
+    graphdef: nnx.GraphDef
+    params: dict[str, Any]
+    """As initialised."""
+    dtype: Any
+    mesh: Mesh
+    on_device: jax.Array
+    """int32 [n_train], the training part."""
+
+    @classmethod
+    def of(cls, workdir: Workdir) -> "Setup":
+        """Read a prepared workdir and build its model."""
+        config, tokens = workdir.load_config(), workdir.load_tokens()
+        dtype = devices.compute_dtype(config.amp)
+        mesh = devices.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps)
+        graphdef, params = create(config.model, config.seed, dtype)
+        everywhere = devices.replicated(mesh)
+        train, _ = batches.split(tokens, config.data.train_split, config.model.block_size)
+        vocabulary = workdir.load_tokenizer().vocabulary
+        params, on_device = jax.device_put((params, jnp.asarray(train)), everywhere)
+        return cls(config, tokens, len(train), vocabulary, graphdef, params, dtype, mesh, on_device)
+
+    @property
+    def epoch_steps(self) -> int:
+        """Updates in an epoch."""
+        return batches.steps_per_epoch(self.n_train, self.config.model.block_size, self.config.data)
+
+    def fresh_state(self, tx: optax.GradientTransformation) -> TrainState:
+        """Return the state before the first update, in memory of its own (updates are made in place)."""
+        params = jax.tree.map(jnp.copy, self.params)
+        state = create_state(params, tx, self.config.seed, self.dtype)
+        return jax.device_put(state, devices.replicated(self.mesh))
+
+    def updater(self, tx: optax.GradientTransformation) -> Any:
+        """Return `updates` under jit; it takes (state, tokens, count) and reuses the state's memory."""
+        return compiled_updates(self.config, self.graphdef, tx, self.mesh)
+
+    def validator(self) -> Callable[[Any], float]:
+        """Return the function from parameters to the loss on the held-out part, in nats per character."""
+        config = self.config
+        inputs, targets = batches.validation_batches(
+            self.tokens, self.n_train, config.model.block_size, config.data.batch_size
+        )
+        nats_of = jax.jit(partial(validation_nats, graphdef=self.graphdef, mesh=self.mesh))
+
+        def loss(params: Any) -> float:
+            # Awaited one by one: with several CPU devices two dispatches in flight can deadlock.
+            pairs = [jax.device_get(nats_of(params, x, y)) for x, y in zip(inputs, targets, strict=True)]
+            return sum(float(nats) for nats, _ in pairs) / sum(int(count) for _, count in pairs)
+
+        return loss
+
+    def record(self) -> dict[str, Any]:
+        """Return what a checkpoint says of itself, as JSON."""
+        return {
+            "config": dataclasses.asdict(self.config),
+            "vocabulary": list(self.vocabulary),
+            "corpus_sha256": hashlib.sha256(self.tokens.tobytes()).hexdigest(),
+            "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")},
+        }

@@ -1,0 +1,153 @@
+"""Ahead-of-time compile of a config's steps for a TPU that need not be there.
+
+The functions are those of a real run (`updates` and `validation_nats` of assembly.py, `begin` and `advance` of
+generate.py), traced on shapes instead of arrays and compiled by libtpu for the devices of a named slice. This shows
+that they compile and what memory they take; it cannot show that they run, or how fast.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from chargpt_jax import devices, optimizer
+from chargpt_jax.assembly import compiled_updates, validation_nats
+from chargpt_jax.config import Config, UserError
+from chargpt_jax.generate import advance, begin, bucket
+from chargpt_jax.model import create
+from chargpt_jax.step import create_state
+
+ALONE = "TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v4-8"
+"""Environment that keeps libtpu from asking the network which machine this is, and from complaining about it."""
+
+TOPOLOGIES: dict[str, dict[str, Any]] = {
+    "v5e:1x1": {"chips_per_host_bounds": (1, 1, 1)},  # libtpu takes a host to hold 2x2 chips
+    "v6e:1x1": {"chips_per_host_bounds": (1, 1, 1)},
+    "v4:2x2x1": {"chip_config_name": "megacore"},  # the two cores of a chip are one device, as JAX has it
+    **{name: {} for name in ("v5e:2x4", "v6e:2x4", "v5p:2x2x1", "v3:2x2")},
+}
+"""Some of the topologies there are, with what libtpu wants to know besides their names."""
+
+N_TRAIN = 400_000  # characters of an assumed training text
+
+
+class Program(NamedTuple):
+    """A jitted function and the shapes it is called with."""
+
+    name: str
+    function: Any
+    args: tuple[Any, ...]
+    static: dict[str, Any]
+    devices: str
+
+
+def for_tpu(config: Config, topology: str = "v5e:2x4") -> Iterator[str]:
+    """Compile the training, validation and decoding steps; yield a line on each as it is done.
+
+    Raises:
+        UserError: where libtpu is missing, does not know the topology, or finds that a step does not fit.
+    """
+    slice_ = tpu_devices(topology)
+    yield (
+        f"Compiling for {topology} ({len(slice_)} x {slice_[0].device_kind}) without a TPU. This proves that the steps "
+        "compile and what memory they take; it does not prove that they run, nor how fast."
+    )
+    yield f"A training text of {N_TRAIN:,} characters is assumed. Temporaries that stay on the chip are not counted."
+    if not config.model.vocab_size:
+        yield "The vocabulary is not known before a text is read: 97 ids in a table of 128 rows stand in for it."
+    for program in programs(config, slice_):
+        yield _compiled(program, topology)
+
+
+def tpu_devices(topology: str) -> Sequence[Any]:
+    """Return the devices of a topology such as 'v5e:2x4', to compile for only."""
+    if importlib.util.find_spec("libtpu") is None:
+        cure = f"pip install libtpu, in the version that jax[tpu] names for jax {jax.__version__}"
+        raise UserError(f"--mode=compile needs the TPU's compiler, libtpu, which is not installed: {cure}.")
+    for variable in ALONE.split():
+        os.environ.setdefault(*variable.split("="))
+    if not os.environ.get("JAX_PLATFORMS"):  # else libtpu counts as a TPU; no effect where JAX has already looked
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        return topologies.get_topology_desc(topology, "tpu", **TOPOLOGIES.get(topology, {})).devices
+    except jax.errors.JaxRuntimeError:
+        raise UserError(f"--topology is {topology!r}, but libtpu knows {', '.join(TOPOLOGIES)} and more.") from None
+
+
+def programs(config: Config, on: Sequence[Any]) -> Iterator[Program]:
+    """Give a run's programs: training and validation on as many of the devices as share a batch, writing on one."""
+    if not config.model.vocab_size:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=128, used_ids=97))
+    dtype = devices.compute_dtype(config.amp, on[0])
+    graphdef, params = jax.eval_shape(partial(create, config.model, config.seed, dtype))
+    yield from _training(config, on, dtype, graphdef, params)
+    yield from _writing(config, on[0], graphdef, params)
+
+
+def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, params: Any) -> Iterator[Program]:
+    mesh = devices.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps, list(on))
+    everywhere, used = devices.replicated(mesh), devices.describe(mesh)
+    # Neither the rate nor the length of an epoch, which a run finds out, changes the program's shape.
+    tx = optimizer.adamw(config.optimizer, optimizer.warmup_cosine(config.scheduler, peak=1e-3, epoch_steps=100))
+    state = _on(everywhere, jax.eval_shape(lambda p: create_state(p, tx, config.seed, dtype), params))
+    yield Program(
+        "training",
+        compiled_updates(config, graphdef, tx, mesh),
+        (state, _on(everywhere, _ints(N_TRAIN)), _ints()),
+        {},
+        used,
+    )
+    nats = jax.jit(partial(validation_nats, graphdef=graphdef, mesh=mesh))
+    batch = [_ints(config.data.batch_size, config.model.block_size)] * 2
+    yield Program("validation", nats, (state.params, *batch), {}, used)
+
+
+def _writing(config: Config, device: Any, graphdef: Any, params: Any) -> Iterator[Program]:
+    """Give the two programs that go on from the config's sample prompts."""
+    here, how, used = SingleDeviceSharding(device), config.sample, f"1 x {device.device_kind}"
+    params, rows, longest = _on(here, params), len(how.prompts), max(map(len, how.prompts))
+    length = bucket(longest + how.max_new_tokens)
+    width = min(config.model.block_size, bucket(longest), length)
+    prompts = (params, _ints(rows, length), _ints(rows))
+    yield Program("prefill", begin, prompts, {"graphdef": graphdef, "width": width}, used)
+    progress = _on(here, jax.eval_shape(partial(begin, graphdef=graphdef, width=width), *prompts))
+    top_p = temperature = jax.ShapeDtypeStruct((), jnp.float32)
+    args = (params, progress, jax.eval_shape(jax.random.key, 0), _ints(), temperature, _ints(), top_p)
+    filters = {"use_top_k": how.top_k is not None, "use_top_p": how.top_p is not None}
+    yield Program("decoding", advance, args, {"graphdef": graphdef, **filters}, used)
+
+
+def _on(sharding: Any, tree: Any) -> Any:
+    """Say where every array of a tree of shapes lies."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _compiled(program: Program, topology: str) -> str:
+    began = time.perf_counter()
+    lowered = program.function.trace(*program.args, **program.static).lower(lowering_platforms=("tpu",))
+    try:
+        memory = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{program.name} does not fit into {topology}: lower data.batch_size. {reason}") from None
+    seconds, mb = time.perf_counter() - began, 1e-6
+    beside = memory.output_size_in_bytes - memory.alias_size_in_bytes  # the others overwrite donated arguments
+    return (
+        f"{program.name}: compiled for {program.devices} of {topology} in {seconds:.1f} s; per device "
+        f"{memory.argument_size_in_bytes * mb:.1f} MB of arguments, {beside * mb:.1f} MB of outputs beside them, "
+        f"{memory.temp_size_in_bytes * mb:.1f} MB of temporaries"
+    )

@@ -1,0 +1,119 @@
+"""The steps of a run compile for accelerators that are not there."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax import export
+
+from chargpt_jax import compile as ahead
+from chargpt_jax import optimizer
+from chargpt_jax.assembly import Setup
+from chargpt_jax.config import Config, UserError
+from chargpt_jax.stages import prepare
+from chargpt_jax.workdir import Workdir
+from tests.corpus_text import small_config, write_words
+
+NAMES = ["training", "validation", "prefill", "decoding"]
+ELEMENTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed here"
+)
+
+
+def every_feature(dtype: str) -> Config:
+    """Return a small config that leaves no branch of the steps out."""
+    config = small_config(Path("none.txt"))
+    config.amp.dtype = dtype
+    config.optimizer.accumulation_steps, config.optimizer.clip_norm = 2, 1.0
+    config.sample.top_k, config.sample.top_p, config.sample.max_new_tokens = 5, 0.9, 100
+    return config
+
+
+def wide_products(module: str, dtype: str) -> list[str]:
+    """Return the factors of those matrix products of a module of which none has the dtype."""
+    products = re.findall(r"stablehlo\.dot_general .* : \((.*)\) ->", module)
+    assert len(products) > 5
+    return [product for product in products if f"x{ELEMENTS[dtype]}>" not in product]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("platform", "dtype"), [("tpu", "bfloat16"), ("cuda", "bfloat16"), ("cuda", "float16")])
+def test_every_step_lowers_for_an_accelerator_without_library_calls_or_products_of_wider_numbers(platform, dtype):
+    names = []
+    for program in ahead.programs(every_feature(dtype), jax.devices()[:1]):
+        exported = export.export(program.function, platforms=[platform])(*program.args, **program.static)
+        module = exported.mlir_module()
+        assert exported.platforms == (platform,)
+        assert exported.mlir_module_serialized
+        assert "custom_call" not in module
+        # But for the gradient of the logits, 128 a character, which stays float32 where it is multiplied.
+        assert all("x128xf32" in product for product in wide_products(module, dtype))
+        names.append(program.name)
+    assert names == NAMES
+
+
+def test_what_is_compiled_has_the_shapes_of_a_real_run(tmp_path):
+    config = small_config(write_words(tmp_path / "words.txt"))
+    list(prepare(config, tmp_path / "run"))
+    setup = Setup.of(Workdir(tmp_path / "run"))
+    tx = optimizer.adamw(setup.config.optimizer, optimizer.warmup_cosine(setup.config.scheduler, 1e-2, 10))
+    training, validation, _, _ = ahead.programs(setup.config, jax.local_devices())
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)  # noqa: E731
+    assert shapes(training.args[0]) == shapes(setup.fresh_state(tx))
+    assert training.args[1].sharding == setup.on_device.sharding
+    assert shapes(validation.args[0]) == shapes(setup.params)
+
+
+def test_a_vocabulary_that_is_not_known_yet_has_a_stand_in():
+    config = small_config(Path("none.txt"))
+    first = next(ahead.programs(config, jax.devices()[:1]))
+    assert first.args[0].params["wte"]["embedding"].shape == (128, 16)
+    assert config.model.vocab_size == 0
+
+
+def test_without_libtpu_the_cure_is_named_and_nothing_is_changed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    before = dict(os.environ), jax.config.jax_platforms
+    with pytest.raises(UserError, match=r"libtpu, which is not installed: pip install libtpu, in the version .* names"):
+        next(ahead.for_tpu(Config()))
+    assert (dict(os.environ), jax.config.jax_platforms) == before
+
+
+def command(*flags: str) -> subprocess.CompletedProcess[str]:
+    """Run --mode=compile in a process of its own: libtpu stays loaded."""
+    words = [sys.executable, "-m", "chargpt_jax.main", "--config=tiny", "--mode=compile", *flags]
+    return subprocess.run(words, capture_output=True, text=True, timeout=300)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_config_compiles_for_a_tpu_and_says_what_memory_it_takes():
+    done = command("--config.model.n_layer=1", "--config.model.block_size=64", "--config.sample.max_new_tokens=20")
+    assert done.returncode == 0, done.stderr
+    assert "it does not prove that they run" in done.stdout.splitlines()[0]
+    for name, line, used in zip(NAMES, done.stdout.splitlines()[-4:], (8, 8, 1, 1), strict=True):
+        shown = rf"{name}: compiled for {used} x TPU v5 lite of v5e:2x4 in [\d.]+ s; per device ([\d.]+) MB of arg"
+        assert float(re.match(shown, line)[1]) > 0
+
+
+@needs_libtpu
+def test_an_unknown_topology_is_refused_with_some_that_are_known():
+    done = command("--topology=v5e-8")
+    assert done.returncode == 2
+    assert "--topology is 'v5e-8', but libtpu knows v5e:1x1" in done.stderr
+    assert len(done.stderr.splitlines()) <= 5
+
+
+@needs_libtpu
+def test_a_model_that_does_not_fit_is_refused_with_the_reason():
+    done = command("--topology=v5e:1x1", "--config.model.n_embd=8192", "--config.model.n_ff=32768")
+    assert done.returncode == 2
+    assert "training does not fit into v5e:1x1" in done.stderr
+    assert "RESOURCE_EXHAUSTED" in done.stderr

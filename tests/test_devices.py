@@ -1,0 +1,209 @@
+"""The rule by platform, and that a batch shared by eight devices teaches what it teaches one.
+
+The eight are virtual, in a process of their own: this file run as a script trains on them and prints what it finds.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chargpt_jax import devices, optimizer
+from chargpt_jax.assembly import Setup, updates
+from chargpt_jax.config import AmpConfig
+from chargpt_jax.stages import prepare
+from chargpt_jax.workdir import Workdir
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the rules look at."""
+
+    platform: str
+    compute_capability: str = ""
+    id: int = 0
+    device_kind: str = "imaginary"
+    process_index: int = 0
+
+
+RULE = {
+    Device("tpu"): jnp.bfloat16,
+    Device("gpu", "12.0"): jnp.bfloat16,
+    Device("gpu", "9.0"): jnp.bfloat16,
+    Device("gpu", "8.0"): jnp.bfloat16,
+    Device("gpu", "7.5"): jnp.float16,
+    Device("cuda", "7.0"): jnp.float16,
+    Device("cpu"): jnp.float32,
+}
+
+
+@pytest.mark.parametrize("device", RULE, ids=lambda device: f"{device.platform}{device.compute_capability}")
+def test_the_platform_chooses_the_dtype(device):
+    assert devices.compute_dtype(AmpConfig(), device) == RULE[device]
+
+
+@pytest.mark.parametrize("device", RULE, ids=lambda device: f"{device.platform}{device.compute_capability}")
+def test_mixed_precision_turned_off_means_float32_whatever_the_dtype(device):
+    assert devices.compute_dtype(AmpConfig(enabled=False, dtype="bfloat16"), device) == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
+def test_a_dtype_that_is_given_is_taken_on_any_platform(name, platform):
+    assert devices.compute_dtype(AmpConfig(dtype=name), Device(platform)) == jnp.dtype(name)
+
+
+@pytest.mark.parametrize(("batch_size", "used"), [(16, 8), (8, 8), (12, 4), (6, 2), (5, 1), (1, 1)])
+def test_a_batch_is_shared_by_a_number_of_devices_that_divides_it_and_the_slice(batch_size, used):
+    # 6 of 8 would divide a batch of 12, but a TPU's all-reduce needs groups that divide the slice: libtpu aborts.
+    mesh = devices.data_mesh(batch_size, [Device("gpu", id=i) for i in range(8)])
+    assert mesh.size == used
+    assert mesh.axis_names == ("data",)
+    assert devices.describe(mesh) == f"{used} x imaginary"
+
+
+def test_devices_that_stay_idle_are_said(caplog):
+    devices.data_mesh(16, [Device("gpu", id=i) for i in range(8)])
+    assert not caplog.messages
+    devices.data_mesh(12, [Device("gpu", id=i) for i in range(8)])
+    assert caplog.messages == ["12 sequences share 4 of 8 devices"]
+
+
+@pytest.fixture
+def cache_setting():
+    """Give the name of JAX's setting, and put its value back afterwards."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], None)
+    yield names[0]
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_programs_are_cached_in_the_folder_that_is_named(cache_setting, monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    devices.use_compilation_cache(tmp_path)
+    assert getattr(jax.config, cache_setting) == str(tmp_path)
+
+
+def test_a_cache_that_the_user_chose_is_left_alone(cache_setting, monkeypatch, tmp_path):
+    jax.config.update(cache_setting, "chosen in code")
+    devices.use_compilation_cache(tmp_path)
+    assert getattr(jax.config, cache_setting) == "chosen in code"
+    jax.config.update(cache_setting, None)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "chosen by environment"))
+    devices.use_compilation_cache(tmp_path)
+    assert getattr(jax.config, cache_setting) is None
+
+
+# Eight virtual devices
+
+STEPS, DISPATCHES = 3, 2
+
+
+def trained(workdir: Path, n_devices: int, parts: int) -> dict[str, Any]:
+    """Train as `train` does, on so many devices with the batch in so many parts; float64, to tell bugs from rounding.
+
+    (In float32 the gradient of the keys' bias, which softmax does not see, is rounding noise that Adam makes large.)
+    """
+    devices.compute_dtype = lambda amp: jnp.float64
+    devices.data_mesh = partial(data_mesh, devices=jax.devices()[:n_devices])
+    setup = Setup.of(Workdir(workdir))
+    setup = replace(setup, params=jax.tree.map(lambda x: x.astype(jnp.float64), setup.params))
+    config = replace(setup.config, optimizer=replace(setup.config.optimizer, accumulation_steps=parts))
+    tx = optimizer.adamw(config.optimizer, 1e-2)
+    step = partial(updates, config=config, graphdef=setup.graphdef, tx=tx, mesh=setup.mesh)
+    everywhere = devices.replicated(setup.mesh)
+    state, count = setup.fresh_state(tx), np.int32(STEPS)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=everywhere).lower(state, setup.on_device, count).compile()
+    losses: list[float] = []
+    for _ in range(DISPATCHES):
+        state, history = compiled(state, setup.on_device, count)
+        losses += np.asarray(history["loss"])[:STEPS].tolist()  # awaited: two dispatches in flight can deadlock
+    batch = jax.jit(partial(devices.shared, setup.mesh))(jnp.zeros((config.data.batch_size, 2)))
+    return {
+        "losses": losses,
+        "validation": setup.validator()(state.params),
+        "params": {jax.tree_util.keystr(k): x.tolist() for k, x in jax.tree_util.tree_leaves_with_path(state.params)},
+        "operations": compiled.cost_analysis()["flops"],
+        "collectives": [name for name in ("all-reduce", "all-gather") if f" {name}(" in compiled.as_text()],
+        "rows": [shard.data.shape[0] for shard in batch.addressable_shards],
+    }
+
+
+data_mesh = devices.data_mesh
+CASES = {"one": (1, 1), "eight": (8, 1), "eight, in two parts": (8, 2)}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    from tests.corpus_text import small_config, write_words
+
+    folder = tmp_path_factory.mktemp("shared")
+    config = small_config(write_words(folder / "words.txt", 6000), dropout=0.2, n_layer=2)
+    config.data.batch_size, config.data.padding_chance, config.data.train_split = 16, 0.5, 0.5
+    list(prepare(config, folder / "run"))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(devices.__file__).parents[1]),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_ENABLE_X64": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # halves the time to compile
+    }
+    command = [sys.executable, __file__, str(folder / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+SHARED = [pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "one"]
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_eight_devices_find_the_losses_of_one(found, name):
+    assert len(set(found[name]["losses"])) == STEPS * DISPATCHES
+    np.testing.assert_allclose(found[name]["losses"], found["one"]["losses"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_eight_devices_end_with_the_parameters_of_one(found, name):
+    assert found[name]["params"].keys() == found["one"]["params"].keys()
+    for path, expected in found["one"]["params"].items():
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(found[name]["params"][path], expected, rtol=0, atol=1e-6 * scale, err_msg=path)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_eight_devices_validate_as_one(found, name):
+    np.testing.assert_allclose(found[name]["validation"], found["one"]["validation"], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_batch_is_split_and_gradients_are_summed_over_eight_devices(found):
+    assert found["one"]["rows"] == [16]
+    assert found["eight"]["rows"] == [2] * 8
+    assert found["one"]["collectives"] == []
+    assert found["eight"]["collectives"] == ["all-reduce"]
+    assert found["eight"]["operations"] < found["one"]["operations"] / 6
+
+
+@pytest.mark.slow
+def test_a_part_of_a_batch_is_split_over_eight_devices_as_well(found):
+    """Each device takes a row of each part: nothing is gathered, and nothing is computed twice."""
+    assert found["eight, in two parts"]["collectives"] == ["all-reduce"]
+    # The operations of a loop's body count once, so a part counts as half a batch.
+    assert found["eight, in two parts"]["operations"] < 0.7 * found["eight"]["operations"]
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: trained(Path(sys.argv[1]), *case) for name, case in CASES.items()}))
