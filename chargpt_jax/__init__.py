@@ -8,6 +8,7 @@ if TYPE_CHECKING:
         Model,
         Sample,
         Samples,
+        corpus_text,
         evaluate,
         find_lr,
         info,
@@ -29,7 +30,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             *("Model", "Sample", "Samples", "evaluate", "find_lr", "info", "load", "prepare", "run", "train"),
-            *("write_report", "write_samples"),
+            *("corpus_text", "write_report", "write_samples"),
         ),
         "api",
     ),
@@ -41,6 +42,7 @@ __all__ = [
     "Sample",
     "Samples",
     "UserError",
+    "corpus_text",
     "evaluate",
     "find_lr",
     "info",

@@ -240,6 +240,12 @@ def save_samples(folder: Workdir, samples: Samples, name: str) -> list[Path]:
     return paths
 
 
+def corpus_text(workdir: str | Path) -> str:
+    """Return the text that a run learns from, training and held-out part."""
+    folder = Workdir(workdir)
+    return folder.load_tokenizer().decode([folder.load_tokens()])[0]
+
+
 def loss_curve(workdir: str | Path) -> str:
     """Draw the losses of a run so far, as SVG."""
     log = Workdir(workdir).load_metrics()
@@ -309,6 +315,7 @@ __all__ = [
     "Model",
     "Sample",
     "Samples",
+    "corpus_text",
     "evaluate",
     "find_lr",
     "info",

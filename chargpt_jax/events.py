@@ -77,6 +77,10 @@ class TrainStarted:
     """The schedule's peak."""
     device: str
     dtype: str
+    training: tuple[tuple[int, float], ...] = ()
+    """(step, loss) as logged so far, nats per character."""
+    validation: tuple[tuple[int, float], ...] = ()
+    """(step, loss) of the validations so far, nats per character."""
 
 
 @dataclass(frozen=True)

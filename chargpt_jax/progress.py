@@ -4,7 +4,7 @@ import html
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -150,10 +150,12 @@ def _notebook(events: Iterable[Event]) -> Iterator[Event]:
     """Keep one line of numbers and one live picture for each stage."""
     from IPython.display import HTML, display
 
-    line, picture = display(HTML(""), display_id=True), display(HTML(""), display_id=True)
+    line = display(HTML(""), display_id=True)
+    picture: Any = None
     zooms: list[Zoom] = []
     training: list[tuple[float, float]] = []
     validation: list[tuple[float, float]] = []
+    drawn = 0.0
     for event in events:
         text = numbers(event) if isinstance(event, Steps) else sentence(event)
         match event:
@@ -162,12 +164,18 @@ def _notebook(events: Iterable[Event]) -> Iterator[Event]:
             case Zoom():
                 zooms.append(event)
                 steepest = [zoom.steepest for zoom in zooms]
+                picture = picture or display(HTML(""), display_id=True)
                 picture.update(HTML(plots.lr_finder_plot([(z.lrs, z.losses) for z in zooms], steepest, event.best)))
             case TrainStarted():
                 print(text)
-                picture = display(HTML(""), display_id=True)
+                training, validation = list(event.training), list(event.validation)
+                curve = plots.loss_plot(training, validation) if validation else ""
+                picture = display(HTML(curve), display_id=True)
             case Steps():
                 training.append((event.step, event.loss))
+                if event.seconds - drawn >= 10:
+                    drawn = event.seconds
+                    picture.update(HTML(plots.loss_plot(training, validation)))
             case Validated():
                 validation.append((event.step, event.loss))
                 picture.update(HTML(plots.loss_plot(training, validation)))

@@ -10,7 +10,7 @@ from chargpt_jax import subline
 from chargpt_jax.metrics import surprise_surprise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sample:
     """A text and what the model made of each of its characters; N characters, prompt included."""
 
@@ -50,12 +50,14 @@ class Sample:
             "vocab_size": self.vocab_size,
         }
 
+    def __repr__(self) -> str:
+        return f"Sample({self.text!r}, {self.loss:.3f} nats per character)"
+
     def svg(self, chars_per_line: int = 80) -> str:
         """Draw the text with its entropy, surprisal and S2 under it."""
         series = subline.metric_series(self.surprisal, self.entropy, self.surprise_surprise, self.vocab_size)
-        return subline.subline(
-            self.tokens, series, chars_per_line=chars_per_line, n_prompt=len(self.prompt), title=self.text[:60]
-        )
+        n_prompt = len(self.prompt) if len(self.prompt) < len(self.tokens) else 0  # a scored text was given whole
+        return subline.subline(self.tokens, series, chars_per_line=chars_per_line, n_prompt=n_prompt)
 
     def _repr_html_(self) -> str:
         return self.svg()

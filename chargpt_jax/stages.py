@@ -171,6 +171,8 @@ def _train(setup: Setup, folder: Workdir, store: Checkpoints, stop: Stop) -> Ite
         learning_rate=config.optimizer.learning_rate,
         device=devices.describe(setup.mesh),
         dtype=jnp.dtype(setup.dtype).name,
+        training=tuple((line["step"], line["loss"]) for line in log if line["event"] == "step"),
+        validation=tuple((line["step"], line["loss"]) for line in log if line["event"] == "validation"),
     )
     dispatch, validate_now, pace, signal = setup.updater(tx), setup.validator(), Pace(config), None
 

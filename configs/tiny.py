@@ -18,7 +18,8 @@ def get_config() -> Config:
     config.data.source = "stdlib"
     config.data.batch_size = 16
     config.data.train_split = 0.9
-    config.scheduler.epochs = 3.0
+    config.lr_finder.method = "balanced"
+    config.scheduler.epochs = 7.0
     config.scheduler.warmup_epochs = 0.2
     config.sample.prompts = ("The ", "class ")
     config.sample.max_new_tokens = 300

@@ -41,6 +41,17 @@ def test_a_run_leaves_what_the_readme_promises(workdir):
     assert report.count("<svg") >= 2
 
 
+def test_the_functions_of_the_package_stay_functions():
+    """A file of the same name must not take a function's place once it has been imported."""
+    for name in chargpt_jax.__all__:
+        assert callable(getattr(chargpt_jax, name)), name
+
+
+def test_the_corpus_is_the_file_without_its_edges(workdir):
+    written = (workdir.parent / "words.txt").read_text(encoding="utf-8")
+    assert chargpt_jax.corpus_text(workdir) == written.strip()
+
+
 def test_sources_say_where_the_text_came_from(workdir):
     (source,) = json.loads((workdir / "corpus" / "sources.json").read_text(encoding="utf-8"))
     assert source["title"] == "words"

@@ -77,14 +77,6 @@ def test_dropout_differs_between_steps_and_repeats_for_the_same_step():
     assert float(first["loss"]) != float(second["loss"])
 
 
-def test_jitted_and_plain_steps_agree():
-    state = create_state(PARAMS, TX, 0)
-    with jax.disable_jit():
-        _, plain = train_step(state, batch(), graphdef=GRAPHDEF, tx=TX)
-    _, jitted = STEP(state, batch())
-    np.testing.assert_allclose(plain["loss"], jitted["loss"], rtol=1e-6)
-
-
 def test_many_steps_trace_once():
     traces = []
 

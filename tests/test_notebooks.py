@@ -1,0 +1,194 @@
+"""The notebooks are what their source says, and every cell of them works: tiny, offline, in a real kernel."""
+
+import ast
+import importlib.util
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import chargpt_jax
+
+nbclient = pytest.importorskip("nbclient")
+nbformat = pytest.importorskip("nbformat")
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+PLATFORMS = ("colab", "kaggle")
+FILES = {platform: FOLDER / f"chargpt_{platform}.ipynb" for platform in PLATFORMS}
+REFERENCES = {
+    "https://www.gutenberg.org/ebooks/60",
+    "https://github.com/karpathy/nanoGPT",
+    "https://github.com/z0u/mi-ni",
+}
+
+
+def read(platform: str) -> nbformat.NotebookNode:
+    return nbformat.read(FILES[platform], as_version=4)
+
+
+def code(platform: str) -> list[str]:
+    return [cell.source for cell in read(platform).cells if cell.cell_type == "code"]
+
+
+def install_lines(platform: str) -> list[str]:
+    return [line for source in code(platform) for line in source.splitlines() if re.search(r"\bpip\b", line)]
+
+
+# What is on disk
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_notebook_is_what_its_source_gives(platform):
+    pytest.importorskip("jupytext")
+    spec = importlib.util.spec_from_file_location("build", FOLDER / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    assert set(build.METADATA) == set(PLATFORMS)
+    same = FILES[platform].read_text(encoding="utf-8") == build.text(platform)
+    assert same, "run `python notebooks/build.py` and commit what it writes"
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_notebook_is_valid_and_stripped(platform):
+    notebook = read(platform)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        assert cell.metadata == {}
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+    ids = [cell.id for cell in notebook.cells]
+    assert ids == [f"cell-{n}" for n in range(1, len(ids) + 1)]
+
+
+def test_a_notebook_asks_for_its_platforms_tpu():
+    colab, kaggle = read("colab").metadata, read("kaggle").metadata
+    assert colab["accelerator"] == "TPU"
+    assert colab["colab"] == {"gpuType": "V5E1"}
+    assert kaggle["kaggle"]["accelerator"] == "tpuV5e8"
+    assert "kaggle" not in colab
+    assert not {"colab", "accelerator"} & set(kaggle)
+    assert colab["kernelspec"]["name"] == kaggle["kernelspec"]["name"] == "python3"
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_notebook_installs_the_project_and_leaves_jax_alone(platform):
+    (line,) = install_lines(platform)
+    assert line == '%pip install -q "{SOURCE}"'
+    first = code(platform)[0]
+    assert line in first
+    assert first.startswith('SOURCE = "')
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_notebook_names_no_address_but_its_references(platform):
+    text = "\n".join(cell.source for cell in read(platform).cells)
+    assert set(re.findall(r"https?://[^\s\"')\]]+", text)) == REFERENCES
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_notebook_speaks_of_its_own_platform_only(platform):
+    text = "\n".join(cell.source for cell in read(platform).cells)
+    words = {"colab": ("Runtime > Change runtime type", "/content/drive"), "kaggle": ("Settings >", "/kaggle/working")}
+    for name, own in words.items():
+        for word in own:
+            assert (word in text) == (name == platform)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_notebook_calls_the_package_and_repeats_none_of_it(platform):
+    for source in code(platform):
+        tree = ast.parse(re.sub(r"(?m)^%.*$", "", source))
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.While)]
+
+
+# What it does
+
+
+class Client(nbclient.NotebookClient):
+    """Counts the pictures that live displays were updated with, cell by cell."""
+
+    live: Counter
+
+    def process_message(self, message, cell, index):
+        if message["msg_type"] == "update_display_data":
+            self.live[index] += "<svg" in message["content"]["data"].get("text/html", "")
+        return super().process_message(message, cell, index)
+
+
+def execute(notebook: nbformat.NotebookNode, folder: Path, **environment: str) -> Client:
+    """Run a notebook in a folder, with no network: what it needs from one would fail at once."""
+    client = Client(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client.live = Counter()
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "COLAB_"))}
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    client.execute(
+        env={
+            **inherited,
+            **nowhere,
+            "PIP_NO_INDEX": "1",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "CHARGPT_REHEARSAL": "1",
+            "IPYTHONDIR": str(folder / "ipython"),
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(Path(chargpt_jax.__file__).parents[1]),
+            **environment,
+        }
+    )
+    return client
+
+
+@pytest.fixture(scope="module", params=PLATFORMS)
+def executed(request, tmp_path_factory) -> tuple[nbformat.NotebookNode, Client, Path]:
+    notebook, folder = read(request.param), tmp_path_factory.mktemp(request.param)
+    return notebook, execute(notebook, folder), folder
+
+
+def pictures(notebook: nbformat.NotebookNode, starts: str) -> list[str]:
+    """Return what the code cell that holds a text shows as SVG, in the end."""
+    (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and starts in cell.source]
+    shown = [output.data.get("text/html", "") for output in cell.outputs if "data" in output]
+    return re.findall(r"<svg.*?</svg>", "\n".join(shown), re.DOTALL)
+
+
+@pytest.mark.slow
+def test_every_cell_works_and_shows_its_pictures(executed):
+    notebook, client, folder = executed
+    (rates,) = pictures(notebook, "find_lr(")
+    assert "learning rate" in rates
+    (losses,) = pictures(notebook, "chargpt_jax.train(")
+    assert "validation" in losses
+    prompts = 2
+    assert len(pictures(notebook, "chargpt_jax.load(")) == prompts
+    assert len(pictures(notebook, "ways = {")) == 4
+    assert len(pictures(notebook, "chargpt_jax.Samples(")) == 3
+    for picture in pictures(notebook, "ways = {") + pictures(notebook, "chargpt_jax.Samples("):
+        assert "Surprisal" in picture
+
+    for stage, at_least in (("find_lr(", 2), ("chargpt_jax.train(", 2)):
+        (index,) = [i for i, cell in enumerate(notebook.cells) if stage in cell.source and cell.cell_type == "code"]
+        assert client.live[index] >= at_least, f"the picture of {stage} was not drawn while it ran"
+
+    (run,) = [path.parent for path in folder.glob("**/config.json")]
+    assert (run / "report.html").read_text(encoding="utf-8").count("<svg") >= 3
+    assert list((run / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_nothing_is_told_as_an_error_or_a_warning(executed):
+    notebook, _, _ = executed
+    streams = [o for cell in notebook.cells for o in cell.get("outputs", ()) if o.output_type == "stream"]
+    assert [output.text for output in streams if output.name == "stderr"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_tpu_that_jax_cannot_see_stops_the_notebook_with_the_cure(platform, tmp_path):
+    notebook = read(platform)
+    (check,) = [i for i, cell in enumerate(notebook.cells) if "raise RuntimeError" in cell.source]
+    notebook.cells = [cell for cell in notebook.cells[: check + 1] if "%pip" not in cell.source]
+    cure = {"colab": "Runtime > Change runtime type", "kaggle": "Settings > Accelerator"}[platform]
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match=f"JAX cannot see it.*{cure}"):
+        execute(notebook, tmp_path, TPU_ACCELERATOR_TYPE="v5e-1")
