@@ -237,8 +237,13 @@ def create(config: ModelConfig, seed: int, dtype: Any = jnp.float32) -> tuple[nn
         What `nnx.merge(graphdef, params)` puts together again: the static description, and the parameters as nested
         dicts of float32 arrays.
     """
-    graphdef, state = nnx.split(GPT(config, dtype=dtype, rngs=nnx.Rngs(params=seed)))
-    return graphdef, nnx.to_pure_dict(state)
+
+    def init(key: jax.Array) -> tuple[nnx.GraphDef, dict[str, Any]]:
+        graphdef, state = nnx.split(GPT(config, dtype=dtype, rngs=nnx.Rngs(params=key)))
+        return graphdef, nnx.to_pure_dict(state)
+
+    # One program that the compilation cache keeps, where drawing array by array would compile dozens at every start.
+    return jax.jit(init)(jax.random.key(seed))
 
 
 def count_parameters(params: Any) -> int:
