@@ -1,6 +1,9 @@
 """The notebook's run: a 15-layer GPT of 0.26 M parameters on The Scarlet Pimpernel.
 
 python -m chargpt_jax.main --config=configs/small.py
+
+About 3 minutes an epoch on two shared CPU cores (Zen 4, with --config.optimizer.accumulation_steps=4): 2.60 nats per
+held-out character after two epochs, 2.14 after a schedule of ten. The 100 epochs have not been run to their end.
 """
 
 from chargpt_jax.config import Config

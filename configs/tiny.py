@@ -1,6 +1,8 @@
-"""A first run for any machine, without network: Python's own help texts, a few minutes of learning to spell.
+"""A first run for any machine, without network: learning to write like Python's own help texts.
 
 python -m chargpt_jax.main --config=configs/tiny.py
+
+Under two minutes on two CPU cores (Zen 4), ending near 1.23 nats per held-out character.
 """
 
 from chargpt_jax.config import Config

@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plots": {"theme"},
     "report": set(),
     "workdir": {"config", "tokenizer"},
+    "figures": {"config", "workdir"},
     "samples": {"metrics", "subline"},
     "progress": {"plots", "events"},
     "flags": {"config"},

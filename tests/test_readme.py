@@ -1,0 +1,57 @@
+"""What the README says is so: its commands are those of CI, its files, modes and configs are the ones there are."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from chargpt_jax.config import flatten, load_config
+from chargpt_jax.flags import MODES, define_flags
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+
+
+def test_ci_runs_exactly_the_readmes_test_command():
+    (command,) = [block.strip() for block in BLOCKS if "pytest" in block]
+    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+def test_every_file_of_the_package_is_in_the_table_of_files():
+    linked = set(re.findall(r"\]\(chargpt_jax/(\w+)\.py\)", README))
+    there = {path.stem for path in (ROOT / "chargpt_jax").glob("*.py")} - {"__init__"}
+    assert linked == there
+
+
+def test_links_to_files_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_mode_is_described():
+    described = re.findall(r"^\| `(\w+)`(?: \(default\))? \|", README, re.MULTILINE)
+    assert [name for name in described if name in MODES] == list(MODES)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "configs").glob("[a-z]*.py")])
+def test_every_config_is_in_the_table_and_opens_with_its_command(name):
+    assert f"| `{name}` |" in README
+    text = (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8")
+    assert f"--config=configs/{name}.py" in text.split('"""')[1]
+    assert load_config(name)
+
+
+def test_flags_and_fields_in_commands_exist():
+    flags, fields = set(define_flags()) | {"config"}, set(flatten(load_config("small")))
+    own = "\n".join(line for line in README.splitlines() if not line.startswith("pip "))
+    for word in re.findall(r"--([\w.]+)", own):
+        name = word.rstrip(".")
+        if name.startswith("config."):
+            assert name.removeprefix("config.") in fields | {"section.field"}, name
+        else:
+            assert name in flags, name
+
+
+def test_no_number_is_left_open():
+    assert not re.findall(r"\b[A-Z]+_[A-Z]+\b", README.replace("LR_FINDER", ""))
