@@ -10,9 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from chargpt_jax.config import AmpConfig
+from chargpt_jax.config import AmpConfig, UserError
 
 DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+BFLOAT16_ON_CPU = (0, 9, 0)
+"""The first JAX found to multiply bfloat16 into float32 on a CPU; 0.8.0 refuses when the program runs."""
 
 
 def compute_dtype(amp: AmpConfig, device: Any = None) -> Any:
@@ -23,12 +27,20 @@ def compute_dtype(amp: AmpConfig, device: Any = None) -> Any:
     Args:
         amp: as configured; a dtype other than 'auto' is taken as it is.
         device: a JAX device; None: the first one.
+
+    Raises:
+        UserError: for bfloat16 on a CPU with a JAX that cannot multiply it.
     """
     if not amp.enabled:
         return jnp.float32
+    device = jax.local_devices()[0] if device is None else device
+    if amp.dtype == "bfloat16" and device.platform == "cpu" and jax.__version_info__ < BFLOAT16_ON_CPU:
+        raise UserError(
+            f"amp.dtype is 'bfloat16', but jax {jax.__version__} cannot multiply that on a CPU: take 'float32' (no "
+            "slower there), or jax 0.9 or newer."
+        )
     if amp.dtype != "auto":
         return DTYPES[amp.dtype]
-    device = jax.local_devices()[0] if device is None else device
     if device.platform == "tpu":
         return jnp.bfloat16
     if device.platform in ("gpu", "cuda", "rocm"):

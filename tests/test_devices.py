@@ -19,7 +19,7 @@ import pytest
 
 from chargpt_jax import devices, optimizer
 from chargpt_jax.assembly import Setup, updates
-from chargpt_jax.config import AmpConfig
+from chargpt_jax.config import AmpConfig, UserError
 from chargpt_jax.stages import prepare
 from chargpt_jax.workdir import Workdir
 
@@ -58,8 +58,16 @@ def test_mixed_precision_turned_off_means_float32_whatever_the_dtype(device):
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("platform", ["tpu", "cpu"])
-def test_a_dtype_that_is_given_is_taken_on_any_platform(name, platform):
+def test_a_dtype_that_is_given_is_taken_on_any_platform(name, platform, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", devices.BFLOAT16_ON_CPU)
     assert devices.compute_dtype(AmpConfig(dtype=name), Device(platform)) == jnp.dtype(name)
+
+
+def test_bfloat16_on_a_cpu_is_refused_where_jax_cannot_multiply_it(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 8, 0))
+    with pytest.raises(UserError, match="cannot multiply that on a CPU: take 'float32'"):
+        devices.compute_dtype(AmpConfig(dtype="bfloat16"), Device("cpu"))
+    assert devices.compute_dtype(AmpConfig(dtype="bfloat16"), Device("tpu")) == jnp.bfloat16
 
 
 @pytest.mark.parametrize(("batch_size", "used"), [(16, 8), (8, 8), (12, 4), (6, 2), (5, 1), (1, 1)])
