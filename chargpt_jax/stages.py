@@ -19,7 +19,7 @@ import optax
 
 from chargpt_jax import batches, devices, optimizer, plots
 from chargpt_jax.assembly import MOST_STEPS, Setup, probe
-from chargpt_jax.checkpoint import Checkpoints, NoCheckpoint
+from chargpt_jax.checkpoint import Checkpoints
 from chargpt_jax.config import Config, UserError, differences, from_dict, validate
 from chargpt_jax.corpus import load_corpus
 from chargpt_jax.events import Ended, Event, LRFinderResult, Prepared, Saved, Steps, TrainStarted, Validated
@@ -201,14 +201,15 @@ def _train(setup: Setup, folder: Workdir, store: Checkpoints, stop: Stop) -> Ite
         if step % every == 0 or step == total:
             began = time.perf_counter()
             loss = validate_now(state.params)
-            _check_finite(np.array([loss]), norms[-1:], step - 1, store)
+            _check_finite(np.array([loss]), np.zeros(1), step - 1, store)
             seconds += time.perf_counter() - began
             found = Validated(step, step / epoch_steps, loss, bits_per_character(loss), loss < best, seconds)
             best = min(best, loss)
             # The line goes first: after a crash between the two, training goes on from before it and drops it.
             folder.append_metrics([{"event": "validation", **dataclasses.asdict(found)}])
+            path = store.save(state, {**setup.record(), "step": step}, loss)
             yield found
-            yield Saved(step, str(store.save(state, {**setup.record(), "step": step}, loss)))
+            yield Saved(step, str(path))
         elif signal is not None:
             yield Saved(step, str(store.save(state, {**setup.record(), "step": step}, UNKNOWN)))
     yield Ended(step, seconds, best, signal)
@@ -276,6 +277,3 @@ class Pace:
         if not self.fixed:
             wanted = int(DISPATCH_SECONDS / self.seconds_per_step)
             self.steps = max(1, min(MOST_STEPS, 4 * self.steps, wanted))
-
-
-__all__ = ["NoCheckpoint", "NonFiniteLoss", "Setup", "find_lr", "prepare", "train"]

@@ -254,3 +254,16 @@ def test_pace_aims_at_two_seconds_whatever_the_first_dispatch_took(text):
         pace.took(seconds, pace.steps)
     assert math.isclose(pace.seconds_per_step, 0.01, rel_tol=0.5)
     assert 100 <= pace.steps <= 200
+
+
+def test_float16_trains_and_resumes_bit_for_bit_with_its_loss_scale(text, tmp_path):
+    """The loss scale is part of the state, so it resumes with it."""
+    config = small_config(text)
+    config.amp.dtype, config.scheduler.max_steps = "float16", 12
+    list(stages.train(config, tmp_path / "whole", quiet))
+    for event in stages.train(config, tmp_path / "cut", quiet):
+        if isinstance(event, Saved):
+            break
+    list(stages.train(config, tmp_path / "cut", quiet))
+    assert same_bits(final(tmp_path / "whole"), final(tmp_path / "cut"))
+    assert "loss_scale" in " ".join(final(tmp_path / "cut"))
