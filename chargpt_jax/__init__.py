@@ -10,7 +10,9 @@ if TYPE_CHECKING:
         Samples,
         corpus_text,
         evaluate,
+        export,
         find_lr,
+        import_original,
         info,
         load,
         prepare,
@@ -30,7 +32,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             *("Model", "Sample", "Samples", "evaluate", "find_lr", "info", "load", "prepare", "run", "train"),
-            *("corpus_text", "write_report", "write_samples"),
+            *("corpus_text", "export", "import_original", "write_report", "write_samples"),
         ),
         "api",
     ),
@@ -44,7 +46,9 @@ __all__ = [
     "UserError",
     "corpus_text",
     "evaluate",
+    "export",
     "find_lr",
+    "import_original",
     "info",
     "load",
     "load_config",

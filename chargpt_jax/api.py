@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chargpt_jax import batches, devices, optimizer, plots, report
+from chargpt_jax import batches, devices, interchange, optimizer, plots, report
 from chargpt_jax.assembly import Setup
 from chargpt_jax.checkpoint import Checkpoints, NoCheckpoint
 from chargpt_jax.config import Config, UserError, from_dict
 from chargpt_jax.events import Event
 from chargpt_jax.generate import Progress, Sampler, advance, begin, bucket, score_tokens
+from chargpt_jax.interchange import import_original
 from chargpt_jax.metrics import bits_per_character, perplexity
 from chargpt_jax.model import count_parameters, create
 from chargpt_jax.samples import Sample, Samples
@@ -214,6 +215,30 @@ def run(
         write_report(workdir)
 
 
+def export(
+    workdir: str | Path,
+    out: str | Path,
+    form: str = "hf",
+    step: str | int = "best",
+    warn: Callable[[str], None] = print,
+) -> Path:
+    """Write a trained model to a new folder, for others to load.
+
+    Args:
+        workdir: of the run.
+        out: the folder, which must not exist or be empty.
+        form: 'hf' for Hugging Face's transformers, 'original' for the PyTorch ancestor.
+        step: as in `load`.
+        warn: told what the other side may stumble over.
+
+    Raises:
+        UserError: where the form or the place will not do, in one sentence; nothing has been written then.
+    """
+    interchange.export_place(form, out)
+    model = load(workdir, step)
+    return interchange.export(form, model.config, model.tokenizer, model.params, out, warn)
+
+
 def write_samples(workdir: str | Path) -> Samples:
     """Continue the config's sample prompts and keep the texts, as JSON and as sublines, in the workdir."""
     folder, model = Workdir(workdir), load(workdir)
@@ -317,7 +342,9 @@ __all__ = [
     "Samples",
     "corpus_text",
     "evaluate",
+    "export",
     "find_lr",
+    "import_original",
     "info",
     "load",
     "prepare",

@@ -22,14 +22,17 @@ from chargpt_jax.config import (
     unknown_field,
 )
 
-MODES = ("run", "prepare", "find_lr", "train", "eval", "generate", "score", "info", "compile")
+MODES = ("run", "prepare", "find_lr", "train", "eval", "generate", "score", "export", "import", "info", "compile")
 NEEDS_CONFIG = ("run", "prepare", "find_lr", "train", "compile")
 USES_MODEL = ("generate", "score", "eval")
 MODES_OF = {
     **dict.fromkeys(("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stream"), ("generate",)),
-    **dict.fromkeys(("text", "text_file", "stride"), ("score",)),
+    **dict.fromkeys(("text", "stride"), ("score",)),
+    "text_file": ("score", "import"),
     "skip_unknown": ("generate", "score"),
-    "step": USES_MODEL,
+    "step": (*USES_MODEL, "export"),
+    **dict.fromkeys(("format", "out"), ("export",)),
+    "from": ("import",),
     "topology": ("compile",),
     "json": (*USES_MODEL, "find_lr", "info"),
 }
@@ -42,13 +45,18 @@ def define_flags() -> flags.FlagValues:
     text: dict[str, str] = {
         "workdir": "the run's folder; default: runs/NAME for --config=NAME",
         "text": "score: the text",
-        "text_file": "score: a UTF-8 file that holds the text",
-        "step": "generate, score, eval: 'best' by validation, 'latest', or a number; default: best",
+        "text_file": "score: a UTF-8 file that holds the text; import: the text the model learned from",
+        "step": "generate, score, eval, export: 'best' by validation, 'latest', or a number; default: best",
+        "from": "import: a checkpoint of the original: .pt, .safetensors or .npz",
+        "out": "export: a new folder",
         "topology": "compile: the TPU slice; default: v5e:2x4",
     }
     for name, about in text.items():
         flags.DEFINE_string(name, None, about, flag_values=values)
     flags.DEFINE_enum("mode", "run", MODES, "what to do", flag_values=values)
+    flags.DEFINE_enum(
+        "format", "hf", ("original", "hf"), "export: for the original, or for Hugging Face", flag_values=values
+    )
     flags.DEFINE_multi_string("prompt", None, "generate: a text to go on from; may repeat", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", None, "generate: characters to write", flag_values=values)
     flags.DEFINE_float("temperature", None, "generate: 0 takes the likeliest character", flag_values=values)

@@ -3,8 +3,9 @@
     python -m chargpt_jax.main --config=configs/small.py [--workdir=DIR] [--mode=MODE] [--config.x.y=v ...]
 
 Modes: run (default) prepares the text, finds a learning rate, trains, writes samples and draws the report; prepare,
-find_lr, train and eval do that stage alone; generate and score use a trained model; info says what a run is; compile
-builds the steps of a config for a TPU that need not be there.
+find_lr, train and eval do that stage alone; generate and score use a trained model; export writes it for Hugging Face
+or for the PyTorch original, whose checkpoints import takes in; info says what a run is; compile builds the steps of a
+config for a TPU that need not be there.
 
 Exit codes: 0 done, 2 the user's mistake, 3 no usable checkpoint, 4 non-finite loss,
 130 and 143 stopped by a signal after a checkpoint.
@@ -65,9 +66,11 @@ def _main(argv: Sequence[str]) -> int:
     if mode in ("run", "prepare", "find_lr", "train"):
         assert config is not None
         return _stage(mode, config, values)
-    return {"eval": _eval, "generate": _generate, "score": _score, "info": _info, "compile": _compile}[mode](
-        values, config
-    )
+    modes: dict[str, Callable[[FlagValues, Config | None], int]] = {
+        **{"eval": _eval, "generate": _generate, "score": _score, "info": _info, "compile": _compile},
+        **{"export": _export, "import": _import},
+    }
+    return modes[mode](values, config)
 
 
 def _stage(mode: str, config: Config, values: FlagValues) -> int:
@@ -181,6 +184,20 @@ def _deliver(values: FlagValues, folder: Any, samples: Any, name: str, quiet: bo
             print(printable(sample.text))
     for sample, path in zip(samples, api.save_samples(folder, samples, name), strict=True):
         print(f"\n{sample.loss:.4f} nats per character; drawn in {path}", file=out)
+
+
+def _export(values: FlagValues, _: Config | None) -> int:
+    if not values.out:
+        raise UserError("--mode=export needs a place to write to: give --out, a new folder.")
+    print(_api().export(values.workdir, values.out, values.format, _step(values), _warn))
+    return 0
+
+
+def _import(values: FlagValues, _: Config | None) -> int:
+    if not values["from"].value:
+        raise UserError("--mode=import needs a checkpoint of the original: give --from, a file.")
+    print(_api().import_original(values["from"].value, values.workdir, values.text_file, _warn))
+    return 0
 
 
 def _info(values: FlagValues, _: Config | None) -> int:

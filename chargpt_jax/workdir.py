@@ -98,6 +98,11 @@ class Workdir:
     def load_tokens(self) -> np.ndarray:
         """Read the corpus, int32 [N]."""
         path = self.corpus / "tokens.npy"
+        if self.has_corpus() and not path.exists():
+            raise UserError(
+                f"{self.path} holds a model imported without its text, and nothing to learn from or judge by: import "
+                "it again with --text_file."
+            )
         try:
             return np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:

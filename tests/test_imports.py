@@ -34,6 +34,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lr_finder": {"config", "events"},
     "devices": {"config"},
     "checkpoint": {"step"},
+    # files of others
+    "array_file": {"config"},
+    "torch_file": {"array_file", "config"},
+    "hugging_face": {"array_file", "config", "tokenizer"},
+    "original": {"array_file", "config", "tokenizer", "torch_file"},
+    "interchange": {
+        *("array_file", "hugging_face", "original", "checkpoint", "config", "corpus"),
+        *("devices", "optimizer", "step", "tokenizer", "workdir"),
+    },
     # checkpoint -> generation -> metrics -> pictures
     "metrics": {"tokenizer"},
     "generate": {"config", "metrics"},

@@ -119,7 +119,7 @@ FLAG_MISTAKES = [
     ("--config=text.txt", "'text.txt', but that is not a Python file"),
     ("--config.model.n_layer=3", "needs a --config to change"),
     ("--config.x.y=3 --mode=info", "needs a --config to change"),
-    ("--config=tiny --mode=trian", "run|prepare|find_lr|train|eval|generate|score|info|compile"),
+    ("--config=tiny --mode=trian", "run|prepare|find_lr|train|eval|generate|score|export|import|info|compile"),
     ("--config=tiny --mode", "--mode"),
     ("--config=tiny --tempature=1", "temperature"),
     ("--config=tiny --wrokdir=there", "workdir"),

@@ -1,0 +1,183 @@
+"""Arrays in files that others wrote: .safetensors and .npz read, .safetensors written, with no package but NumPy.
+
+A file is not believed. Reading gives a table of names and shapes first and the numbers of one array on demand, so that
+a wrong file is refused before it costs memory; parts of a zip must be stored uncompressed and fit into the file
+together, so no more is ever allocated than the file has on disk. Nothing in a file is evaluated.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chargpt_jax.config import UserError
+
+DTYPES = {"float32": "<f4", "float16": "<f2", "float64": "<f8", "bfloat16": "<u2"}
+"""The kinds of numbers that are read, as NumPy calls them; bfloat16, which it lacks, is the upper half of a float32."""
+
+SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "F64": "float64", "BF16": "bfloat16"}
+
+MOST_HEADER = 4 << 20
+"""The longest table of contents, bytes; the ancestor's largest would be some kilobytes."""
+
+MOST_AXES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An array in a file: its shape is known and checked, its numbers are still there."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+    """Returns the numbers as float32 of that shape."""
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged file provokes inside the block into a UserError with its name."""
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError:
+        raise UserError(f"{path} is too large for this machine's memory: import it on a larger one.") from None
+    except (
+        *(OSError, EOFError, ValueError, TypeError, LookupError, RecursionError, RuntimeError),
+        *(struct.error, zipfile.BadZipFile),
+    ) as error:
+        what = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        raise UserError(f"{path} cannot be read ({what}): it is damaged, or no checkpoint.") from None
+
+
+def as_float32(raw: bytes, dtype: str) -> np.ndarray:
+    """Decode little-endian numbers of one of `DTYPES`, float32 [N]; only float64 loses precision."""
+    numbers = np.frombuffer(raw, DTYPES[dtype])
+    if dtype == "bfloat16":
+        return (numbers.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):
+        return numbers.astype(np.float32)
+
+
+def checked_shape(shape: Any, name: str) -> tuple[int, ...]:
+    """Return a shape from a file as a tuple, or refuse it."""
+    sizes = tuple(shape) if isinstance(shape, list | tuple) else (-1,)
+    if len(sizes) > MOST_AXES or not all(type(n) is int and n >= 0 for n in sizes):
+        raise ValueError(f"{name!r} has an impossible shape")
+    return sizes
+
+
+@contextlib.contextmanager
+def zipped(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
+    """Open a zip file whose members are stored as they are, and list them by name."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
+            raise ValueError("its parts are compressed, where torch.save and numpy.savez store them as they are")
+        if sum(m.file_size for m in members) > path.stat().st_size:
+            raise ValueError("its parts claim to be larger than the whole")
+        yield archive, {m.filename: m for m in members}
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Read the table of a .safetensors file: 8 bytes of length, that much JSON, then the numbers.
+
+    Returns:
+        The arrays by name, and the file's metadata, texts by name.
+
+    Raises:
+        UserError: where the table does not describe the file, byte for byte.
+    """
+    with reading(path):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MOST_HEADER):
+                raise ValueError("its table of contents is longer than it may be")
+            table = json.loads(file.read(length))
+        if not isinstance(table, dict):
+            raise ValueError("its table of contents is no JSON object")
+        metadata = table.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata are not texts")
+        arrays, spans = {}, []
+        for name, item in table.items():
+            arrays[name], span = _safetensor(path, name, item, 8 + length)
+            spans.append(span)
+        edges = [0, *(edge for span in sorted(spans) for edge in span), size - 8 - length]
+        if edges[::2] != edges[1::2]:
+            raise ValueError("its arrays overlap, leave gaps, or end elsewhere than the file")
+        return arrays, metadata
+
+
+def _safetensor(path: Path, name: str, item: Any, start: int) -> tuple[Stored, tuple[int, int]]:
+    shape = checked_shape(item["shape"], name)
+    begin, end = checked_shape(item["data_offsets"], name)
+    if item["dtype"] not in SAFETENSORS_DTYPES:
+        raise UserError(f"{path} holds {name!r} as {str(item['dtype'])[:20]!r}: save it as one of {', '.join(DTYPES)}.")
+    dtype = SAFETENSORS_DTYPES[item["dtype"]]
+    if end - begin != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
+        raise ValueError(f"{name!r} has a shape of other size than its bytes")
+
+    def read() -> np.ndarray:
+        with reading(path), path.open("rb") as file:
+            file.seek(start + begin)
+            return as_float32(file.read(end - begin), dtype).reshape(shape)
+
+    return Stored(shape, read), (begin, end)
+
+
+def write_safetensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write arrays as float32, and metadata, as a .safetensors file."""
+    table: dict[str, Any] = {"__metadata__": metadata}
+    begin = 0
+    for name, array in arrays.items():
+        end = begin + 4 * array.size
+        table[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of eight
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array, "<f4").tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_npz(path: Path) -> dict[str, Stored]:
+    """Read the table of a file that `numpy.savez` wrote.
+
+    Raises:
+        UserError: where it is damaged, compressed, or holds anything but floating-point arrays.
+    """
+    with reading(path), zipped(path) as (archive, members):
+        return {name.removesuffix(".npy"): _npy(path, archive, member) for name, member in members.items()}
+
+
+def _npy(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Stored:
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, by_columns, dtype = headers[version](file)
+        start = file.tell()
+    name, order = member.filename.removesuffix(".npy"), "F" if by_columns else "C"
+    if dtype.name not in ("float16", "float32", "float64"):
+        raise UserError(f"{path} holds {name!r} as {dtype.name!r}: save it as one of float32, float16, float64.")
+    checked_shape(shape, name)
+    if member.file_size - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name!r} has a shape of other size than its bytes")
+
+    def read() -> np.ndarray:
+        with reading(path), zipfile.ZipFile(path) as again, np.errstate(over="ignore"):
+            numbers = np.frombuffer(again.read(member.filename)[start:], dtype)
+            return numbers.astype(np.float32).reshape(shape, order=order)  # type: ignore[call-overload]
+
+    return Stored(shape, read)

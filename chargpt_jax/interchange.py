@@ -1,0 +1,185 @@
+"""Models in and out: the PyTorch original's checkpoints, and folders that Hugging Face's transformers loads.
+
+What the files and arrays of the others look like is said in original.py and hugging_face.py. Here a checkpoint becomes
+a run, and a run a folder; everything is checked before anything is written, and what is written appears whole.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from chargpt_jax import devices, hugging_face, optimizer
+from chargpt_jax.array_file import write_safetensors
+from chargpt_jax.checkpoint import Checkpoints
+from chargpt_jax.config import Config, UserError
+from chargpt_jax.corpus import load_corpus
+from chargpt_jax.original import MULTIPLES, checked, from_original, from_params, read, to_original, to_params
+from chargpt_jax.step import create_state
+from chargpt_jax.tokenizer import CharTokenizer
+from chargpt_jax.workdir import Workdir
+
+FORMATS = ("original", "hf")
+"""What `export` writes."""
+
+UNVALIDATED = 1e30
+"""The validation loss of a checkpoint that nobody has validated here: it is never the best."""
+
+
+def import_original(
+    file: str | Path, workdir: str | Path, source: str | None = None, warn: Callable[[str], None] = print
+) -> Path:
+    """Make a run of a checkpoint of the original: its config, its vocabulary, and a checkpoint of step 0.
+
+    Ids without a character keep their probability (`mask_unused_ids` is off), so that all numbers are the original's.
+
+    Args:
+        file: .pt (read without torch, and nothing in it is run), or .safetensors or .npz with the original's config
+            beside it as config.json; a .safetensors file may hold it itself, as the metadatum `config`.
+        workdir: a new folder.
+        source: the text it learned from, as for `data.source`; without it there is nothing to evaluate or train on.
+        warn: told what the user should know of the text.
+
+    Returns:
+        The workdir.
+
+    Raises:
+        UserError: naming what is wrong with the file, its config or an array; nothing has been written then.
+    """
+    path, folder = Path(file).expanduser(), Workdir(workdir)
+    folder.check_writable()
+    with new_folder(folder.path, "--workdir") as partial:
+        described, arrays = read(path)
+        config, tokenizer = from_original(described, path)
+        params = to_params(checked(arrays, config.model, path), config.model)
+        tokens, sources = np.zeros(0, np.int32), []
+        if source is not None:
+            config.data.source = source
+            text, found = load_corpus(config.data, warn=warn)
+            if unknown := tokenizer.unknown(text):
+                raise UserError(
+                    f"The text of {source!r} has {unknown[0]!r} (U+{ord(unknown[0]):04X}), which the imported "
+                    "vocabulary lacks: give the text it was trained on."
+                )
+            tokens, sources = tokenizer.encode_text(text), [dataclasses.asdict(one) for one in found]
+        _write_run(Workdir(partial), config, tokenizer, params, tokens, sources)
+    return folder.path
+
+
+def _write_run(
+    folder: Workdir, config: Config, tokenizer: CharTokenizer, params: Any, tokens: np.ndarray, sources: list[Any]
+) -> None:
+    folder.save_corpus(tokenizer, tokens, sources)
+    if not len(tokens):
+        (folder.corpus / "tokens.npy").unlink()
+    folder.save_config(config)
+    record = {
+        "config": dataclasses.asdict(config),
+        "vocabulary": list(tokenizer.vocabulary),
+        "corpus_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        "step": 0,
+    }
+    tx = optimizer.adamw(config.optimizer, lambda count: 0.0 * count)
+    state = create_state(jax.device_put(params), tx, config.seed, devices.compute_dtype(config.amp))
+    store = Checkpoints(folder.checkpoints)
+    try:
+        store.save(state, record, UNVALIDATED)
+    finally:
+        store.close()
+
+
+def export_place(form: str, out: str | Path) -> Path:
+    """Return the folder of an export, or refuse it or the form, before there is a model to be written.
+
+    Raises:
+        UserError: for an unknown form, or a folder that holds something.
+    """
+    if form not in FORMATS:
+        raise UserError(f"The format is {form!r}, but it must be one of {', '.join(FORMATS)}: choose one.")
+    path = Path(out).expanduser().absolute()
+    _check_vacant(path, "--out")
+    return path
+
+
+def export(
+    form: str, config: Config, tokenizer: CharTokenizer, params: Any, out: str | Path, warn: Callable[[str], None]
+) -> Path:
+    """Write a model to a new folder; parameters as nested dicts of arrays.
+
+    Args:
+        form: one of FORMATS. 'original': model.safetensors, whose arrays the original's `load_state_dict` takes as
+            they are, and config.json. 'hf': a folder for transformers' AutoModelForCausalLM and AutoTokenizer.
+        config: of the run.
+        tokenizer: of the run.
+        params: as `model.create` gives them.
+        out: must not exist, or be empty.
+        warn: told what the other side may stumble over.
+
+    Raises:
+        UserError: where the form, the place or the model will not do; nothing has been written then.
+    """
+    path = export_place(form, out)
+    params = jax.tree.map(np.asarray, params)
+    with new_folder(path, "--out") as partial:
+        if form == "hf":
+            hugging_face.write(partial, config, tokenizer, params)
+        else:
+            _write_original(partial, config, tokenizer, params, warn)
+    return path
+
+
+def _write_original(
+    folder: Path, config: Config, tokenizer: CharTokenizer, params: Any, warn: Callable[[str], None]
+) -> None:
+    odd = [f"{name} a multiple of {n}" for name, n in MULTIPLES.items() if getattr(config.model, name) % n]
+    if odd:
+        warn(f"The original's own config wants {', '.join(odd)}; it will refuse this one.")
+    described = json.dumps(to_original(config, tokenizer), indent=2) + "\n"
+    (folder / "config.json").write_text(described, encoding="utf-8")
+    arrays = from_params(params, config.model)
+    write_safetensors(folder / "model.safetensors", arrays, {"format": "pt", "config": described})
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, flag: str) -> Iterator[Path]:
+    """Give a folder to fill, which appears as `path` at the end of the block, or not at all where the block fails."""
+    _check_vacant(path, flag)
+    try:
+        made = next((p for p in (path.parent, *path.parent.parents) if p.exists()), path.parent)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".partial", dir=made))
+    except OSError as error:
+        raise UserError(f"{flag} is {str(path)[:80]!r}, but {error.strerror}: choose another place.") from None
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            path.rmdir()
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_vacant(path: Path, flag: str) -> None:
+    try:
+        taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    except OSError as error:
+        raise UserError(f"{flag} is {str(path)[:80]!r}, but {error.strerror}: choose another place.") from None
+    if taken:
+        raise UserError(f"{flag} is {str(path)!r}, but something is there already: give a new folder.")
+
+
+def _umask() -> int:
+    """Return what is taken away from new files' permissions; mkdtemp takes everything."""
+    now = os.umask(0)
+    os.umask(now)
+    return now

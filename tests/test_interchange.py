@@ -1,0 +1,442 @@
+"""What comes from the original gives its numbers and goes back bit for bit; anything else is refused whole."""
+
+import copy
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from chargpt_jax import api, interchange
+from chargpt_jax.array_file import read_npz, read_safetensors, write_safetensors
+from chargpt_jax.config import UserError
+from chargpt_jax.main import main
+from chargpt_jax.model import create
+from chargpt_jax.original import from_original, from_params, read
+from tests import reference
+from tests.test_torch_file import View, save
+
+LETTERS = [" ", "\n", *"abcdefghijk", "é", "😀"]
+CONFIG: dict[str, Any] = {
+    "model": {
+        **{"vocab_size": 64, "block_size": 64, "n_embd": 16, "n_head": 8, "n_head_dim": 8, "n_ff": 32, "n_layer": 2},
+        "dropout": 0.1,
+    },
+    "tokenizer": {"vocabulary": LETTERS},
+    "data": {"batch_size": 4, "oversample": 1.0, "train_split": 0.8, "padding_chance": 0.1},
+    "optimizer": {"weight_decay": 0.1, "learning_rate": 0.001, "betas": [0.9, 0.95]},
+    "scheduler": {"epochs": 2, "warmup_epochs": 0.5, "min_lr_factor": 0.1},
+    "amp": {"enabled": True, "dtype": None},
+}
+HEADS = {"n_head": 8, "n_head_dim": 8}
+KINDS = ("pt", "safetensors", "npz")
+INV_FREQ = "transformer.blocks.1.attn.rotary_enc.inv_freq"
+
+
+def original(seed: int = 0) -> dict[str, np.ndarray]:
+    """Draw a state dict of the original."""
+    sizes = {name: value for name, value in CONFIG["model"].items() if name not in ("block_size", "dropout")}
+    arrays = reference.random_parameters(np.random.default_rng(seed), **sizes)
+    arrays["lm_head.weight"] = arrays["transformer.wte.weight"]
+    for i in range(sizes["n_layer"]):
+        frequencies = 10_000.0 ** -(np.arange(0, 8, 2) / 8)
+        arrays[f"transformer.blocks.{i}.attn.rotary_enc.inv_freq"] = frequencies
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def write(folder: Path, arrays: dict[str, Any], kind: str = "safetensors", config: Any = CONFIG) -> Path:
+    """Write a checkpoint as someone else would, byte by byte where NumPy does not know the format."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"checkpoint.{kind}"
+    if kind == "pt":
+        return save(path, {"model": arrays, "config": config, "metrics": None})
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if kind == "npz":
+        np.savez(path, **arrays)
+        return path
+    table, blob = {}, b""
+    for name, array in arrays.items():
+        span = [len(blob), len(blob) + array.nbytes]
+        table[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": span}
+        blob += array.tobytes()
+    return framed(path, table, blob)
+
+
+def framed(path: Path, table: Any, blob: bytes) -> Path:
+    """Write the three parts of a .safetensors file."""
+    text = json.dumps(table).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + blob)
+    return path
+
+
+def changed(changes: dict[str, Any]) -> dict[str, Any]:
+    """Return CONFIG with some fields ('section.field') changed, or taken out where the value is ..."""
+    config = copy.deepcopy(CONFIG)
+    for path, value in changes.items():
+        section, _, name = path.partition(".")
+        holder, key = (config[section], name) if name else (config, section)
+        if value is ...:
+            del holder[key]
+        else:
+            holder[key] = value
+    return config
+
+
+def logits(params: Any, model: Any, tokens: np.ndarray) -> np.ndarray:
+    graphdef, _ = create(model, 0)
+    return np.asarray(jax.jit(lambda p, x: nnx.merge(graphdef, p)(x))(params, tokens))
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """A run made from a .pt file, with the text it learned from."""
+    folder = tmp_path_factory.mktemp("imported")
+    text = "".join(np.random.default_rng(0).choice(LETTERS[2:13], 3000))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    interchange.import_original(write(folder, original(), "pt"), folder / "run", str(folder / "text.txt"))
+    return folder / "run"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_gives_the_same_model(tmp_path, kind):
+    api.import_original(write(tmp_path, original(), kind), tmp_path / "run")
+    model = api.load(tmp_path / "run")
+    assert model.step == 0
+    assert not model.config.model.mask_unused_ids
+    assert model.config.optimizer.learning_rate == 0.001
+    assert model.tokenizer.vocabulary == ("", *sorted(LETTERS))
+    _, fresh = create(model.config.model, 0)
+    assert jax.tree.map(np.shape, model.params) == jax.tree.map(np.shape, fresh)
+    back = from_params(jax.tree.map(np.asarray, model.params), model.config.model)
+    for name, array in original().items():
+        if not name.endswith("inv_freq"):
+            np.testing.assert_array_equal(back[name], array, err_msg=name)
+
+
+def test_the_logits_are_the_originals_on_every_id(imported):
+    model = api.load(imported)
+    tokens = np.random.default_rng(1).integers(0, 64, (2, 64)).astype(np.int32)
+    params = {name: array.astype(np.float64) for name, array in original().items()}
+    expected = np.stack([reference.logits(params, row, **HEADS) for row in tokens])
+    np.testing.assert_allclose(logits(model.params, model.config.model, tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_import_is_the_original_bit_for_bit(tmp_path, kind):
+    api.import_original(write(tmp_path, original(), kind), tmp_path / "run")
+    api.export(tmp_path / "run", tmp_path / "out", "original")
+    arrays, metadata = read_safetensors(tmp_path / "out" / "model.safetensors")
+    assert set(arrays) == set(original())
+    for name, array in original().items():
+        found = arrays[name].read()
+        assert found.shape == array.shape
+        if name.endswith("inv_freq"):
+            np.testing.assert_allclose(found, array, rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(found, array, err_msg=name)
+    described = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert described == json.loads(metadata["config"]) == changed({"tokenizer.vocabulary": sorted(LETTERS)})
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_an_exported_file_holds_its_config_itself(tmp_path, imported):
+    api.export(imported, tmp_path / "out", "original")
+    (tmp_path / "out" / "config.json").unlink()
+    api.import_original(tmp_path / "out" / "model.safetensors", tmp_path / "run")
+    again = api.load(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, api.load(imported).params, again.params)
+
+
+def test_safetensors_itself_reads_what_is_written(tmp_path, imported):
+    numpy_side = pytest.importorskip("safetensors.numpy")
+    api.export(imported, tmp_path / "out", "original")
+    found = numpy_side.load_file(tmp_path / "out" / "model.safetensors")
+    np.testing.assert_array_equal(found["lm_head.weight"], original()["transformer.wte.weight"])
+
+
+def test_a_table_that_safetensors_left_out_as_tied_is_known(tmp_path):
+    arrays = original()
+    del arrays["transformer.wte.weight"]
+    path = write(tmp_path, arrays)
+    with pytest.raises(UserError, match="lacks the array 'transformer.wte.weight'"):
+        interchange.import_original(path, tmp_path / "run")
+    write_safetensors(path, arrays, {"transformer.wte.weight": "lm_head.weight"})
+    interchange.import_original(path, tmp_path / "run")
+
+
+def test_an_imported_run_writes_and_scores(imported):
+    model = api.load(imported)
+    assert model.generate("abc", 10, temperature=0)[0].text.startswith("abc")
+    scored = model.score("abcdé😀")
+    tokens = model.tokenizer.encode_text("abcdé😀")
+    params = {name: array.astype(np.float64) for name, array in original().items()}
+    rows = reference.logits(params, tokens, **HEADS)
+    expected = [-reference.log_softmax(row)[token] for row, token in zip(rows, tokens[1:], strict=False)]
+    np.testing.assert_allclose(scored.surprisal[1:], expected, rtol=1e-5)
+
+
+def test_an_imported_run_is_evaluated_and_trained_from_its_text(tmp_path, imported):
+    shutil.copytree(imported, tmp_path / "run")
+    before = api.evaluate(tmp_path / "run")
+    assert before["tokens"] == 600
+    config = api.Workdir(tmp_path / "run").load_config()
+    list(api.train(config, tmp_path / "run", lambda text: None))
+    after = api.evaluate(tmp_path / "run")
+    assert after["step"] > 0
+    assert after["loss"] < before["loss"]
+
+
+def test_without_a_text_evaluating_and_training_say_what_is_missing(tmp_path):
+    api.import_original(write(tmp_path, original()), tmp_path / "run")
+    assert api.info(tmp_path / "run")["vocabulary"] == len(LETTERS)
+    config = api.Workdir(tmp_path / "run").load_config()
+    with pytest.raises(UserError, match="without its text.*--text_file"):
+        api.evaluate(tmp_path / "run")
+    with pytest.raises(UserError, match="without its text.*--text_file"):
+        list(api.train(config, tmp_path / "run"))
+
+
+def test_a_text_of_other_characters_is_refused(tmp_path):
+    (tmp_path / "text.txt").write_text("abc XYZ " * 500)
+    with pytest.raises(UserError, match=r"'X' \(U\+0058\)"):
+        api.import_original(write(tmp_path, original()), tmp_path / "run", str(tmp_path / "text.txt"))
+    assert not (tmp_path / "run").exists()
+
+
+# What is refused
+
+
+def without(name: str) -> dict[str, Any]:
+    return {key: array for key, array in original().items() if key != name}
+
+
+NAMES = ["transformer.blocks.1.attn.qkv.bias", "lm_head.weight", "transformer.wte.weight", INV_FREQ]
+WEIGHT = "transformer.blocks.0.mlp.net.0.weight"
+BAD_ARRAYS = [
+    *((without(name), f"lacks the array '{name}'") for name in NAMES),
+    ({**original(), "transformer.blocks.2.ln_1.weight": np.ones(16, np.float32)}, "an array 'transformer.blocks.2.ln"),
+    ({**original(), WEIGHT: original()[WEIGHT].T.copy()}, r"mlp.net.0.weight' with shape \(16, 32\)"),
+    ({**original(), "lm_head.weight": original(1)["lm_head.weight"]}, "'lm_head.weight' that differs from"),
+    ({**original(), WEIGHT: np.full((32, 16), np.nan, np.float32)}, "mlp.net.0.weight' with values"),
+    ({**original(), INV_FREQ: np.ones(4, np.float32)}, "inv_freq' of another rotary encoding"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("arrays", "message"), BAD_ARRAYS, ids=range(len(BAD_ARRAYS)))
+def test_a_wrong_array_is_refused_by_its_name(tmp_path, kind, arrays, message):
+    path = write(tmp_path, arrays, kind)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=message):
+        interchange.import_original(path, tmp_path / "run")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+BAD_CONFIGS = [
+    ({"model": ...}, "no model.vocab_size"),
+    ({"model.n_layer": ...}, "no model.n_layer"),
+    ({"model.n_layer": 3}, "lacks the array 'transformer.blocks.2"),
+    ({"model.n_layer": 10**12}, "too few for 1000000000000 layers"),
+    ({"model.n_layer": "2"}, "model.n_layer is '2'"),
+    ({"model.n_head": 4}, "qkv.weight' with shape"),
+    ({"model.n_embd": -1}, "model.n_embd is -1"),
+    ({"model.n_ff": [32] * 1000}, "a list as model.n_ff"),
+    ({"tokenizer": ...}, "no tokenizer.vocabulary"),
+    ({"tokenizer.vocabulary": ["ab"]}, "other than single characters"),
+    ({"tokenizer.vocabulary": [1]}, "other than single characters"),
+    ({"tokenizer.vocabulary": [chr(i) for i in range(40, 104)]}, "65 ids"),
+    ({"data": []}, "a section 'data' that is no object"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_CONFIGS, ids=range(len(BAD_CONFIGS)))
+def test_a_wrong_config_is_refused_by_its_field(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        interchange.import_original(write(tmp_path, original(), "pt", changed(changes)), tmp_path / "run")
+
+
+def test_a_config_that_would_unfold_without_end_is_refused_at_once(tmp_path):
+    nest: list[Any] = []
+    for _ in range(60):  # a pickle shares its parts: 60 lists, which would print as 2 ** 60
+        nest = [nest, nest]
+    for field, value in (("model", {**CONFIG["model"], "n_ff": nest}), ("optimizer", {"betas": (0.9, nest)})):
+        with pytest.raises(UserError, match=r"a (list|tuple) as (model.n_ff|optimizer.betas)"):
+            from_original({**CONFIG, field: value}, tmp_path)
+
+
+def test_an_original_whose_config_lacks_what_is_no_model_gets_our_defaults(tmp_path):
+    config = {"model": CONFIG["model"], "tokenizer": CONFIG["tokenizer"]}
+    found, _ = from_original(config, tmp_path)
+    assert found.optimizer.learning_rate is None
+    assert found.amp.dtype == "auto"
+
+
+@pytest.mark.parametrize("cut", [0, 4, 8, 100, -1, -100])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_file_is_refused(tmp_path, kind, cut):
+    path = write(tmp_path, original(), kind)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UserError, match="cannot be read"):
+        interchange.import_original(path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def entry(begin: Any, end: Any, shape: Any = (2,), dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"a": entry(0, 8), "b": entry(4, 12)}, "overlap"),
+        ({"a": entry(0, 8), "b": entry(12, 20)}, "overlap, leave gaps"),
+        ({"a": entry(0, 8)}, "end elsewhere"),
+        ({"a": entry(8, 16), "b": entry(16, 24)}, "gaps"),
+        ({"a": entry(0, 16)}, "other size"),
+        ({"a": entry(0, 16, (2**62, 2**62))}, "other size"),
+        ({"a": entry(-16, 0, (4,))}, "impossible"),
+        ({"a": entry(0, 16, (-4,))}, "impossible"),
+        ({"a": entry(0, 16, (4.0,))}, "impossible"),
+        ({"a": entry(0, 16, (True, 4))}, "impossible"),
+        ({"a": entry(0, 16, (1,) * 9)}, "impossible"),
+        ({"a": entry(0, 16, (2,), "I64")}, "'a' as 'I64'"),
+        ({"a": {"dtype": "F32"}}, "cannot be read"),
+        ({"a": 1}, "cannot be read"),
+        ([], "no JSON object"),
+        ({"__metadata__": {"x": 1}}, "not texts"),
+    ],
+)
+def test_a_table_that_does_not_describe_the_file_is_refused(tmp_path, table, message):
+    with pytest.raises(UserError, match=message):
+        read_safetensors(framed(tmp_path / "x.safetensors", table, b"\0" * 16))
+
+
+def test_a_table_longer_than_the_file_is_refused_before_it_is_read(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes((2**63).to_bytes(8, "little") + b"{}")
+    with pytest.raises(UserError, match="longer than it may be"):
+        read_safetensors(tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_safetensors(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("code", ["F16", "F32", "F64", "BF16"])
+def test_safetensors_of_every_width_are_read(tmp_path, code):
+    numbers = np.array([[1.5, -2.0, 0.25]])
+    raw = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+    blob = (numbers.astype("<f4").view("<u4") >> 16).astype("<u2") if code == "BF16" else numbers.astype(raw[code])
+    path = framed(tmp_path / "x.safetensors", {"a": entry(0, blob.nbytes, (1, 3), code)}, blob.tobytes())
+    found = read_safetensors(path)[0]["a"].read()
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, numbers)
+
+
+def test_npz_takes_any_order_and_refuses_objects_and_compression(tmp_path):
+    numbers = np.arange(6.0).reshape(2, 3)
+    np.savez(tmp_path / "x.npz", c=numbers, fortran=np.asfortranarray(numbers), big=numbers.astype(">f4"))
+    for stored in read_npz(tmp_path / "x.npz").values():
+        np.testing.assert_array_equal(stored.read(), numbers)
+    for array in (np.array([{}], dtype=object), np.arange(3), np.array(["a"])):
+        np.savez(tmp_path / "x.npz", a=array)
+        with pytest.raises(UserError, match="'a' as"):
+            read_npz(tmp_path / "x.npz")
+    np.savez_compressed(tmp_path / "x.npz", a=numbers)
+    with pytest.raises(UserError, match="compressed"):
+        read_npz(tmp_path / "x.npz")
+
+
+def test_npz_with_a_shape_larger_than_its_bytes_is_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.zeros((1000, 100)))
+    with zipfile.ZipFile(tmp_path / "x.npz") as archive:
+        code = archive.read("a.npy").replace(b"(1000, 100)", b"(9999, 999)")
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("a.npy", code)
+    with pytest.raises(UserError, match="other size"):
+        read_npz(tmp_path / "x.npz")
+
+
+def test_a_file_of_another_kind_or_without_a_config_is_refused(tmp_path):
+    path = write(tmp_path, original(), "npz")
+    with pytest.raises(UserError, match="no such file"):
+        read(tmp_path / "nothing.pt")
+    with pytest.raises(UserError, match="no such file"):
+        read(tmp_path)
+    with pytest.raises(UserError, match=".pt, .safetensors or .npz file is needed"):
+        read(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        read(path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="does not hold its config"):
+        read(path)
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path, imported):
+    path = write(tmp_path / "from", original())
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="--workdir is .* already"):
+        interchange.import_original(path, tmp_path / "used")
+    for form in interchange.FORMATS:
+        with pytest.raises(UserError, match="--out is .* already"):
+            api.export(imported, tmp_path / "used", form)
+    with pytest.raises(UserError, match="already"):
+        api.export(imported, tmp_path / "used" / "mine.txt")
+    assert [p.name for p in (tmp_path / "used").iterdir()] == ["mine.txt"]
+    (tmp_path / "empty").mkdir()
+    api.export(imported, tmp_path / "empty")
+    assert (tmp_path / "empty" / "model.safetensors").exists()
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, imported, monkeypatch):
+    monkeypatch.setattr(interchange, "write_safetensors", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        api.export(imported, tmp_path / "new" / "out", "original")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="one of original, hf"):
+        api.export(imported, tmp_path / "out", "onnx")
+
+
+def test_a_bad_place_or_form_is_refused_before_a_model_is_looked_for(tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="something is there already"):
+        api.export(tmp_path / "no run", tmp_path / "used")
+    with pytest.raises(UserError, match="--out is .* too long"):
+        api.export(tmp_path / "no run", tmp_path / ("x" * 300))
+    with pytest.raises(UserError, match="--from is .* no such file"):
+        api.import_original(tmp_path / "no file.pt", tmp_path / "run")
+
+
+def test_a_model_that_the_originals_config_refuses_is_exported_with_a_warning(tmp_path, imported):
+    model, said = api.load(imported), []
+    model.config.model.block_size = 60
+    interchange.export("original", model.config, model.tokenizer, model.params, tmp_path / "out", said.append)
+    assert "block_size a multiple of 64" in said[0]
+
+
+def test_the_command_line_takes_a_model_in_and_out(tmp_path, capsys):
+    path = write(tmp_path, original(), "pt")
+    assert main(["chargpt", "--mode=import", f"--from={path}", f"--workdir={tmp_path / 'run'}"]) == 0
+    out = ["chargpt", "--mode=export", f"--workdir={tmp_path / 'run'}"]
+    assert main([*out, "--format=original", f"--out={tmp_path / 'a'}"]) == 0
+    assert main([*out, "--format=hf", f"--out={tmp_path / 'b'}"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in ("run", "a", "b")]
+    for line in (out, [*out, "--out=x", "--format=onnx"], ["chargpt", "--mode=import", f"--workdir={tmp_path / 'c'}"]):
+        assert main(line) == 2
+        shown = capsys.readouterr()
+        assert shown.err.count("\n") == 1
+        assert not shown.out
+    assert main(["chargpt", "--mode=import", f"--from={path}", f"--workdir={tmp_path / 'run'}"]) == 2
+
+
+def test_views_of_one_storage_become_arrays_of_their_own(tmp_path):
+    """A state dict's table and head are views of one storage."""
+    table = original()["transformer.wte.weight"]
+    arrays: dict[str, Any] = {**original(), "lm_head.weight": View(table.T.copy(), table.shape, (1, 64))}
+    interchange.import_original(write(tmp_path, arrays, "pt"), tmp_path / "run")
