@@ -1,0 +1,389 @@
+"""How far the package is from the PyTorch ancestor's mathematics, as a table of figures.
+
+    python -m benchmarks.fidelity
+
+Both sides start from the same random parameters and see the same tokens, without dropout, on the CPU. What everything
+is compared with is tests/original.py in float64; for the lower precisions PyTorch's own distance from that stands
+beside ours. The parity suite, tests/test_parity.py, holds bounds on what these functions return. Needs PyTorch.
+"""
+
+import math
+import string
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple, dataclass
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from flax import nnx
+
+from chargpt_jax.config import LRFinderConfig, ModelConfig, OptimizerConfig, SchedulerConfig
+from chargpt_jax.events import LRFinderResult
+from chargpt_jax.generate import advance, begin, bucket
+from chargpt_jax.lr_finder import LossOf, search, trainer_loss
+from chargpt_jax.metrics import surprise_surprise
+from chargpt_jax.model import create
+from chargpt_jax.optimizer import adamw, warmup_cosine
+from chargpt_jax.step import create_state, train_step
+from chargpt_jax.tokenizer import CharTokenizer
+from tests import original, reference
+from tests.pairing import LAYER, from_reference
+
+SIZES = {"vocab_size": 64, "n_embd": 16, "n_head": 3, "n_head_dim": 8, "n_ff": 40, "n_layer": 3}
+# The ancestor masks no id. Blocks of 10 queries do not divide the 24: the last one is shorter.
+CONFIG = ModelConfig(**SIZES, used_ids=64, block_size=24, mask_unused_ids=False, attention_block=10)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
+UPDATES, WARMUP = 50, 10
+SCHEDULER = SchedulerConfig(max_steps=UPDATES, warmup_epochs=1.0, min_lr_factor=0.1)
+ZOOMS = LRFinderConfig(start_lr=1e-5, end_lr=1.0, num_zooms=3, steps_per_zoom=8)
+
+Arrays = Mapping[str, np.ndarray]
+Figures = Mapping[str, Arrays]
+"""The name of a quantity -> its arrays by name."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison."""
+
+    what: str
+    computed_by: str
+    precision: str
+    absolute: float
+    """The largest difference."""
+    relative: float
+    """The largest difference, as a part of the largest number of its array."""
+
+
+def difference(ours: Arrays, exact: Arrays) -> tuple[float, float]:
+    """Compare arrays by name; return the largest absolute and the largest relative difference, as in `Row`."""
+    assert ours.keys() == exact.keys()
+    absolute, relative = 0.0, 0.0
+    for name, b in exact.items():
+        a, b = np.asarray(ours[name], np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape, name
+        assert np.array_equal(np.isnan(a), np.isnan(b)), f"{name} is undefined at different places"
+        largest = float(np.nanmax(np.abs(a - b)))
+        absolute, relative = max(absolute, largest), max(relative, largest / max(float(np.nanmax(np.abs(b))), 1e-300))
+    return absolute, relative
+
+
+def x64(on: bool) -> AbstractContextManager:
+    """Return the context in which float64 is what it says; JAX moved it in 0.8."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(on)
+    from jax.experimental import enable_x64
+
+    return enable_x64(on)
+
+
+def by_name(tree: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return our tree of parameters, or of their gradients, under the ancestor's names and orientation."""
+    flat = {
+        "transformer.wte.weight": np.asarray(tree["wte"]["embedding"]),
+        "transformer.ln_f.weight": np.asarray(tree["ln_f"]["scale"]),
+        "transformer.ln_f.bias": np.asarray(tree["ln_f"]["bias"]),
+    }
+    for path, (name, transposed) in LAYER.items():
+        node = tree["blocks"]
+        for key in path:
+            node = node[key]
+        for number, layer in enumerate(np.asarray(node)):
+            flat[f"transformer.blocks.{number}.{name}"] = layer.T if transposed else layer
+    return flat
+
+
+# What both sides are given
+
+
+def parameters() -> reference.Params:
+    """Return random parameters by the ancestor's names, float64 arrays of numbers that float32 can hold."""
+    drawn = reference.random_parameters(np.random.default_rng(0), **SIZES)
+    return {name: array.astype(np.float32).astype(np.float64) for name, array in drawn.items()}
+
+
+def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the inputs and targets of a step, int32 [4, 24], with something to learn; one row begins with padding."""
+    rng = np.random.default_rng([1, step])
+    text = (rng.integers(0, 63, (4, 1)) + np.cumsum(rng.integers(1, 4, (4, 25)), axis=1)) % 63 + 1
+    text[0, :5] = 0
+    return text[:, :-1].astype(np.int32), text[:, 1:].astype(np.int32)
+
+
+def torch_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same batch as int64 tensors."""
+    inputs, targets = (torch.from_numpy(a).long() for a in batch(step))
+    return inputs, targets
+
+
+def prompts() -> np.ndarray:
+    """Return prompts int32 [3, 12], padded on the left with 5, 0 and 9 zeros."""
+    tokens = np.random.default_rng(2).integers(1, 64, (3, 12)).astype(np.int32)
+    tokens[0, :5], tokens[2, :9] = 0, 0
+    return tokens
+
+
+def torch_model(dtype: torch.dtype, **settings: Any) -> original.GPT:
+    """Return the ancestor's model with the common parameters."""
+    return original.with_parameters(parameters(), dtype, **SIZES, **settings)
+
+
+def our_model(precision: str) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Return our model with the common parameters; call it, and use them, inside x64 for float64."""
+    params = from_reference(parameters(), SIZES["n_layer"], np.float64 if precision == "float64" else np.float32)
+    graphdef, _ = jax.eval_shape(lambda: create(CONFIG, 0, jnp.dtype(precision)))
+    return graphdef, jax.tree.map(jnp.asarray, params)
+
+
+# Logits, loss, gradients and training
+
+
+def schedule(count: jax.Array) -> jax.Array:
+    """Return our learning rate of an update."""
+    # Counted in floats: optax divides its int32 count in float32, under x64 too.
+    return warmup_cosine(SCHEDULER, OPTIMIZER.learning_rate, WARMUP)(jnp.asarray(count, float))
+
+
+def kept_gradients() -> optax.GradientTransformation:
+    """Make a transform that changes nothing; its state is the gradients of the last update."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params), lambda gradients, *_: (gradients, gradients)
+    )
+
+
+@cache
+def ours(precision: str) -> Figures:
+    """Compute the figures with the package; `precision` is the matrix products' dtype by name."""
+    with x64(precision == "float64"):
+        graphdef, params = our_model(precision)
+        logits = jax.jit(lambda p, tokens: nnx.merge(graphdef, p)(tokens))(params, batch(0)[0])
+        tx = optax.chain(kept_gradients(), adamw(OPTIMIZER, schedule))
+        step = jax.jit(partial(train_step, graphdef=graphdef, tx=tx))
+        state, losses, gradients = create_state(params, tx, 0, jnp.dtype(precision)), [], {}
+        for number in range(UPDATES):
+            state, scalars = step(state, batch(number))
+            losses.append(np.asarray(scalars["loss"]))
+            gradients = gradients or by_name(state.opt_state[0])
+        return {
+            "logits": {"logits": np.asarray(logits)},
+            "loss": {"loss": losses[0]},
+            "gradients": gradients,
+            "learning rates": {"rates": np.asarray(schedule(jnp.arange(UPDATES, dtype=jnp.int32)))},
+            f"losses of {UPDATES} updates": {"losses": np.asarray(losses)},
+            f"parameters after {UPDATES} updates": by_name(state.params),
+        }
+
+
+@cache
+def theirs(precision: str, **settings: Any) -> Figures:
+    """Compute the figures with PyTorch; bfloat16 is float32 parameters under autocast."""
+    model = torch_model(torch.float64 if precision == "float64" else torch.float32, **settings)
+
+    def cast() -> AbstractContextManager:
+        return torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+    def loss(step: int) -> torch.Tensor:
+        with cast():
+            return original.loss(model, *torch_batch(step))
+
+    value = loss(0)
+    value.backward()
+    gradients = {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
+    with cast(), torch.no_grad():
+        logits = model(torch_batch(0)[0]).double().numpy()
+    optimizer = original.adamw(model, OPTIMIZER.learning_rate, OPTIMIZER.weight_decay, OPTIMIZER.betas)
+    schedule = original.warmup_cosine(optimizer, WARMUP, UPDATES, SCHEDULER.min_lr_factor)
+    losses, rates = original.train(loss, optimizer, schedule, UPDATES)
+    return {
+        "logits": {"logits": logits},
+        "loss": {"loss": np.asarray(value.item())},
+        "gradients": gradients,
+        "learning rates": {"rates": np.asarray(rates)},
+        f"losses of {UPDATES} updates": {"losses": np.asarray(losses)},
+        f"parameters after {UPDATES} updates": {n: p.detach().numpy().copy() for n, p in model.named_parameters()},
+    }
+
+
+def training_rows() -> Iterator[Row]:
+    """Compare all figures in each precision with PyTorch's in float64."""
+    exact = theirs("float64")
+    for precision in ("float64", "float32", "bfloat16"):
+        for name, figures in (("chargpt_jax", ours), ("PyTorch", theirs)):
+            if (name, precision) != ("PyTorch", "float64"):
+                for what, arrays in figures(precision).items():
+                    yield Row(what, name, precision, *difference(arrays, exact[what]))
+    rounded = theirs("float64", frequencies=torch.float32)
+    for what in ("logits", "loss", "gradients"):
+        label = f"{what}, with RoPE's frequencies in float32"
+        yield Row(label, "PyTorch", "float64", *difference(rounded[what], exact[what]))
+
+
+# Generation
+
+
+@cache
+def written(precision: str, count: int = 30, temperature: float = 1.0) -> tuple[np.ndarray, Arrays]:
+    """Continue the prompts, their zeros read as tokens, past block_size; return the tokens and their metrics."""
+    with x64(precision == "float64"):
+        graphdef, params = our_model(precision)
+        given = prompts()
+        rows, n_prompt = given.shape
+        tokens = np.zeros((rows, bucket(n_prompt + count)), np.int32)
+        tokens[:, :n_prompt] = given
+        width = min(CONFIG.block_size, bucket(n_prompt))
+        progress = begin(params, tokens, np.full(rows, n_prompt, np.int32), graphdef=graphdef, width=width)
+        numbers = (np.int32(count), np.float32(temperature), np.int32(0), np.float32(1))
+        how = {"graphdef": graphdef, "use_top_k": False, "use_top_p": False}
+        progress = advance(params, progress, jax.random.key(4), *numbers, **how)
+        end = n_prompt + count
+        surprisal, entropy = np.asarray(progress.surprisal)[:, :end], np.asarray(progress.entropy)[:, :end]
+        s2 = surprise_surprise(surprisal, entropy, SIZES["vocab_size"])
+        return np.array(progress.tokens)[:, :end], {"surprisal": surprisal, "entropy": entropy, "S2": s2}
+
+
+@cache
+def measured(precision: str, floor: float = 0.0) -> Arrays:
+    """Return PyTorch's metrics, in float64, of the tokens that we wrote in a precision."""
+    tokens = torch.from_numpy(written(precision)[0]).long()
+    found = original.metrics(torch_model(torch.float64), tokens, prompts().shape[1], CONFIG.block_size, floor)
+    return {name: a.numpy() for name, a in zip(("surprisal", "entropy", "S2"), found, strict=True)}
+
+
+def generation_rows() -> Iterator[Row]:
+    """Compare generation's metrics with PyTorch's, in float64, of the same tokens."""
+    for precision in ("float64", "float32"):
+        found, exact = written(precision)[1], measured(precision)
+        for name in exact:
+            pair = {name: found[name]}, {name: exact[name]}
+            yield Row(f"generation, {name}", "chargpt_jax", precision, *difference(*pair))
+    floored, found = measured("float64", original.ENTROPY_FLOOR), written("float64")[1]
+    only = lambda arrays: {"entropy": arrays["entropy"]}  # noqa: E731
+    label = "generation, entropy; PyTorch's with 1e-10 inside the logarithm"
+    yield Row(label, "chargpt_jax", "float64", *difference(only(found), only(floored)))
+
+
+# The learning-rate range test
+
+
+def analytic_loss(zoom: int, step: int, rate: float) -> float:
+    """Return a loss with a valley at a rate of about 0.02, and ripples that differ between zooms and steps."""
+    x = math.log10(rate)
+    valley = 4.0 - 1.5 / (1.0 + math.exp(-2.0 * (x + 3.0))) + 3.0 / (1.0 + math.exp(-6.0 * (x + 0.7)))
+    return valley + 0.02 * math.sin(3.0 * step + zoom)
+
+
+def our_zooms(loss_of: LossOf, config: LRFinderConfig) -> Arrays:
+    """Run our range test; return all that it found, an array a quantity."""
+    result = list(search(loss_of, config))[-1]
+    assert isinstance(result, LRFinderResult)
+    assert result.learning_rate == result.zooms[-1].best
+    found = {}
+    for zoom in result.zooms:
+        found |= {f"rates {zoom.number}": np.asarray(zoom.lrs), f"losses {zoom.number}": np.asarray(zoom.losses)}
+        numbers = {"low": zoom.low, "high": zoom.high, "steepest": zoom.steepest, "lowest": zoom.lowest}
+        found |= {f"{name} {zoom.number}": np.asarray(number) for name, number in numbers.items()}
+    return found | {"best": np.asarray(result.learning_rate)}
+
+
+def their_zooms(loss_of: LossOf, config: LRFinderConfig) -> Arrays:
+    """Run PyTorch's range test; return the same arrays. Only for losses where no zoom is skipped."""
+    keys = ("start_lr", "end_lr", "num_zooms", "steps_per_zoom", "zoom_factor", "method")
+    zooms, found = original.range_test(loss_of, **{key: getattr(config, key) for key in keys}), {}
+    for number, zoom in enumerate(zooms, 1):
+        found |= {f"rates {number}": zoom.rates.numpy(), f"losses {number}": zoom.losses.numpy()}
+        numbers = {"low": zoom.ends[0], "high": zoom.ends[1], "steepest": zoom.steepest, "lowest": zoom.lowest}
+        found |= {f"{name} {number}": np.asarray(value) for name, value in numbers.items()}
+    return found | {"best": np.asarray(zooms[-1].best)}
+
+
+def our_probe(config: LRFinderConfig) -> LossOf:
+    """Return the loss of our model in training, in float64; call it inside x64."""
+    graphdef, params = our_model("float64")
+
+    @jax.jit
+    def update(state: Any, rate: jax.Array, pair: Any) -> tuple[Any, jax.Array]:
+        state, scalars = train_step(state, pair, graphdef=graphdef, tx=adamw(OPTIMIZER, rate))
+        return state, scalars["loss"]
+
+    def start(zoom: int) -> tuple[Any, int]:
+        return create_state(params, adamw(OPTIMIZER, 0.0), 0), zoom * config.steps_per_zoom
+
+    def step(place: tuple[Any, int], rate: float) -> tuple[tuple[Any, int], jax.Array]:
+        state, loss = update(place[0], jnp.float64(rate), batch(place[1]))
+        return (state, place[1] + 1), loss
+
+    return trainer_loss(start, step)
+
+
+def their_probe(config: LRFinderConfig) -> LossOf:
+    """Return the loss of PyTorch's model in training, in float64."""
+    model: Any = None
+    optimizer: Any = None
+
+    def loss_of(zoom: int, step: int, rate: float) -> float:
+        nonlocal model, optimizer
+        if step == 0:
+            model = torch_model(torch.float64)
+            optimizer = original.adamw(model, rate, OPTIMIZER.weight_decay, OPTIMIZER.betas)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return original.update(optimizer, original.loss(model, *torch_batch(zoom * config.steps_per_zoom + step)))
+
+    return loss_of
+
+
+@cache
+def model_zooms() -> tuple[Arrays, Arrays]:
+    """Run the range test on the model in float64, here and in PyTorch."""
+    with x64(True):
+        found = our_zooms(our_probe(ZOOMS), ZOOMS)
+    return found, their_zooms(their_probe(ZOOMS), ZOOMS)
+
+
+def range_test_rows() -> Iterator[Row]:
+    """Compare range tests: on an analytic loss by each method, and on the model in training."""
+    for method in ("steepest", "lowest", "balanced"):
+        config = LRFinderConfig(method=method)
+        pair = our_zooms(analytic_loss, config), their_zooms(analytic_loss, config)
+        yield Row(f"range test ({method}) on a formula", "chargpt_jax", "float64", *difference(*pair))
+    yield Row("range test on the model", "chargpt_jax", "float64", *difference(*model_zooms()))
+
+
+# Tokenizer
+
+
+def tokenizer_row() -> Row:
+    """Encode random characters of all planes with both rules."""
+    codes = np.random.default_rng(5).integers(0, 0x110000, 5000)
+    text = string.printable + "".join(map(chr, codes))
+    found, names = CharTokenizer.from_text(text), original.vocabulary(text)
+    assert list(found.vocabulary) == names
+    pair = {"ids": found.encode_text(text)}, {"ids": np.asarray(original.encode(names, [text])[0])}
+    return Row("ids of random Unicode", "chargpt_jax", "int32", *difference(*pair))
+
+
+def table(rows: Iterator[Row]) -> Iterator[str]:
+    """Yield the lines of a Markdown table."""
+    yield "| what | computed by | precision | largest absolute difference | relative |"
+    yield "|---|---|---|---:|---:|"
+    for row in rows:
+        *words, absolute, relative = astuple(row)
+        yield f"| {' | '.join(words)} | {absolute:.1e} | {relative:.1e} |"
+
+
+def rows() -> Iterator[Row]:
+    """Yield every comparison."""
+    yield from training_rows()
+    yield from generation_rows()
+    yield from range_test_rows()
+    yield tokenizer_row()
+
+
+if __name__ == "__main__":
+    for line in table(rows()):
+        print(line, flush=True)
