@@ -41,10 +41,22 @@ def uniform(fan_in: int) -> nnx.Initializer:
     return init
 
 
-def linear(fan_in: int, fan_out: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+class Linear(nnx.Linear):
+    """A Linear layer whose product runs in `dtype` and whose bias is added in float32."""
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Map inputs [..., fan_in] to [..., fan_out], of `dtype`."""
+        dtype: Any = self.dtype
+        y = inputs.astype(dtype) @ self.kernel[...].astype(dtype)
+        # A bias added in bfloat16 has its gradient, a sum over every position, in bfloat16: that sum stalls.
+        bias: Any = self.bias
+        return (y + bias[...]).astype(dtype)
+
+
+def linear(fan_in: int, fan_out: int, dtype: Any, rngs: nnx.Rngs) -> Linear:
     """Make a Linear layer initialised as in PyTorch."""
     init = uniform(fan_in)
-    return nnx.Linear(fan_in, fan_out, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs)
+    return Linear(fan_in, fan_out, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs)
 
 
 def layer_norm(width: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:

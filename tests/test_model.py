@@ -15,6 +15,7 @@ from chargpt_jax.devices import BFLOAT16_ON_CPU
 from chargpt_jax.dropout import seeds_for
 from chargpt_jax.metrics import surprisal_and_entropy
 from chargpt_jax.model import MASKED, count_parameters, create, rotary, rotate
+from chargpt_jax.step import nats
 from tests import reference
 from tests.pairing import from_reference
 
@@ -177,3 +178,20 @@ def test_bfloat16_logits_are_float32_and_near():
     exact, rough = (run(CONFIG, params, tokens, dtype=d) for d in (jnp.float32, jnp.bfloat16))
     assert rough.dtype == jnp.float32
     np.testing.assert_allclose(rough, exact, atol=0.05)
+
+
+@pytest.mark.skipif(jax.__version_info__ < BFLOAT16_ON_CPU, reason="this JAX cannot multiply bfloat16 on a CPU")
+def test_in_bfloat16_the_gradients_of_biases_are_summed_in_float32():
+    """Over 4,096 positions a sum in bfloat16 stalls: the qkv bias's gradient would be wrong by a quarter."""
+    config = dataclasses.replace(CONFIG, block_size=128, n_layer=1, mask_unused_ids=False, attention_block=64)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(1, 40, (32, 128)), jnp.int32)
+
+    def gradients(dtype):
+        graphdef, params = create(config, 0, dtype)
+        loss = lambda p: nats(nnx.merge(graphdef, p)(tokens), jnp.roll(tokens, -1, 1)) / tokens.size  # noqa: E731
+        blocks = jax.jit(jax.grad(loss))(params)["blocks"]
+        layers = (blocks["attn"]["qkv"], blocks["attn"]["proj"], blocks["mlp"]["up"], blocks["mlp"]["down"])
+        return [np.asarray(layer["bias"]) for layer in layers]
+
+    for exact, rough in zip(gradients(jnp.float32), gradients(jnp.bfloat16), strict=True):
+        assert np.linalg.norm(rough - exact) <= 0.01 * np.linalg.norm(exact)
