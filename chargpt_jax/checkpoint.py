@@ -20,6 +20,9 @@ FORMAT = 1
 SMALL = 1_000_000
 """Parameters up to which saving waits for the disk: it takes a fraction of a second, and is durable when it returns."""
 
+UNVALIDATED = 1e30
+"""The validation loss of a checkpoint that was not validated: it is never the best."""
+
 
 class NoCheckpoint(Exception):
     """There is no checkpoint that can be used; `main` turns it into exit code 3."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from chargpt_jax import devices, hugging_face, optimizer
 from chargpt_jax.array_file import write_safetensors
-from chargpt_jax.checkpoint import Checkpoints
+from chargpt_jax.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.config import Config, UserError
 from chargpt_jax.corpus import load_corpus
 from chargpt_jax.original import MULTIPLES, checked, from_original, from_params, read, to_original, to_params
@@ -30,9 +30,6 @@ from chargpt_jax.workdir import Workdir
 
 FORMATS = ("original", "hf")
 """What `export` writes."""
-
-UNVALIDATED = 1e30
-"""The validation loss of a checkpoint that nobody has validated here: it is never the best."""
 
 
 def import_original(

@@ -19,7 +19,7 @@ import optax
 
 from chargpt_jax import batches, devices, optimizer, plots
 from chargpt_jax.assembly import MOST_STEPS, Setup, probe
-from chargpt_jax.checkpoint import Checkpoints
+from chargpt_jax.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.config import Config, UserError, differences, from_dict, validate
 from chargpt_jax.corpus import load_corpus
 from chargpt_jax.events import Ended, Event, LRFinderResult, Prepared, Saved, Steps, TrainStarted, Validated
@@ -32,9 +32,6 @@ from chargpt_jax.workdir import Workdir
 
 DISPATCH_SECONDS = 2.0
 """How long a dispatch should take where the config leaves it open: the pace of the progress bar and of signals."""
-
-UNKNOWN = 1e30
-"""The validation loss of a checkpoint made between validations: it is never the best."""
 
 Stop = Callable[[], int | None]
 """Asked after every dispatch; a signal's number ends training after a checkpoint."""
@@ -211,7 +208,7 @@ def _train(setup: Setup, folder: Workdir, store: Checkpoints, stop: Stop) -> Ite
             yield found
             yield Saved(step, str(path))
         elif signal is not None:
-            yield Saved(step, str(store.save(state, {**setup.record(), "step": step}, UNKNOWN)))
+            yield Saved(step, str(store.save(state, {**setup.record(), "step": step}, UNVALIDATED)))
     yield Ended(step, seconds, best, signal)
 
 
