@@ -279,6 +279,8 @@ def from_dict(saved: dict[str, Any]) -> Config:
         if not isinstance(value, dict):
             _set(config, name, name, value)
             continue
+        if not value and not hasattr(config, name):
+            raise unknown_field(name)
         for item, inner in value.items():
             _set(getattr(config, name, None), item, f"{name}.{item}", inner)
     return validate(config)
@@ -341,16 +343,27 @@ def find_config(name: str) -> Path:
     raise UserError(f"--config is {name!r}, but there is no such file: give the path of a config file.")
 
 
+def _read_config(path: Path) -> Config:
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not the config of a run ({type(error).__name__}): give another.") from None
+
+
 def load_config(name: str) -> Config:
-    """Run a config file's `get_config()`; `name` as in `find_config`.
+    """Run a config file's `get_config()`, or read the config.json of a run; `name` as in `find_config`.
 
     Raises:
         UserError: where the file is missing or does not give a `Config`.
     """
     path = find_config(name)
+    if path.suffix == ".json":
+        return _read_config(path)
     spec = importlib.util.spec_from_file_location(f"chargpt_config_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"--config is {name!r}, but that is not a Python file: give one that ends in .py.")
+        raise UserError(f"--config is {name!r}, but that is not a Python file: give one that ends in .py, or .json.")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

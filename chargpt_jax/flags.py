@@ -1,10 +1,11 @@
 """The command line: every flag, which mode it means something to, and a plain sentence for each mistake.
 
-`--config` names a file; `--config.section.field=value` overrides what it returns, through ml_collections. JAX is not
-imported here, so a mistyped command is answered at once.
+`--config` names a file, and where it is left out a run goes on with its own; `--config.section.field=value` overrides
+what it says, through ml_collections. JAX is not imported here, so a mistyped command is answered at once.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 
@@ -43,7 +44,7 @@ def define_flags() -> flags.FlagValues:
     """Return the flags of all modes, unparsed."""
     values = flags.FlagValues()
     text: dict[str, str] = {
-        "workdir": "the run's folder; default: runs/NAME for --config=NAME",
+        "workdir": "the run's folder; default: runs/NAME for --config=NAME; a run that is there needs no --config",
         "text": "score: the text",
         "text_file": "score: a UTF-8 file that holds the text; import: the text the model learned from",
         "step": "generate, score, eval, export: 'best' by validation, 'latest', or a number; default: best",
@@ -77,12 +78,14 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Config | None, str | N
     """Read a command line, the program's name first.
 
     Returns:
-        The flags, the config with its overrides where one is named, and its bare name.
+        The flags, the config (the one that is named, or that of the run in --workdir) with its overrides, and its
+        bare name.
 
     Raises:
         UserError: for anything that is no flag, field or value.
     """
     argv, name = _without_config(list(argv))
+    name = _own_config(argv) if name is None else name
     values = define_flags()
     if name is not None:
         config = load_config(name)
@@ -105,7 +108,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Config | None, str | N
         )
     if rest:
         raise UserError(f"{rest[0]!r} is not a flag: put -- and a name before it, as in --prompt={rest[0]!r}.")
-    return values, None if name is None else values.config, None if name is None else find_config(name).stem
+    return (values, None, None) if name is None else (values, values.config, _run_name(name))
 
 
 def help_text(about: str) -> str:
@@ -128,6 +131,22 @@ def _without_config(argv: list[str]) -> tuple[list[str], str | None]:
             continue
         name = value if equals else next(words, "")
     return rest, name
+
+
+def _own_config(argv: list[str]) -> str | None:
+    """Return the path of the config of the run that --workdir names, where there is one and the mode needs it."""
+    given = {"mode": "run", "workdir": ""}
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        given[flag.lstrip("-")] = value if equals else following
+    own = os.path.join(os.path.expanduser(given["workdir"]), "config.json")
+    return own if given["workdir"] and given["mode"] in NEEDS_CONFIG and os.path.isfile(own) else None
+
+
+def _run_name(config: str) -> str:
+    """Return what a run with this config is called: small for configs/small.py, tiny for runs/tiny/config.json."""
+    path = find_config(config)
+    return path.absolute().parent.name if path.suffix == ".json" else path.stem
 
 
 def _overrides(argv: Sequence[str]) -> list[tuple[str, str, str]]:

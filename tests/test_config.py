@@ -270,7 +270,17 @@ def test_a_file_whose_get_config_gives_no_config_is_refused(tmp_path, code):
 
 
 def test_a_file_that_is_not_python_is_refused(tmp_path):
-    path = tmp_path / "config.json"
+    path = tmp_path / "config.txt"
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match="not a Python file"):
         load_config(str(path))
+
+
+def test_the_config_of_a_run_is_a_config_file_too(tmp_path):
+    path, config = tmp_path / "config.json", load_config("nanogpt_cpu")
+    path.write_text(to_json(config), encoding="utf-8")
+    assert load_config(str(path)) == config
+    for text in ("", "[", "[1]", '{"model": {"n_layer": "many"}}', '{"nodel": {}}', "[" * 100_000):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError):
+            load_config(str(path))

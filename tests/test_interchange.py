@@ -191,6 +191,17 @@ def test_an_imported_run_is_evaluated_and_trained_from_its_text(tmp_path, import
     assert after["loss"] < before["loss"]
 
 
+def test_the_command_line_trains_an_imported_run_with_its_own_config(tmp_path, imported, capsys):
+    run = tmp_path / "run of mine"
+    shutil.copytree(imported, run)
+    assert main(["chargpt", "--mode=train", f"--workdir={run}", "--config.scheduler.max_steps=3"]) == 2
+    assert "scheduler.max_steps" in capsys.readouterr().err
+    assert main(["chargpt", "--mode=train", "--workdir", str(run), "--config.train.log_every=1"]) == 0
+    assert api.evaluate(run, "latest")["step"] > 0
+    assert {"event": "step", "step": 1}.items() <= api.Workdir(run).load_metrics()[0].items()
+    assert not (tmp_path / "runs").exists()
+
+
 def test_without_a_text_evaluating_and_training_say_what_is_missing(tmp_path):
     api.import_original(write(tmp_path, original()), tmp_path / "run")
     assert api.info(tmp_path / "run")["vocabulary"] == len(LETTERS)

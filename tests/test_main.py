@@ -45,6 +45,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CHARGPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))  # main leaves JAX's own setting alone then
     (tmp_path / "text.txt").write_text(SENTENCE * 100)
+    (tmp_path / "broken.json").write_text('{"model": ')
     return tmp_path
 
 
@@ -117,6 +118,8 @@ FLAG_MISTAKES = [
     ("--config=/no/such/file.py", "nanogpt_baby, nanogpt_cpu, small, tiny"),
     ("--config=.", "nanogpt_baby, nanogpt_cpu, small, tiny"),
     ("--config=text.txt", "'text.txt', but that is not a Python file"),
+    ("--config=broken.json", "broken.json is not the config of a run"),
+    ("--workdir=elsewhere", "needs a config: give --config=small"),
     ("--config.model.n_layer=3", "needs a --config to change"),
     ("--config.x.y=3 --mode=info", "needs a --config to change"),
     ("--config=tiny --mode=trian", "run|prepare|find_lr|train|eval|generate|score|export|import|info|compile"),
