@@ -191,7 +191,7 @@ def evaluate(workdir: str | Path, step: str | int = "best") -> dict[str, Any]:
     """
     model = load(workdir, step)
     setup = Setup.of(Workdir(workdir))
-    loss = setup.validator()(jax.device_put(model.params, devices.replicated(setup.mesh)))
+    loss = setup.validator(whole=True)(jax.device_put(model.params, devices.replicated(setup.mesh)), model.step)
     return {
         "loss": loss,
         "bits_per_character": bits_per_character(loss),

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from chargpt_jax import batches, devices, optimizer
 from chargpt_jax.config import Config
 from chargpt_jax.model import create
-from chargpt_jax.step import TrainState, create_state, data_key, eval_step, train_step
+from chargpt_jax.step import TrainState, create_state, data_key, eval_step, train_step, validation_key
 from chargpt_jax.workdir import Workdir
 
 MOST_STEPS = 256
@@ -127,20 +127,36 @@ class Setup:
         """Return `updates` under jit; it takes (state, tokens, count) and reuses the state's memory."""
         return compiled_updates(self.config, self.graphdef, tx, self.mesh)
 
-    def validator(self) -> Callable[[Any], float]:
-        """Return the function from parameters to the loss on the held-out part, in nats per character."""
-        config = self.config
-        inputs, targets = batches.validation_batches(
-            self.tokens, self.n_train, config.model.block_size, config.data.batch_size
-        )
+    def validator(self, whole: bool = False) -> Callable[[Any, int], float]:
+        """Return the function from parameters, and their step, to the loss on the held-out part, in nats per character.
+
+        The step matters only where the config asks for random crops, and `whole` does not overrule it.
+        """
+        crops = self.config.data.random_validation and not whole
+        windows_at = self._crops() if crops else self._windows()
         nats_of = jax.jit(partial(validation_nats, graphdef=self.graphdef, mesh=self.mesh))
 
-        def loss(params: Any) -> float:
+        def loss(params: Any, step: int) -> float:
             # Awaited one by one: with several CPU devices two dispatches in flight can deadlock.
-            pairs = [jax.device_get(nats_of(params, x, y)) for x, y in zip(inputs, targets, strict=True)]
+            pairs = [jax.device_get(nats_of(params, x, y)) for x, y in zip(*windows_at(step), strict=True)]
+            if crops:  # the ancestor takes the mean of its batches' means
+                return sum(float(nats) / int(count) for nats, count in pairs) / len(pairs)
             return sum(float(nats) for nats, _ in pairs) / sum(int(count) for _, count in pairs)
 
         return loss
+
+    def _windows(self) -> Callable[[int], tuple[np.ndarray, ...]]:
+        """Return the function from a step to the inputs and targets, int32 [batches, B, T], to validate on after it."""
+        block_size, batch_size = self.config.model.block_size, self.config.data.batch_size
+        windows = batches.validation_batches(self.tokens, self.n_train, block_size, batch_size)
+        return lambda step: windows
+
+    def _crops(self) -> Callable[[int], tuple[np.ndarray, ...]]:
+        """Return the same for the ancestor's way: crops that each step draws anew."""
+        data = self.config.data
+        draw = jax.jit(partial(batches.validation_crops, block_size=self.config.model.block_size, data=data))
+        held_out, key = self.tokens[self.n_train :], jax.random.key(self.config.seed)
+        return lambda step: jax.device_get(draw(held_out, validation_key(key, step)))
 
     def record(self) -> dict[str, Any]:
         """Return what a checkpoint says of itself, as JSON."""

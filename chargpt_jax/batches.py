@@ -50,8 +50,18 @@ def windows_per_pass(n_tokens: int, block_size: int) -> int:
 
 
 def steps_per_epoch(n_tokens: int, block_size: int, data: DataConfig) -> int:
-    """Count the updates in which the training text is covered `oversample` times; at least 1."""
+    """Count the updates in which the training text is covered `oversample` times; at least 1.
+
+    With `short_epochs` that number is divided by the batch size once more, rounded as the ancestor does.
+    """
+    if data.short_epochs:
+        return math.ceil(_crops_per_epoch(n_tokens, block_size, data.batch_size, data.oversample) / data.batch_size)
     return max(1, math.ceil(windows_per_pass(n_tokens, block_size) * data.oversample / data.batch_size))
+
+
+def _crops_per_epoch(n_tokens: int, block_size: int, batch_size: int, oversample: float = 1.0) -> int:
+    """Count the sequences in what the ancestor takes for an epoch: too few by a factor of batch_size; at least 1."""
+    return max(1, math.ceil((n_tokens - block_size - 1) * oversample / batch_size / block_size))
 
 
 def batch_at(tokens: jax.Array, key: jax.Array, step: jax.Array, block_size: int, data: DataConfig) -> Batch:
@@ -139,3 +149,32 @@ def validation_batches(tokens: np.ndarray, n_train: int, block_size: int, batch_
     targets[: len(tokens) - n_train] = tokens[n_train:]
     shape = (steps, batch_size, block_size)
     return inputs.reshape(shape), targets.reshape(shape)
+
+
+def validation_crops(tokens: jax.Array, key: jax.Array, block_size: int, data: DataConfig) -> Batch:
+    """Draw what the ancestor validates on: a few crops of the held-out part, anywhere, some with padding in front.
+
+    Args:
+        tokens: int32 [n], the held-out part; nothing is written into it.
+        key: selects the crops.
+        block_size: T.
+        data: batch_size and padding_chance are read.
+
+    Returns:
+        Inputs and targets, int32 [steps, B, T]; what fills up the last batch is 0 and does not count.
+    """
+    count = _crops_per_epoch(tokens.shape[0], block_size, data.batch_size)
+    steps = math.ceil(count / data.batch_size)
+
+    def crop(key: jax.Array) -> Batch:
+        place_key, pad_key = jax.random.split(key)
+        start = jax.random.randint(place_key, (), 0, max(1, tokens.shape[0] - block_size - 1))
+        text = jax.lax.dynamic_slice(tokens, (start,), (block_size + 1,))
+        return _padded(text, pad_key, data.padding_chance)
+
+    def filled(rows: jax.Array) -> jax.Array:
+        rows = jnp.pad(rows, ((0, steps * data.batch_size - count), (0, 0)))
+        return rows.reshape(steps, data.batch_size, block_size)
+
+    inputs, targets = jax.vmap(crop)(jax.random.split(key, count))
+    return filled(inputs), filled(targets)

@@ -67,6 +67,8 @@ class DataConfig:
     oversample: float = setting(1.0, "times the training text is covered in an epoch", above=0.0)
     train_split: float = setting(0.8, "leading part of the corpus that is trained on", above=0.0, below=1.0)
     padding_chance: float = setting(0.0, "chance that a training sequence begins with padding", least=0.0, most=1.0)
+    short_epochs: bool = setting(False, "as the ancestor: an epoch covers one batch_size-th of the text")
+    random_validation: bool = setting(False, "as the ancestor: validate on a few crops drawn anew each time; noisy")
 
 
 @dataclass
@@ -82,12 +84,13 @@ class OptimizerConfig:
 
 @dataclass
 class SchedulerConfig:
-    """Linear warm-up from min_lr_factor x peak, then cosine back down to it at the last step."""
+    """Linear warm-up from min_lr_factor x peak, then, unless decay is off, cosine back down to it at the last step."""
 
     epochs: float = setting(100.0, "length of the run", above=0.0)
     max_steps: int | None = setting(None, "length of the run in steps; overrides epochs", least=1)
     warmup_epochs: float = setting(1.0, "epochs of linear warm-up", least=0.0)
     min_lr_factor: float = setting(0.1, "lowest rate as a part of the peak", least=0.0, most=1.0)
+    decay: str = setting("cosine", "after the warm-up; 'none', as the ancestor: stay", choices=("cosine", "none"))
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from chargpt_jax.config import OptimizerConfig, SchedulerConfig
@@ -17,16 +18,20 @@ def warmup_cosine(config: SchedulerConfig, peak: float, epoch_steps: int) -> opt
     """Return the learning rate of each update, counted from 0.
 
     Linear from min_lr_factor x peak at update 0 to the peak after warmup_epochs, then a half cosine that reaches
-    min_lr_factor x peak at the last update. In a run shorter than its warm-up, the last update
-    reaches the peak.
+    min_lr_factor x peak at the last update; in a run shorter than its warm-up, the last update reaches the peak. With
+    decay 'none' the rate stays at the peak, and the warm-up is as long as it says.
     """
     last = total_steps(config, epoch_steps) - 1
-    warmup = min(round(config.warmup_epochs * epoch_steps), last)
-    low = config.min_lr_factor * peak
-    down = optax.cosine_decay_schedule(peak, max(1, last - warmup), alpha=config.min_lr_factor)
-    if not warmup:
-        return down
-    return optax.join_schedules([optax.linear_schedule(low, peak, warmup), down], [warmup])
+    warmup = round(config.warmup_epochs * epoch_steps)
+    if config.decay == "none":
+        rate = optax.constant_schedule(peak)
+    else:
+        warmup = min(warmup, last)
+        rate = optax.cosine_decay_schedule(peak, max(1, last - warmup), alpha=config.min_lr_factor)
+    if warmup:
+        rate = optax.join_schedules([optax.linear_schedule(config.min_lr_factor * peak, peak, warmup), rate], [warmup])
+    # Counted in floats: optax would divide the int32 count in float32, under x64 too.
+    return lambda count: rate(jnp.asarray(count, float))
 
 
 def decay_mask(params: dict[str, Any]) -> dict[str, Any]:

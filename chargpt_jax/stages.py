@@ -197,7 +197,7 @@ def _train(setup: Setup, folder: Workdir, store: Checkpoints, stop: Stop) -> Ite
         signal = stop()
         if step % every == 0 or step == total:
             began = time.perf_counter()
-            loss = validate_now(state.params)
+            loss = validate_now(state.params, step)
             _check_finite(np.array([loss]), np.zeros(1), step - 1, store)
             seconds += time.perf_counter() - began
             found = Validated(step, step / epoch_steps, loss, bits_per_character(loss), loss < best, seconds)

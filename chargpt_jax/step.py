@@ -39,6 +39,11 @@ def dropout_key(key: jax.Array, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, 1), step)
 
 
+def validation_key(key: jax.Array, step: jax.Array | int) -> jax.Array:
+    """Return the key of the crops that are validated on after a step, where the config asks for random ones."""
+    return jax.random.fold_in(jax.random.fold_in(key, 2), step)
+
+
 def create_state(
     params: dict[str, Any], tx: optax.GradientTransformation, seed: int, dtype: Any = jnp.float32
 ) -> TrainState:

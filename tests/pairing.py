@@ -1,7 +1,10 @@
-"""Our parameters under the names and in the orientation that tests/reference.py (and the PyTorch ancestor) use."""
+"""What comparisons share: float64, and our parameters under the names and in the orientation that tests/reference.py
+(and the PyTorch ancestor) use."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
+import jax
 import numpy as np
 
 # Our path below 'blocks' -> the ancestor's name below 'transformer.blocks.N', and whether the matrix is transposed.
@@ -38,3 +41,28 @@ def from_reference(params: dict[str, np.ndarray], n_layer: int, dtype: Any) -> d
             node = node.setdefault(key, {})
         node[path[-1]] = np.stack([a.T if transposed else a for a in layers]).astype(dtype)
     return tree
+
+
+def by_name(tree: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return our tree of parameters, or of their gradients, under the ancestor's names and orientation."""
+    flat = {
+        "transformer.wte.weight": np.asarray(tree["wte"]["embedding"]),
+        "transformer.ln_f.weight": np.asarray(tree["ln_f"]["scale"]),
+        "transformer.ln_f.bias": np.asarray(tree["ln_f"]["bias"]),
+    }
+    for path, (name, transposed) in LAYER.items():
+        node = tree["blocks"]
+        for key in path:
+            node = node[key]
+        for number, layer in enumerate(np.asarray(node)):
+            flat[f"transformer.blocks.{number}.{name}"] = layer.T if transposed else layer
+    return flat
+
+
+def x64(on: bool) -> AbstractContextManager:
+    """Return the context in which float64 is what it says; JAX moved it in 0.8."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(on)
+    from jax.experimental import enable_x64
+
+    return enable_x64(on)

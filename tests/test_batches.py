@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.random import define_prng_impl
 
-from chargpt_jax.batches import batch_at, shuffled, split, steps_per_epoch, validation_batches, windows_per_pass
+from chargpt_jax.batches import (
+    batch_at,
+    shuffled,
+    split,
+    steps_per_epoch,
+    validation_batches,
+    validation_crops,
+    windows_per_pass,
+)
 from chargpt_jax.config import DataConfig, UserError
 
 
@@ -166,6 +174,52 @@ def test_an_epochs_steps_just_cover_the_windows_times_oversample(n, block_size, 
 def test_oversample_scales_an_epoch():
     lengths = [steps_per_epoch(100_001, 100, DataConfig(batch_size=9, oversample=x)) for x in (0.5, 1.0, 2.0)]
     assert lengths == [56, 111, 222]
+
+
+def test_a_short_epoch_is_the_batch_size_times_shorter():
+    """The book's 386,813 characters in windows of 512, 16 an update: 95 crops where 1,509 windows are asked for."""
+    whole = DataConfig(batch_size=16, oversample=2.0)
+    short = DataConfig(batch_size=16, oversample=2.0, short_epochs=True)
+    assert (steps_per_epoch(386_813, 512, whole), steps_per_epoch(386_813, 512, short)) == (95, 6)
+    assert steps_per_epoch(514, 512, short) == steps_per_epoch(513, 512, short) == 1
+
+
+# The ancestor's validation
+
+
+@pytest.mark.parametrize(
+    ("more", "block", "batch", "chance"),
+    [(0, 5, 2, 0.0), (1, 3, 1, 0.5), (90, 4, 3, 0.5), (900, 12, 4, 0.0), (900, 30, 5, 0.5)],
+)
+def test_validation_crops_are_pieces_of_the_held_out_part_and_one_batch_sizeth_of_it(more, block, batch, chance):
+    n = block + 1 + more
+    data = DataConfig(batch_size=batch, padding_chance=chance)
+    draw = jax.jit(partial(validation_crops, block_size=block, data=data))
+    inputs, targets = (np.asarray(a) for a in draw(jnp.arange(1, n + 1), KEY))
+    assert inputs.shape == targets.shape == (len(inputs), batch, block)
+    inputs, targets = inputs.reshape(-1, block), targets.reshape(-1, block)
+    count = (targets[:, -1] != 0).sum()
+    assert (targets[:count, -1] != 0).all()
+    assert (inputs[count:] == 0).all()
+    assert count == max(1, math.ceil(more / batch / block))
+    hidden = (inputs[:count] == 0).sum(axis=1)
+    assert hidden.max() <= (max(1, block // 3 - 1) if chance else 0)
+    place, starts = np.arange(block), targets[:count, -1:] - block
+    assert starts.min() >= 1
+    assert (inputs[:count] == np.where(place < hidden[:, None], 0, starts + place)).all()
+    assert (targets[:count] == np.where(place < hidden[:, None] - 1, 0, starts + place + 1)).all()
+
+
+def test_validation_crops_differ_between_steps_and_lie_anywhere():
+    data, tokens = DataConfig(batch_size=2), jnp.arange(1, 1001)
+    draw = jax.jit(lambda step: validation_crops(tokens, jax.random.fold_in(KEY, step), 8, data)[0][..., 0])
+    starts = np.stack([np.asarray(draw(step)).ravel() for step in range(30)])
+    assert np.array_equal(starts[3], np.asarray(draw(3)).ravel())
+    assert len({tuple(row) for row in starts.tolist()}) == 30
+    drawn = starts[:, : math.ceil(991 / 2 / 8)]
+    assert drawn.min() < 20
+    assert drawn.max() > 970
+    assert abs(drawn.mean() - 496) < 5 * 287 / math.sqrt(drawn.size)
 
 
 # Padding

@@ -140,7 +140,7 @@ def trained(workdir: Path, n_devices: int, parts: int) -> dict[str, Any]:
     batch = jax.jit(partial(devices.shared, setup.mesh))(jnp.zeros((config.data.batch_size, 2)))
     return {
         "losses": losses,
-        "validation": setup.validator()(state.params),
+        "validation": setup.validator()(state.params, 0),
         "params": {jax.tree_util.keystr(k): x.tolist() for k, x in jax.tree_util.tree_leaves_with_path(state.params)},
         "operations": compiled.cost_analysis()["flops"],
         "collectives": [name for name in ("all-reduce", "all-gather") if f" {name}(" in compiled.as_text()],

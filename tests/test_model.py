@@ -17,20 +17,11 @@ from chargpt_jax.metrics import surprisal_and_entropy
 from chargpt_jax.model import MASKED, count_parameters, create, rotary, rotate
 from chargpt_jax.step import nats
 from tests import reference
-from tests.pairing import from_reference
+from tests.pairing import from_reference, x64
 
 CONFIG = ModelConfig(
     vocab_size=64, used_ids=40, block_size=24, n_embd=20, n_head=3, n_head_dim=8, n_ff=36, n_layer=3, attention_block=10
 )
-
-
-def x64(on: bool):
-    """Return the context in which float64 is what it says; JAX moved it in 0.8."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(on)
-    from jax.experimental import enable_x64
-
-    return enable_x64(on)
 
 
 def run(config, params, tokens, dtype=jnp.float32, seeds=None):

@@ -12,17 +12,10 @@ from chargpt_jax.config import ModelConfig, OptimizerConfig, SchedulerConfig
 from chargpt_jax.model import create
 from chargpt_jax.optimizer import adamw, decay_mask, total_steps, warmup_cosine
 from tests import reference
+from tests.pairing import x64
 
 N_LAYER = 3
 RATES = [3e-3, 1e-2, 2e-3, 5e-3, 1e-3]
-
-
-@pytest.fixture
-def x64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
 
 
 # Schedule
@@ -63,6 +56,25 @@ def test_a_factor_of_0_ends_at_0():
     expected = [reference.warmup_cosine(step, 0.01, 5, 20, 0.0) for step in range(20)]
     np.testing.assert_allclose(rates, expected, rtol=1e-6, atol=1e-9)
     assert rates[0] == rates[-1] == 0
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "epoch_steps", "low"), SHAPES)
+def test_under_x64_the_schedule_is_computed_in_float64(epochs, warmup, epoch_steps, low):
+    config = SchedulerConfig(epochs=epochs, warmup_epochs=warmup, min_lr_factor=low)
+    total, warmup_steps = total_steps(config, epoch_steps), round(warmup * epoch_steps)
+    with x64(True):
+        rates = warmup_cosine(config, 0.3, epoch_steps)(jnp.arange(total, dtype=jnp.int32))
+    expected = [reference.warmup_cosine(step, 0.3, warmup_steps, total, low) for step in range(total)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0, 30.0])
+def test_without_decay_the_rate_rises_as_it_would_and_stays_at_the_peak(warmup):
+    """A warm-up that is longer than the run is cut off, not hurried."""
+    config = SchedulerConfig(max_steps=40, warmup_epochs=warmup, min_lr_factor=0.1, decay="none")
+    rates = np.asarray(warmup_cosine(config, 0.01, 10)(jnp.arange(50)))
+    line = np.minimum(np.arange(50) / max(1, 10 * warmup), 1) if warmup else np.ones(50)
+    np.testing.assert_allclose(rates, 0.001 + 0.009 * line, rtol=1e-6)
 
 
 @pytest.mark.parametrize("total", [1, 2, 5, 10])
@@ -149,11 +161,12 @@ def updated(tx: optax.GradientTransformation, params: dict, grads: list[dict]) -
     return params
 
 
-def test_five_updates_are_the_references(x64):
+def test_five_updates_are_the_references():
     rng = np.random.default_rng(0)
     params, grads = tree(rng), [tree(rng) for _ in RATES]
     config = OptimizerConfig(weight_decay=0.1, betas=(0.9, 0.95))
-    got = updated(adamw(config, lambda step: jnp.asarray(RATES)[step]), params, grads)
+    with x64(True):
+        got = updated(adamw(config, lambda step: jnp.asarray(RATES)[step]), params, grads)
     expected = reference.adamw_steps(
         unstacked(params), lambda _, step: unstacked(grads[step]), RATES, (0.9, 0.95), weight_decay=0.1
     )

@@ -1,13 +1,14 @@
 """The package against the ancestor's mathematics in PyTorch: from the same parameters, on the same tokens.
 
 benchmarks/fidelity.py computes both sides; here are the bounds. "Within" is relative to the largest number of an array:
-1e-9 in float64, 1e-5 in float32; for bfloat16, and for 50 updates in float32, it is what was measured, and about
+1e-9 in float64, 1e-5 in float32; for bfloat16, and for what only rounding moves, it is what was measured, and about
 PyTorch's own distance from float64. Runs where PyTorch is installed.
 """
 
 import dataclasses
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,16 +16,22 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
+from torch.optim.lr_scheduler import LinearLR  # noqa: E402
+from torch.utils.data import DataLoader, RandomSampler  # noqa: E402
+
 from benchmarks import fidelity  # noqa: E402
-from benchmarks.fidelity import CONFIG, SIZES, UPDATES, difference, ours, theirs  # noqa: E402
+from benchmarks.fidelity import CONFIG, KEYS, SIZES, TRAINED, UPDATES, difference, ours, theirs  # noqa: E402
 from chargpt_jax import lr_finder  # noqa: E402
-from chargpt_jax.config import LRFinderConfig, UserError  # noqa: E402
+from chargpt_jax.batches import steps_per_epoch  # noqa: E402
+from chargpt_jax.config import DataConfig, LRFinderConfig, SchedulerConfig, UserError  # noqa: E402
+from chargpt_jax.optimizer import warmup_cosine  # noqa: E402
 from chargpt_jax.tokenizer import CharTokenizer  # noqa: E402
 from tests import original  # noqa: E402
+from tests.pairing import x64  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
-LOSSES, PARAMETERS = f"losses of {UPDATES} updates", f"parameters after {UPDATES} updates"
+LOSSES = f"losses of {UPDATES} updates"
 PARAMETER_NAMES = list(fidelity.parameters())
 
 
@@ -48,8 +55,8 @@ def test_the_common_parameters_and_batches_leave_nothing_out():
     assert all(np.abs(a - a.mean()).max() > 1e-3 for a in fidelity.parameters().values())
     assert all((a == 0).any() for a in fidelity.batch(0))
     assert ours("float64")["logits"]["logits"].dtype == np.float64
-    assert all(a.dtype == np.float64 for a in ours("float64")[PARAMETERS].values())
-    moved = difference(ours("float64")[PARAMETERS], fidelity.parameters())
+    assert all(a.dtype == np.float64 for a in ours("float64")[TRAINED].values())
+    moved = difference(ours("float64")[TRAINED], fidelity.trained(fidelity.parameters())[TRAINED])
     assert moved[1] > 0.05
     losses = ours("float64")[LOSSES]["losses"]
     assert losses[-5:].mean() < losses[:5].mean() - 0.5
@@ -73,7 +80,7 @@ def test_in_float64_we_are_the_ancestor(quantity):
 
 
 @pytest.mark.parametrize("name", PARAMETER_NAMES)
-@pytest.mark.parametrize("quantity", ["gradients", PARAMETERS])
+@pytest.mark.parametrize("quantity", ["gradients", TRAINED])
 def test_in_float64_each_array_is_the_ancestors(quantity, name):
     """The tied table's gradient is the sum of what it does as embedding and as head."""
     found, exact = ours("float64")[quantity][name], theirs("float64")[quantity][name]
@@ -84,25 +91,33 @@ def test_in_float64_each_array_is_the_ancestors(quantity, name):
 # float32
 
 
-@pytest.mark.parametrize("quantity", ["logits", "loss", "gradients", "learning rates", LOSSES])
+@pytest.mark.parametrize("quantity", ["logits", "loss", "gradients", "learning rates", LOSSES, TRAINED])
 def test_in_float32_we_are_the_ancestor_but_for_rounding(quantity):
     assert distance(quantity, "float32") <= 1e-5
 
 
-def test_50_updates_in_float32_end_as_near_as_pytorchs_do():
-    """Adam divides small gradients by their own size, and so enlarges their rounding: measured 7e-5, PyTorch 8e-5."""
-    assert distance(PARAMETERS, "float32") <= 3e-4
-    assert difference(theirs("float32")[PARAMETERS], theirs("float64")[PARAMETERS])[1] <= 3e-4
+def test_the_keys_biases_walk_by_rounding_alone_as_far_from_float64_as_pytorchs():
+    """Their gradient is 0 in exact numbers: float64 ends within 1e-9, float32 where its rounding and Adam take it."""
+    assert distance(KEYS, "float64") <= 1e-9
+    assert 1e-6 < distance(KEYS, "float32") <= 3e-4
+    assert difference(theirs("float32")[KEYS], theirs("float64")[KEYS])[1] <= 3e-4
 
 
 # bfloat16
 
 
-def test_bfloat16_stays_within_the_measured_bound():
-    """Measured: logits 0.018 and losses 6e-4 of their largest; PyTorch under autocast 0.015 and 7e-4."""
-    assert 1e-3 < distance("logits", "bfloat16") <= 0.03
-    assert distance("loss", "bfloat16") <= 1e-3
-    assert distance(LOSSES, "bfloat16") <= 1.5e-3
+BFLOAT16 = {  # measured (PyTorch under autocast): what is allowed
+    "logits": 0.03,  # 0.015 (0.015)
+    "loss": 5e-4,  # 5e-5 (2e-4)
+    "gradients": 0.06,  # 0.031 (0.012)
+    LOSSES: 1.5e-3,  # 6e-4 (7e-4)
+    TRAINED: 0.03,  # 0.011 (0.010)
+}
+
+
+@pytest.mark.parametrize("quantity", BFLOAT16)
+def test_bfloat16_stays_within_the_measured_bound(quantity):
+    assert 1e-6 < distance(quantity, "bfloat16") <= BFLOAT16[quantity]
 
 
 # Generation
@@ -137,6 +152,35 @@ def test_greedy_text_is_the_ancestors():
     given = torch.from_numpy(fidelity.prompts()).long()
     expected = original.greedy(fidelity.torch_model(torch.float64), given, 30, CONFIG.block_size)
     assert tokens.tolist() == expected.tolist()
+
+
+# What the ancestor does otherwise, switched on
+
+
+@given(st.integers(30, 5000), st.integers(1, 20), st.integers(1, 9), st.floats(0.3, 3))
+@settings(deadline=None)
+def test_a_short_epoch_is_as_long_as_the_ancestors_loader(n, block_size, batch_size, oversample):
+    """Its sampler draws the text's length over (batch x block) crops, and its loader makes batches of those."""
+    crops = range(n - block_size - 1)
+    sampler = RandomSampler(
+        crops, replacement=True, num_samples=math.ceil(len(crops) * oversample / batch_size / block_size)
+    )
+    data = DataConfig(batch_size=batch_size, oversample=oversample, short_epochs=True)
+    assert steps_per_epoch(n, block_size, data) == len(DataLoader(crops, batch_size, sampler=sampler))
+
+
+@pytest.mark.parametrize("warmup", [1.0, 2.5, 9.0])
+def test_a_warm_up_without_decay_is_the_ancestors(warmup):
+    config = SchedulerConfig(max_steps=50, warmup_epochs=warmup, min_lr_factor=0.1, decay="none")
+    with x64(True):
+        found = np.asarray(warmup_cosine(config, 1e-2, 10)(jnp.arange(50)))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2)
+    schedule, expected = LinearLR(optimizer, start_factor=0.1, total_iters=int(10 * warmup)), []
+    for _ in range(50):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 # The range test

@@ -163,6 +163,31 @@ def test_the_model_learns_the_text_down_to_its_entropy(text, tmp_path):
     assert FLOOR * 0.97 < ended.best_loss < FLOOR * 1.12
 
 
+def test_the_ancestors_ways_can_be_switched_on(text, tmp_path):
+    """Its short epochs, its warm-up without a cosine, its open vocabulary, and its validation on random crops."""
+    config = small_config(text)
+    config.model.mask_unused_ids = False
+    config.data.short_epochs, config.data.random_validation = True, True
+    config.scheduler.decay, config.scheduler.max_steps, config.scheduler.epochs = "none", None, 3.0
+    config.scheduler.warmup_epochs, config.train.validate_every = 1.0, 1.0
+    config.data.batch_size = 4
+    events = list(stages.train(config, tmp_path, quiet))
+    prepared, started = events[:2]
+    steps = math.ceil(math.ceil((prepared.n_train - 33) / 4 / 32) / 4)
+    assert (started.epoch_steps, started.total_steps) == (steps, 3 * steps)
+    rates = [line["learning_rate"] for line in logged(tmp_path) if line["event"] == "step"]
+    assert rates[0] == pytest.approx(1e-3)
+    assert rates[steps:] == pytest.approx([1e-2] * 2 * steps)
+
+    setup = stages.Setup.of(Workdir(tmp_path))
+    params = jax.tree.map(np.asarray, setup.params)
+    crops, windows = setup.validator(), setup.validator(whole=True)
+    assert crops(params, 1) == crops(params, 1) != crops(params, 2)
+    assert windows(params, 1) == windows(params, 2)
+    # The text is even enough for crops to agree with the whole, but for what so few of them leave to chance.
+    assert crops(params, 1) == pytest.approx(windows(params, 1), rel=0.05)
+
+
 def test_without_a_rate_the_range_test_finds_one_and_the_config_keeps_it(text, tmp_path):
     config = small_config(text)
     config.optimizer.learning_rate = None
