@@ -22,6 +22,7 @@ from chargpt_jax.assembly import Setup
 from chargpt_jax.checkpoint import Checkpoints, NoCheckpoint
 from chargpt_jax.config import Config, UserError, from_dict
 from chargpt_jax.events import Event
+from chargpt_jax.flops import training_flops
 from chargpt_jax.generate import Progress, Sampler, advance, begin, bucket, score_tokens
 from chargpt_jax.interchange import import_original
 from chargpt_jax.metrics import bits_per_character, perplexity
@@ -297,9 +298,13 @@ def write_report(workdir: str | Path) -> Path:
 
 
 def info(workdir: str | Path) -> dict[str, Any]:
-    """Say what a run is: its corpus, model, progress and the devices here, as JSON can hold it."""
+    """Say what a run is, as JSON can hold it: its corpus, model, progress, the devices here, and how fast it trained.
+
+    The last (None before the first validation): compile_seconds, seconds_per_step, flops_per_step (as flops.py counts
+    them), flops_per_second, and mfu, the part of the devices' peak that this is, where the peak is known.
+    """
     folder = Workdir(workdir)
-    config, sources = folder.load_config(), folder.load_sources()
+    config, sources, speed = folder.load_config(), folder.load_sources(), folder.load_speed()
     log = [line for line in folder.load_metrics() if line["event"] == "validation"]
     _, like = _shapes(config, devices.compute_dtype(config.amp))
     n = int(sum(source["characters"] for source in sources))
@@ -321,6 +326,12 @@ def info(workdir: str | Path) -> dict[str, Any]:
         "best_bits_per_character": best and best["bits_per_character"],
         "devices": devices.describe(devices.data_mesh(config.data.batch_size)),
         "dtype": jnp.dtype(devices.compute_dtype(config.amp)).name,
+        "trained_on": speed.get("device"),
+        "compile_seconds": speed.get("compile_seconds"),
+        "seconds_per_step": speed.get("seconds_per_step"),
+        "flops_per_step": training_flops(config.model, config.data.batch_size),
+        "flops_per_second": speed.get("flops_per_second"),
+        "mfu": speed.get("mfu"),
     }
 
 

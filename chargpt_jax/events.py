@@ -84,6 +84,15 @@ class TrainStarted:
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """The updates are compiled, or taken from the compilation cache."""
+
+    seconds: float
+    flops_per_step: float
+    """Operations of one update, by `flops.training_flops`."""
+
+
+@dataclass(frozen=True)
 class Steps:
     """Updates have been made; numbers are those of the last one."""
 
@@ -134,4 +143,4 @@ class Ended:
     signal: int | None = None
 
 
-Event = Prepared | LRFinderStep | Zoom | LRFinderResult | TrainStarted | Steps | Validated | Saved | Ended
+Event = Prepared | LRFinderStep | Zoom | LRFinderResult | TrainStarted | Compiled | Steps | Validated | Saved | Ended

@@ -35,6 +35,7 @@ MODES_OF = {
     **dict.fromkeys(("format", "out"), ("export",)),
     "from": ("import",),
     "topology": ("compile",),
+    "profile": ("run", "train"),
     "json": (*USES_MODEL, "find_lr", "info"),
 }
 """The modes that a flag means something to; flags that are not here go with every mode."""
@@ -69,6 +70,7 @@ def define_flags() -> flags.FlagValues:
     )
     flags.DEFINE_bool("stream", False, "generate: print while writing", flag_values=values)
     flags.DEFINE_bool("skip_unknown", False, "drop characters the model has never seen", flag_values=values)
+    flags.DEFINE_bool("profile", False, "run, train: trace a few dispatches into WORKDIR/profile", flag_values=values)
     flags.DEFINE_bool("json", False, "print one JSON object on stdout, all else on stderr", flag_values=values)
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
     return values

@@ -83,7 +83,7 @@ def _stage(mode: str, config: Config, values: FlagValues) -> int:
     from chargpt_jax import devices
 
     devices.use_compilation_cache(corpus.default_cache() / "xla")
-    from chargpt_jax import api, events, progress
+    from chargpt_jax import api, events, profile, progress
 
     out = sys.stderr if values.json else sys.stdout
     signals, last = Signals(), None
@@ -97,7 +97,10 @@ def _stage(mode: str, config: Config, values: FlagValues) -> int:
 
     def watched() -> Any:
         nonlocal last
-        for event in stages[mode]():
+        happening = stages[mode]()
+        if values.profile:
+            happening = profile.profiled(happening, folder.path / "profile")
+        for event in happening:
             if isinstance(event, events.TrainStarted):
                 signals.install()
             if isinstance(event, events.Ended):
@@ -110,6 +113,8 @@ def _stage(mode: str, config: Config, values: FlagValues) -> int:
         return 128 + last.signal
     if mode == "run":
         _tell_samples(folder, out)
+    for trace in sorted(folder.path.glob("profile/plugins/profile/*/perfetto_trace.json.gz"))[-1:]:
+        print(f"trace: {trace}, for https://ui.perfetto.dev", file=out)
     if values.json and isinstance(last, events.LRFinderResult):
         import dataclasses
 

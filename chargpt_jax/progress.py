@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from chargpt_jax import plots
 from chargpt_jax.events import (
+    Compiled,
     Ended,
     Event,
     LRFinderResult,
@@ -73,6 +74,8 @@ def sentence(event: Event) -> str | None:
                 f"{event.total_steps:,} steps ({event.epochs:g} epochs of {event.epoch_steps:,}), peak rate "
                 f"{event.learning_rate:.2e}"
             )
+        case Compiled():
+            return f"compiled in {event.seconds:.1f} s; an update asks for {event.flops_per_step / 1e9:,.3g} GFLOP"
         case Validated():
             return (
                 f"validation: epoch {event.epoch:.2f}, step {event.step:,}: {event.loss:.4f} nats = "

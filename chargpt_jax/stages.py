@@ -22,7 +22,8 @@ from chargpt_jax.assembly import MOST_STEPS, Setup, probe
 from chargpt_jax.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.config import Config, UserError, differences, from_dict, validate
 from chargpt_jax.corpus import load_corpus
-from chargpt_jax.events import Ended, Event, LRFinderResult, Prepared, Saved, Steps, TrainStarted, Validated
+from chargpt_jax.events import Compiled, Ended, Event, LRFinderResult, Prepared, Saved, Steps, TrainStarted, Validated
+from chargpt_jax.flops import peak_flops, training_flops
 from chargpt_jax.lr_finder import search, trainer_loss
 from chargpt_jax.metrics import bits_per_character
 from chargpt_jax.model import count_parameters
@@ -171,7 +172,11 @@ def _train(setup: Setup, folder: Workdir, store: Checkpoints, stop: Stop) -> Ite
         training=tuple((line["step"], line["loss"]) for line in log if line["event"] == "step"),
         validation=tuple((line["step"], line["loss"]) for line in log if line["event"] == "validation"),
     )
-    dispatch, validate_now, pace, signal = setup.updater(tx), setup.validator(), Pace(config), None
+    began = time.perf_counter()
+    dispatch = setup.updater(tx).lower(state, setup.on_device, np.int32(1)).compile()
+    compiled = Compiled(time.perf_counter() - began, training_flops(config.model, config.data.batch_size))
+    yield compiled
+    validate_now, pace, signal = setup.validator(), Pace(config), None
 
     while step < total and signal is None:
         count = min(pace.steps, every - step % every, total - step)
@@ -202,6 +207,7 @@ def _train(setup: Setup, folder: Workdir, store: Checkpoints, stop: Stop) -> Ite
             seconds += time.perf_counter() - began
             found = Validated(step, step / epoch_steps, loss, bits_per_character(loss), loss < best, seconds)
             best = min(best, loss)
+            folder.save_speed(_speed(compiled, pace, setup))
             # The line goes first: after a crash between the two, training goes on from before it and drops it.
             folder.append_metrics([{"event": "validation", **dataclasses.asdict(found)}])
             path = store.save(state, {**setup.record(), "step": step}, loss)
@@ -227,6 +233,21 @@ def _resumed(setup: Setup, store: Checkpoints, fresh: TrainState) -> TrainState:
     if lines:
         raise UserError(f"Checkpoint {step} of {store.folder} is of another run ({'; '.join(lines[:6])}).")
     return store.restore(step, fresh)
+
+
+def _speed(compiled: Compiled, pace: "Pace", setup: Setup) -> dict[str, Any]:
+    """Say how fast training goes, as JSON can hold it."""
+    device, dtype = setup.mesh.devices.flat[0], jnp.dtype(setup.dtype).name
+    achieved = compiled.flops_per_step / pace.seconds_per_step
+    peak = peak_flops(device, dtype)
+    return {
+        "device": devices.describe(setup.mesh),
+        "compile_seconds": compiled.seconds,
+        "seconds_per_step": pace.seconds_per_step,
+        "flops_per_step": compiled.flops_per_step,
+        "flops_per_second": achieved,
+        "mfu": achieved / (peak * setup.mesh.size) if peak else None,
+    }
 
 
 def _check_finite(losses: np.ndarray, norms: np.ndarray, step: int, store: Checkpoints, scaled: bool = False) -> None:

@@ -1,7 +1,7 @@
 """A run's folder: what is where, and how it is read and written.
 
     config.json   corpus/{tokens.npy, vocabulary.json, sources.json}   lr_finder.{json, svg}   metrics.jsonl
-    checkpoints/   samples/   loss.svg   report.html
+    speed.json   checkpoints/   samples/   loss.svg   report.html
 
 Every file but metrics.jsonl is written whole: to a neighbour first, then renamed over the old one.
 """
@@ -33,6 +33,7 @@ class Workdir:
         self.corpus = self.path / "corpus"
         self.lr_finder = self.path / "lr_finder.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.speed = self.path / "speed.json"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self.report = self.path / "report.html"
@@ -116,6 +117,14 @@ class Workdir:
         """Write the range test's result and its picture."""
         self.write(self.lr_finder, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
         self.write(self.lr_finder.with_suffix(".svg"), svg)
+
+    def save_speed(self, speed: dict[str, Any]) -> None:
+        """Write how fast training goes."""
+        self.write(self.speed, json.dumps(speed, indent=2) + "\n")
+
+    def load_speed(self) -> dict[str, Any]:
+        """Read how fast training went; nothing where it has not been found out."""
+        return self.load_json(self.speed) if self.speed.exists() else {}
 
     def append_metrics(self, lines: Sequence[dict[str, Any]]) -> None:
         """Add lines to metrics.jsonl, each one JSON object."""

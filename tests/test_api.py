@@ -208,6 +208,21 @@ def test_eval_and_info_print_json(capsys, workdir):
     assert code == 0
     assert facts["step"] == facts["total_steps"] == 60
     assert facts["sources"] == ["words"]
+    assert facts["compile_seconds"] > 0
+    assert facts["flops_per_second"] == pytest.approx(facts["flops_per_step"] / facts["seconds_per_step"])
+
+
+def test_a_profiled_run_leaves_a_trace_of_its_work(capsys, workdir, tmp_path):
+    config = workdir / "config.json"
+    fields = [
+        "--config.scheduler.max_steps=6",
+        "--config.train.steps_per_dispatch=1",
+        "--config.train.validate_every=9",
+    ]
+    command_line = ["chargpt", "--mode=train", f"--config={config}", f"--workdir={tmp_path / 'run'}", "--profile"]
+    assert main([*command_line, *fields]) == 0
+    (trace,) = (tmp_path / "run").glob("profile/plugins/profile/*/perfetto_trace.json.gz")
+    assert str(trace) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,9 @@ def test_one_compilation_serves_every_count_temperature_and_length_of_a_bucket()
     for length, count, temperature in ((3, 4, 0.3), (9, 15, 1.0), (12, 1, 0.0)):
         generate(prompts(length), count, temperature=temperature)
     assert advance._cache_size() == before
+    for lengths in ((3, 4, 5, 6, 7), (9, 8, 7, 6, 5)):  # of five rows there was none before
+        generate(prompts(*lengths), 9)
+    assert advance._cache_size() == before + 1
 
 
 def test_padding_and_unused_ids_are_never_written():

@@ -31,6 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optimizer": {"config"},
     "step": {"batches", "dropout"},
     "events": set(),
+    "flops": {"config"},
+    "profile": {"events"},
     "lr_finder": {"config", "events"},
     "devices": {"config"},
     "checkpoint": {"step"},
@@ -57,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flags": {"config"},
     # where the pieces meet
     "assembly": {"batches", "config", "devices", "model", "optimizer", "step", "workdir"},
-    "stages": EVERYONE - {"api", "compile", "progress", "stages"},
+    "stages": EVERYONE - {"api", "compile", "profile", "progress", "stages"},
     "compile": {"assembly", "config", "devices", "generate", "model", "optimizer", "step"},
     "api": EVERYONE - {"api"},
     "main": {"config", "flags"},
@@ -65,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 LATER: dict[str, set[str]] = {
-    "main": {"config", "api", "progress", "events", "devices", "corpus", "workdir", "compile"},
+    "main": {"config", "api", "profile", "progress", "events", "devices", "corpus", "workdir", "compile"},
     "__init__": {"api", "config", "progress"},
 }
 """What may be imported inside a function, or for the type checker alone, besides."""

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from chargpt_jax.events import (
+    Compiled,
     Ended,
     Event,
     LRFinderResult,
@@ -31,6 +32,7 @@ RUN: list[Event] = [
     ZOOM,
     LRFinderResult(3.2e-3, "steepest", 1e-10, 10.0, (ZOOM,)),
     TrainStarted(213_504, 0, 1000, 100, 10.0, 3.2e-3, "1 x cpu", "float32"),
+    Compiled(4.2, 2.5e10),
     *[Steps(n, n / 100, 3.0, 1e-3, 0.7, 10_000.0, 0.1 * n / 2, 7260.0) for n in range(1, 1000)],
     LAST,
     Validated(1000, 10.0, 1.7, 1.7 / math.log(2), True, 605.0),

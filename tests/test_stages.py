@@ -14,6 +14,7 @@ from chargpt_jax import assembly, stages
 from chargpt_jax.checkpoint import Checkpoints
 from chargpt_jax.config import UserError
 from chargpt_jax.events import (
+    Compiled,
     Ended,
     LRFinderResult,
     LRFinderStep,
@@ -71,7 +72,7 @@ def whole(text, tmp_path_factory):
 def test_events_tell_the_whole_story_in_order(whole):
     _, events = whole
     kinds = [type(event) for event in events]
-    assert kinds[:2] == [Prepared, TrainStarted]
+    assert kinds[:3] == [Prepared, TrainStarted, Compiled]
     assert kinds[-3:] == [Validated, Saved, Ended]
     steps = [event.step for event in events if isinstance(event, Steps)]
     assert steps == sorted(set(steps))
@@ -90,6 +91,25 @@ def test_every_step_and_validation_is_logged_once(whole):
     assert [{k: v for k, v in line.items() if k != "event"} for line in lines if line["event"] == "validation"] == (
         validations
     )
+
+
+def test_the_speed_of_training_is_written_down(whole):
+    workdir, events = whole
+    (compiled,) = [event for event in events if isinstance(event, Compiled)]
+    speed = Workdir(workdir).load_speed()
+    assert speed["compile_seconds"] == compiled.seconds > 0
+    assert speed["flops_per_step"] == compiled.flops_per_step
+    assert speed["flops_per_second"] == pytest.approx(compiled.flops_per_step / speed["seconds_per_step"])
+    assert speed["mfu"] is None  # of a CPU nobody says what it could do
+    last = [event for event in events if isinstance(event, Steps)][-1]
+    assert speed["seconds_per_step"] == pytest.approx(8 * 32 / last.tokens_per_second)
+
+
+def test_where_the_peak_is_known_the_part_of_it_that_was_reached_is_written_down(whole, monkeypatch):
+    setup, pace = stages.Setup.of(Workdir(whole[0])), stages.Pace(small_config("x"))
+    pace.took(0.5, 10)
+    monkeypatch.setattr(stages, "peak_flops", lambda device, dtype: 1e9 if dtype == "float32" else None)
+    assert stages._speed(Compiled(1.0, 1e7), pace, setup)["mfu"] == pytest.approx(1e7 / 0.05 / 1e9)
 
 
 @pytest.mark.parametrize("when", [2, 4])
@@ -150,6 +170,20 @@ def test_training_compiles_once_for_dispatches_of_any_length(text, tmp_path, mon
     events = list(stages.train(small_config(text), tmp_path, quiet))
     lengths = np.diff([0] + [event.step for event in events if isinstance(event, Steps)])
     assert len(set(lengths)) > 1
+    assert len(traces) == 1
+
+
+def test_validation_compiles_once_for_all_of_a_run(text, tmp_path, monkeypatch):
+    traces = []
+    original = assembly.validation_nats
+
+    def counted(*args, **kwargs):
+        traces.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(assembly, "validation_nats", counted)
+    events = list(stages.train(small_config(text), tmp_path, quiet))
+    assert len([event for event in events if isinstance(event, Validated)]) > 1
     assert len(traces) == 1
 
 

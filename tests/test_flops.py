@@ -1,0 +1,53 @@
+"""The arithmetic of a step against what XLA counts, and the peaks by name."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from chargpt_jax.config import ModelConfig
+from chargpt_jax.flops import peak_flops, training_flops
+from chargpt_jax.model import create
+
+
+def test_a_step_is_three_times_the_products_that_xla_counts_in_a_forward_pass():
+    """XLA counts a loop's body once, so one layer; one block of queries, so that no score is left out."""
+    config = ModelConfig(
+        vocab_size=128, used_ids=97, block_size=64, n_embd=96, n_head=4, n_head_dim=32, n_ff=256, n_layer=1, remat=False
+    )
+    graphdef, params = jax.eval_shape(lambda: create(config, 0))
+    tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    forward = jax.jit(lambda p, t: nnx.merge(graphdef, p)(t)).lower(params, tokens).compile().cost_analysis()["flops"]
+    assert training_flops(config, 2) == pytest.approx(3 * forward, rel=0.1)
+
+
+@pytest.mark.parametrize("change", [{"n_layer": 6}, {"vocab_size": 1024}, {"n_ff": 999}, {"block_size": 65}])
+def test_a_larger_model_asks_for_more(change):
+    small = {"vocab_size": 64, "used_ids": 9, "block_size": 64, "n_layer": 2}
+    assert training_flops(ModelConfig(**{**small, **change}), 4) > training_flops(ModelConfig(**small), 4)
+
+
+def test_sequences_add_up():
+    config = ModelConfig(vocab_size=64, used_ids=9)
+    assert training_flops(config, 12) == 12 * training_flops(config, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "peak"),
+    [
+        ("TPU v5 lite", "bfloat16", 197e12),
+        ("TPU v5", "bfloat16", 459e12),
+        ("NVIDIA A100-SXM4-40GB", "bfloat16", 312e12),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("NVIDIA L4", "bfloat16", 121e12),
+        ("NVIDIA L40S", "bfloat16", None),
+        ("Tesla T4", "float16", 65e12),
+        ("Tesla T4", "bfloat16", None),
+        ("TPU v5 lite", "float32", None),
+        ("cpu", "float32", None),
+    ],
+)
+def test_a_peak_is_known_by_the_devices_name_or_not_at_all(kind, dtype, peak):
+    assert peak_flops(SimpleNamespace(device_kind=kind), dtype) == peak

@@ -1,0 +1,56 @@
+"""A trace spans the dispatches it says, is one that Perfetto opens, and is closed however a run ends."""
+
+import gzip
+import json
+from dataclasses import fields
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from chargpt_jax.events import Ended, Steps
+from chargpt_jax.profile import COUNT, FIRST, profiled
+
+
+def dispatches(count, marks):
+    """Yield as many dispatches, each of which multiplies something under a name of its own."""
+    for number in range(1, count + 1):
+        with jax.profiler.TraceAnnotation(f"dispatch-{number}"):
+            jnp.ones((8, 8)).dot(jnp.ones((8, 8))).block_until_ready()
+        marks.append(number)
+        yield Steps(**{field.name: number for field in fields(Steps)})
+    yield Ended(count, 0.0, 0.0)
+
+
+def traced(folder):
+    (path,) = folder.glob("plugins/profile/*/perfetto_trace.json.gz")
+    assert list(path.parent.glob("*.xplane.pb"))
+    with gzip.open(path) as file:
+        names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
+    return sorted(int(name.removeprefix("dispatch-")) for name in names if name.startswith("dispatch-"))
+
+
+def test_the_trace_spans_the_dispatches_after_the_first_ones(tmp_path):
+    marks = []
+    assert len(list(profiled(dispatches(7, marks), tmp_path))) == 8
+    assert marks == list(range(1, 8))
+    assert traced(tmp_path) == list(range(FIRST + 1, FIRST + COUNT + 1))
+
+
+def test_a_run_that_ends_or_breaks_inside_the_trace_leaves_it_whole(tmp_path):
+    list(profiled(dispatches(FIRST + 1, []), tmp_path / "short"))
+    assert traced(tmp_path / "short") == [FIRST + 1]
+
+    def breaking():
+        yield from list(dispatches(FIRST, []))[:-1]
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        list(profiled(breaking(), tmp_path / "broken"))
+    assert traced(tmp_path / "broken") == []
+    list(profiled(dispatches(FIRST + 1, []), tmp_path / "again"))  # the profiler is free again
+
+
+def test_a_run_too_short_for_a_trace_leaves_none(tmp_path):
+    list(profiled(dispatches(FIRST - 1, []), tmp_path))
+    assert list(tmp_path.iterdir()) == []
