@@ -42,7 +42,7 @@ class ModelConfig:
     n_layer: int = setting(15, "transformer blocks", least=1)
     dropout: float = setting(0.0, "on attention weights, attention output and MLP output", least=0.0, below=1.0)
     mask_unused_ids: bool = setting(True, "give padding and ids without a character no probability")
-    remat: bool = setting(True, "recompute each block in the backward pass: less memory, and here less time too")
+    remat: bool = setting(True, "recompute what is cheap in the backward pass: less memory, and here less time too")
     attention_block: int = setting(64, "query positions whose scores are held at once", least=1)
 
 

@@ -232,7 +232,11 @@ class GPT(nnx.Module):
             return layer(nnx.merge(graphdef, xs[0]), carry, xs[1])
 
         if remat:
-            policy = jax.checkpoint_policies.save_only_these_names(SAVED)
+            # Matrix products are dear to make again; norms, GELU and masks are cheap.
+            policies = jax.checkpoint_policies
+            policy = policies.save_from_both_policies(
+                policies.save_only_these_names(SAVED), policies.dots_with_no_batch_dims_saveable
+            )
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         return jax.lax.scan(body, carry, (stacked, jnp.arange(self.config.n_layer)))
 
