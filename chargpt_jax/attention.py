@@ -12,7 +12,8 @@ y,
     dv_s = sum_t m_ts p_ts g_t      da_ts = p_ts (m_ts g_t . v_s - g_t . y_t)
     dq_t = sum_s da_ts k_s / sqrt(D)      dk_s = sum_t da_ts q_t / sqrt(D)
 
-so training memory grows with T, not with its square. Softmax is float32 or wider whatever the inputs are.
+so training memory grows with T, not with its square. A CPU takes the heads of all sequences a few at a time, so that
+what they need stays in its cache (devices.by_parts). Softmax is float32 or wider whatever the inputs are.
 """
 
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from chargpt_jax.dropout import keep_mask
+from chargpt_jax.devices import by_parts
+from chargpt_jax.dropout import keep_mask, shifted
 
 SAVED = "attention"
 """The name under which y and l are known to a rematerialisation policy: they are dear to make again."""
@@ -50,36 +52,69 @@ def causal_attention(
 def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None, rate: float, block: int
 ) -> tuple[jax.Array, Any]:
-    outs, logs = [], []
-    for rows in _blocks(q.shape[2], block):
-        past = slice(0, rows.stop)
-        scores = _scores(q[:, :, rows], k[:, :, past], rows.start)
-        log = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-        kept = _drop(jnp.exp(scores - log), seeds, rate, rows.start, q.shape[2])
-        outs.append(jnp.einsum("bhts,bhsd->bhtd", kept.astype(v.dtype), v[:, :, past]))
-        logs.append(log)
-    out = checkpoint_name(jnp.concatenate(outs, axis=2), SAVED)
-    log = checkpoint_name(jnp.concatenate(logs, axis=2), SAVED)
+    own = _of_heads(seeds, q.shape)
+    out, log = by_parts(partial(_outputs, rate=rate, block=block), _score_bytes(q, block), (q, k, v, own))
+    out, log = checkpoint_name(out, SAVED), checkpoint_name(log, SAVED)
     return out, (q, k, v, seeds, out, log)
 
 
 def _backward(rate: float, block: int, saved: Any, g: jax.Array) -> tuple[jax.Array | None, ...]:
     q, k, v, seeds, out, log = saved
+    own = _of_heads(seeds, q.shape)
+    arrays = (q, k, v, own, out, log, g)
+    return *by_parts(partial(_gradients, rate=rate, block=block), _score_bytes(q, block), arrays), None
+
+
+def _outputs(
+    q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None, *, rate: float, block: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return y [B, H, T, D] and l [B, H, T, 1]; seeds are uint32 [B, H, 2]."""
+    outs, logs = [], []
+    for rows in _blocks(q.shape[2], block):
+        past = slice(0, rows.stop)
+        scores = _scores(q[:, :, rows], k[:, :, past], rows.start)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        kept = _drop(weights, seeds, rate, rows.start, q.shape[2]).astype(v.dtype)
+        sums = jnp.einsum("bhts,bhsd->bhtd", kept, v[:, :, past], preferred_element_type=total.dtype)
+        outs.append((sums / total).astype(v.dtype))
+        logs.append(top + jnp.log(total))
+    return jnp.concatenate(outs, axis=2), jnp.concatenate(logs, axis=2)
+
+
+def _gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seeds: jax.Array | None,
+    out: jax.Array,
+    log: jax.Array,
+    g: jax.Array,
+    *,
+    rate: float,
+    block: int,
+) -> tuple[jax.Array, ...]:
+    """Return the gradients of q, k and v from that of y, g; arguments as for, and from, `_outputs`."""
     wide = log.dtype
     dot = jnp.sum(g.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
-    dq, dk, dv = [], jnp.zeros_like(k, wide), jnp.zeros_like(v, wide)
+    # dk and dv are made lying, [B, H, D, S]: a CPU multiplies slowly what sums over the rows of a block of scores.
+    lying = (*k.shape[:2], k.shape[3], k.shape[2])
+    dq, dk, dv = [], jnp.zeros(lying, wide), jnp.zeros(lying, wide)
+    qT, gT = q.swapaxes(2, 3), g.swapaxes(2, 3)
     for rows in _blocks(q.shape[2], block):
         past = slice(0, rows.stop)
         p = jnp.exp(_scores(q[:, :, rows], k[:, :, past], rows.start) - log[:, :, rows])
+        kept = _drop(p, seeds, rate, rows.start, q.shape[2])
         dp = jnp.einsum("bhtd,bhsd->bhts", g[:, :, rows], v[:, :, past], preferred_element_type=wide)
-        da = (p * (_drop(dp, seeds, rate, rows.start, q.shape[2]) - dot[:, :, rows])).astype(q.dtype)
-        kept = _drop(p, seeds, rate, rows.start, q.shape[2]).astype(v.dtype)
-        dv = dv.at[:, :, past].add(jnp.einsum("bhts,bhtd->bhsd", kept, g[:, :, rows], preferred_element_type=wide))
-        dk = dk.at[:, :, past].add(jnp.einsum("bhts,bhtd->bhsd", da, q[:, :, rows], preferred_element_type=wide))
+        da = (kept * dp - p * dot[:, :, rows]).astype(q.dtype)
+        kept = kept.astype(v.dtype)
+        dv = dv.at[..., past].add(jnp.einsum("bhdt,bhts->bhds", gT[..., rows], kept, preferred_element_type=wide))
+        dk = dk.at[..., past].add(jnp.einsum("bhdt,bhts->bhds", qT[..., rows], da, preferred_element_type=wide))
         dq.append(jnp.einsum("bhts,bhsd->bhtd", da, k[:, :, past], preferred_element_type=wide))
     scale = q.shape[-1] ** -0.5
-    grads = (jnp.concatenate(dq, axis=2) * scale, dk * scale, dv)
-    return *(grad.astype(q.dtype) for grad in grads), None
+    grads = (jnp.concatenate(dq, axis=2) * scale, dk.swapaxes(2, 3) * scale, dv.swapaxes(2, 3))
+    return tuple(grad.astype(q.dtype) for grad in grads)
 
 
 causal_attention.defvjp(_forward, _backward)
@@ -97,14 +132,28 @@ def _scores(q: jax.Array, k: jax.Array, start: int) -> jax.Array:
     return jnp.where(ahead, -jnp.inf, scores)
 
 
+def _score_bytes(q: jax.Array, block: int) -> int:
+    """Return the bytes of one head's largest block of scores."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    return min(block, q.shape[2]) * q.shape[2] * wide.itemsize
+
+
+def _of_heads(seeds: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
+    """Give each head of q [B, H, T, D] seeds, uint32 [B, H, 2], with which its weights are numbered from 0."""
+    if seeds is None:
+        return None
+    first = jnp.arange(shape[1], dtype=jnp.uint32) * shape[2] ** 2
+    return shifted(seeds[:, None], first)
+
+
 def _drop(x: jax.Array, seeds: jax.Array | None, rate: float, start: int, length: int) -> jax.Array:
     """Apply dropout to rows `start`... of a [B, H, length, length] array of which x [B, H, t, s] is a part."""
     if seeds is None or not rate:
         return x
-    _, heads, t, s = x.shape
-    row = jnp.arange(heads, dtype=jnp.uint32)[:, None] * length + start + jnp.arange(t, dtype=jnp.uint32)
-    place = row[:, :, None] * jnp.uint32(length) + jnp.arange(s, dtype=jnp.uint32)
-    return jnp.where(keep_mask(seeds, place, rate), x * (1 / (1 - rate)), 0)
+    row = start + jnp.arange(x.shape[2], dtype=jnp.uint32)
+    place = row[:, None] * jnp.uint32(length) + jnp.arange(x.shape[3], dtype=jnp.uint32)
+    mask = keep_mask(seeds.reshape(-1, 2), place, rate).reshape(x.shape)
+    return jnp.where(mask, x * (1 / (1 - rate)), 0)
 
 
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax.Array:

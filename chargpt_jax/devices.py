@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "flo
 
 BFLOAT16_ON_CPU = (0, 9, 0)
 """The first JAX found to multiply bfloat16 into float32 on a CPU; 0.8.0 refuses when the program runs."""
+
+
+WHOLE, PART = 2**20, 2**18
+"""On a CPU an array of up to WHOLE bytes is worked on at once, a larger one by PART bytes, which a core keeps close."""
 
 
 def compute_dtype(amp: AmpConfig, device: Any = None) -> Any:
@@ -47,6 +52,38 @@ def compute_dtype(amp: AmpConfig, device: Any = None) -> Any:
         capability = float(getattr(device, "compute_capability", "8.0"))
         return jnp.bfloat16 if capability >= 8 else jnp.float16
     return jnp.float32
+
+
+def by_parts(f: Callable[..., Any], row_bytes: int, arrays: Any) -> Any:
+    """Call f on arrays [B, H, ...], whose B x H rows do not concern each other.
+
+    CPU: where f's temporaries would leave the cache, on some rows after the others, as arrays [rows, 1, ...]. TPU,
+    GPU: on all at once.
+
+    Args:
+        f: from arrays [B, H, ...] to a tuple of arrays [B, H, ...].
+        row_bytes: what one row takes in the largest of f's temporaries.
+        arrays: a tuple of arrays, or None.
+    """
+    B, H = arrays[0].shape[:2]
+    parts = parts_of(B * H, row_bytes)
+    if parts == 1:
+        return f(*arrays)
+
+    def one_by_one(*arrays: Any) -> Any:
+        # Every parts-th row makes a part, so that each device of a mesh holds a share of every part.
+        split = jax.tree.map(lambda x: x.reshape(-1, parts, 1, *x.shape[2:]).swapaxes(0, 1), arrays)
+        done = jax.lax.map(lambda part: f(*part), split)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, H, *x.shape[3:]), done)
+
+    return jax.lax.platform_dependent(*arrays, cpu=one_by_one, default=f)
+
+
+def parts_of(rows: int, row_bytes: int) -> int:
+    """Return into how many equal parts a CPU divides its work on so many rows: as few as fit into its cache."""
+    if rows * row_bytes <= WHOLE:
+        return 1
+    return next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * row_bytes <= PART or n == rows))
 
 
 def data_mesh(batch_size: int, devices: list[Any] | None = None) -> Mesh:

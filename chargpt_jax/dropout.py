@@ -39,6 +39,12 @@ def keep_mask(seeds: jax.Array, place: jax.Array, rate: float) -> jax.Array:
     return _rounds(place[None] * jnp.uint32(_GOLDEN) + first, second) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
+def shifted(seeds: jax.Array, first: jax.Array) -> jax.Array:
+    """Return the seeds, uint32 [..., 2], whose mask at place 0 is that of `seeds` at place `first`, uint32 [...]."""
+    ahead = first * jnp.uint32(_GOLDEN)
+    return jnp.stack(jnp.broadcast_arrays(seeds[..., 0] + ahead, seeds[..., 1]), axis=-1)
+
+
 def dropout(x: jax.Array, seeds: jax.Array | None, rate: float) -> jax.Array:
     """Drop elements of x [B, ...] with chance `rate` and scale the rest by 1 / (1 - rate); None: leave x alone."""
     if seeds is None or not rate:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from chargpt_jax import devices
 from chargpt_jax.attention import cached_attention, causal_attention
 from chargpt_jax.dropout import keep_mask
 
@@ -43,6 +44,33 @@ def test_values_and_gradients_are_those_of_the_plain_formula(length, block, rate
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
     for gradient, other in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(gradient, other, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("part", [1, 2 * 4 * 13 * 4, 3 * 4 * 13 * 4])
+def test_heads_taken_a_few_at_a_time_equal_all_at_once(part, monkeypatch):
+    """Of six rows one, two or three a part, masks and gradients included."""
+    q, k, v = inputs(13)
+
+    def value():
+        f = lambda *x: jnp.sum(jnp.sin(causal_attention(*x, SEEDS, 0.3, 4)))  # noqa: E731
+        return jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(q, k, v)
+
+    whole, gradients = value()
+    monkeypatch.setattr(devices, "WHOLE", 0)
+    monkeypatch.setattr(devices, "PART", part)
+    some, others = value()
+    np.testing.assert_allclose(some, whole, rtol=1e-6)
+    for gradient, other in zip(gradients, others, strict=True):
+        np.testing.assert_allclose(gradient, other, rtol=1e-5, atol=1e-6)
+
+
+def test_only_a_cpu_takes_a_few_heads_at_a_time(monkeypatch):
+    monkeypatch.setattr(devices, "WHOLE", 0)
+    monkeypatch.setattr(devices, "PART", 1)
+    q, k, v = inputs(13)
+    traced = jax.jit(jax.grad(lambda q: jnp.sum(causal_attention(q, k, v, SEEDS, 0.3, 4)))).trace(q)
+    loops = [("while" in traced.lower(lowering_platforms=(on,)).as_text()) for on in ("cpu", "tpu", "cuda")]
+    assert loops == [True, False, False]
 
 
 def test_bfloat16_stays_within_its_rounding_of_float32():

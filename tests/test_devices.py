@@ -113,6 +113,15 @@ def test_a_cache_that_the_user_chose_is_left_alone(cache_setting, monkeypatch, t
     assert getattr(jax.config, cache_setting) is None
 
 
+def test_a_cpu_divides_its_work_only_where_it_leaves_the_cache():
+    assert devices.parts_of(32, devices.WHOLE // 32) == 1
+    for rows, row_bytes in ((32, 2**17), (48, 2**16), (7, 2**20), (6, 2**18)):
+        parts = devices.parts_of(rows, row_bytes)
+        assert rows % parts == 0
+        assert rows // parts * row_bytes <= max(devices.PART, row_bytes)
+        assert all(rows // n * row_bytes > devices.PART for n in range(1, parts) if rows % n == 0)
+
+
 # Eight virtual devices
 
 STEPS, DISPATCHES = 3, 2

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chargpt_jax.dropout import dropout, keep_mask, seeds_for, site
+from chargpt_jax.dropout import dropout, keep_mask, seeds_for, shifted, site
 from chargpt_jax.step import dropout_key
 
 SEEDS = seeds_for(jax.random.key(0), 64)
@@ -137,6 +137,14 @@ def test_a_part_of_the_places_or_sequences_has_the_wholes_mask():
     whole = mask_of(SEEDS, place, 0.3)
     assert (mask_of(SEEDS, place[16:32, :32], 0.3) == whole[:, 16:32, :32]).all()
     assert (keep_mask(SEEDS[5:9], place, 0.3) == whole[5:9]).all()
+
+
+def test_shifted_seeds_give_the_mask_from_a_later_place_on():
+    first = jnp.arange(64, dtype=jnp.uint32) * 31
+    whole = mask_of(SEEDS, PLACES, 0.3)
+    own = mask_of(shifted(SEEDS, first), PLACES[:1000], 0.3)
+    for row in range(64):
+        assert (own[row] == whole[row, 31 * row : 31 * row + 1000]).all()
 
 
 def test_a_higher_rate_drops_what_a_lower_one_drops_and_more():

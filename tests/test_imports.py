@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batches": {"config"},
     # batches -> logits -> TrainState -> checkpoint
     "dropout": set(),
-    "attention": {"dropout"},
+    "attention": {"devices", "dropout"},
     "model": {"attention", "dropout", "config"},
     "optimizer": {"config"},
     "step": {"batches", "dropout"},
