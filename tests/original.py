@@ -2,7 +2,7 @@
 
 The facts are those of z0u/mi-ni at commit 2a991f7: the model with its parameters' names, loss, AdamW, a schedule,
 generation's metrics, the learning-rate range test and the tokenizer. Autograd, SDPA, `torch.optim` and its schedulers
-do the work here, so nothing but the facts is shared with the package. There is no dropout.
+do the work here, so nothing but the facts is shared with the package.
 
 Axes: B batch, T time, C channels, H heads, D head width, F feed-forward width, V vocabulary.
 """
@@ -10,7 +10,7 @@ Axes: B batch, T time, C channels, H heads, D head width, F feed-forward width, 
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,16 +27,18 @@ ENTROPY_FLOOR = 1e-10
 
 
 class Attention(nn.Module):
-    def __init__(self, n_embd: int, n_head: int, n_head_dim: int, frequencies: torch.dtype | None):
+    def __init__(self, n_embd: int, n_head: int, n_head_dim: int, frequencies: torch.dtype | None, dropout: float):
         super().__init__()
-        self.shape, self.frequencies = (3, n_head, n_head_dim), frequencies
+        self.shape, self.frequencies, self.rate = (3, n_head, n_head_dim), frequencies, dropout
         self.qkv = nn.Linear(n_embd, 3 * n_head * n_head_dim)
         self.proj = nn.Linear(n_head * n_head_dim, n_embd)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, self.shape).permute(2, 0, 3, 1, 4)  # [B, H, T, D] each
-        y = F.scaled_dot_product_attention(self.turned(q), self.turned(k), v, is_causal=True)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        rate = self.rate if self.training else 0.0
+        y = F.scaled_dot_product_attention(self.turned(q), self.turned(k), v, dropout_p=rate, is_causal=True)
+        return self.dropout(self.proj(y.transpose(1, 2).flatten(2)))
 
     def turned(self, x: Tensor) -> Tensor:
         """Multiply x [B, H, T, D], read as D / 2 complex numbers (first half + i second half), by e^(i t f)."""
@@ -50,20 +52,22 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, n_embd: int, n_ff: int):
+    def __init__(self, n_embd: int, n_ff: int, dropout: float):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(n_embd, n_ff), nn.GELU(), nn.Linear(n_ff, n_embd))
+        self.net = nn.Sequential(nn.Linear(n_embd, n_ff), nn.GELU(), nn.Linear(n_ff, n_embd), nn.Dropout(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
 class Block(nn.Module):
-    def __init__(self, n_embd: int, n_head: int, n_head_dim: int, n_ff: int, frequencies: torch.dtype | None):
+    def __init__(
+        self, n_embd: int, n_head: int, n_head_dim: int, n_ff: int, frequencies: torch.dtype | None, dropout: float
+    ):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)
-        self.attn = Attention(n_embd, n_head, n_head_dim, frequencies)
-        self.mlp = MLP(n_embd, n_ff)
+        self.attn = Attention(n_embd, n_head, n_head_dim, frequencies, dropout)
+        self.mlp = MLP(n_embd, n_ff, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
@@ -75,6 +79,7 @@ class GPT(nn.Module):
 
     frequencies: the dtype in which RoPE's frequencies are made; None: the computation's, float32 at least. (The
     ancestor has them in float32 always, which in float64 is a difference of its own.)
+    dropout: in training, on the attention weights, the attention's output and the MLP's output.
     """
 
     def __init__(
@@ -87,9 +92,10 @@ class GPT(nn.Module):
         n_ff: int,
         n_layer: int,
         frequencies: torch.dtype | None = None,
+        dropout: float = 0.0,
     ):
         super().__init__()
-        blocks = [Block(n_embd, n_head, n_head_dim, n_ff, frequencies) for _ in range(n_layer)]
+        blocks = [Block(n_embd, n_head, n_head_dim, n_ff, frequencies, dropout) for _ in range(n_layer)]
         parts = {
             "wte": nn.Embedding(vocab_size, n_embd),
             "blocks": nn.ModuleList(blocks),
@@ -107,7 +113,7 @@ class GPT(nn.Module):
         return self.lm_head(self.transformer["ln_f"](x))
 
 
-def with_parameters(params: dict[str, np.ndarray], dtype: torch.dtype, **sizes: int | torch.dtype) -> GPT:
+def with_parameters(params: dict[str, np.ndarray], dtype: torch.dtype, **sizes: Any) -> GPT:
     """Build a model of these sizes that holds these arrays, by name, as `dtype`."""
     model = GPT(**sizes).to(dtype)
     named = dict(model.named_parameters())

@@ -1,0 +1,265 @@
+"""Whether training here and in PyTorch ends at the same losses: the ancestor's run, reduced, from several seeds.
+
+    python -m benchmarks.statistics --text_file=FILE [--seeds=5] [--epochs=3] [--out=FOLDER]
+
+PyTorch's side is tests/original.py with batches and a validation of its own, below; ours is `chargpt_jax.train`. They
+share the text and the config, and no random number: initialisation, order of the text, padding and dropout are drawn
+apart. Both make as many updates, and after each epoch predict every held-out character once. Prints a table, and
+writes statistics.json and statistics.svg. Needs PyTorch; where others use the machine too, set OMP_NUM_THREADS=1.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from itertools import combinations, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+import chargpt_jax
+from chargpt_jax.batches import steps_per_epoch
+from chargpt_jax.config import Config, UserError, flatten, load_config
+from chargpt_jax.corpus import Source, load_corpus
+from chargpt_jax.events import Validated
+from chargpt_jax.plots import BOTTOM, HEIGHT, TOP, WIDTH, Axis
+from chargpt_jax.theme import Entry, figure, label, legend, number
+from tests import original
+
+Curve = list[float]
+"""The validation loss after each epoch, nats per character."""
+
+Curves = Mapping[str, Sequence[Curve]]
+"""By the side that trained: a curve a seed."""
+
+
+def reduced(text_file: str, epochs: int) -> Config:
+    """Return configs/small.py with fewer layers, shorter windows and a fixed rate, in float32."""
+    config = load_config("small")
+    config.data.source = text_file
+    config.model.n_layer, config.model.block_size = 4, 64
+    config.model.mask_unused_ids = False  # the ancestor masks no id
+    config.optimizer.learning_rate = 8e-3
+    config.scheduler.epochs = float(epochs)
+    config.amp.enabled = False
+    return config
+
+
+def ours(config: Config, seed: int) -> Curve:
+    """Train with the package, as a user would."""
+    with tempfile.TemporaryDirectory() as workdir:
+        events = chargpt_jax.train(dataclasses.replace(config, seed=seed), workdir)
+        return [event.loss for event in events if isinstance(event, Validated)]
+
+
+# PyTorch's side
+
+
+def theirs(config: Config, text: str, seed: int) -> Curve:
+    """Train the ancestor's model in PyTorch."""
+    torch.manual_seed(seed)
+    model, tokens = torch_model(config, text)
+    data, how, schedule, block_size = config.data, config.optimizer, config.scheduler, config.model.block_size
+    n_train = int(data.train_split * len(tokens))
+    epoch_steps = steps_per_epoch(n_train, block_size, data)
+    warmup, steps = round(schedule.warmup_epochs * epoch_steps), round(schedule.epochs * epoch_steps)
+    optimizer = original.adamw(model, how.learning_rate, how.weight_decay, how.betas)
+    rates = original.warmup_cosine(optimizer, warmup, steps, schedule.min_lr_factor)
+    batches = torch_batches(tokens[:n_train], block_size, data.batch_size, data.padding_chance)
+    curve = []
+    for _ in range(round(schedule.epochs)):
+        model.train()
+        original.train(lambda _: original.loss(model, *next(batches)), optimizer, rates, epoch_steps)
+        curve.append(held_out_loss(model.eval(), tokens, n_train, block_size))
+    return curve
+
+
+def torch_model(config: Config, text: str) -> tuple[original.GPT, Tensor]:
+    """Return a fresh model of the config's sizes, and the text's ids, int64 [N]."""
+    names = original.vocabulary(text)
+    sizes = {name: getattr(config.model, name) for name in ("n_embd", "n_head", "n_head_dim", "n_ff", "n_layer")}
+    model = original.GPT(vocab_size=64 * math.ceil(len(names) / 64), dropout=config.model.dropout, **sizes)
+    return model, torch.tensor(original.encode(names, [text])[0])
+
+
+def torch_batches(tokens: Tensor, block_size: int, batch_size: int, chance: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield inputs and targets, int64 [B, T] each, without end."""
+    rows = (padded(window, chance) for window in windows(tokens, block_size))
+    while True:
+        inputs, targets = zip(*islice(rows, batch_size), strict=True)
+        yield torch.stack(inputs), torch.stack(targets)
+
+
+def windows(tokens: Tensor, block_size: int) -> Iterator[Tensor]:
+    """Yield a text's windows [T + 1], pass after pass, each cut at a random phase and put into a random order."""
+    while True:
+        starts = torch.arange(int(torch.randint(block_size, ())), len(tokens) - block_size, block_size)
+        for start in starts[torch.randperm(len(starts))].tolist():
+            yield tokens[start : start + block_size + 1]
+
+
+def padded(window: Tensor, chance: float) -> tuple[Tensor, Tensor]:
+    """Return copies of a window's inputs and targets; by chance, up to a third of the inputs become padding.
+
+    The character after the padding is the first target that is kept.
+    """
+    inputs, targets = window[:-1].clone(), window[1:].clone()
+    if torch.rand(()) < chance:
+        length = int(torch.randint(1, max(2, len(inputs) // 3), ()))
+        inputs[:length] = original.PADDING
+        targets[: length - 1] = original.PADDING
+    return inputs, targets
+
+
+@torch.no_grad()
+def held_out_loss(model: original.GPT, tokens: Tensor, n_train: int, block_size: int) -> float:
+    """Predict every held-out character once, in consecutive windows; return the mean loss, nats per character."""
+    nats, piece = 0.0, 32 * block_size
+    for x, y in zip(tokens[n_train - 1 : -1].split(piece), tokens[n_train:].split(piece), strict=True):
+        rows = F.pad(x, (0, -len(x) % block_size)).view(-1, block_size)
+        nats += F.cross_entropy(model(rows).flatten(0, 1)[: len(y)], y, reduction="sum").item()
+    return nats / (len(tokens) - n_train)
+
+
+# Both sides
+
+
+def measure(config: Config, text: str, seeds: int) -> Curves:
+    """Train both sides from every seed, in turn."""
+    curves: dict[str, list[Curve]] = {"PyTorch": [], "chargpt_jax": []}
+    for seed in range(seeds):
+        for side, found in curves.items():
+            began = time.perf_counter()
+            found.append(theirs(config, text, seed) if side == "PyTorch" else ours(config, seed))
+            seconds = time.perf_counter() - began
+            print(f"seed {seed}, {side}: {found[-1][-1]:.4f} nats, {seconds:.0f} s", file=sys.stderr, flush=True)
+    return curves
+
+
+def permutation_p(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the share of all splits of the pooled numbers whose means are at least as far apart as a's and b's."""
+    pooled = np.array([*a, *b])
+    parts = pooled[list(combinations(range(len(pooled)), len(a)))].sum(axis=1)
+    apart = np.abs(parts / len(a) - (pooled.sum() - parts) / len(b))
+    return float(np.mean(apart >= abs(np.mean(a) - np.mean(b)) - 1e-12))
+
+
+def table(curves: Curves) -> Iterator[str]:
+    """Yield the lines of a Markdown table of the final losses, and of what is to be said of their difference."""
+    yield "| trained by | runs | mean, nats | standard deviation | lowest | highest |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    finals = {side: np.array([curve[-1] for curve in found]) for side, found in curves.items()}
+    for side, x in finals.items():
+        yield f"| {side} | {len(x)} | {x.mean():.4f} | {x.std(ddof=1):.4f} | {x.min():.4f} | {x.max():.4f} |"
+    a, b = finals["PyTorch"], finals["chargpt_jax"]
+    error = math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
+    overlap = "overlap" if max(a.min(), b.min()) <= min(a.max(), b.max()) else "do not overlap"
+    yield ""
+    yield f"chargpt_jax - PyTorch: {b.mean() - a.mean():+.4f} nats, standard error {error:.4f}."
+    yield f"Exact permutation test, two-sided: p = {permutation_p(a, b):.3f}. The ranges {overlap}."
+
+
+def record(config: Config, text: str, source: Source, curves: Curves) -> dict[str, Any]:
+    """Return all that was found, and of what, for JSON."""
+    # Not data.source: where a file lies on a machine concerns no one else.
+    sections = ("model.", "data.batch", "data.start", "data.train", "data.padding", "optimizer.", "scheduler.", "amp.")
+    return {
+        "text": {"title": source.title, "sha256": source.sha256, "characters": len(text)},
+        "config": {name: value for name, value in flatten(config).items() if name.startswith(sections)},
+        "versions": {name: version(name) for name in ("torch", "jax", "flax", "optax", "numpy")},
+        "python": platform.python_version(),
+        "final_losses": {side: [curve[-1] for curve in found] for side, found in curves.items()},
+        "losses_by_epoch": dict(curves),
+    }
+
+
+# The picture
+
+COLOURS = {"PyTorch": "var(--cg-s2)", "chargpt_jax": "var(--cg-s3)"}
+
+
+def picture(curves: Curves) -> str:
+    """Draw every run's curve and, beside them and enlarged, the final losses, as SVG."""
+    everything = [curve for found in curves.values() for curve in found]
+    x = Axis(1, len(everything[0]), 48, 372)
+    y, near = loss_axis([loss for curve in everything for loss in curve]), loss_axis([c[-1] for c in everything])
+    parts = [scale(y, 48, 372), scale(near, 468, 672)]
+    parts += [label(x(epoch), BOTTOM + 18, f"{epoch:g}", "cg-middle") for epoch in x.ticks(8) if epoch % 1 == 0]
+    parts += [label(16, 22, "validation loss, nats per character"), label(372, HEIGHT - 14, "epoch", "cg-end")]
+    parts += [label(430, 22, "after the last epoch"), label(672, HEIGHT - 14, "dots: runs; lines: means", "cg-end")]
+    for (side, colour), column in zip(COLOURS.items(), (522, 618), strict=True):
+        parts += [curve_path(curve, x, y, colour) for curve in curves[side]]
+        parts += strip([curve[-1] for curve in curves[side]], column, near, colour)
+        parts.append(label(column, BOTTOM + 18, side, "cg-middle"))
+    entries = [
+        Entry(f'<path class="cg-curve" style="stroke:{c}" d="M0 0H16"/>', 16, side) for side, c in COLOURS.items()
+    ]
+    about = "Validation losses of equal runs in PyTorch and in chargpt_jax, by epoch and, enlarged, after the last one."
+    body = "".join([*parts, legend(entries, 48, HEIGHT - 14, 260)[0]])
+    return figure(WIDTH, HEIGHT, body, name="Training from several seeds", description=about)
+
+
+def loss_axis(losses: Sequence[float]) -> Axis:
+    """Return a vertical axis with some room above and below."""
+    room = 0.1 * (max(losses) - min(losses)) or 0.1
+    return Axis(min(losses) - room, max(losses) + room, BOTTOM, TOP)
+
+
+def scale(y: Axis, left: float, right: float) -> str:
+    """Draw an axis's grid, its numbers and the line below."""
+    ticks = y.ticks(5)
+    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    grid = "".join(f"M{left:g} {number(y(tick))}H{right:g}" for tick in ticks)
+    lines = f'<path class="cg-grid" d="{grid}"/><path class="cg-axis" d="M{left:g} {BOTTOM:g}H{right:g}"/>'
+    return lines + "".join(label(left - 8, y(tick) + 4, f"{tick:.{digits}f}", "cg-end") for tick in ticks)
+
+
+def curve_path(curve: Curve, x: Axis, y: Axis, colour: str) -> str:
+    """Draw one run."""
+    points = "L".join(f"{number(x(epoch))} {number(y(loss))}" for epoch, loss in enumerate(curve, 1))
+    return f'<path class="cg-curve" style="stroke:{colour};stroke-opacity:.7" d="M{points}"/>'
+
+
+def strip(losses: Sequence[float], column: float, y: Axis, colour: str) -> Iterator[str]:
+    """Draw final losses as dots about a column, from left to right by seed, and their mean as a line."""
+    yield f'<path style="stroke:{colour}" d="M{column - 36:g} {number(y(float(np.mean(losses))))}h72"/>'
+    for place, loss in zip(np.linspace(-24, 24, len(losses)), losses, strict=True):
+        yield f'<circle style="fill:{colour}" cx="{number(column + place)}" cy="{number(y(loss))}" r="3"/>'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; return its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text_file", required=True, help="the book that both sides learn, from its CHAPTER I on")
+    parser.add_argument("--seeds", type=int, default=5, help="runs on each side, at least 2")
+    parser.add_argument("--epochs", type=int, default=3, help="of a run, at least 2: the first is the warm-up")
+    parser.add_argument("--out", type=Path, default=Path("runs/statistics"), help="folder for the JSON and the SVG")
+    given = parser.parse_args(argv)
+    if min(given.seeds, given.epochs) < 2:
+        parser.error(f"--seeds={given.seeds} --epochs={given.epochs}, but each must be at least 2.")
+    config = reduced(given.text_file, given.epochs)
+    try:
+        text, sources = load_corpus(config.data)
+    except UserError as error:
+        parser.error(str(error))
+    curves = measure(config, text, given.seeds)
+    given.out.mkdir(parents=True, exist_ok=True)
+    found = json.dumps(record(config, text, sources[0], curves), indent=1)
+    (given.out / "statistics.json").write_text(found + "\n", encoding="utf-8")
+    (given.out / "statistics.svg").write_text(picture(curves), encoding="utf-8")
+    print(*table(curves), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The same seed gives the same bits on one machine; what only orders sums anew changes their last digits.
+
+benchmarks/determinism.py makes the runs, with dropout and padding, and prints the figures; here are the laws. Others
+hold more of them: test_stages.py that neither a dispatch's length nor an interruption changes a bit, test_devices.py
+that eight devices learn in float64 what one does, test_generate.py that writing in pieces is writing at once.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import determinism
+from benchmarks.determinism import (
+    BFLOAT16,
+    CADENCE,
+    COLD,
+    EIGHT_DEVICES,
+    ONE_THREAD,
+    PARTS,
+    PLAIN,
+    SEED,
+    WRITING,
+    Case,
+    difference,
+    in_child,
+    joined,
+    learned,
+    same_bits,
+    write_text,
+    written,
+)
+from chargpt_jax import api
+
+pytestmark = pytest.mark.slow
+
+# What is not optimised is compiled in half the time, and orders sums anew as well.
+DEVICES = replace(EIGHT_DEVICES, environment={**EIGHT_DEVICES.environment, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+SUMS = Case("sums", {"optimizer.accumulation_steps": 4, "model.attention_block": 128, "model.remat": False})
+FIRST, LATER, HERE = (COLD, DEVICES), (CADENCE, ONE_THREAD), (SUMS, BFLOAT16, SEED)
+
+
+def trained(case, folder):
+    """Train in this process."""
+    folder.mkdir()
+    write_text(folder / "text.txt")
+    determinism.train(folder / "text.txt", folder / "run", case.fields)
+    return learned(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return tmp_path_factory.mktemp("plain") / "run"
+
+
+@pytest.fixture(scope="module")
+def model(runs, plain):
+    return api.load(plain / "run", "latest")
+
+
+@pytest.fixture(scope="module")
+def runs(plain, tmp_path_factory):
+    """Return each case's figures: FIRST and LATER ones in processes of their own, while others train in this one."""
+    cache = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    with ThreadPoolExecutor(1) as pool:
+
+        def begin(cases):
+            return {case: pool.submit(in_child, case, tmp_path_factory.mktemp("child"), cache) for case in cases}
+
+        waiting = begin(FIRST)
+        found = {PLAIN: trained(PLAIN, plain)}
+        writer = api.load(plain / "run", "latest")
+        found[PLAIN] |= joined(writer, written(writer))
+        waiting |= begin(LATER)  # their programs are in the cache by now
+        found |= {case: trained(case, tmp_path_factory.mktemp("here") / "run") for case in HERE}
+        return found | {case: result.result() for case, result in waiting.items()}
+
+
+@pytest.mark.parametrize("case", [COLD, CADENCE], ids=["compiling anew", "from the cache, logging and validating less"])
+def test_another_process_learns_and_writes_the_same_bits(runs, case):
+    assert runs[PLAIN].keys() == runs[case].keys()
+    for name in runs[PLAIN]:
+        assert same_bits(runs[PLAIN], runs[case], name), name
+
+
+@pytest.mark.parametrize("case", [SUMS, DEVICES, ONE_THREAD], ids=["blocks and parts", "eight devices", "one thread"])
+def test_sums_in_another_order_change_last_digits(runs, case):
+    """Measured: 3e-5, in the keys' biases, which the loss hardly feels; and 1e-7."""
+    assert difference(runs[PLAIN], runs[case], "parameters") < 1e-3
+    assert difference(runs[PLAIN], runs[case], "losses") < 2e-6
+    assert difference(runs[PLAIN], runs[case], "validation") < 2e-6
+
+
+def test_bfloat16_changes_more_than_last_digits_but_not_what_is_learned(runs):
+    """Measured: 4e-4."""
+    assert 1e-5 < difference(runs[PLAIN], runs[BFLOAT16], "losses") < 5e-3
+    assert difference(runs[PLAIN], runs[BFLOAT16], "parameters") > 1e-2
+
+
+def test_another_seed_is_another_run_from_the_first_update_on(runs):
+    assert difference(runs[PLAIN], runs[SEED], "parameters") > 0.5
+    assert abs(runs[PLAIN]["losses"][0] - runs[SEED]["losses"][0]) > 1e-2
+
+
+def test_a_checkpoint_judged_alone_has_the_loss_of_its_training_to_the_bit(runs, plain):
+    assert api.evaluate(plain / "run", "latest")["loss"] == runs[PLAIN]["validation"][-1]
+
+
+@pytest.mark.parametrize("what", ["no other prompt beside it", "a prompt longer than block_size beside it"])
+def test_other_prompts_leave_a_text_alone_and_its_surprisal_but_for_last_digits(model, what):
+    alone, beside = (joined(model, samples) for samples in (written(model)[:1], [WRITING[what](model)]))
+    assert same_bits(alone, beside, "text")
+    assert difference(alone, beside, "surprisal") < 1e-5
+
+
+def test_the_bits_of_every_part_are_compared(runs):
+    """Every figure of a run belongs to a part, and a change of one last bit shows."""
+    assert all(name.startswith((*PARTS, "surprisal")) for name in runs[PLAIN])
+    for part in PARTS:
+        assert any(name.startswith(part) for name in runs[PLAIN])
+    touched = {**runs[PLAIN], "losses": runs[PLAIN]["losses"] * (1 + 2**-52)}
+    assert not same_bits(runs[PLAIN], touched, "losses")
+    assert same_bits(runs[PLAIN], touched, "parameters")
