@@ -98,7 +98,7 @@ def test_dropout_moves_the_logits_as_much_as_ours_does():
     with torch.no_grad():
         theirs = model.train()(torch.from_numpy(tokens.copy()).long()).numpy()
     deviations = [np.sqrt(x.var(axis=0).mean(axis=-1)) for x in (ours, theirs)]
-    np.testing.assert_allclose(*deviations, rtol=0.04)
+    np.testing.assert_allclose(*deviations, rtol=0.03)
     errors = np.sqrt((ours.var(axis=0) + theirs.var(axis=0)) / 2000)
     assert np.abs((ours.mean(axis=0) - theirs.mean(axis=0)) / errors).max() < 5
 
