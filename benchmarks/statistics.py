@@ -30,7 +30,7 @@ from torch.nn import functional as F  # noqa: N812
 import chargpt_jax
 from chargpt_jax.batches import steps_per_epoch
 from chargpt_jax.config import Config, UserError, flatten, load_config
-from chargpt_jax.corpus import Source, load_corpus
+from chargpt_jax.corpus import load_corpus
 from chargpt_jax.events import Validated
 from chargpt_jax.plots import BOTTOM, HEIGHT, TOP, WIDTH, Axis
 from chargpt_jax.theme import Entry, figure, label, legend, number
@@ -154,6 +154,12 @@ def permutation_p(a: Sequence[float], b: Sequence[float]) -> float:
     return float(np.mean(apart >= abs(np.mean(a) - np.mean(b)) - 1e-12))
 
 
+def unigram_entropy(text: str) -> float:
+    """Return the loss of who knows only how often each character comes, nats per character."""
+    shares = np.unique(list(text), return_counts=True)[1] / len(text)
+    return float(-np.sum(shares * np.log(shares)))
+
+
 def table(curves: Curves) -> Iterator[str]:
     """Yield the lines of a Markdown table of the final losses, and of what is to be said of their difference."""
     yield "| trained by | runs | mean, nats | standard deviation | lowest | highest |"
@@ -169,12 +175,12 @@ def table(curves: Curves) -> Iterator[str]:
     yield f"Exact permutation test, two-sided: p = {permutation_p(a, b):.3f}. The ranges {overlap}."
 
 
-def record(config: Config, text: str, source: Source, curves: Curves) -> dict[str, Any]:
+def record(config: Config, text: str, title: str, curves: Curves) -> dict[str, Any]:
     """Return all that was found, and of what, for JSON."""
     # Not data.source: where a file lies on a machine concerns no one else.
     sections = ("model.", "data.batch", "data.start", "data.train", "data.padding", "optimizer.", "scheduler.", "amp.")
     return {
-        "text": {"title": source.title, "sha256": source.sha256, "characters": len(text)},
+        "text": {"title": title, "characters": len(text), "unigram_entropy": unigram_entropy(text)},
         "config": {name: value for name, value in flatten(config).items() if name.startswith(sections)},
         "versions": {name: version(name) for name in ("torch", "jax", "flax", "optax", "numpy")},
         "python": platform.python_version(),
@@ -254,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     curves = measure(config, text, given.seeds)
     given.out.mkdir(parents=True, exist_ok=True)
-    found = json.dumps(record(config, text, sources[0], curves), indent=1)
+    found = json.dumps(record(config, text, sources[0].title, curves), indent=1)
     (given.out / "statistics.json").write_text(found + "\n", encoding="utf-8")
     (given.out / "statistics.svg").write_text(picture(curves), encoding="utf-8")
     print(*table(curves), sep="\n")

@@ -159,6 +159,11 @@ def test_the_permutation_test_counts_splits():
     assert statistics.permutation_p([0.1] * 3, [0.1] * 3) == 1
 
 
+def test_the_entropy_of_single_characters_is_that_of_their_shares():
+    assert statistics.unigram_entropy("abab") == pytest.approx(np.log(2))
+    assert statistics.unigram_entropy("aaab") == pytest.approx(-0.75 * np.log(0.75) - 0.25 * np.log(0.25))
+
+
 def test_the_table_says_how_far_apart_the_sides_are():
     lines = list(statistics.table({"PyTorch": [[9.0, 1.0], [9.0, 3.0]], "chargpt_jax": [[9.0, 4.0], [9.0, 6.0]]}))
     assert "| PyTorch | 2 | 2.0000 | 1.4142 | 1.0000 | 3.0000 |" in lines
