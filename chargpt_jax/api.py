@@ -300,8 +300,8 @@ def write_report(workdir: str | Path) -> Path:
 def info(workdir: str | Path) -> dict[str, Any]:
     """Say what a run is, as JSON can hold it: its corpus, model, progress, the devices here, and how fast it trained.
 
-    The last (None before the first validation): compile_seconds, seconds_per_step, flops_per_step (as flops.py counts
-    them), flops_per_second, and mfu, the part of the devices' peak that this is, where the peak is known.
+    flops_per_step is as flops.py counts. None before the first validation: compile_seconds, seconds_per_step,
+    flops_per_second, and mfu, the part of the devices' peak that this is (None where the peak is not known, too).
     """
     folder = Workdir(workdir)
     config, sources, speed = folder.load_config(), folder.load_sources(), folder.load_speed()

@@ -349,9 +349,9 @@ def find_config(name: str) -> Path:
 def _read_config(path: Path) -> Config:
     try:
         return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} is not the config of a run ({type(error).__name__}): give another.") from None
 
 

@@ -113,8 +113,8 @@ def _stage(mode: str, config: Config, values: FlagValues) -> int:
         return 128 + last.signal
     if mode == "run":
         _tell_samples(folder, out)
-    for trace in sorted(folder.path.glob("profile/plugins/profile/*/perfetto_trace.json.gz"))[-1:]:
-        print(f"trace: {trace}, for https://ui.perfetto.dev", file=out)
+    if values.profile:
+        _tell_trace(folder, out)
     if values.json and isinstance(last, events.LRFinderResult):
         import dataclasses
 
@@ -127,6 +127,12 @@ def _tell_samples(folder: Any, out: Any) -> None:
     for sample in json.loads(newest.read_text(encoding="utf-8"))["samples"]:
         print(f"\n{printable(sample['text'])}", file=out)
     print(f"\nreport: {folder.report}", file=out)
+
+
+def _tell_trace(folder: Any, out: Any) -> None:
+    traces = sorted(folder.path.glob("profile/plugins/profile/*/perfetto_trace.json.gz"))
+    told = f"{traces[-1]}, for https://ui.perfetto.dev" if traces else "none: too few dispatches were left to make"
+    print(f"trace: {told}", file=out)
 
 
 def _eval(values: FlagValues, _: Config | None) -> int:

@@ -290,7 +290,7 @@ class Pace:
         self.seconds_per_step = math.inf
 
     def took(self, seconds: float, count: int) -> None:
-        """Learn from a dispatch; the first one compiles, so the best so far, slowly forgotten, is believed."""
+        """Learn from a dispatch; one may be held up by others, so the best so far, slowly forgotten, is believed."""
         self.seconds_per_step = min(seconds / count, 1.2 * self.seconds_per_step)
         if not self.fixed:
             wanted = int(DISPATCH_SECONDS / self.seconds_per_step)

@@ -223,6 +223,10 @@ def test_a_profiled_run_leaves_a_trace_of_its_work(capsys, workdir, tmp_path):
     assert main([*command_line, *fields]) == 0
     (trace,) = (tmp_path / "run").glob("profile/plugins/profile/*/perfetto_trace.json.gz")
     assert str(trace) in capsys.readouterr().out
+    assert main([*command_line, *fields]) == 0
+    assert main([*command_line[:-1], *fields]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("trace: ") == 1, "it is told only where it was asked for"
 
 
 @pytest.mark.parametrize(

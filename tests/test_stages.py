@@ -61,6 +61,18 @@ def logged(workdir):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
+def traces_of(module, name, monkeypatch):
+    """Return a list that grows by one whenever a function, by its name in a module, is traced."""
+    traces, original = [], getattr(module, name)
+
+    def counted(*args, **kwargs):
+        traces.append(name)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, counted)
+    return traces
+
+
 @pytest.fixture(scope="module")
 def whole(text, tmp_path_factory):
     """Train without interruption."""
@@ -159,14 +171,7 @@ def test_a_finished_run_has_nothing_left_to_do(whole, text):
 
 
 def test_training_compiles_once_for_dispatches_of_any_length(text, tmp_path, monkeypatch):
-    traces = []
-    original = assembly.updates
-
-    def counted(*args, **kwargs):
-        traces.append(1)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(assembly, "updates", counted)
+    traces = traces_of(assembly, "updates", monkeypatch)
     events = list(stages.train(small_config(text), tmp_path, quiet))
     lengths = np.diff([0] + [event.step for event in events if isinstance(event, Steps)])
     assert len(set(lengths)) > 1
@@ -174,14 +179,7 @@ def test_training_compiles_once_for_dispatches_of_any_length(text, tmp_path, mon
 
 
 def test_validation_compiles_once_for_all_of_a_run(text, tmp_path, monkeypatch):
-    traces = []
-    original = assembly.validation_nats
-
-    def counted(*args, **kwargs):
-        traces.append(1)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(assembly, "validation_nats", counted)
+    traces = traces_of(assembly, "validation_nats", monkeypatch)
     events = list(stages.train(small_config(text), tmp_path, quiet))
     assert len([event for event in events if isinstance(event, Validated)]) > 1
     assert len(traces) == 1
@@ -244,14 +242,7 @@ def test_without_a_rate_the_range_test_finds_one_and_the_config_keeps_it(text, t
 
 
 def test_the_range_test_compiles_once(text, tmp_path, monkeypatch):
-    traces = []
-    original = stages.probe
-
-    def counted(*args, **kwargs):
-        traces.append(1)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(stages, "probe", counted)
+    traces = traces_of(stages, "probe", monkeypatch)
     list(stages.find_lr(small_config(text), tmp_path, quiet))
     assert len(traces) == 1
 
