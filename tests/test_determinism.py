@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from benchmarks import determinism
@@ -32,14 +33,15 @@ from benchmarks.determinism import (
     write_text,
     written,
 )
-from chargpt_jax import api
+from chargpt_jax import api, devices
 
 pytestmark = pytest.mark.slow
 
 # What is not optimised is compiled in half the time, and orders sums anew as well.
 DEVICES = replace(EIGHT_DEVICES, environment={**EIGHT_DEVICES.environment, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
 SUMS = Case("sums", {"optimizer.accumulation_steps": 4, "model.attention_block": 128, "model.remat": False})
-FIRST, LATER, HERE = (COLD, DEVICES), (CADENCE, ONE_THREAD), (SUMS, BFLOAT16, SEED)
+NARROW = jax.__version_info__ >= devices.BFLOAT16_ON_CPU
+FIRST, LATER, HERE = (COLD, DEVICES), (CADENCE, ONE_THREAD), (SUMS, SEED, *([BFLOAT16] if NARROW else []))
 
 
 def trained(case, folder):
@@ -93,6 +95,7 @@ def test_sums_in_another_order_change_last_digits(runs, case):
     assert difference(runs[PLAIN], runs[case], "validation") < 2e-6
 
 
+@pytest.mark.skipif(not NARROW, reason="this JAX cannot multiply bfloat16 on a CPU")
 def test_bfloat16_changes_more_than_last_digits_but_not_what_is_learned(runs):
     """Measured: 4e-4."""
     assert 1e-5 < difference(runs[PLAIN], runs[BFLOAT16], "losses") < 5e-3
