@@ -102,6 +102,7 @@ class Setup:
     @classmethod
     def of(cls, workdir: Workdir) -> "Setup":
         """Read a prepared workdir and build its model."""
+        devices.use_every_core()
         config, tokens = workdir.load_config(), workdir.load_tokens()
         dtype = devices.compute_dtype(config.amp)
         mesh = devices.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps)

@@ -61,7 +61,8 @@ def _forward(
 def _backward(rate: float, block: int, saved: Any, g: jax.Array) -> tuple[jax.Array | None, ...]:
     q, k, v, seeds, out, log = saved
     own = _of_heads(seeds, q.shape)
-    arrays = (q, k, v, own, out, log, g)
+    dot = jnp.sum(g.astype(log.dtype) * out.astype(log.dtype), axis=-1, keepdims=True)
+    arrays = (q, k, v, own, dot, log, g)
     return *by_parts(partial(_gradients, rate=rate, block=block), _score_bytes(q, block), arrays), None
 
 
@@ -88,16 +89,15 @@ def _gradients(
     k: jax.Array,
     v: jax.Array,
     seeds: jax.Array | None,
-    out: jax.Array,
+    dot: jax.Array,
     log: jax.Array,
     g: jax.Array,
     *,
     rate: float,
     block: int,
 ) -> tuple[jax.Array, ...]:
-    """Return the gradients of q, k and v from that of y, g; arguments as for, and from, `_outputs`."""
+    """Return the gradients of q, k and v from that of y, g; dot [B, H, T, 1] is g . y, the rest as in `_outputs`."""
     wide = log.dtype
-    dot = jnp.sum(g.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
     # dk and dv are made lying, [B, H, D, S]: a CPU multiplies slowly what sums over the rows of a block of scores.
     lying = (*k.shape[:2], k.shape[3], k.shape[2])
     dq, dk, dv = [], jnp.zeros(lying, wide), jnp.zeros(lying, wide)

@@ -1,5 +1,6 @@
 """One readable rule by platform: the dtype to compute in, the mesh, the compilation cache."""
 
+import contextlib
 import logging
 import math
 import os
@@ -22,6 +23,24 @@ BFLOAT16_ON_CPU = (0, 9, 0)
 
 WHOLE, PART = 2**20, 2**18
 """On a CPU an array of up to WHOLE bytes is worked on at once, a larger one by PART bytes, which a core keeps close."""
+
+
+MOST_CORES = 8
+"""A CPU counts as one device a core, up to so many; the rest serve them all."""
+
+
+def use_every_core() -> None:
+    """Let a CPU count as one device a core, which share a batch: a core works faster on rows of its own.
+
+    Without effect once JAX has started its devices, or where XLA_FLAGS or JAX_NUM_CPU_DEVICES say how many there are.
+    """
+    said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if said or getattr(jax.config, "jax_num_cpu_devices", -1) >= 0:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Refused where JAX has started: then there are as many as there are.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", min(cores, MOST_CORES))
 
 
 def compute_dtype(amp: AmpConfig, device: Any = None) -> Any:
@@ -93,7 +112,7 @@ def data_mesh(batch_size: int, devices: list[Any] | None = None) -> Mesh:
     """
     devices = jax.local_devices() if devices is None else devices
     count = math.gcd(batch_size, len(devices))
-    if count < len(devices):
+    if count < len(devices) and devices[0].platform != "cpu":
         logging.getLogger(__name__).warning("%d sequences share %d of %d devices", batch_size, count, len(devices))
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
 

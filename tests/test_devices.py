@@ -86,6 +86,34 @@ def test_devices_that_stay_idle_are_said(caplog):
     assert caplog.messages == ["12 sequences share 4 of 8 devices"]
 
 
+def counted(first: str = "pass", **environment: str) -> int:
+    """Return how many devices a process counts that asks for every core, of four."""
+    code = "import os, jax; os.sched_getaffinity = lambda _: range(4); from chargpt_jax import devices; "
+    code += f"{first}; devices.use_every_core(); print(jax.device_count())"
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_a_cpu_counts_as_one_device_a_core_up_to_a_limit():
+    assert counted() == 4
+    assert counted("devices.MOST_CORES = 3") == 3
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [{"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, {"JAX_NUM_CPU_DEVICES": "2"}],
+    ids=["XLA's flag", "JAX's variable"],
+)
+def test_a_number_of_devices_that_the_user_chose_is_left_alone(chosen):
+    assert counted(**chosen) == 2
+
+
+def test_devices_that_have_started_are_left_alone():
+    assert counted("jax.devices()") == 1
+
+
 @pytest.fixture
 def cache_setting():
     """Give the name of JAX's setting, and put its value back afterwards."""
