@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from chargpt_jax.devices import by_parts
-from chargpt_jax.dropout import keep_mask, shifted
+from chargpt_jax.dropout import Dropout, keep_mask, site
 
 SAVED = "attention"
 """The name under which y and l are known to a rematerialisation policy: they are dear to make again."""
@@ -33,41 +33,41 @@ SAVED = "attention"
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None, rate: float, block: int
+    q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None, how: Dropout, block: int
 ) -> jax.Array:
     """Attend to the past.
 
     Args:
         q, k, v: [B, H, T, D], of one floating dtype.
         seeds: uint32 [B, 2] for dropout on the attention weights, or None.
-        rate: dropout's rate.
+        how: dropout's rate and the source of its masks.
         block: how many queries' scores are held at once.
 
     Returns:
         [B, H, T, D], of the inputs' dtype.
     """
-    return _forward(q, k, v, seeds, rate, block)[0]
+    return _forward(q, k, v, seeds, how, block)[0]
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None, rate: float, block: int
+    q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None, how: Dropout, block: int
 ) -> tuple[jax.Array, Any]:
     own = _of_heads(seeds, q.shape)
-    out, log = by_parts(partial(_outputs, rate=rate, block=block), _score_bytes(q, block), (q, k, v, own))
+    out, log = by_parts(partial(_outputs, how=how, block=block), _score_bytes(q, block), (q, k, v, own))
     out, log = checkpoint_name(out, SAVED), checkpoint_name(log, SAVED)
     return out, (q, k, v, seeds, out, log)
 
 
-def _backward(rate: float, block: int, saved: Any, g: jax.Array) -> tuple[jax.Array | None, ...]:
+def _backward(how: Dropout, block: int, saved: Any, g: jax.Array) -> tuple[jax.Array | None, ...]:
     q, k, v, seeds, out, log = saved
     own = _of_heads(seeds, q.shape)
     dot = jnp.sum(g.astype(log.dtype) * out.astype(log.dtype), axis=-1, keepdims=True)
     arrays = (q, k, v, own, dot, log, g)
-    return *by_parts(partial(_gradients, rate=rate, block=block), _score_bytes(q, block), arrays), None
+    return *by_parts(partial(_gradients, how=how, block=block), _score_bytes(q, block), arrays), None
 
 
 def _outputs(
-    q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None, *, rate: float, block: int
+    q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None, *, how: Dropout, block: int
 ) -> tuple[jax.Array, jax.Array]:
     """Return y [B, H, T, D] and l [B, H, T, 1]; seeds are uint32 [B, H, 2]."""
     outs, logs = [], []
@@ -77,7 +77,7 @@ def _outputs(
         top = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        kept = _drop(weights, seeds, rate, rows.start, q.shape[2]).astype(v.dtype)
+        kept = _drop(weights, seeds, how, rows.start, q.shape[2]).astype(v.dtype)
         sums = jnp.einsum("bhts,bhsd->bhtd", kept, v[:, :, past], preferred_element_type=total.dtype)
         outs.append((sums / total).astype(v.dtype))
         logs.append(top + jnp.log(total))
@@ -93,7 +93,7 @@ def _gradients(
     log: jax.Array,
     g: jax.Array,
     *,
-    rate: float,
+    how: Dropout,
     block: int,
 ) -> tuple[jax.Array, ...]:
     """Return the gradients of q, k and v from that of y, g; dot [B, H, T, 1] is g . y, the rest as in `_outputs`."""
@@ -105,7 +105,7 @@ def _gradients(
     for rows in _blocks(q.shape[2], block):
         past = slice(0, rows.stop)
         p = jnp.exp(_scores(q[:, :, rows], k[:, :, past], rows.start) - log[:, :, rows])
-        kept = _drop(p, seeds, rate, rows.start, q.shape[2])
+        kept = _drop(p, seeds, how, rows.start, q.shape[2])
         dp = jnp.einsum("bhtd,bhsd->bhts", g[:, :, rows], v[:, :, past], preferred_element_type=wide)
         da = (kept * dp - p * dot[:, :, rows]).astype(q.dtype)
         kept = kept.astype(v.dtype)
@@ -139,21 +139,18 @@ def _score_bytes(q: jax.Array, block: int) -> int:
 
 
 def _of_heads(seeds: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
-    """Give each head of q [B, H, T, D] seeds, uint32 [B, H, 2], with which its weights are numbered from 0."""
-    if seeds is None:
-        return None
-    first = jnp.arange(shape[1], dtype=jnp.uint32) * shape[2] ** 2
-    return shifted(seeds[:, None], first)
+    """Give each head of q [B, H, T, D] seeds of its own, uint32 [B, H, 2]."""
+    return seeds if seeds is None else site(seeds[:, None], jnp.arange(shape[1]))
 
 
-def _drop(x: jax.Array, seeds: jax.Array | None, rate: float, start: int, length: int) -> jax.Array:
+def _drop(x: jax.Array, seeds: jax.Array | None, how: Dropout, start: int, length: int) -> jax.Array:
     """Apply dropout to rows `start`... of a [B, H, length, length] array of which x [B, H, t, s] is a part."""
-    if seeds is None or not rate:
+    if seeds is None or not how.rate:
         return x
     row = start + jnp.arange(x.shape[2], dtype=jnp.uint32)
     place = row[:, None] * jnp.uint32(length) + jnp.arange(x.shape[3], dtype=jnp.uint32)
-    mask = keep_mask(seeds.reshape(-1, 2), place, rate).reshape(x.shape)
-    return jnp.where(mask, x * (1 / (1 - rate)), 0)
+    mask = keep_mask(seeds.reshape(-1, 2), place, how).reshape(x.shape)
+    return jnp.where(mask, x * (1 / (1 - how.rate)), 0)
 
 
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax.Array:

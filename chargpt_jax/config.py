@@ -41,6 +41,7 @@ class ModelConfig:
     n_ff: int = setting(128, "hidden width of the MLP", least=1)
     n_layer: int = setting(15, "transformer blocks", least=1)
     dropout: float = setting(0.0, "on attention weights, attention output and MLP output", least=0.0, below=1.0)
+    dropout_bits: str = setting("hash", "where dropout's masks come from; 'jax' is slower", choices=("hash", "jax"))
     mask_unused_ids: bool = setting(True, "give padding and ids without a character no probability")
     remat: bool = setting(True, "recompute what is cheap in the backward pass: less memory, and here less time too")
     attention_block: int = setting(64, "query positions whose scores are held at once", least=1)

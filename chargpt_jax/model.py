@@ -18,7 +18,7 @@ from flax import nnx
 
 from chargpt_jax.attention import SAVED, cached_attention, causal_attention
 from chargpt_jax.config import ModelConfig
-from chargpt_jax.dropout import dropout, site
+from chargpt_jax.dropout import Dropout, dropout, site
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """From q, k and v, [B, H, T, D] each, to the heads' outputs [B, H, T, D] and whatever is to be kept of the layer."""
@@ -118,7 +118,7 @@ class Block(nnx.Module):
     """One layer: attention, then the MLP, each on a normalised copy of the residual stream."""
 
     def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
-        self.rate = config.dropout
+        self.dropout = Dropout(config.dropout, config.dropout_bits)
         self.ln_1 = layer_norm(config.n_embd, dtype, rngs)
         self.attn = Attention(config, dtype, rngs)
         self.ln_2 = layer_norm(config.n_embd, dtype, rngs)
@@ -129,9 +129,9 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """Map x [B, T, C] to [B, T, C]; `seeds`, uint32 [B, 2], turn dropout on. Also returns what `attend` keeps."""
         y, kept = self.attn(self.ln_1(x), rope, attend)
-        x = x + dropout(y, seeds if seeds is None else site(seeds, 1), self.rate)
+        x = x + dropout(y, seeds if seeds is None else site(seeds, 1), self.dropout)
         y = self.mlp(self.ln_2(x))
-        return x + dropout(y, seeds if seeds is None else site(seeds, 2), self.rate), kept
+        return x + dropout(y, seeds if seeds is None else site(seeds, 2), self.dropout), kept
 
 
 class GPT(nnx.Module):
@@ -228,7 +228,8 @@ class GPT(nnx.Module):
         return jnp.where((ids > 0) & (ids < self.config.used_ids), logits, MASKED)
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
-        return causal_attention(q, k, v, seeds, self.config.dropout, self.config.attention_block)
+        how = Dropout(self.config.dropout, self.config.dropout_bits)
+        return causal_attention(q, k, v, seeds, how, self.config.attention_block)
 
     def _scan(self, layer: Callable[..., Any], carry: Any, remat: bool = False) -> tuple[Any, Any]:
         """Run layer(block, carry, number) -> (carry, kept) through the stack of blocks."""

@@ -7,7 +7,7 @@ import pytest
 
 from chargpt_jax import devices
 from chargpt_jax.attention import cached_attention, causal_attention
-from chargpt_jax.dropout import keep_mask
+from chargpt_jax.dropout import Dropout, keep_mask, site
 
 
 def inputs(length: int, dtype=jnp.float32, batch: int = 2, heads: int = 3, width: int = 4, seed: int = 0):
@@ -15,14 +15,15 @@ def inputs(length: int, dtype=jnp.float32, batch: int = 2, heads: int = 3, width
     return tuple(jnp.asarray(rng.normal(size=(batch, heads, length, width)), dtype) for _ in range(3))
 
 
-def plain(q, k, v, seeds=None, rate=0.0):
+def plain(q, k, v, seeds=None, how=Dropout()):  # noqa: B008
     """Spell the whole T x T array out, with the mask that the blocks should use."""
     _, H, T, D = q.shape
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k).astype(jnp.promote_types(q.dtype, jnp.float32)) * D**-0.5
     weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf), axis=-1)
     if seeds is not None:
-        place = jnp.arange(H * T * T, dtype=jnp.uint32).reshape(H, T, T)
-        weights = jnp.where(keep_mask(seeds, place, rate), weights / (1 - rate), 0)
+        place = jnp.arange(T * T, dtype=jnp.uint32).reshape(T, T)
+        mask = jnp.stack([keep_mask(site(seeds, head), place, how) for head in range(H)], axis=1)
+        weights = jnp.where(mask, weights / (1 - how.rate), 0)
     return jnp.einsum("bhts,bhsd->bhtd", weights.astype(q.dtype), v)
 
 
@@ -30,17 +31,17 @@ SEEDS = jnp.array([[1, 2], [3, 4]], jnp.uint32)
 
 
 @pytest.mark.parametrize(("length", "block"), [(1, 8), (8, 8), (13, 8), (16, 5), (4, 1), (7, 100)])
-@pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_values_and_gradients_are_those_of_the_plain_formula(length, block, rate):
+@pytest.mark.parametrize("how", [Dropout(), Dropout(0.3), Dropout(0.3, "jax")], ids=["no dropout", "hash", "jax"])
+def test_values_and_gradients_are_those_of_the_plain_formula(length, block, how):
     q, k, v = inputs(length)
-    seeds = SEEDS if rate else None
+    seeds = SEEDS if how.rate else None
     weight = jnp.cos(jnp.arange(q.size)).reshape(q.shape)
 
     def value(f):
         return jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(weight * f(q, k, v)), argnums=(0, 1, 2)))(q, k, v)
 
-    ours, gradients = value(lambda q, k, v: causal_attention(q, k, v, seeds, rate, block))
-    theirs, expected = value(lambda q, k, v: plain(q, k, v, seeds, rate))
+    ours, gradients = value(lambda q, k, v: causal_attention(q, k, v, seeds, how, block))
+    theirs, expected = value(lambda q, k, v: plain(q, k, v, seeds, how))
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
     for gradient, other in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(gradient, other, rtol=1e-4, atol=2e-5)
@@ -52,7 +53,7 @@ def test_heads_taken_a_few_at_a_time_equal_all_at_once(part, monkeypatch):
     q, k, v = inputs(13)
 
     def value():
-        f = lambda *x: jnp.sum(jnp.sin(causal_attention(*x, SEEDS, 0.3, 4)))  # noqa: E731
+        f = lambda *x: jnp.sum(jnp.sin(causal_attention(*x, SEEDS, Dropout(0.3), 4)))  # noqa: E731
         return jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(q, k, v)
 
     whole, gradients = value()
@@ -68,7 +69,7 @@ def test_only_a_cpu_takes_a_few_heads_at_a_time(monkeypatch):
     monkeypatch.setattr(devices, "WHOLE", 0)
     monkeypatch.setattr(devices, "PART", 1)
     q, k, v = inputs(13)
-    traced = jax.jit(jax.grad(lambda q: jnp.sum(causal_attention(q, k, v, SEEDS, 0.3, 4)))).trace(q)
+    traced = jax.jit(jax.grad(lambda q: jnp.sum(causal_attention(q, k, v, SEEDS, Dropout(0.3), 4)))).trace(q)
     loops = [("while" in traced.lower(lowering_platforms=(on,)).as_text()) for on in ("cpu", "tpu", "cuda")]
     assert loops == [True, False, False]
 
@@ -76,7 +77,7 @@ def test_only_a_cpu_takes_a_few_heads_at_a_time(monkeypatch):
 def test_bfloat16_stays_within_its_rounding_of_float32():
     q, k, v = inputs(20, jnp.bfloat16)
     exact = plain(*(x.astype(jnp.float32) for x in (q, k, v)))
-    ours = jax.jit(lambda *x: causal_attention(*x, None, 0.0, 8))(q, k, v)
+    ours = jax.jit(lambda *x: causal_attention(*x, None, Dropout(), 8))(q, k, v)
     assert ours.dtype == jnp.bfloat16
     # One rounding of the weights and one of the result, 2**-9 each, of values below 3.
     np.testing.assert_allclose(ours.astype(jnp.float32), exact, atol=0.03)
@@ -84,7 +85,9 @@ def test_bfloat16_stays_within_its_rounding_of_float32():
 
 def test_gradients_keep_the_inputs_dtype():
     q, k, v = inputs(9, jnp.bfloat16)
-    grads = jax.grad(lambda *x: jnp.sum(causal_attention(*x, None, 0.0, 4).astype(jnp.float32)), argnums=(0, 1, 2))
+    grads = jax.grad(
+        lambda *x: jnp.sum(causal_attention(*x, None, Dropout(), 4).astype(jnp.float32)), argnums=(0, 1, 2)
+    )
     assert {g.dtype for g in jax.eval_shape(grads, q, k, v)} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -92,7 +95,7 @@ def test_no_array_of_all_heads_scores_is_ever_made():
     """Of [B, H, T, T] there is no trace in the compiled step, forward or backward."""
     B, H, T, block = 2, 3, 64, 16
     q, k, v = inputs(T)
-    step = jax.jit(jax.grad(lambda q: jnp.sum(causal_attention(q, k, v, SEEDS, 0.1, block))))
+    step = jax.jit(jax.grad(lambda q: jnp.sum(causal_attention(q, k, v, SEEDS, Dropout(0.1), block))))
     text = step.lower(q).as_text()
     assert f"{B}x{H}x{T}x{T}" not in text
     assert f"{B}x{H}x{block}x{T}" in text
@@ -101,14 +104,14 @@ def test_no_array_of_all_heads_scores_is_ever_made():
 def test_keys_that_causality_masks_are_not_looked_at():
     """The first block's scores have as many keys as queries, not T."""
     q, k, v = inputs(64)
-    text = jax.jit(lambda q: causal_attention(q, k, v, None, 0.0, 16)).lower(q).as_text()
+    text = jax.jit(lambda q: causal_attention(q, k, v, None, Dropout(), 16)).lower(q).as_text()
     assert "2x3x16x16x" in text
     assert "2x3x16x32x" in text
 
 
 def test_one_query_against_a_cache_equals_its_row():
     q, k, v = inputs(12)
-    whole = jax.jit(lambda *x: causal_attention(*x, None, 0.0, 5))(q, k, v)
+    whole = jax.jit(lambda *x: causal_attention(*x, None, Dropout(), 5))(q, k, v)
     position = jnp.array([7, 11])
     rows = jnp.arange(2)
     junk = jnp.arange(12)[None, None, :, None] > position[:, None, None, None]

@@ -1,4 +1,7 @@
-"""The masks' statistics: a counter hash must look like independent coins. Seeds are fixed; bounds are 5 sigma."""
+"""The masks' statistics: a counter hash must look like independent coins, as JAX's own bits do.
+
+Seeds are fixed; bounds are 5 sigma. Every test runs with both sources, so what fails with one alone is the source's.
+"""
 
 import math
 
@@ -7,14 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chargpt_jax.dropout import dropout, keep_mask, seeds_for, shifted, site
+from chargpt_jax.dropout import Dropout, dropout, keep_mask, seeds_for, site
 from chargpt_jax.step import dropout_key
 
 SEEDS = seeds_for(jax.random.key(0), 64)
 N = 8192
 PLACES = jnp.arange(N, dtype=jnp.uint32)
 RATES = [0.001, 0.1, 0.2, 0.5, 0.9]
-mask_of = jax.jit(keep_mask, static_argnums=2)
+
+
+@pytest.fixture(params=["hash", "jax"])
+def mask_of(request):
+    """Give the function from (seeds, places, rate) to the mask, of either source."""
+    draw = jax.jit(keep_mask, static_argnums=2)
+    return lambda seeds, place, rate: draw(seeds, place, Dropout(rate, request.param))
 
 
 def coins(mask: jax.Array, rate: float) -> np.ndarray:
@@ -34,51 +43,53 @@ def assert_all_independent(rows: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_the_rate_is_the_nominal_one(rate):
+def test_the_rate_is_the_nominal_one(mask_of, rate):
     values = coins(mask_of(SEEDS, PLACES, rate), rate)
     assert abs(values.mean(dtype=np.float64)) < 5 / math.sqrt(values.size)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 @pytest.mark.parametrize("lag", [1, 2, 3, 7, 8, 31, 32, 64, 128, 255, 256, 512, 1024, 4096])
-def test_places_are_independent_at_every_lag(rate, lag):
+def test_places_are_independent_at_every_lag(mask_of, rate, lag):
     values = coins(mask_of(SEEDS, PLACES, rate), rate)
     assert_independent(values[:, lag:], values[:, :-lag])
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_neighbouring_triples_are_independent(rate):
+def test_neighbouring_triples_are_independent(mask_of, rate):
     values = coins(mask_of(SEEDS, PLACES, rate), rate)
     assert_independent(values[:, :-2] * values[:, 1:-1], values[:, 2:])
 
 
-def test_heads_and_rows_of_attention_are_independent():
+def test_heads_and_rows_of_attention_are_independent(mask_of):
+    """A head is a site of its layer's attention, as in causal_attention."""
     heads, length = 8, 64
-    values = coins(mask_of(SEEDS[:16], jnp.arange(heads * length**2, dtype=jnp.uint32), 0.2), 0.2)
+    own = site(SEEDS[:16, None], jnp.arange(heads)).reshape(-1, 2)
+    values = coins(mask_of(own, jnp.arange(length**2, dtype=jnp.uint32), 0.2), 0.2)
     values = values.reshape(16, heads, length, length)
     assert_all_independent(values.swapaxes(0, 1).reshape(heads, -1))
     assert_all_independent(values.swapaxes(0, 2).reshape(length, -1))
     assert_all_independent(values.swapaxes(0, 3).reshape(length, -1))
 
 
-def test_sequences_are_independent():
+def test_sequences_are_independent(mask_of):
     assert_all_independent(coins(mask_of(SEEDS, PLACES, 0.2), 0.2))
 
 
-def test_steps_are_independent():
+def test_steps_are_independent(mask_of):
     key = jax.random.key(1)
     seeds = jnp.concatenate([seeds_for(dropout_key(key, jnp.int32(step)), 2) for step in range(24)])
     assert len({tuple(pair) for pair in seeds.tolist()}) == 48
     assert_all_independent(coins(mask_of(seeds, PLACES, 0.2), 0.2))
 
 
-def test_sites_and_layers_are_independent():
+def test_sites_and_layers_are_independent(mask_of):
     """A layer is a site of the step and its three places are sites of the layer, as in the model."""
     seeds = [site(site(SEEDS[:2], layer + 1), number) for layer in range(15) for number in range(3)]
     assert_all_independent(coins(mask_of(jnp.concatenate(seeds), PLACES, 0.2), 0.2))
 
 
-def test_every_place_is_kept_equally_often():
+def test_every_place_is_kept_equally_often(mask_of):
     """Chi-square over places of how many of 4096 sequences keep each."""
     n_seeds, places, rate = 4096, 512, 0.2
     mask = mask_of(seeds_for(jax.random.key(2), n_seeds), PLACES[:places], rate)
@@ -87,7 +98,7 @@ def test_every_place_is_kept_equally_often():
     assert abs(chi_square - places) < 5 * math.sqrt(2 * places)
 
 
-def test_sequences_differ_in_how_much_they_keep_as_coins_do():
+def test_sequences_differ_in_how_much_they_keep_as_coins_do(mask_of):
     """Chi-square over sequences: a hash that spread its values too evenly would fail from below."""
     n_seeds, places, rate = 2048, 1024, 0.2
     mask = mask_of(seeds_for(jax.random.key(3), n_seeds), PLACES[:places], rate)
@@ -96,13 +107,13 @@ def test_sequences_differ_in_how_much_they_keep_as_coins_do():
     assert abs(chi_square - n_seeds) < 5 * math.sqrt(2 * n_seeds)
 
 
-def test_sequences_that_share_half_of_their_seed_are_independent():
+def test_sequences_that_share_half_of_their_seed_are_independent(mask_of):
     """Where two first halves differ by a multiple of the hash's stride, only the second ones tell masks apart."""
     for half in (0, 1):
         assert_all_independent(coins(mask_of(SEEDS.at[:, half].set(7), PLACES, 0.2), 0.2))
 
 
-def test_flipping_one_bit_of_a_seeds_first_half_makes_an_unrelated_mask():
+def test_flipping_one_bit_of_a_seeds_first_half_makes_an_unrelated_mask(mask_of):
     seeds = jnp.stack([SEEDS[0]] + [SEEDS[0] ^ jnp.uint32([1 << bit, 0]) for bit in range(32)])
     values = coins(mask_of(seeds, PLACES, 0.5), 0.5)
     for flipped in values[1:]:
@@ -111,7 +122,7 @@ def test_flipping_one_bit_of_a_seeds_first_half_makes_an_unrelated_mask():
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_scaling_keeps_the_mean(rate):
-    values = np.asarray(dropout(jnp.ones((64, 8, 512)), SEEDS, rate))
+    values = np.asarray(dropout(jnp.ones((64, 8, 512)), SEEDS, Dropout(rate)))
     assert set(np.unique(values).tolist()) == {0.0, float(np.float32(1 / (1 - rate)))}
     sigma = math.sqrt(rate / (1 - rate) / values.size)
     assert abs(values.mean(dtype=np.float64) - 1) < 5 * sigma
@@ -119,35 +130,42 @@ def test_scaling_keeps_the_mean(rate):
 
 def test_without_seeds_or_rate_nothing_is_dropped():
     x = jnp.arange(12.0).reshape(2, 6)
-    assert dropout(x, None, 0.5) is x
-    assert dropout(x, SEEDS[:2], 0.0) is x
-    assert bool(keep_mask(SEEDS, PLACES, 0.0).all())
+    assert dropout(x, None, Dropout(0.5)) is x
+    assert dropout(x, SEEDS[:2], Dropout()) is x
+    assert bool(keep_mask(SEEDS, PLACES, Dropout()).all())
 
 
 def test_dropout_keeps_the_dtype_and_drops_where_the_mask_says():
     x = jnp.arange(1, 2 * 3 * 5 + 1, dtype=jnp.bfloat16).reshape(2, 3, 5)
-    y = dropout(x, SEEDS[:2], 0.5)
-    mask = keep_mask(SEEDS[:2], jnp.arange(15, dtype=jnp.uint32), 0.5).reshape(2, 3, 5)
+    y = dropout(x, SEEDS[:2], Dropout(0.5))
+    mask = keep_mask(SEEDS[:2], jnp.arange(15, dtype=jnp.uint32), Dropout(0.5)).reshape(2, 3, 5)
     assert y.dtype == x.dtype
     assert ((y != 0) == mask).all()
 
 
-def test_a_part_of_the_places_or_sequences_has_the_wholes_mask():
+def test_a_part_of_the_places_or_sequences_has_the_wholes_mask(mask_of):
     place = PLACES[:4096].reshape(64, 64)
     whole = mask_of(SEEDS, place, 0.3)
     assert (mask_of(SEEDS, place[16:32, :32], 0.3) == whole[:, 16:32, :32]).all()
-    assert (keep_mask(SEEDS[5:9], place, 0.3) == whole[5:9]).all()
+    assert (mask_of(SEEDS[5:9], place, 0.3) == whole[5:9]).all()
 
 
-def test_shifted_seeds_give_the_mask_from_a_later_place_on():
-    first = jnp.arange(64, dtype=jnp.uint32) * 31
-    whole = mask_of(SEEDS, PLACES, 0.3)
-    own = mask_of(shifted(SEEDS, first), PLACES[:1000], 0.3)
-    for row in range(64):
-        assert (own[row] == whole[row, 31 * row : 31 * row + 1000]).all()
-
-
-def test_a_higher_rate_drops_what_a_lower_one_drops_and_more():
+def test_a_higher_rate_drops_what_a_lower_one_drops_and_more(mask_of):
     low, high = (np.asarray(mask_of(SEEDS, PLACES, rate)) for rate in (0.1, 0.2))
     assert not (high & ~low).any()
     assert (low & ~high).any()
+
+
+def test_jaxs_own_bits_are_threefry_in_counter_mode():
+    """A place's bits are the first word of fold_in(key of the sequence, place)."""
+    mask = keep_mask(SEEDS[:2], PLACES[:50], Dropout(0.4, "jax"))
+    for row in range(2):
+        key = jax.random.wrap_key_data(SEEDS[row], impl="threefry2x32")
+        for place in range(50):
+            bits = int(jax.random.key_data(jax.random.fold_in(key, place))[0])
+            assert bool(mask[row, place]) == (bits >= round(0.4 * 2**32))
+
+
+def test_the_two_sources_are_independent():
+    one, two = (coins(keep_mask(SEEDS, PLACES, Dropout(0.2, bits)), 0.2) for bits in ("hash", "jax"))
+    assert_independent(one, two)

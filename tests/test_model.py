@@ -12,7 +12,7 @@ from flax import nnx
 from chargpt_jax.attention import causal_attention
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.devices import BFLOAT16_ON_CPU
-from chargpt_jax.dropout import seeds_for
+from chargpt_jax.dropout import Dropout, seeds_for
 from chargpt_jax.metrics import surprisal_and_entropy
 from chargpt_jax.model import MASKED, count_parameters, create, rotary, rotate
 from chargpt_jax.step import nats
@@ -46,7 +46,7 @@ def test_no_gradient_reaches_later_tokens(made, tokens):
     def at(embedded, position):
         model = nnx.merge(graphdef, params)
         rope = rotary(jnp.arange(embedded.shape[1]), CONFIG.n_head_dim)
-        attend = lambda q, k, v: (causal_attention(q, k, v, None, 0.0, 10), None)  # noqa: E731
+        attend = lambda q, k, v: (causal_attention(q, k, v, None, Dropout(), 10), None)  # noqa: E731
         x, _ = model._scan(lambda block, x, _: block(x, rope, attend), embedded)
         return jnp.sum(model.logits(x)[0, position, 1:30] ** 2)
 
