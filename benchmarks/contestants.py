@@ -1,0 +1,401 @@
+"""One contestant's sample in a process of its own: ours, or a peer's own model code from a checkout of the user's.
+
+    python -m benchmarks.contestants '{"contestant": "ours", "measure": "training", "setup": "small", ...}'
+
+benchmarks/peers.py starts these. A peer brings its model and its generate; batches are random crops of one array of
+tokens, and the optimizer is AdamW with the setup's own decay, betas and clipping, for everybody. What a peer cannot do
+as the others do is told by NOTES.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chargpt_jax.config import Config, load_config
+
+SETUPS = {"small": 4, "nanogpt_baby": 8, "nanogpt_cpu": 12}
+"""The shipped configs that are measured, and their batch sizes here."""
+
+CONTESTANTS = {
+    "ours": ("ours", ""),
+    "ours, bfloat16": ("ours", "bfloat16"),
+    "nanoGPT": ("nanogpt", ""),
+    "nanoGPT, compiled": ("nanogpt", "compiled"),
+    "nanoGPT, bfloat16": ("nanogpt", "bfloat16"),
+    "original": ("original", ""),
+    "original, compiled": ("original", "compiled"),
+    "original, bfloat16": ("original", "bfloat16"),
+    "Equinox": ("equinox", ""),
+    "nanodo": ("nanodo", ""),
+}
+"""By its name in the tables: whose code, and how it is run; '' is float32 without torch.compile."""
+
+NOTES = {
+    "nanogpt": "learned positions; heads of n_embd / n_head: in small they are 4 wide, half of the attention's work",
+    "original": "the PyTorch ancestor",
+    "equinox": "the ancestor's later version in JAX",
+    "nanodo": "learned positions, no dropout, no generation; in small its heads are 4 wide as well",
+}
+
+TRAINED_ON, PROMPT = 400_000, 8
+
+Update = Callable[[], int]
+"""Makes some updates, waits for them, and returns how many they were."""
+
+
+def setup_of(name: str) -> Config:
+    """Return a shipped config with this machine's batch size and the vocabulary that its text gives."""
+    config = load_config(name)
+    config.model.vocab_size, config.model.used_ids = 128, 69 if name == "small" else 66
+    config.data.batch_size, config.data.padding_chance = SETUPS.get(name, 4), 0.0
+    config.optimizer.learning_rate = 1e-3
+    return config
+
+
+def corpus(config: Config) -> np.ndarray:
+    """Draw int32 [TRAINED_ON] ids that a character has: what they are does not change the time."""
+    return np.random.default_rng(0).integers(1, config.model.used_ids, TRAINED_ON, dtype=np.int32)
+
+
+class Ours:
+    """This package, through the function that its training dispatches."""
+
+    def __init__(self, config: Config, variant: str, folder: Path | None) -> None:
+        from chargpt_jax import devices
+
+        devices.use_every_core()
+        import jax.numpy as jnp
+
+        self.config, self.dtype = config, jnp.bfloat16 if variant == "bfloat16" else jnp.float32
+
+    def trainer(self) -> Update:
+        """Compile the update and return it; each call is one dispatch of a single update."""
+        import jax
+
+        from chargpt_jax import devices, optimizer
+        from chargpt_jax.assembly import compiled_updates
+        from chargpt_jax.model import create
+        from chargpt_jax.step import create_state
+
+        config = self.config
+        assert config.optimizer.learning_rate is not None
+        graphdef, params = create(config.model, 0, self.dtype)
+        mesh = devices.data_mesh(config.data.batch_size)
+        tx = optimizer.adamw(config.optimizer, optimizer.warmup_cosine(config.scheduler, 1e-3, 100))
+        state, tokens = jax.device_put(
+            (create_state(params, tx, 0, self.dtype), corpus(config)), devices.replicated(mesh)
+        )
+        dispatch = compiled_updates(config, graphdef, tx, mesh).lower(state, tokens, np.int32(1)).compile()
+
+        def update() -> int:
+            nonlocal state
+            state, history = dispatch(state, tokens, np.int32(1))
+            np.asarray(history["loss"])
+            return 1
+
+        return update
+
+    def writer(self, prompt: int, count: int, batch: int) -> Callable[[], None]:
+        """Return what writes `count` characters after prompts of one length, with their metrics."""
+        import jax
+
+        from chargpt_jax.generate import advance, begin
+        from chargpt_jax.model import create
+
+        graphdef, params = create(self.config.model, 0, self.dtype)
+        tokens = np.zeros((batch, prompt + count), np.int32)
+        tokens[:, :prompt] = corpus(self.config)[:prompt]
+        width = min(prompt, self.config.model.block_size)
+
+        def write() -> None:
+            progress = begin(params, tokens, np.full(batch, prompt, np.int32), graphdef=graphdef, width=width)
+            how = (np.float32(1), np.int32(0), np.float32(1))
+            options = {"graphdef": graphdef, "use_top_k": False, "use_top_p": False}
+            progress = advance(params, progress, jax.random.key(0), np.int32(count), *how, **options)
+            np.asarray(progress.tokens)
+
+        return write
+
+
+class Torch:
+    """What both PyTorch peers share: `model`, and the loss of a batch."""
+
+    def __init__(self, config: Config, variant: str, folder: Path | None) -> None:
+        import torch
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.manual_seed(0)
+        assert folder is not None
+        self.config, self.bfloat16 = config, variant == "bfloat16"
+        self.model = self.build(folder)
+        self.run = torch.compile(self.model) if variant == "compiled" else self.model
+
+    def build(self, folder: Path) -> Any:
+        """Import the peer's code and make its model."""
+        raise NotImplementedError
+
+    def loss(self, x: Any, y: Any) -> Any:
+        """Return the mean loss of a batch, int64 [B, T] each."""
+        raise NotImplementedError
+
+    def autocast(self) -> Any:
+        """Return the context in which bfloat16 is used, where it is asked for."""
+        import torch
+
+        return torch.autocast("cpu", dtype=torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
+
+    def trainer(self) -> Update:
+        """Return what makes one update on random crops."""
+        import torch
+
+        how, T, B = self.config.optimizer, self.config.model.block_size, self.config.data.batch_size
+        tokens = torch.from_numpy(corpus(self.config)).long()
+        parameters = list(self.model.parameters())
+        decayed = [p for p in parameters if p.dim() >= 2]
+        others = [p for p in parameters if p.dim() < 2]
+        groups = [{"params": decayed, "weight_decay": how.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=how.betas)
+
+        def update() -> int:
+            at = torch.randint(len(tokens) - T - 1, (B,))
+            x, y = (torch.stack([tokens[i + shift : i + shift + T] for i in at]) for shift in (0, 1))
+            with self.autocast():
+                loss = self.loss(x, y)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if how.clip_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, how.clip_norm)
+            optimizer.step()
+            loss.item()
+            return 1
+
+        return update
+
+    def writer(self, prompt: int, count: int, batch: int) -> Callable[[], None]:
+        """Return what writes with the peer's own generate."""
+        import torch
+
+        tokens = torch.from_numpy(corpus(self.config)[:prompt]).long().expand(batch, -1)
+        self.model.eval()
+
+        def write() -> None:
+            with torch.no_grad(), self.autocast():
+                self.model.generate(tokens, count)
+
+        return write
+
+
+class NanoGPT(Torch):
+    """karpathy/nanoGPT: model.py."""
+
+    def build(self, folder: Path) -> Any:
+        """Make its GPT without biases, as its Shakespeare configs do."""
+        sys.path.insert(0, str(folder))
+        from model import GPT, GPTConfig  # type: ignore[import-not-found]
+
+        m = self.config.model
+        shape = {"block_size": m.block_size, "vocab_size": m.vocab_size, "n_layer": m.n_layer, "n_head": m.n_head}
+        with contextlib.redirect_stdout(sys.stderr):
+            return GPT(GPTConfig(**shape, n_embd=m.n_embd, dropout=m.dropout, bias=False))
+
+    def loss(self, x: Any, y: Any) -> Any:
+        """Take the loss that its model returns."""
+        return self.run(x, y)[1]
+
+
+def ancestral(config: Config, folder: Path) -> Any:
+    """Return the ancestor's ModelConfig; unchecked, since it would refuse numbers of heads that 8 does not divide."""
+    sys.path.insert(0, str(folder / "src"))
+    from experiment.config import ModelConfig  # type: ignore[import-not-found]
+
+    names = ("vocab_size", "block_size", "n_embd", "n_head", "n_head_dim", "n_ff", "n_layer", "dropout")
+    return ModelConfig.model_construct(**{name: getattr(config.model, name) for name in names})
+
+
+class Original(Torch):
+    """z0u/mi-ni at 2a991f7: the ancestor in PyTorch."""
+
+    def build(self, folder: Path) -> Any:
+        """Make its GPT."""
+        shape = ancestral(self.config, folder)
+        from experiment.model.gpt import GPT  # type: ignore[import-not-found]
+
+        return GPT(shape)
+
+    def loss(self, x: Any, y: Any) -> Any:
+        """Take the cross-entropy as its training module does."""
+        from torch.nn.functional import cross_entropy
+
+        logits = self.run(x)
+        return cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1), ignore_index=0)
+
+
+class Equinox:
+    """z0u/mi-ni today: the ancestor's own step to JAX, with its train step and its optimizer."""
+
+    def __init__(self, config: Config, variant: str, folder: Path | None) -> None:
+        import jax
+
+        assert folder is not None
+        self.config, shape = config, ancestral(config, folder)
+        from experiment.model.gpt import GPT  # type: ignore[import-not-found]
+
+        self.model = GPT(shape, key=jax.random.key(0))
+
+    def trainer(self) -> Update:
+        """Return its jitted train step on random crops."""
+        import equinox as eqx
+        import jax
+        import optax
+        from experiment.training.loop import make_train_step  # type: ignore[import-not-found]
+
+        mask = jax.tree.map(lambda p: p.ndim >= 2, eqx.filter(self.model, eqx.is_inexact_array))
+        tx = adamw_with(self.config, mask, optax)
+        step, model = make_train_step(tx), self.model
+        opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+        crops, keys = random_crops(self.config), iter(range(1 << 30))
+
+        def update() -> int:
+            nonlocal model, opt_state
+            model, opt_state, loss = step(model, opt_state, *crops(), jax.random.key(next(keys)))
+            float(loss)
+            return 1
+
+        return update
+
+    def writer(self, prompt: int, count: int, batch: int) -> Callable[[], None]:
+        """Return what writes with its own generate."""
+        import jax
+
+        tokens = np.broadcast_to(corpus(self.config)[:prompt], (batch, prompt))
+        return lambda: self.model.generate(tokens, count, key=jax.random.key(0)) and None
+
+
+class Nanodo:
+    """google-deepmind/nanodo: its Flax decoder under a plain jitted step."""
+
+    def __init__(self, config: Config, variant: str, folder: Path | None) -> None:
+        assert folder is not None
+        sys.path.insert(0, str(folder))
+        self.config = config
+
+    def trainer(self) -> Update:
+        """Return a jitted step: its decoder, the mean cross-entropy and optax's AdamW."""
+        import jax
+        import jax.numpy as jnp
+        import optax
+        from nanodo.model import DoConfig, TransformerDo  # type: ignore[import-not-found]
+
+        m = self.config.model
+        shape = {"D": m.n_embd, "H": m.n_head, "L": m.block_size, "N": m.n_layer, "V": m.vocab_size, "F": m.n_ff}
+        model = TransformerDo(DoConfig(**shape, fsdp_enabled=False))
+        crops = random_crops(self.config)
+        params = jax.jit(model.init)(jax.random.key(0), jnp.asarray(crops()[0]))
+        tx = adamw_with(self.config, lambda p: jax.tree.map(lambda x: x.ndim >= 2, p), optax)
+        opt_state = jax.jit(tx.init)(params)
+
+        def loss_of(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+            return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y).mean()
+
+        @jax.jit
+        def step(params: Any, opt_state: Any, x: jax.Array, y: jax.Array) -> Any:
+            loss, grads = jax.value_and_grad(loss_of)(params, x, y)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state, loss
+
+        def update() -> int:
+            nonlocal params, opt_state
+            params, opt_state, loss = step(params, opt_state, *crops())
+            float(loss)
+            return 1
+
+        return update
+
+    def writer(self, prompt: int, count: int, batch: int) -> Callable[[], None]:
+        """Refuse: it has no generation."""
+        raise NotImplementedError("it has no generation")
+
+
+PEERS: dict[str, Any] = {
+    "ours": Ours,
+    "nanogpt": NanoGPT,
+    "original": Original,
+    "equinox": Equinox,
+    "nanodo": Nanodo,
+}
+
+
+def adamw_with(config: Config, mask: Any, optax: Any) -> Any:
+    """Return optax's AdamW as a config asks for it."""
+    how = config.optimizer
+    tx = optax.adamw(1e-3, b1=how.betas[0], b2=how.betas[1], weight_decay=how.weight_decay, mask=mask)
+    return optax.chain(optax.clip_by_global_norm(how.clip_norm), tx) if how.clip_norm else tx
+
+
+def random_crops(config: Config) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
+    """Return what draws inputs and targets, int32 [B, T] each."""
+    tokens, rng = corpus(config), np.random.default_rng(1)
+    B, T = config.data.batch_size, config.model.block_size
+
+    def draw() -> tuple[np.ndarray, np.ndarray]:
+        text = tokens[rng.integers(len(tokens) - T - 1, size=B)[:, None] + np.arange(T + 1)]
+        return text[:, :-1], text[:, 1:]
+
+    return draw
+
+
+def peak_mib() -> float:
+    """Return the most memory that this process has held, MiB (Linux)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def training(peer: Any, config: Config, seconds: float) -> dict[str, float]:
+    """Train for some seconds after three updates that do not count."""
+    before, update = peak_mib(), peer.trainer()
+    for _ in range(3):
+        update()
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 3:
+        began = time.perf_counter()
+        count = update()
+        times.append((time.perf_counter() - began) / count)
+    rate = config.data.batch_size * config.model.block_size / statistics.median(times)
+    return {"tokens_per_second": rate, "peak_mib": peak_mib(), "own_mib": peak_mib() - before}
+
+
+def generation(peer: Any, prompt: int, count: int, batch: int) -> dict[str, float]:
+    """Write once to compile, then time it once more: characters a second over all rows."""
+    write = peer.writer(prompt, count, batch)
+    write()
+    began = time.perf_counter()
+    write()
+    return {"characters_per_second": batch * count / (time.perf_counter() - began)}
+
+
+def sample(task: dict[str, Any]) -> dict[str, float]:
+    """Take one sample: what is measured, as the task says, of which contestant."""
+    kind, variant = CONTESTANTS[task["contestant"]]
+    config = setup_of(task["setup"])
+    for name, value in task.get("model", {}).items():
+        setattr(config.model, name, value)
+    peer = PEERS[kind](config, variant, Path(task["folder"]) if task.get("folder") else None)
+    if task["measure"] == "training":
+        return training(peer, config, task["seconds"])
+    if task["measure"] == "start":
+        peer.trainer()()
+        return {}
+    return generation(peer, task["prompt"], task["count"], task["batch"])
+
+
+if __name__ == "__main__":
+    print(json.dumps(sample(json.loads(sys.argv[1]))), flush=True)
+    os._exit(0)  # the clock of a cold start has stopped: nobody waits for an orderly end
