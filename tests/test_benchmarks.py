@@ -1,11 +1,13 @@
 """The benchmarks work, at tiny size, and their arithmetic is right; how fast anything is, they say elsewhere."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
-from benchmarks import contestants, peers, scaling, time_to_loss
+from benchmarks import contestants, peers, range_test, scaling, time_to_loss
+from tests.corpus_text import write_words
 
 TINY = {"seconds": 0.0, "count": 8}
 
@@ -118,3 +120,10 @@ def test_a_time_counts_only_where_the_loss_was_reached():
 def test_failing_commands_tell_why(tmp_path):
     with pytest.raises(RuntimeError, match="no such thing"):
         time_to_loss.timed(["python3", "-c", "raise SystemExit('no such thing')"], tmp_path)
+
+
+@pytest.mark.slow
+def test_the_range_tests_cost_is_told_as_a_ratio(capsys, tmp_path):
+    range_test.main(["--config=tiny", "--rounds=1", f"--text_file={write_words(tmp_path / 'w.txt')}"])
+    shown = re.search(r"takes ([\d.]+) times as long", capsys.readouterr().out)
+    assert float(shown[1]) > 0

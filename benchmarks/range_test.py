@@ -1,0 +1,75 @@
+"""What the learning-rate range test costs beyond the training steps that it makes.
+
+    python -m benchmarks.range_test [--config=small] [--text_file=FILE] [--rounds=5] [--out=FOLDER]
+
+A search of a config makes lr_finder.num_zooms x steps_per_zoom steps, one dispatch each, and looks at every loss. It is
+timed from its first step's end to its last one's, and so are as many updates of training, in one dispatch, in the same
+round. Compiling, which either does once, is told apart.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.peers import machine
+from chargpt_jax import optimizer
+from chargpt_jax.assembly import Setup
+from chargpt_jax.config import load_config
+from chargpt_jax.events import LRFinderStep
+from chargpt_jax.stages import find_lr
+from chargpt_jax.workdir import Workdir
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure, print and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="small")
+    parser.add_argument("--text_file", default="stdlib")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(words)
+    config = load_config(args.config)
+    config.data.source, config.data.start_at = args.text_file, ""
+    steps = config.lr_finder.num_zooms * config.lr_finder.steps_per_zoom - 1
+    rows: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(args.rounds):
+            workdir, times = Path(folder, str(number)), []
+            began = time.perf_counter()
+            for event in find_lr(config, workdir):
+                if isinstance(event, LRFinderStep):
+                    times.append(time.perf_counter())
+            setup = Setup.of(Workdir(workdir))
+            tx = optimizer.adamw(config.optimizer, 1e-3)
+            state = setup.fresh_state(tx)
+            dispatch = setup.updater(tx).lower(state, setup.on_device, np.int32(1)).compile()
+            state, _ = dispatch(state, setup.on_device, np.int32(1))
+            compiled = time.perf_counter()
+            _, history = dispatch(state, setup.on_device, np.int32(steps))
+            np.asarray(history["loss"])
+            training = time.perf_counter() - compiled
+            rows.append({"first": times[0] - began, "search": times[-1] - times[0], "training": training})
+    ratios = [row["search"] / row["training"] for row in rows]
+    median = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    text = (
+        f"Machine: {', '.join(f'{name} {value}' for name, value in machine().items())}.\n\n"
+        f"| {steps} steps of {args.config} | s |\n|---|---:|\n"
+        f"| range test | {median['search']:.2f} |\n| training | {median['training']:.2f} |\n\n"
+        f"The range test takes {statistics.median(ratios):.3f} times as long ({min(ratios):.3f} to {max(ratios):.3f}, "
+        f"{len(ratios)} rounds); {median['first']:.1f} s before its first step's end are reading, compiling, drawing.\n"
+    )
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "range_test.json").write_text(json.dumps({"facts": machine(), "rows": rows}, indent=1) + "\n")
+        (args.out / "range_test.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
