@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks import contestants, peers, range_test, scaling, time_to_loss
+from benchmarks import contestants, peers, range_test, scaling, time_to_loss, where
 from tests.corpus_text import write_words
 
 TINY = {"seconds": 0.0, "count": 8}
@@ -127,3 +127,16 @@ def test_the_range_tests_cost_is_told_as_a_ratio(capsys, tmp_path):
     range_test.main(["--config=tiny", "--rounds=1", f"--text_file={write_words(tmp_path / 'w.txt')}"])
     shown = re.search(r"takes ([\d.]+) times as long", capsys.readouterr().out)
     assert float(shown[1]) > 0
+
+
+def test_an_events_own_time_is_without_those_inside_it():
+    events = [(0, 10, "outer"), (1, 3, "first"), (2, 1, "inmost"), (5, 4, "second"), (20, 2, "after")]
+    assert dict(where.own_times(events)) == {"outer": 3, "first": 2, "inmost": 1, "second": 4, "after": 2}
+
+
+@pytest.mark.slow
+def test_the_work_of_an_update_is_shared_out_whole(capsys):
+    where.main(["--setup=tiny", "--updates=1"])
+    shares = [int(share) for share in re.findall(r"\| (\d+) % \|", capsys.readouterr().out)]
+    assert len(shares) >= 4
+    assert abs(sum(shares) - 100) <= len(shares) / 2
