@@ -7,6 +7,7 @@ model.generate("The ", max_new_tokens=200)      # shows itself as a subline in a
 model.score("A text of your own.")
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,11 +21,12 @@ from flax import nnx
 from chargpt_jax import batches, devices, interchange, optimizer, plots, report
 from chargpt_jax.assembly import Setup
 from chargpt_jax.checkpoint import Checkpoints, NoCheckpoint
-from chargpt_jax.config import Config, UserError, from_dict
+from chargpt_jax.config import MOST_STEPS, MOST_TEXT, Config, UserError, from_dict, shown
 from chargpt_jax.events import Event
 from chargpt_jax.flops import training_flops
 from chargpt_jax.generate import Progress, Sampler, advance, begin, bucket, score_tokens
 from chargpt_jax.interchange import import_original
+from chargpt_jax.lr_finder import result_from
 from chargpt_jax.metrics import bits_per_character, perplexity
 from chargpt_jax.model import count_parameters, create
 from chargpt_jax.samples import Sample, Samples
@@ -33,8 +35,14 @@ from chargpt_jax.step import create_state
 from chargpt_jax.tokenizer import CharTokenizer
 from chargpt_jax.workdir import Workdir
 
-MOST_NEW_TOKENS = 1_000_000
-"""The longest continuation that is asked of a machine in one go."""
+MOST_AT_ONCE = 32 * MOST_TEXT
+"""Characters of all prompts and continuations together that are held in memory, at most."""
+
+MOST_SAMPLES_JSON = 512 << 20
+"""Bytes of a file of samples that is drawn into a report: some hundred for each character."""
+
+LEAST_TEMPERATURE = 1e-6
+"""Below it the likeliest character is as good as certain, and is taken: a division by less would overflow."""
 
 
 class Model:
@@ -60,12 +68,12 @@ class Model:
 
         Args:
             prompts: texts of at least one character each; of one longer than block_size the last block_size
-                characters are read.
-            max_new_tokens: characters to write.
+                characters are read. All prompts and continuations together: at most `MOST_AT_ONCE` characters.
+            max_new_tokens: characters to write, 1 to `MOST_TEXT`.
             temperature: 0 takes the likeliest character each time.
             top_k: draw among the k likeliest characters.
             top_p: draw among the likeliest that hold this mass.
-            seed: the same seed and prompts give the same text.
+            seed: the same seed and prompts give the same text; 0 or more, below 2**31.
             skip_unknown: drop characters that the model has never seen, instead of refusing them.
             on_text: called with (index of the prompt, new text) while the text grows.
 
@@ -73,14 +81,23 @@ class Model:
             UserError: for an argument that makes no sense, in one sentence.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        sampler = Sampler(temperature, top_k, top_p)
-        if not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
+        Sampler(temperature, top_k, top_p)  # refuses what makes no sense
+        if not 1 <= max_new_tokens <= MOST_TEXT:
             raise UserError(
-                f"max_new_tokens is {max_new_tokens}, but it must be between 1 and {MOST_NEW_TOKENS:,}: try 500."
+                f"max_new_tokens is {shown(max_new_tokens)}, but it must be between 1 and {MOST_TEXT:,}: try 500."
             )
+        if not 0 <= seed < MOST_STEPS:
+            raise UserError(f"seed is {shown(seed)}, but it must be at least 0 and below {MOST_STEPS:,}: try 0.")
+        if not prompts:
+            raise UserError("There is no prompt, but the model needs a character to go on from: try '\n'.")
         prompts = [self._readable(prompt, skip_unknown) for prompt in prompts]
+        longest, block_size = max(map(len, prompts)), self.config.model.block_size
+        if len(prompts) * (longest + max_new_tokens) > MOST_AT_ONCE:
+            raise UserError(
+                f"{len(prompts):,} texts of up to {longest + max_new_tokens:,} characters are too many at once, with "
+                f"more than {MOST_AT_ONCE:,} in all: ask for fewer or shorter ones."
+            )
         rows = [self.tokenizer.encode_text(prompt) for prompt in prompts]
-        longest, block_size = max(map(len, rows)), self.config.model.block_size
         tokens = np.zeros((len(rows), bucket(longest + max_new_tokens)), np.int32)
         for buffer, row in zip(tokens, rows, strict=True):
             buffer[: len(row)] = row
@@ -95,9 +112,9 @@ class Model:
                 progress,
                 jax.random.key(seed),
                 np.int32(count),
-                np.float32(sampler.temperature),
-                np.int32(top_k or 0),
-                np.float32(top_p or 1.0),
+                np.float32(temperature if temperature >= LEAST_TEMPERATURE else 0.0),
+                np.int32(min(top_k or 0, self.config.model.vocab_size)),
+                np.float32(max(top_p or 1.0, 1e-30)),  # float32 would make 0 of less, which holds nothing
                 graphdef=self.graphdef,
                 use_top_k=top_k is not None,
                 use_top_p=top_p is not None,
@@ -132,6 +149,8 @@ class Model:
             UserError: for a text or stride that makes no sense, in one sentence.
         """
         text = self._readable(text, skip_unknown)
+        if len(text) < 2:
+            raise UserError("The text has one character, but the first has nothing to be judged by: give two or more.")
         tokens = self.tokenizer.encode_text(text)
         surprisal, entropy = self._measure(tokens, stride)
         return Sample(text, tuple(text), surprisal, entropy, self.config.model.vocab_size)
@@ -144,6 +163,10 @@ class Model:
         text = self.tokenizer.drop_unknown(text) if skip_unknown else text
         if not text:
             raise UserError("The text is empty, but the model needs a character to go on from: try '\\n'.")
+        if len(text) > MOST_TEXT:
+            raise UserError(
+                f"The text has {len(text):,} characters, but {MOST_TEXT:,} are the most: give a part of it."
+            )
         return text
 
 
@@ -172,7 +195,14 @@ def load(workdir: str | Path, step: str | int = "best") -> Model:
         params = store.restore(chosen, like).params
     finally:
         store.close()
-    return Model(config, CharTokenizer(record["vocabulary"]), graphdef, params, chosen)
+    return Model(config, _vocabulary(record, folder.checkpoints / str(chosen)), graphdef, params, chosen)
+
+
+def _vocabulary(record: dict[str, Any], where: Path) -> CharTokenizer:
+    try:
+        return CharTokenizer.from_saved(record.get("vocabulary"))
+    except ValueError as error:
+        raise NoCheckpoint(f"{where} cannot be used: {error}.") from None
 
 
 def _shapes(config: Config, dtype: Any) -> tuple[nnx.GraphDef, Any]:
@@ -192,6 +222,8 @@ def evaluate(workdir: str | Path, step: str | int = "best") -> dict[str, Any]:
     """
     model = load(workdir, step)
     setup = Setup.of(Workdir(workdir))
+    if setup.vocabulary != model.tokenizer.vocabulary:
+        raise UserError(f"The corpus in {Workdir(workdir).path} has another vocabulary than the model: restore it.")
     loss = setup.validator(whole=True)(jax.device_put(model.params, devices.replicated(setup.mesh)), model.step)
     return {
         "loss": loss,
@@ -207,7 +239,7 @@ def run(
     config: Config, workdir: str | Path, warn: Callable[[str], None] = print, stop: Stop = lambda: None
 ) -> Iterator[Event]:
     """Do the whole story: prepare, find_lr where no rate is given, train, write samples, draw the report."""
-    interrupted = False
+    interrupted, workdir = False, Workdir(workdir).path  # absolute, whatever folder the reader of events goes to
     for event in train(config, workdir, warn, stop):
         interrupted = getattr(event, "signal", None) is not None
         yield event
@@ -244,8 +276,10 @@ def write_samples(workdir: str | Path) -> Samples:
     """Continue the config's sample prompts and keep the texts, as JSON and as sublines, in the workdir."""
     folder, model = Workdir(workdir), load(workdir)
     how = folder.load_config().sample
+    # A text may lack every character of a prompt, as the newline: its own first character will do then.
+    prompts = [prompt for prompt in how.prompts if model.tokenizer.drop_unknown(prompt)]
     samples = model.generate(
-        how.prompts,
+        prompts or model.tokenizer.vocabulary[1],
         how.max_new_tokens,
         temperature=how.temperature,
         top_k=how.top_k,
@@ -285,16 +319,27 @@ def write_report(workdir: str | Path) -> Path:
     curve = loss_curve(workdir)
     folder.write(folder.path / "loss.svg", curve)
     figures = [("Loss on the training batches and on the whole held-out text.", curve)]
-    if folder.lr_finder.with_suffix(".svg").exists():
-        svg = folder.lr_finder.with_suffix(".svg").read_text(encoding="utf-8")
-        figures.append(("The learning-rate range test, zoom by zoom.", svg))
-    for path in sorted(folder.samples.glob("step-*.svg")):
-        figures.append(
-            ("Written by the model: how unsure it was, and how surprised.", path.read_text(encoding="utf-8"))
-        )
+    figures += [("The learning-rate range test, zoom by zoom.", svg) for svg in _range_tests(folder)]
+    figures += [("Written by the model: how unsure it was, and how surprised.", svg) for svg in _sublines(folder)]
     facts = [(name, _shown(value)) for name, value in info(workdir).items()]
     folder.write(folder.report, report.report(f"A run of chargpt_jax: {folder.path.name}", facts, figures))
     return folder.report
+
+
+def _range_tests(folder: Workdir) -> Iterator[str]:
+    """Draw the range test anew, if there was one: an SVG that lies in the folder may be anybody's."""
+    with contextlib.suppress(ValueError):
+        found = result_from(folder.load_json(folder.lr_finder))
+        zooms = [(zoom.lrs, zoom.losses) for zoom in found.zooms]
+        steepest = [zoom.steepest for zoom in found.zooms]
+        yield plots.lr_finder_plot(zooms, steepest, found.learning_rate, found.method)
+
+
+def _sublines(folder: Workdir) -> Iterator[str]:
+    """Draw the texts that `run` wrote anew, step by step; a file that does not hold such texts is left out."""
+    for path in sorted(folder.samples.glob("step-*.json")):
+        with contextlib.suppress(ValueError):
+            yield from [sample.svg() for sample in Samples.from_dict(folder.load_json(path, MOST_SAMPLES_JSON))]
 
 
 def info(workdir: str | Path) -> dict[str, Any]:

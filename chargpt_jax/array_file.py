@@ -11,6 +11,7 @@ import json
 import math
 import os
 import struct
+import tokenize
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,7 +52,7 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is too large for this machine's memory: import it on a larger one.") from None
     except (
         *(OSError, EOFError, ValueError, TypeError, LookupError, RecursionError, RuntimeError),
-        *(struct.error, zipfile.BadZipFile),
+        *(struct.error, zipfile.BadZipFile, SyntaxError, tokenize.TokenError),  # the last two from NumPy's headers
     ) as error:
         what = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise UserError(f"{path} cannot be read ({what}): it is damaged, or no checkpoint.") from None

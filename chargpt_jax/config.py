@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import json
 import math
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -17,6 +18,28 @@ from typing import Any
 
 VOCAB_MULTIPLE = 64
 """The embedding table's rows are rounded up to a multiple of this, the padding id included."""
+
+MOST_TEXT = 1_000_000
+"""Characters that are continued, written or scored in one go, at most."""
+
+MOST_TEMPERATURE = 1_000.0
+"""Where every character is as likely as any other; far above it, even ids without a character would be drawn."""
+
+MOST_STEPS = 2**31
+"""A run has fewer updates: they are counted in int32."""
+
+MOST_BYTES = 10**12
+"""A run whose training would take more memory than this, by the least estimate, is refused before it is tried."""
+
+MOST_WHOLE = 2**63
+"""Whole numbers are less than this."""
+
+MOST_JSON = 32 << 20
+"""Bytes of the largest JSON file that is read, but for those that hold a long text's numbers."""
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
 
 
 class UserError(ValueError):
@@ -62,10 +85,10 @@ class DataConfig:
         ),
         "where a Gutenberg number is looked for, in this order",
     )
-    timeout: float = setting(20.0, "seconds without an answer before a download is tried again", above=0.0)
-    max_megabytes: float = setting(100.0, "largest download", above=0.0)
+    timeout: float = setting(20.0, "seconds without an answer before a download is tried again", above=0.0, most=1e6)
+    max_megabytes: float = setting(100.0, "largest text, from the web or a file", above=0.0, most=1e6)
     batch_size: int = setting(16, "sequences an update", least=1)
-    oversample: float = setting(1.0, "times the training text is covered in an epoch", above=0.0)
+    oversample: float = setting(1.0, "times the training text is covered in an epoch", above=0.0, most=1e6)
     train_split: float = setting(0.8, "leading part of the corpus that is trained on", above=0.0, below=1.0)
     padding_chance: float = setting(0.0, "chance that a training sequence begins with padding", least=0.0, most=1.0)
     short_epochs: bool = setting(False, "as the ancestor: an epoch covers one batch_size-th of the text")
@@ -87,9 +110,9 @@ class OptimizerConfig:
 class SchedulerConfig:
     """Linear warm-up from min_lr_factor x peak, then, unless decay is off, cosine back down to it at the last step."""
 
-    epochs: float = setting(100.0, "length of the run", above=0.0)
-    max_steps: int | None = setting(None, "length of the run in steps; overrides epochs", least=1)
-    warmup_epochs: float = setting(1.0, "epochs of linear warm-up", least=0.0)
+    epochs: float = setting(100.0, "length of the run", above=0.0, most=1e6)
+    max_steps: int | None = setting(None, "length of the run in steps; overrides epochs", least=1, below=MOST_STEPS)
+    warmup_epochs: float = setting(1.0, "epochs of linear warm-up", least=0.0, most=1e6)
     min_lr_factor: float = setting(0.1, "lowest rate as a part of the peak", least=0.0, most=1.0)
     decay: str = setting("cosine", "after the warm-up; 'none', as the ancestor: stay", choices=("cosine", "none"))
 
@@ -112,8 +135,8 @@ class LRFinderConfig:
 
     start_lr: float = setting(1e-10, "lowest rate of the first zoom", above=0.0)
     end_lr: float = setting(10.0, "highest rate of the first zoom", above=0.0)
-    num_zooms: int = setting(5, "times the range is narrowed", least=1)
-    steps_per_zoom: int = setting(10, "training steps a zoom", least=2)
+    num_zooms: int = setting(5, "times the range is narrowed", least=1, most=1_000)
+    steps_per_zoom: int = setting(10, "training steps a zoom", least=2, most=10_000)
     zoom_factor: float = setting(0.5, "part of the old range's margin that is kept", above=0.0, below=1.0)
     method: str = setting("steepest", "which rate is proposed", choices=("steepest", "lowest", "balanced"))
 
@@ -124,7 +147,9 @@ class TrainConfig:
 
     steps_per_dispatch: int = setting(0, "updates a call of the compiled step; 0: about two seconds of work", least=0)
     log_every: int = setting(10, "steps between two lines of metrics.jsonl", least=1)
-    validate_every: float = setting(1.0, "epochs between two validations, each followed by a checkpoint", above=0.0)
+    validate_every: float = setting(
+        1.0, "epochs between two validations, each followed by a checkpoint", above=0.0, most=1e6
+    )
     keep_last: int = setting(2, "newest checkpoints that are kept, besides the best by validation", least=1)
 
 
@@ -133,8 +158,8 @@ class SampleConfig:
     """What `run` writes when training is done."""
 
     prompts: tuple[str, ...] = setting(("\n",), "texts to continue")
-    max_new_tokens: int = setting(300, "characters to write", least=1)
-    temperature: float = setting(0.8, "0 takes the likeliest character", least=0.0)
+    max_new_tokens: int = setting(300, "characters to write", least=1, most=MOST_TEXT)
+    temperature: float = setting(0.8, "0 takes the likeliest character", least=0.0, most=MOST_TEMPERATURE)
     top_k: int | None = setting(None, "sample among the k likeliest; None: all", least=1)
     top_p: float | None = setting(
         None, "sample among the likeliest that hold this mass; None: all", above=0.0, most=1.0
@@ -194,7 +219,35 @@ def validate(config: Config) -> Config:
         )
     if not config.sample.prompts or "" in config.sample.prompts:
         raise UserError("sample.prompts holds an empty text, but each prompt needs a character: try ('\\n',).")
+    if sum(map(len, config.sample.prompts)) > MOST_TEXT:
+        raise UserError(f"sample.prompts holds more than {MOST_TEXT:,} characters, which is the most: shorten them.")
+    if least_bytes(config) > MOST_BYTES:
+        raise UserError(
+            f"This model and batch take at least {least_bytes(config) // 10**9:,} GB of memory to train, but more than "
+            f"{MOST_BYTES // 10**9:,} GB are not tried: lower the sizes of model, or data.batch_size."
+        )
     return config
+
+
+def least_bytes(config: Config) -> int:
+    """Return the bytes that training takes at least.
+
+    Four float32 numbers a parameter (itself, its gradient and AdamW's two moments), and for the sequences that are
+    worked on at once their ids, the residual stream before each layer, one layer's widest array, and the logits.
+    """
+    m = config.model
+    width, table = m.n_head * m.n_head_dim, max(m.vocab_size, VOCAB_MULTIPLE)
+    layer = 4 * m.n_embd * (width + 1) + 3 * width + 2 * m.n_embd * m.n_ff + m.n_ff + 2 * m.n_embd
+    characters = config.data.batch_size // config.optimizer.accumulation_steps * m.block_size
+    kept = 2 + m.n_embd * (m.n_layer + 1) + max(3 * width, m.n_ff) + table
+    return 16 * (table * m.n_embd + m.n_layer * layer) + 4 * characters * kept
+
+
+def shown(value: Any) -> str:
+    """Return a value as code, cut where it is long, for a message."""
+    if isinstance(value, int) and abs(value) >= MOST_WHOLE:
+        return "a number of many digits"
+    return _SHORT.repr(value)
 
 
 def _check_field(name: str, item: dataclasses.Field, value: Any) -> None:
@@ -209,7 +262,7 @@ def _check_field(name: str, item: dataclasses.Field, value: Any) -> None:
         fixed = Ellipsis not in args
         if not isinstance(value, tuple | list) or (fixed and len(value) != len(args)):
             wanted = f"{len(args)} values" if fixed else "a tuple"
-            raise UserError(f"{name} is {value!r}, but it must be {wanted}: write it as in {item.default!r}.")
+            raise UserError(f"{name} is {shown(value)}, but it must be {wanted}: write it as in {item.default!r}.")
         for part in value:
             _check_value(name, item, args[0], part)
     else:
@@ -220,12 +273,14 @@ def _check_value(name: str, item: dataclasses.Field, kind: type, value: Any) -> 
     limits = item.metadata
 
     def wrong(rule: str) -> UserError:
-        return UserError(f"{name} is {value!r}, but it must be {rule} ({item.metadata.get('about', '')}).")
+        return UserError(f"{name} is {shown(value)}, but it must be {rule} ({item.metadata.get('about', '')}).")
 
     accepted: tuple[type, ...] = (float, int) if kind is float else (kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         names = {float: "a number", int: "a whole number", str: "a text", bool: "True or False"}
         raise wrong(names.get(kind, kind.__name__))
+    if isinstance(value, int) and abs(value) >= MOST_WHOLE:
+        raise wrong("of at most 18 digits")
     if kind is float and not abs(typing.cast(float, value)) < math.inf:
         raise wrong("a finite number")
     if "choices" in limits and value not in limits["choices"]:
@@ -237,7 +292,7 @@ def _check_value(name: str, item: dataclasses.Field, kind: type, value: Any) -> 
     if "below" in limits and not value < limits["below"]:
         raise wrong(f"below {limits['below']}")
     if "most" in limits and not value <= limits["most"]:
-        raise wrong(f"at most {limits['most']:g}")
+        raise wrong(f"at most {limits['most']:,.10g}")
     if limits.get("even") and typing.cast(int, value) % 2:
         raise wrong("even, since rotary encoding pairs its two halves")
 
@@ -261,7 +316,7 @@ def differences(saved: Config, given: Config) -> list[str]:
     for name, value in new.items():
         unset = name in RESOLVED and not (value and old[name])
         if value != old[name] and not unset and not name.startswith(MAY_CHANGE):
-            lines.append(f"{name}: {old[name]!r} there, {value!r} given")
+            lines.append(f"{name}: {shown(old[name])} there, {shown(value)} given")
     return lines
 
 
@@ -349,11 +404,43 @@ def find_config(name: str) -> Path:
 
 def _read_config(path: Path) -> Config:
     try:
-        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return from_dict(read_json(path))
     except UserError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not the config of a run ({type(error).__name__}): give another.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not the config of a run ({error}): give another.") from None
+
+
+def read_json(path: Path, most: int = MOST_JSON) -> Any:
+    """Read a JSON file that anybody may have written: of sane size, no name twice in an object, no NaN or Infinity.
+
+    Raises:
+        OSError: where it cannot be read.
+        ValueError: where it is not that, saying what is wrong.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")  # reading a pipe would wait for ever
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it is larger than {most >> 20} MiB")
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_once_each, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"it has {shown(name)} twice in one object")
+        found[name] = value
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"it holds {name}, which is no number of JSON")
 
 
 def load_config(name: str) -> Config:

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from chargpt_jax.config import DataConfig, UserError
+from chargpt_jax.config import MOST_TEXT, DataConfig, UserError
 from chargpt_jax.download import DownloadError, Page, default_cache, fetch, keep, split_url
+
+MOST_SCORED = 4 * MOST_TEXT
+"""Bytes of a text that is read to be scored: as many as its characters may take in UTF-8."""
 
 SHORTEST_CUT = 1_000
 """Characters that a text must keep after something was cut from it; it must also keep a tenth of them."""
@@ -100,12 +103,12 @@ def load_corpus(
 def read_text(path: str | Path) -> str:
     """Return a local text file by the rules for sources: strict UTF-8, no byte order mark, plain line ends.
 
-    Nothing is cut off or mended, and an empty text is one too.
+    Nothing is cut off or mended, and an empty text is one too. More than `MOST_SCORED` bytes are not read.
 
     Raises:
         UserError: where the file cannot be read, or is not a text in UTF-8.
     """
-    return _decode(Page(str(path), _read_file(str(path))))
+    return _decode(Page(str(path), _read_file(str(path), MOST_SCORED, "give its parts one by one")))
 
 
 def stdlib_text() -> str:
@@ -174,7 +177,8 @@ def _pages(entry: str, config: DataConfig, cache: Path) -> tuple[str, list[Page]
         kind = "gutenberg" if host.endswith(".gutenberg.org") else "url"
         key = "url-" + hashlib.sha256(os.fsencode(entry)).hexdigest()[:24]
         return kind, [fetch(key, [entry], config, cache)]
-    return "file", [Page(name, _read_file(name)) for name in _files(entry)]
+    most, remedy = round(config.max_megabytes * 1e6), "raise data.max_megabytes, or give a smaller text"
+    return "file", [Page(name, _read_file(name, most, remedy)) for name in _files(entry)]
 
 
 def _files(entry: str) -> list[str]:
@@ -192,11 +196,16 @@ def _files(entry: str) -> list[str]:
     return [os.path.join(entry, name) for name in names]
 
 
-def _read_file(name: str) -> bytes:
+def _read_file(name: str, most: int, remedy: str) -> bytes:
     try:
-        return Path(os.path.expanduser(name)).read_bytes()
-    except OSError as error:
-        raise UserError(f"The file {name!r} cannot be read ({error.strerror}): give a readable text file.") from None
+        with Path(os.path.expanduser(name)).open("rb") as file:
+            data = file.read(most + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"The file {name!r} cannot be read ({reason}): give a readable text file.") from None
+    if len(data) > most:
+        raise UserError(f"The file {name!r} is larger than {most / 1e6:,g} MB: {remedy}.")
+    return data
 
 
 # From bytes to a clean text

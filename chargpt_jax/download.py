@@ -100,6 +100,7 @@ def keep(page: Page, cache: Path, warn: Callable[[str], None]) -> None:
 def split_url(url: str) -> SplitResult:
     """Take an address apart; refuse what is not http or https."""
     with suppress(ValueError):
+        url.encode()  # half a character is none of an address
         if (parts := urlsplit(url)).scheme in ("http", "https") and parts.hostname:
             return parts
     raise UserError(f"{url} is not an http or https address, but only these are fetched: correct it, or give a file.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chargpt_jax.config import UserError
+from chargpt_jax.lr_finder import result_from
 from chargpt_jax.workdir import Workdir
 
 
@@ -36,13 +37,18 @@ def lr_finder_figure(workdir: str | Path) -> Any:
         A matplotlib Figure.
     """
     folder = Workdir(workdir)
-    result = folder.load_json(folder.lr_finder)
+    try:
+        result = result_from(folder.load_json(folder.lr_finder))
+    except ValueError as error:
+        raise UserError(
+            f"{folder.lr_finder} cannot be drawn ({error}): run --mode=find_lr in a new --workdir."
+        ) from None
     figure, axes = _axes("learning rate", "loss, nats per character")
     axes.set_xscale("log")
-    for i, zoom in enumerate(result["zooms"], start=1):
-        axes.plot(zoom["lrs"], zoom["losses"], color="black", alpha=i / len(result["zooms"]), lw=1)
-    rate = result["learning_rate"]
-    axes.axvline(rate, ls="--", color="tab:red", label=f"{rate:.2e} ({result['method']})")
+    for i, zoom in enumerate(result.zooms, start=1):
+        axes.plot(zoom.lrs, zoom.losses, color="black", alpha=i / len(result.zooms), lw=1)
+    rate = result.learning_rate
+    axes.axvline(rate, ls="--", color="tab:red", label=f"{rate:.2e} ({result.method})")
     axes.legend(frameon=False)
     return figure
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chargpt_jax.config import UserError
+from chargpt_jax.config import MOST_TEMPERATURE, UserError
 from chargpt_jax.metrics import surprisal_and_entropy, token_metrics
 
 
@@ -35,8 +35,11 @@ class Sampler:
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning, in one sentence each."""
-        if not (np.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"temperature is {self.temperature}, but it must be 0 (greedy) or more: try 0.8.")
+        if not 0 <= self.temperature <= MOST_TEMPERATURE:
+            raise UserError(
+                f"temperature is {self.temperature}, but it must be between 0 (greedy) and {MOST_TEMPERATURE:g}: "
+                "try 0.8."
+            )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}, but it must be at least 1: leave it out to draw among all.")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -168,7 +168,8 @@ def new_folder(path: Path, flag: str) -> Iterator[Path]:
 
 def _check_vacant(path: Path, flag: str) -> None:
     try:
-        taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+        # A link, even one to nothing, could not be replaced by the folder.
+        taken = path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir())))
     except OSError as error:
         raise UserError(f"{flag} is {str(path)[:80]!r}, but {error.strerror}: choose another place.") from None
     if taken:

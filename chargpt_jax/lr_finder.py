@@ -52,6 +52,35 @@ def search(loss_of: LossOf, config: LRFinderConfig) -> Iterator[LRFinderStep | Z
     yield LRFinderResult(zooms[-1].best, config.method, config.start_lr, config.end_lr, tuple(zooms))
 
 
+def result_from(saved: Any) -> LRFinderResult:
+    """Return the result that lr_finder.json holds.
+
+    Raises:
+        ValueError: where it is not one, as when somebody else wrote it.
+    """
+    try:
+        zooms = tuple(_zoom_from(**zoom) for zoom in saved["zooms"])
+        rate, start_lr, end_lr = (_number(saved[name]) for name in ("learning_rate", "start_lr", "end_lr"))
+        if saved["method"] not in ("steepest", "lowest", "balanced"):
+            raise ValueError("it names no method")
+        return LRFinderResult(rate, saved["method"], start_lr, end_lr, zooms)
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"it is no range test: {type(error).__name__}") from None
+
+
+def _zoom_from(*, number: int, lrs: Sequence[float], losses: Sequence[float], **rates: float) -> Zoom:
+    if type(number) is not int or not isinstance(lrs, list) or not isinstance(losses, list) or len(lrs) != len(losses):
+        raise ValueError("a zoom has as many losses as rates")
+    rates = {name: _number(rate) for name, rate in rates.items()}
+    return Zoom(number=number, lrs=tuple(map(_number, lrs)), losses=tuple(map(_number, losses)), **rates)
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < 1e30:
+        raise ValueError("a rate or a loss is a number, not below 0")
+    return float(value)
+
+
 def log_spaced(span: Range, count: int) -> np.ndarray:
     """Return `count` rates from one end of a range to the other, evenly in log space; float64 [count]."""
     return np.exp(np.linspace(np.log(span[0]), np.log(span[1]), count))

@@ -12,6 +12,7 @@ Exit codes: 0 done, 2 the user's mistake, 3 no usable checkpoint, 4 non-finite l
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ from absl.flags import FlagValues
 
 from chargpt_jax.config import Config, UserError, validate
 from chargpt_jax.flags import NEEDS_CONFIG, help_text, parse
+from chargpt_jax.terminal import guard, one_line, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: object, code: int) -> int:
-    print(f"chargpt: {error}", file=sys.stderr)
+    print(f"chargpt: {one_line(error)}", file=sys.stderr)
     return code
 
 
@@ -118,28 +120,29 @@ def _stage(mode: str, config: Config, values: FlagValues) -> int:
     if values.json and isinstance(last, events.LRFinderResult):
         import dataclasses
 
-        print(json.dumps(dataclasses.asdict(last)))
+        print(as_json(dataclasses.asdict(last)))
     return 0
 
 
 def _tell_samples(folder: Any, out: Any) -> None:
-    newest = max(folder.samples.glob("step-*.json"), key=lambda path: path.stat().st_mtime)
-    for sample in json.loads(newest.read_text(encoding="utf-8"))["samples"]:
+    # By the number in the name: clocks go backwards.
+    found = {int(path.stem[5:]): path for path in folder.samples.glob("step-*.json") if path.stem[5:].isdecimal()}
+    for sample in folder.load_json(found[max(found)])["samples"]:
         print(f"\n{printable(sample['text'])}", file=out)
-    print(f"\nreport: {folder.report}", file=out)
+    print(f"\nreport: {one_line(folder.report)}", file=out)
 
 
 def _tell_trace(folder: Any, out: Any) -> None:
     traces = sorted(folder.path.glob("profile/plugins/profile/*/perfetto_trace.json.gz"))
     told = f"{traces[-1]}, for https://ui.perfetto.dev" if traces else "none: too few dispatches were left to make"
-    print(f"trace: {told}", file=out)
+    print(f"trace: {one_line(told)}", file=out)
 
 
 def _eval(values: FlagValues, _: Config | None) -> int:
     api = _api()
     result = api.evaluate(values.workdir, _step(values))
     shown = "{loss:.4f} nats = {bits_per_character:.4f} bits per character over {tokens:,} held-out characters"
-    print(json.dumps(result) if values.json else shown.format(**result) + f" (step {result['step']:,})")
+    print(as_json(result) if values.json else shown.format(**result) + f" (step {result['step']:,})")
     return 0
 
 
@@ -189,31 +192,36 @@ def _deliver(values: FlagValues, folder: Any, samples: Any, name: str, quiet: bo
     api = _api()
     out = sys.stderr if values.json else sys.stdout
     if values.json:
-        print(json.dumps(samples.to_dict()))
+        print(as_json(samples.to_dict()))
     elif not quiet:
         for sample in samples:
             print(printable(sample.text))
-    for sample, path in zip(samples, api.save_samples(folder, samples, name), strict=True):
-        print(f"\n{sample.loss:.4f} nats per character; drawn in {path}", file=out)
+    try:
+        paths = api.save_samples(folder, samples, name)
+    except OSError as error:  # the text is told all the same
+        _warn(f"The samples cannot be kept in {folder.samples}: {error.strerror or error}.")
+        return
+    for sample, path in zip(samples, paths, strict=True):
+        print(f"\n{sample.loss:.4f} nats per character; drawn in {one_line(path)}", file=out)
 
 
 def _export(values: FlagValues, _: Config | None) -> int:
     if not values.out:
         raise UserError("--mode=export needs a place to write to: give --out, a new folder.")
-    print(_api().export(values.workdir, values.out, values.format, _step(values), _warn))
+    print(one_line(_api().export(values.workdir, values.out, values.format, _step(values), _warn)))
     return 0
 
 
 def _import(values: FlagValues, _: Config | None) -> int:
     if not values["from"].value:
         raise UserError("--mode=import needs a checkpoint of the original: give --from, a file.")
-    print(_api().import_original(values["from"].value, values.workdir, values.text_file, _warn))
+    print(one_line(_api().import_original(values["from"].value, values.workdir, values.text_file, _warn)))
     return 0
 
 
 def _info(values: FlagValues, _: Config | None) -> int:
     facts = _api().info(values.workdir)
-    print(json.dumps(facts) if values.json else "\n".join(f"{name}: {value}" for name, value in facts.items()))
+    print(as_json(facts) if values.json else "\n".join(one_line(f"{name}: {value}") for name, value in facts.items()))
     return 0
 
 
@@ -237,18 +245,27 @@ def _api() -> Any:
 
 def _step(values: FlagValues) -> str | int:
     step = values.step or "best"
-    if step not in ("best", "latest") and not step.isdecimal():
-        raise UserError(f"--step is {step!r}, but it must be 'best', 'latest' or a number.")
-    return int(step) if step.isdecimal() else step
+    number = step.isdecimal() and len(step) < 19
+    if step not in ("best", "latest") and not number:
+        raise UserError(f"--step is {step[:80]!r}, but it must be 'best', 'latest' or a number.")
+    return int(step) if number else step
 
 
 def _warn(text: str) -> None:
-    print(f"\n*** {text}\n", file=sys.stderr, flush=True)
+    print(f"\n*** {one_line(text)}\n", file=sys.stderr, flush=True)
 
 
-def printable(text: str) -> str:
-    """Replace what could steer a terminal, but for newlines and tabs."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+def as_json(value: Any) -> str:
+    """Return a value as one line of JSON, in printable ASCII: what is no number there, as NaN, becomes null."""
+    return json.dumps(_finite(value), allow_nan=False).replace("\x7f", "\\u007f")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Signals:
@@ -281,6 +298,7 @@ class Signals:
 
 def console() -> None:
     """Be the `chargpt` command."""
+    guard()
     sys.exit(main())
 
 

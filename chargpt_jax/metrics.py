@@ -57,7 +57,7 @@ def surprise_surprise(surprisal: np.ndarray, entropy: np.ndarray, vocab_size: in
 
 def perplexity(nats: float) -> float:
     """Return exp of a loss or surprisal in nats: among how many equally likely characters the model hesitates."""
-    return math.exp(nats)
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 def bits_per_character(nats: float) -> float:

@@ -6,12 +6,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from chargpt_jax.config import OptimizerConfig, SchedulerConfig
+from chargpt_jax.config import MOST_STEPS, OptimizerConfig, SchedulerConfig, UserError
 
 
 def total_steps(config: SchedulerConfig, epoch_steps: int) -> int:
-    """Return the number of updates in a run, at least 1; `epoch_steps` is the number in an epoch."""
-    return config.max_steps if config.max_steps is not None else max(1, round(config.epochs * epoch_steps))
+    """Return the number of updates in a run, at least 1; `epoch_steps` is the number in an epoch.
+
+    Raises:
+        UserError: where there are more than can be counted.
+    """
+    if config.max_steps is not None:
+        return config.max_steps
+    steps = max(1, round(config.epochs * epoch_steps))
+    if steps >= MOST_STEPS:
+        raise UserError(
+            f"{config.epochs:g} epochs of {epoch_steps:,} steps are too many to count: lower scheduler.epochs."
+        )
+    return steps
 
 
 def warmup_cosine(config: SchedulerConfig, peak: float, epoch_steps: int) -> optax.Schedule:

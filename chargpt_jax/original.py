@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from chargpt_jax.array_file import Stored, read_npz, read_safetensors, reading
-from chargpt_jax.config import Config, ModelConfig, UserError, from_dict
+from chargpt_jax.config import Config, ModelConfig, UserError, from_dict, read_json
 from chargpt_jax.tokenizer import CharTokenizer
 from chargpt_jax.torch_file import read_torch
 
@@ -77,7 +77,7 @@ def _json(config: Path, path: Path) -> Any:
     if not config.is_file():
         raise UserError(f"{path} does not hold its config: put the original's beside it, as {config.name}.")
     with reading(config):
-        return json.loads(config.read_text(encoding="utf-8"))
+        return read_json(config)
 
 
 def from_original(described: Any, path: Path) -> tuple[Config, CharTokenizer]:

@@ -24,6 +24,10 @@ from chargpt_jax.events import (
     Validated,
     Zoom,
 )
+from chargpt_jax.terminal import one_line
+
+MOST_TITLE = 400
+"""The longest list of titles that is told; they are what a text from the web calls itself."""
 
 
 def in_notebook() -> bool:
@@ -55,9 +59,10 @@ def sentence(event: Event) -> str | None:
     """Tell an event in one line; None for those that only move a bar."""
     match event:
         case Prepared():
-            stand_in = f", standing in for {event.stand_in_for}" if event.stand_in_for else ""
+            stand_in = f", standing in for {one_line(event.stand_in_for, MOST_TITLE)}" if event.stand_in_for else ""
+            titles = one_line(", ".join(event.titles), MOST_TITLE)
             return (
-                f"corpus: {', '.join(event.titles)}{stand_in}: {event.characters:,} characters, {event.n_ids - 1} "
+                f"corpus: {titles}{stand_in}: {event.characters:,} characters, {event.n_ids - 1} "
                 f"distinct; {event.n_train:,} to train on, {event.n_validation:,} held out"
             )
         case Zoom():

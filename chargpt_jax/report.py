@@ -26,7 +26,14 @@ figure.text{break-inside:auto}figcaption,h1{break-after:avoid}}
 """
 """The page's style; its colours are those of the pictures' paper."""
 
-_UNFIT = re.compile("[^\t\n -~\xa0-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]")
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+"""What a browser is told that the page may do: look like something. It runs nothing and fetches nothing."""
+
+_UNFIT = re.compile(
+    "[^\t\n -~\xa0-\u061b\u061d-\u200d\u2010-\u2029\u202f-\u2065\u206a-\ud7ff"
+    "\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]"
+)
+"""What HTML cannot hold, and what turns the direction of the text around it."""
 
 
 def report(
@@ -50,6 +57,7 @@ def report(
     parts += [_figure(caption, f"<pre>\n{_plain(text)}</pre>", ' class="text"') for caption, text in texts]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(POLICY)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_plain(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(filter(None, parts))
@@ -62,5 +70,5 @@ def _figure(caption: str, content: str, attributes: str = "") -> str:
 
 
 def _plain(text: str) -> str:
-    """Return text as it may stand in HTML; what HTML cannot hold, as a lone surrogate, becomes U+FFFD."""
+    """Return text as it may stand in HTML; what it cannot hold, or what turns text around, becomes U+FFFD."""
     return html.escape(_UNFIT.sub("\ufffd", text.replace("\r\n", "\n")))

@@ -50,6 +50,23 @@ class Sample:
             "vocab_size": self.vocab_size,
         }
 
+    @classmethod
+    def from_dict(cls, saved: Any) -> "Sample":
+        """Return the sample that `to_dict` gave.
+
+        Raises:
+            ValueError: where it is not one, as when somebody else wrote it.
+        """
+        if not isinstance(saved, dict) or not isinstance(saved.get("prompt"), str):
+            raise ValueError("a sample has a prompt")
+        tokens, size = saved.get("tokens"), saved.get("vocab_size")
+        if not isinstance(tokens, list) or not all(isinstance(token, str) and len(token) < 2 for token in tokens):
+            raise ValueError("a sample's tokens are characters")
+        if type(size) is not int or not 2 <= size < 2**31:
+            raise ValueError("a sample's vocab_size is a whole number")
+        surprisal, entropy = (_array(saved.get(name), len(tokens)) for name in ("surprisal", "entropy"))
+        return cls(saved["prompt"], tuple(tokens), surprisal, entropy, size)
+
     def __repr__(self) -> str:
         return f"Sample({self.text!r}, {self.loss:.3f} nats per character)"
 
@@ -70,8 +87,23 @@ class Samples(list[Sample]):
         """Return {'samples': [...]} as JSON has it."""
         return {"samples": [sample.to_dict() for sample in self]}
 
+    @classmethod
+    def from_dict(cls, saved: Any) -> "Samples":
+        """Return the samples that `to_dict` gave, or raise ValueError where they are none."""
+        if not isinstance(saved, dict) or not isinstance(saved.get("samples"), list):
+            raise ValueError("there is no list of samples")
+        return cls(map(Sample.from_dict, saved["samples"]))
+
     def _repr_html_(self) -> str:
         return "\n".join(sample.svg() for sample in self)
+
+
+def _array(saved: Any, count: int) -> np.ndarray:
+    if not isinstance(saved, list) or len(saved) != count:
+        raise ValueError("a sample has a number a token")
+    if not all(value is None or (type(value) in (int, float) and abs(value) < 1e30) for value in saved):
+        raise ValueError("a sample's surprisal and entropy are numbers")
+    return np.array([math.nan if value is None else value for value in saved], np.float32)
 
 
 def _listed(values: np.ndarray) -> list[float | None]:

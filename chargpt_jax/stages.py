@@ -63,6 +63,8 @@ def prepare(config: Config, workdir: str | Path, warn: Callable[[str], None] = p
         tokens = tokenizer.encode_text(text)
     train, validation = batches.split(tokens, config.data.train_split, config.model.block_size)
     config = _fitted(config, tokenizer)
+    epoch_steps = batches.steps_per_epoch(len(train), config.model.block_size, config.data)
+    optimizer.total_steps(config.scheduler, epoch_steps)  # refuses what cannot be counted
     if not folder.has_corpus():
         folder.save_corpus(tokenizer, tokens, sources)
     folder.save_config(config)
@@ -102,8 +104,9 @@ def _carried_over(saved: Config, given: Config) -> Config:
 
 def find_lr(config: Config, workdir: str | Path, warn: Callable[[str], None] = print) -> Iterator[Event]:
     """Run the range test, save its result and picture, and write the rate into the run's config."""
-    yield from prepare(config, workdir, warn)
-    yield from _find_lr(Workdir(workdir))
+    folder = Workdir(workdir)
+    yield from prepare(config, folder.path, warn)
+    yield from _find_lr(folder)
 
 
 def _find_lr(folder: Workdir) -> Iterator[Event]:
@@ -134,8 +137,8 @@ def train(
     Raises:
         NonFiniteLoss: with the step and the last good checkpoint, which is kept.
     """
-    yield from prepare(config, workdir, warn)
-    folder = Workdir(workdir)
+    folder = Workdir(workdir)  # first: a relative path must not follow its reader to another folder
+    yield from prepare(config, folder.path, warn)
     if folder.load_config().optimizer.learning_rate is None:
         yield from _find_lr(folder)
     setup = Setup.of(folder)

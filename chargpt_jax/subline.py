@@ -24,6 +24,7 @@ TEXT = 17.0  # from the top of a line to the top of its curves
 GAP = 12.0  # between a line's curves and the next line
 PITCH = TEXT + RISE + FALL + GAP
 LEGEND = 14.0  # from the last line to the legend
+MOST_MARKS = 8  # that stand in one cell: hundreds would be drawn over the lines above and below
 MIN_COLUMNS = 44  # narrower pictures would break their legend
 
 
@@ -95,7 +96,8 @@ def subline(
     """Draw text with curves under each line, as a self-contained SVG.
 
     A newline is shown as ↵ and a tab as →, in place. Wide characters take two columns; combining marks and other
-    characters without width stand with the cell before them. Tokens without a cell of their own, as padding (''),
+    characters without width stand with the cell before them, or, where that has `MOST_MARKS`, on a dotted circle, as
+    they do without a cell before them. Tokens without a cell of their own, as padding (''),
     take no room, and their values are not drawn.
 
     Args:
@@ -145,10 +147,10 @@ def _cells(tokens: Sequence[str], chars_per_line: int) -> list[Cell]:
             shown = glyph(char)
             if not joins(shown):
                 clusters.append((shown, token, shown != char))
-            elif clusters:
+            elif clusters and len(clusters[-1][0]) <= MOST_MARKS:
                 clusters[-1] = (clusters[-1][0] + shown, *clusters[-1][1:])
             else:
-                clusters.append(("◌" + shown, token, False))  # a mark without a base stands on a dotted circle
+                clusters.append(("◌" + shown, token, False))  # no base, or one that is full
     cells: list[Cell] = []
     line = column = 0
     for text, token, stand_in in clusters:

@@ -26,6 +26,9 @@ DARK = (
 N_COLOURS = 5
 """Colours for series, `--cg-s1` to `--cg-s5`; a sixth series begins again at the first."""
 
+TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that turn the direction of the text around them."""
+
 VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 """Five stops of matplotlib's viridis, dark to light, sRGB."""
 
@@ -152,7 +155,7 @@ def number(value: float) -> str:
 
 
 def glyph(char: str) -> str:
-    """Return what is drawn for one character: a picture or U+FFFD for what has no form or is illegal in XML."""
+    """Return what is drawn for one character: a picture or U+FFFD for what has no form, turns text or XML forbids."""
     code = ord(char)
     if char in "\n\u2028\u2029":
         return "↵"
@@ -162,7 +165,7 @@ def glyph(char: str) -> str:
         return chr(0x2400 + code)
     if code == 0x7F:
         return "\u2421"
-    illegal = code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF
+    illegal = code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF or char in TURNS
     return "\ufffd" if illegal or unicodedata.category(char) in ("Cc", "Cs") else char
 
 

@@ -4,7 +4,9 @@ The vocabulary is the sorted set of a text's characters with '' in front: id 0 i
 gives every character the id that the PyTorch ancestor gives it. Nothing here depends on JAX.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +28,21 @@ class CharTokenizer:
     def from_text(cls, text: str) -> "CharTokenizer":
         """Make the tokenizer whose vocabulary is the text's characters."""
         return cls(set(text))
+
+    @classmethod
+    def from_saved(cls, names: Any) -> "CharTokenizer":
+        """Make the tokenizer whose vocabulary was saved, '' first and the rest in order, as it stands in a file.
+
+        Raises:
+            ValueError: where it is anything else, or in another order: the ids of the corpus would then mean others.
+        """
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("a vocabulary is a list of characters")
+        if names[:1] != [""] or any(len(name) != 1 for name in names[1:]):
+            raise ValueError("a vocabulary is '' and then single characters")
+        if any(one >= other for one, other in itertools.pairwise(names)):
+            raise ValueError("its characters are not in order, each once")
+        return cls(names)
 
     @property
     def n_ids(self) -> int:

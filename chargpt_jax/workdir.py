@@ -10,21 +10,37 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from chargpt_jax.config import Config, UserError, differences, from_dict, to_json
+from chargpt_jax.config import MOST_JSON, MOST_STEPS, Config, UserError, differences, from_dict, read_json, to_json
 from chargpt_jax.tokenizer import CharTokenizer
+
+MOST_CORPUS = 4 << 30
+"""Bytes of tokens.npy: a thousand million characters."""
+
+MOST_METRICS = 1 << 30
+MOST_LINE = 1 << 16
+"""Bytes of metrics.jsonl, and of a line in it; what is longer is cut into lines that make no sense."""
+
+NUMBERS = {"step": ("loss",), "validation": ("loss", "bits_per_character", "seconds")}
+"""What a line of metrics.jsonl must hold, by its event, besides its step; all are less than MOST_NUMBER."""
+
+MOST_NUMBER = 1e30
+
+Understood = TypeVar("Understood")
 
 
 class Workdir:
     """Paths of one run, and reading and writing of all of them but the checkpoints."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        """Take the folder's path; nothing is made until something is written."""
+        """Take the folder's path; nothing is made until something is written, and a relative path stays where it is."""
+        if "\0" in str(path):
+            raise UserError(f"--workdir is {str(path)!r}, but no name holds a NUL: give a folder.")
         try:
             self.path = Path(path).expanduser().absolute()
         except RuntimeError:
@@ -47,6 +63,11 @@ class Workdir:
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"--workdir is {str(self.path)!r}, but that is a file: give a folder.")
+            for part in (self.path, self.corpus, self.checkpoints, self.samples):
+                if part.is_symlink() and not part.exists():
+                    raise UserError(f"{part} is a link to nothing: remove it, or choose another place.")
+                if part.exists() and not part.is_dir():
+                    raise UserError(f"{part} is a file, but a run keeps a folder there: remove it.")
             nearest = next(p for p in (self.path, *self.path.parents) if p.exists())
         except OSError as error:
             raise UserError(
@@ -94,10 +115,11 @@ class Workdir:
 
     def load_tokenizer(self) -> CharTokenizer:
         """Read the vocabulary."""
-        return CharTokenizer(self.load_json(self.corpus / "vocabulary.json"))
+        path = self.corpus / "vocabulary.json"
+        return self._understood(path, CharTokenizer.from_saved)
 
     def load_tokens(self) -> np.ndarray:
-        """Read the corpus, int32 [N]."""
+        """Read the corpus, int32 [N]; what its header claims is held against the file before memory is taken for it."""
         path = self.corpus / "tokens.npy"
         if self.has_corpus() and not path.exists():
             raise UserError(
@@ -105,13 +127,17 @@ class Workdir:
                 "it again with --text_file."
             )
         try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            tokens = _read_tokens(path)
+        except Exception as error:  # whatever a header that anybody wrote provokes in NumPy's reader
             raise UserError(f"{path} cannot be read ({error}): run --mode=prepare in a new --workdir.") from error
+        n_ids = self.load_tokenizer().n_ids
+        if len(tokens) and not 0 < tokens.min() <= tokens.max() < n_ids:
+            raise UserError(f"{path} holds ids that no character has: run --mode=prepare in a new --workdir.")
+        return tokens
 
     def load_sources(self) -> list[dict[str, Any]]:
         """Read where the corpus came from."""
-        return self.load_json(self.corpus / "sources.json")
+        return self._understood(self.corpus / "sources.json", _sources)
 
     def save_lr_finder(self, result: Any, svg: str) -> None:
         """Write the range test's result and its picture."""
@@ -124,7 +150,7 @@ class Workdir:
 
     def load_speed(self) -> dict[str, Any]:
         """Read how fast training went; nothing where it has not been found out."""
-        return self.load_json(self.speed) if self.speed.exists() else {}
+        return self._understood(self.speed, _facts) if self.speed.exists() else {}
 
     def append_metrics(self, lines: Sequence[dict[str, Any]]) -> None:
         """Add lines to metrics.jsonl, each one JSON object."""
@@ -132,12 +158,18 @@ class Workdir:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def load_metrics(self) -> list[dict[str, Any]]:
-        """Read metrics.jsonl; a last line that a crash cut short is left out."""
-        lines = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(line))
-        return lines
+        """Read metrics.jsonl; a last line that a crash cut short is left out, as is any other that makes no sense.
+
+        Raises:
+            UserError: where it is no file, or one of absurd size.
+        """
+        if not self.metrics.exists():
+            return []
+        if not self.metrics.is_file() or self.metrics.stat().st_size > MOST_METRICS:
+            raise UserError(f"{self.metrics} is no file of up to {MOST_METRICS >> 20} MiB: move it away.")
+        with self.metrics.open("rb") as file:
+            lines = map(_metrics_line, iter(lambda: file.readline(MOST_LINE), b""))
+            return [line for line in lines if line is not None]
 
     def rewind_metrics(self, step: int) -> list[dict[str, Any]]:
         """Drop from metrics.jsonl what came after an update that training now goes on from; return the rest."""
@@ -145,14 +177,14 @@ class Workdir:
         self.write(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
         return lines
 
-    def load_json(self, path: Path) -> Any:
-        """Read a JSON file of this run.
+    def load_json(self, path: Path, most: int = MOST_JSON) -> Any:
+        """Read a JSON file of this run, of at most so many bytes.
 
         Raises:
             UserError: where it is missing or damaged.
         """
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_json(path, most)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.path} holds no {path.relative_to(self.path)}: give the --workdir of a run, or make one with "
@@ -161,12 +193,70 @@ class Workdir:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}): restore it or start a new --workdir.") from error
 
+    def _understood(self, path: Path, meaning: Callable[[Any], Understood]) -> Understood:
+        """Read a JSON file of this run and return what a function, which raises ValueError, makes of it."""
+        try:
+            return meaning(self.load_json(path))
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{path} cannot be used ({error}): restore it or start a new --workdir.") from None
+
     def write(self, path: Path, text: str) -> None:
         """Write a text file whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         with replacing(partial, path):
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _read_tokens(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = headers[np.lib.format.read_magic(file)](file)
+        if dtype != np.int32 or len(shape) != 1:
+            raise ValueError("it is no row of 32-bit integers")
+        left = path.stat().st_size - file.tell()
+        if left != 4 * shape[0] or left > MOST_CORPUS:
+            raise ValueError(f"its header tells of {shape[0]:,} characters, but {left:,} bytes follow")
+        return np.fromfile(file, np.int32, shape[0])
+
+
+def _sources(saved: Any) -> list[dict[str, Any]]:
+    """Return what sources.json holds, or raise ValueError where it is not a list of sources."""
+
+    def good(source: Any) -> bool:
+        return (
+            isinstance(source, dict)
+            and isinstance(source.get("title"), str)
+            and type(source.get("characters")) is int
+            and 0 <= source["characters"] <= MOST_CORPUS
+            and isinstance(source.get("stand_in_for"), str | None)
+        )
+
+    if not isinstance(saved, list) or not all(map(good, saved)):
+        raise ValueError("each source has a title and a number of characters")
+    return saved
+
+
+def _facts(saved: Any) -> dict[str, Any]:
+    """Return what speed.json holds, or raise ValueError where it is not an object of numbers and words."""
+    if not isinstance(saved, dict) or not all(isinstance(value, str | float | int | None) for value in saved.values()):
+        raise ValueError("it is no object of numbers and words")
+    return saved
+
+
+def _metrics_line(data: bytes) -> dict[str, Any] | None:
+    """Return a line of metrics.jsonl, or None where it is none."""
+    try:
+        line = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get("event"), str) or type(line.get("step")) is not int:
+        return None
+    numbers: list[Any] = [line.get(name) for name in NUMBERS.get(line["event"], ())]
+    known = all(type(number) in (int, float) and abs(number) < MOST_NUMBER for number in numbers)
+    return line if known and 0 <= line["step"] < MOST_STEPS else None
 
 
 @contextlib.contextmanager

@@ -48,21 +48,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     # checkpoint -> generation -> metrics -> pictures
     "metrics": {"tokenizer"},
     "generate": {"config", "metrics"},
+    "terminal": set(),
     "theme": set(),
     "subline": {"theme"},
     "plots": {"theme"},
     "report": set(),
     "workdir": {"config", "tokenizer"},
-    "figures": {"config", "workdir"},
+    "figures": {"config", "lr_finder", "workdir"},
     "samples": {"metrics", "subline"},
-    "progress": {"plots", "events"},
+    "progress": {"plots", "events", "terminal"},
     "flags": {"config"},
     # where the pieces meet
     "assembly": {"batches", "config", "devices", "model", "optimizer", "step", "workdir"},
     "stages": EVERYONE - {"api", "compile", "profile", "progress", "stages"},
     "compile": {"assembly", "config", "devices", "generate", "model", "optimizer", "step"},
     "api": EVERYONE - {"api"},
-    "main": {"config", "flags"},
+    "main": {"config", "flags", "terminal"},
     "__init__": set(),
 }
 

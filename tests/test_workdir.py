@@ -70,7 +70,7 @@ def test_nothing_is_made_until_something_is_written(folder):
 def test_a_corpus_comes_back_as_it_was(folder):
     text = "\0a\r\n é\ud800\U0001f600\u2028z"
     tokenizer = CharTokenizer.from_text(text)
-    sources = [{"title": "Ænes & «co»", "sha256": "0" * 64, "stand_in_for": None}]
+    sources = [{"title": "Ænes & «co»", "sha256": "0" * 64, "characters": 10, "stand_in_for": None}]
     folder.save_corpus(tokenizer, tokenizer.encode_text(text), sources)
     again, tokens = folder.load_tokenizer(), folder.load_tokens()
     assert folder.has_corpus()
@@ -121,7 +121,7 @@ def test_rewinding_drops_later_steps_and_a_line_cut_short(folder):
         file.write('{"event": "step", "step": 4')
     assert folder.load_metrics() == lines
     assert folder.rewind_metrics(20) == lines[:2]
-    folder.append_metrics([{"event": "step", "step": 25}])
+    folder.append_metrics([{"event": "step", "step": 25, "loss": 1.4}])
     assert [line["step"] for line in folder.load_metrics()] == [10, 20, 25]
     assert not list(folder.path.glob("*.partial"))
 
