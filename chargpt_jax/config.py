@@ -372,10 +372,11 @@ def unknown_field(path: str) -> UserError:
     """Return the error for a field that no config has, with the nearest one that it has."""
     known = list(flatten(Config()))
     tails = {name.rpartition(".")[2]: name for name in known}
+    path = path[:200]  # to compare is slow
     near = difflib.get_close_matches(path, known, 1, 0.6)
     near = near or [tails[t] for t in difflib.get_close_matches(path.rpartition(".")[2], list(tails), 1, 0.6)]
     hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(vars(Config()))}."
-    return UserError(f"The config has no field {path!r}: {hint}")
+    return UserError(f"The config has no field {shown(path)}: {hint}")
 
 
 def find_config(name: str) -> Path:

@@ -129,7 +129,8 @@ class Workdir:
         try:
             tokens = _read_tokens(path)
         except Exception as error:  # whatever a header that anybody wrote provokes in NumPy's reader
-            raise UserError(f"{path} cannot be read ({error}): run --mode=prepare in a new --workdir.") from error
+            what = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} cannot be read ({what}): run --mode=prepare in a new --workdir.") from error
         n_ids = self.load_tokenizer().n_ids
         if len(tokens) and not 0 < tokens.min() <= tokens.max() < n_ids:
             raise UserError(f"{path} holds ids that no character has: run --mode=prepare in a new --workdir.")

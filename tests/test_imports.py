@@ -1,6 +1,7 @@
 """The arrows between the files: who may know whom, read from the source with ast."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -157,22 +158,121 @@ def test_no_import_is_relative(name):
     assert not [node for node in ast.walk(TREES[name]) if isinstance(node, ast.ImportFrom) and node.level]
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_no_other_framework_and_no_pickle_is_imported(name):
-    roots = {module.split(".")[0] for module, _ in imports(TREES[name])}
-    assert not roots & {"tensorflow", "torch", "equinox", "pickle", "cloudpickle", "dill", "shelve", "marshal"}
+FOREIGN = {"tensorflow", "torch", "equinox"}
+RUNNERS = {
+    *("pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "yaml"),
+    *("ctypes", "cffi", "runpy", "code", "codeop", "pty", "imp", "pkgutil", "zipimport"),
+}
+"""Modules that obey what they read, or run what they are given."""
+
+RUNS = re.compile(
+    r"(eval|exec|compile|__import__|breakpoint|os\.(system|popen|exec\w+|spawn\w+|posix_spawn\w*)"
+    r"|subprocess\.get\w*output|torch\.load|builtins\..*|__builtins__\b.*|importlib\.(?!metadata\b).*)"
+)
+"""What runs or imports something by its name, dotted as it is written."""
+
+HIDDEN = {"__builtins__", "__globals__", "__subclasses__", "__loader__", "__code__", "__reduce__", "exec_module"}
+"""Attributes by which the same could be reached."""
+
+MAY_RUN = {
+    # The names that the package gives on first use, and the user's own --config.
+    "__init__": {"importlib.import_module"},
+    "config": {"importlib.util.spec_from_file_location", "importlib.util.module_from_spec", ".exec_module"},
+    "compile": {"importlib.util.find_spec"},  # whether libtpu is installed
+}
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_nothing_is_evaluated_or_unpickled(name):
-    for node in ast.walk(TREES[name]):
+def running(tree: ast.AST) -> set[str]:
+    """Return what a file has that could run or import something by name, or load what is obeyed."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Load):
+            name = ast.unparse(node)
+            # A method or module of ours may be called compile; the function is not to be called.
+            if RUNS.fullmatch(name) and not (name == "compile" and "compile" in _imported(tree)):
+                found.add(name)
+            if isinstance(node, ast.Attribute) and node.attr in HIDDEN:
+                found.add(f".{node.attr}")
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{a.name}" for a in node.names if RUNS.fullmatch(f"{node.module}.{a.name}")}
         if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            assert called not in ("eval", "exec", "compile", "__import__", "os.system")
-            assert not called.startswith(("pickle.", "builtins."))
-            allowed = {k.arg: ast.unparse(k.value) for k in node.keywords}
-            assert allowed.get("allow_pickle", "False") == "False"
-            assert allowed.get("shell", "False") == "False"
+            found |= _dangerous_call(node)
+    return found - {"importlib.util"}
+
+
+def _imported(tree: ast.AST) -> set[str]:
+    return {a.asname or a.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names}
+
+
+def _dangerous_call(node: ast.Call) -> set[str]:
+    called = ast.unparse(node.func)
+    given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+    found = set()
+    if called in ("np.load", "numpy.load", "jnp.load") and given.get("allow_pickle") != "False":
+        found.add(called)
+    if given.get("allow_pickle", "False") != "False" or given.get("shell", "False") != "False":
+        found.add(f"{called} with allow_pickle or shell")
+    if called == "getattr" and isinstance(node.args[1], ast.Constant) and str(node.args[1].value).startswith("__"):
+        found.add("getattr of a hidden name")
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_other_framework_and_nothing_that_obeys_what_it_reads_is_imported(name):
+    roots = {module.split(".")[0] for module, _ in imports(TREES[name])}
+    assert not roots & (FOREIGN | RUNNERS)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_is_run_or_imported_by_its_name_but_the_users_own_config(name):
+    assert running(TREES[name]) == MAY_RUN.get(name, set())
+
+
+def test_the_users_config_is_run_in_one_place():
+    (function,) = [
+        node
+        for node in ast.walk(TREES["config"])
+        if isinstance(node, ast.FunctionDef) and ".exec_module" in running(node)
+    ]
+    assert function.name == "load_config"
+    calls = {name: [n for n in ast.walk(tree) if isinstance(n, ast.Call)] for name, tree in TREES.items()}
+    assert [name for name in calls if any(ast.unparse(call.func) == "load_config" for call in calls[name])] == ["flags"]
+
+
+def test_the_package_gives_only_its_own_names_on_first_use():
+    assert set(chargpt_jax._HOMES.values()) <= set(FILES)
+    for name in ("os", "api", "__path__", "config.os", "importlib"):
+        with pytest.raises(AttributeError):
+            chargpt_jax.__getattr__(name)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *("eval('1')", "exec(x)", "f = eval", "compile(x, '', 'exec')", "__import__('os')", "breakpoint()"),
+        *("os.system('x')", "os.popen('x')", "os.execv('x', [])", "os.spawnl(1)", "from os import system"),
+        *("importlib.import_module('x')", "from importlib import import_module", "importlib.reload(x)"),
+        *("importlib.util.spec_from_file_location('x', 'y')", "spec.loader.exec_module(m)"),
+        *("np.load(path)", "np.load(path, allow_pickle=True)", "np.load(path, allow_pickle=x)", "torch.load(path)"),
+        *("subprocess.run('x', shell=True)", "subprocess.getoutput('x')", "subprocess.Popen(x, shell=y)"),
+        *("getattr(x, '__globals__')", "f.__globals__", "().__class__.__subclasses__()", "__builtins__['eval']"),
+        *("builtins.eval", "getattr(__builtins__, x)"),
+    ],
+)
+def test_the_reader_of_what_runs_sees_it(code):
+    assert running(ast.parse(code))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *("re.compile(x)", "jitted.lower().compile()", "from chargpt_jax import compile\ncompile.for_tpu(x)"),
+        *("np.load(path, allow_pickle=False)", "subprocess.run([x])", "importlib.metadata.version('x')"),
+        *("evaluate(x)", "model.eval()", "getattr(config, name)", "import importlib.util"),
+    ],
+)
+def test_the_reader_of_what_runs_leaves_the_rest_alone(code):
+    assert not running(ast.parse(code))
 
 
 def test_a_command_line_is_read_without_loading_jax():

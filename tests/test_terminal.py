@@ -1,0 +1,119 @@
+"""Laws of what a terminal is sent: nothing that steers it, nothing lost that does not, and never a crash."""
+
+import io
+import logging
+import sys
+import unicodedata
+import warnings
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chargpt_jax.terminal import MOST_MARKS, MOST_MESSAGE, STAND_IN, guard, one_line, printable
+from tests.payloads import MARKUP, PAYLOADS, STEERING
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()))
+
+
+@given(ANY_TEXT)
+def test_nothing_but_what_is_seen_and_line_breaks_and_tabs_is_left_of_any_text(text):
+    shown = printable(text)
+    assert len(shown) == len(text)
+    assert all(c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" for c in shown)
+    assert printable(shown) == shown
+    shown.encode()
+
+
+@given(ANY_TEXT)
+def test_a_message_is_one_line_of_bounded_length(text):
+    line = one_line(text)
+    assert len(line) <= MOST_MESSAGE
+    assert len(line.splitlines()) <= 1
+    assert not set("\n\t\r\x1b") & set(line)
+
+
+@pytest.mark.parametrize("name", STEERING)
+def test_what_steers_or_hides_is_replaced(name):
+    text = STEERING[name]
+    assert STAND_IN in printable(text)
+    assert STAND_IN in printable(text, keep="") or text.split() != [text]
+    seen = [c for c in text if c.isascii() and c.isprintable()]
+    assert [c for c in printable(text) if c.isascii()] == seen, "what is seen stays"
+
+
+@pytest.mark.parametrize("name", MARKUP)
+def test_markup_means_nothing_to_a_terminal_and_stays(name):
+    assert printable(MARKUP[name]) == MARKUP[name]
+
+
+@pytest.mark.parametrize(
+    "text", ["naïve ça va", "漢字\u3000かな", "Ærø\xa0og", "e\u0301e\u0308", "a\n\tb", "\u2009x", "😀"]
+)
+def test_letters_of_every_script_and_spaces_of_every_width_stay(text):
+    assert printable(text) == text
+
+
+def test_a_character_keeps_so_many_marks_and_no_more():
+    shown = printable("a" + "\u0301" * 100 + "b\u0301")
+    assert shown.startswith("a" + "\u0301" * MOST_MARKS + STAND_IN)
+    assert shown.endswith("b\u0301")
+
+
+def test_a_long_message_is_cut_and_its_end_says_so():
+    line = one_line("x" * 10**7)
+    assert len(line) == MOST_MESSAGE
+    assert line.endswith("x…")
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Return the function that guards two standard streams of ASCII and gives the bytes behind them."""
+    factory = logging.getLogRecordFactory()
+
+    def start() -> list[io.BytesIO]:  # in the test itself: pytest sets the streams anew before it
+        raw = [io.BytesIO(), io.BytesIO()]
+        for name, buffer in zip(("stdout", "stderr"), raw, strict=True):
+            stream = io.TextIOWrapper(buffer, encoding="ascii", errors="strict", write_through=True)
+            monkeypatch.setattr(sys, name, stream)
+        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+        guard()
+        return raw
+
+    yield start
+    logging.setLogRecordFactory(factory)
+
+
+def test_a_guarded_stream_takes_every_payload_whatever_its_encoding(guarded):
+    out, err = guarded()
+    for text in PAYLOADS.values():
+        print(text)
+        print(printable("é漢😀" + text), file=sys.stderr)
+    assert b"\\xe9\\u6f22\\U0001f600" in err.getvalue()
+    assert b"\\udfff" in out.getvalue()
+
+
+def test_what_libraries_log_or_warn_of_is_one_harmless_line(guarded):
+    _, err = guarded()
+    handler = logging.StreamHandler(sys.stderr)
+    logger = logging.getLogger("chargpt tests")
+    logger.addHandler(handler)
+    logger.propagate = False
+    for text in STEERING.values():
+        logger.warning("a name of a file: %s\nand more", text)
+        shown = warnings.formatwarning(UserWarning(text), UserWarning, "x.py", 1)
+        assert shown.startswith("UserWarning: ")
+        assert printable(shown) == shown
+    logger.removeHandler(handler)
+    written = err.getvalue().decode()
+    assert len(written.splitlines()) == len(STEERING)
+    assert printable(written) == written
+
+
+def test_a_guard_suits_streams_that_are_no_files(monkeypatch):
+    factory, before = logging.getLogRecordFactory(), warnings.formatwarning
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", None)
+    guard()
+    logging.setLogRecordFactory(factory)
+    warnings.formatwarning = before
