@@ -141,7 +141,7 @@ def _terminal(events: Iterable[Event], file: TextIO) -> Iterator[Event]:
         for event in events:
             line = sentence(event)
             if line is not None:
-                bars.console.print(escape(line), highlight=False)
+                bars.console.print(escape(line), highlight=False, emoji=False)
             match event:
                 case LRFinderStep():
                     text = f"zoom {event.zoom}  rate {event.learning_rate:.2e}  loss {event.loss:.4f}"

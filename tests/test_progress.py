@@ -197,7 +197,7 @@ def test_a_terminal_shows_the_range_test_as_it_goes(terminal):
 
 
 def test_a_title_with_brackets_is_shown_as_it_is(terminal):
-    titles = ("The [red]Scarlet[/red] Pimpernel [/]",)
+    titles = ("The [red]Scarlet[/red] Pimpernel [/] :heart:",)
     assert titles[0] in terminal([Prepared(titles, 10, 8, 2, 5, 64, None)], 160)
 
 
