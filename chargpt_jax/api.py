@@ -21,7 +21,7 @@ from chargpt_jax import batches, devices, interchange, optimizer, plots, report
 from chargpt_jax.assembly import Setup
 from chargpt_jax.checkpoint import Checkpoints, NoCheckpoint
 from chargpt_jax.config import Config, UserError, from_dict
-from chargpt_jax.events import Event
+from chargpt_jax.events import Ended, Event
 from chargpt_jax.flops import training_flops
 from chargpt_jax.generate import Progress, Sampler, advance, begin, bucket, score_tokens
 from chargpt_jax.interchange import import_original
@@ -31,7 +31,7 @@ from chargpt_jax.samples import Sample, Samples
 from chargpt_jax.stages import Stop, find_lr, prepare, train
 from chargpt_jax.step import create_state
 from chargpt_jax.tokenizer import CharTokenizer
-from chargpt_jax.workdir import Workdir
+from chargpt_jax.workdir import Workdir, excused
 
 MOST_NEW_TOKENS = 1_000_000
 """The longest continuation that is asked of a machine in one go."""
@@ -193,6 +193,7 @@ def evaluate(workdir: str | Path, step: str | int = "best") -> dict[str, Any]:
     model = load(workdir, step)
     setup = Setup.of(Workdir(workdir))
     loss = setup.validator(whole=True)(jax.device_put(model.params, devices.replicated(setup.mesh)), model.step)
+    assert loss is not None
     return {
         "loss": loss,
         "bits_per_character": bits_per_character(loss),
@@ -204,16 +205,25 @@ def evaluate(workdir: str | Path, step: str | int = "best") -> dict[str, Any]:
 
 
 def run(
-    config: Config, workdir: str | Path, warn: Callable[[str], None] = print, stop: Stop = lambda: None
+    config: Config,
+    workdir: str | Path,
+    warn: Callable[[str], None] = print,
+    stop: Stop = lambda: None,
+    max_minutes: float | None = None,
 ) -> Iterator[Event]:
-    """Do the whole story: prepare, find_lr where no rate is given, train, write samples, draw the report."""
-    interrupted = False
-    for event in train(config, workdir, warn, stop):
-        interrupted = getattr(event, "signal", None) is not None
+    """Do the whole story: prepare, find_lr where no rate is given, train, write samples, draw the report.
+
+    `stop` and `max_minutes` are as for `train`; where they end it, samples and report are left for the next time.
+    """
+    complete = True
+    for event in train(config, workdir, warn, stop, max_minutes):
+        complete = not isinstance(event, Ended) or event.complete
         yield event
-    if not interrupted:
-        write_samples(workdir)
-        write_report(workdir)
+    if complete:
+        with excused("The samples", warn):
+            write_samples(workdir)
+        with excused("The report", warn):
+            write_report(workdir)
 
 
 def export(

@@ -34,6 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flops": {"config"},
     "profile": {"events"},
     "lr_finder": {"config", "events"},
+    "pace": {"config"},
+    "lock": {"config"},
     "devices": {"config"},
     "checkpoint": {"step"},
     # files of others
@@ -58,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"plots", "events"},
     "flags": {"config"},
     # where the pieces meet
-    "assembly": {"batches", "config", "devices", "model", "optimizer", "step", "workdir"},
+    "assembly": {"batches", "config", "devices", "model", "optimizer", "pace", "step", "workdir"},
     "stages": EVERYONE - {"api", "compile", "profile", "progress", "stages"},
     "compile": {"assembly", "config", "devices", "generate", "model", "optimizer", "step"},
     "api": EVERYONE - {"api"},
