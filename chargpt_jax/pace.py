@@ -13,7 +13,7 @@ DISPATCH_SECONDS = 2.0
 """How long a dispatch should take where the config leaves it open: the pace of the progress bar and of signals."""
 
 Stop = Callable[[], int | None]
-"""Asked after every dispatch and between the parts of other work; a signal's number ends training after a checkpoint."""
+"""Asked after every dispatch and between the parts of other work; the number of a signal ends training, which saves."""
 
 
 class Pace:

@@ -270,6 +270,20 @@ def _saved(store: Checkpoints, state: TrainState, setup: Setup, loss: float, end
     return Saved(step, str(path))
 
 
+def restored(setup: Setup, fresh: TrainState, checkpoints: Path, warn: Callable[[str], None]) -> TrainState:
+    """Return the state that training would go on from with the checkpoints of some folder, as it would find it.
+
+    Raises:
+        UserError: where the checkpoint is of another model or corpus.
+        NoCheckpoint: where there are checkpoints, but none can be used.
+    """
+    store = Checkpoints(checkpoints)
+    try:
+        return _resumed(setup, store, fresh)
+    finally:
+        store.close()
+
+
 def _resumed(setup: Setup, store: Checkpoints, fresh: TrainState) -> TrainState:
     """Return the newest saved state, or the fresh one where nothing was saved.
 

@@ -61,7 +61,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flags": {"config"},
     # where the pieces meet
     "assembly": {"batches", "config", "devices", "model", "optimizer", "pace", "step", "workdir"},
-    "stages": EVERYONE - {"api", "compile", "profile", "progress", "stages"},
+    "stages": EVERYONE - {"api", "compile", "profile", "progress", "selftest", "stages"},
+    "selftest": {"assembly", "checkpoint", "config", "corpus", "optimizer", "stages", "step", "workdir"},
     "compile": {"assembly", "config", "devices", "generate", "model", "optimizer", "step"},
     "api": EVERYONE - {"api"},
     "main": {"config", "flags"},
@@ -69,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 LATER: dict[str, set[str]] = {
-    "main": {"config", "api", "profile", "progress", "events", "devices", "corpus", "workdir", "compile"},
+    "main": {"config", "api", "profile", "progress", "events", "devices", "corpus", "workdir", "compile", "selftest"},
     "__init__": {"api", "config", "progress"},
 }
 """What may be imported inside a function, or for the type checker alone, besides."""
