@@ -8,7 +8,6 @@ ones, of another machine or of other versions. tests/test_determinism.py holds b
 """
 
 import argparse
-import itertools
 import json
 import os
 import platform
@@ -32,6 +31,7 @@ from chargpt_jax import api, optimizer, stages
 from chargpt_jax.assembly import Setup
 from chargpt_jax.checkpoint import Checkpoints
 from chargpt_jax.config import Config
+from chargpt_jax.events import Steps
 from chargpt_jax.samples import Sample
 from chargpt_jax.workdir import Workdir
 from tests.corpus_text import small_config
@@ -69,10 +69,10 @@ def config(source: Path, fields: Mapping[str, Any]) -> Config:
 
 def train(source: Path, workdir: Path, fields: Mapping[str, Any], stop_after: int = 0) -> None:
     """Train on a text, from a checkpoint where there is one, until so many dispatches are made; 0: to the end."""
-    dispatches = itertools.count(1)
-    stop = lambda: signal.SIGTERM if next(dispatches) == stop_after else None  # noqa: E731
-    for _ in stages.train(config(source, fields), workdir, lambda text: None, stop):
-        pass
+    dispatches = 0
+    stop = lambda: signal.SIGTERM if dispatches and dispatches == stop_after else None  # noqa: E731
+    for event in stages.train(config(source, fields), workdir, lambda text: None, stop):
+        dispatches += isinstance(event, Steps)
 
 
 def learned(workdir: Path) -> dict[str, np.ndarray]:

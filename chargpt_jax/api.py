@@ -22,7 +22,7 @@ from chargpt_jax import batches, devices, interchange, optimizer, plots, report
 from chargpt_jax.assembly import Setup
 from chargpt_jax.checkpoint import Checkpoints, NoCheckpoint
 from chargpt_jax.config import MOST_STEPS, MOST_TEXT, Config, UserError, from_dict, shown
-from chargpt_jax.events import Event
+from chargpt_jax.events import Ended, Event
 from chargpt_jax.flops import training_flops
 from chargpt_jax.generate import Progress, Sampler, advance, begin, bucket, score_tokens
 from chargpt_jax.interchange import import_original
@@ -33,7 +33,7 @@ from chargpt_jax.samples import Sample, Samples
 from chargpt_jax.stages import Stop, find_lr, prepare, train
 from chargpt_jax.step import create_state
 from chargpt_jax.tokenizer import CharTokenizer
-from chargpt_jax.workdir import Workdir
+from chargpt_jax.workdir import Workdir, excused
 
 MOST_AT_ONCE = 32 * MOST_TEXT
 """Characters of all prompts and continuations together that are held in memory, at most."""
@@ -225,6 +225,7 @@ def evaluate(workdir: str | Path, step: str | int = "best") -> dict[str, Any]:
     if setup.vocabulary != model.tokenizer.vocabulary:
         raise UserError(f"The corpus in {Workdir(workdir).path} has another vocabulary than the model: restore it.")
     loss = setup.validator(whole=True)(jax.device_put(model.params, devices.replicated(setup.mesh)), model.step)
+    assert loss is not None
     return {
         "loss": loss,
         "bits_per_character": bits_per_character(loss),
@@ -236,16 +237,25 @@ def evaluate(workdir: str | Path, step: str | int = "best") -> dict[str, Any]:
 
 
 def run(
-    config: Config, workdir: str | Path, warn: Callable[[str], None] = print, stop: Stop = lambda: None
+    config: Config,
+    workdir: str | Path,
+    warn: Callable[[str], None] = print,
+    stop: Stop = lambda: None,
+    max_minutes: float | None = None,
 ) -> Iterator[Event]:
-    """Do the whole story: prepare, find_lr where no rate is given, train, write samples, draw the report."""
-    interrupted, workdir = False, Workdir(workdir).path  # absolute, whatever folder the reader of events goes to
-    for event in train(config, workdir, warn, stop):
-        interrupted = getattr(event, "signal", None) is not None
+    """Do the whole story: prepare, find_lr where no rate is given, train, write samples, draw the report.
+
+    `stop` and `max_minutes` are as for `train`; where they end it, samples and report are left for the next time.
+    """
+    complete, workdir = True, Workdir(workdir).path  # absolute, whatever folder the reader of events goes to
+    for event in train(config, workdir, warn, stop, max_minutes):
+        complete = not isinstance(event, Ended) or event.complete
         yield event
-    if not interrupted:
-        write_samples(workdir)
-        write_report(workdir)
+    if complete:
+        with excused("The samples", warn):
+            write_samples(workdir)
+        with excused("The report", warn):
+            write_report(workdir)
 
 
 def export(

@@ -21,11 +21,12 @@ from jax.sharding import Mesh
 from chargpt_jax import batches, devices, optimizer
 from chargpt_jax.config import Config
 from chargpt_jax.model import create
+from chargpt_jax.pace import MOST_STEPS
 from chargpt_jax.step import TrainState, create_state, data_key, eval_step, train_step, validation_key
 from chargpt_jax.workdir import Workdir
 
-MOST_STEPS = 256
-"""Updates in one dispatch at most."""
+Validator = Callable[..., float | None]
+"""(parameters, step, ended) -> nats per character."""
 
 
 def updates(
@@ -128,18 +129,23 @@ class Setup:
         """Return `updates` under jit; it takes (state, tokens, count) and reuses the state's memory."""
         return compiled_updates(self.config, self.graphdef, tx, self.mesh)
 
-    def validator(self, whole: bool = False) -> Callable[[Any, int], float]:
+    def validator(self, whole: bool = False) -> "Validator":
         """Return the function from parameters, and their step, to the loss on the held-out part, in nats per character.
 
-        The step matters only where the config asks for random crops, and `whole` does not overrule it.
+        The step matters only where the config asks for random crops, and `whole` does not overrule it. A third
+        argument is asked before every batch; where it says yes the loss is None.
         """
         crops = self.config.data.random_validation and not whole
         windows_at = self._crops() if crops else self._windows()
         nats_of = jax.jit(partial(validation_nats, graphdef=self.graphdef, mesh=self.mesh))
 
-        def loss(params: Any, step: int) -> float:
-            # Awaited one by one: with several CPU devices two dispatches in flight can deadlock.
-            pairs = [jax.device_get(nats_of(params, x, y)) for x, y in zip(*windows_at(step), strict=True)]
+        def loss(params: Any, step: int, ended: Callable[[], bool] = lambda: False) -> float | None:
+            pairs = []
+            for x, y in zip(*windows_at(step), strict=True):
+                if ended():
+                    return None
+                # Awaited one by one: with several CPU devices two dispatches in flight can deadlock.
+                pairs.append(jax.device_get(nats_of(params, x, y)))
             if crops:  # the ancestor takes the mean of its batches' means
                 return sum(float(nats) / int(count) for nats, count in pairs) / len(pairs)
             return sum(float(nats) for nats, _ in pairs) / sum(int(count) for _, count in pairs)

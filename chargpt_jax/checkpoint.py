@@ -84,6 +84,8 @@ class Checkpoints:
             The step's folder.
         """
         step = int(state.step)
+        if step in self._manager.all_steps():
+            self._manager.delete(step)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(vars(state)), record=ocp.args.JsonSave({"format": FORMAT, **record})
         )

@@ -134,13 +134,20 @@ class Saved:
 
 @dataclass(frozen=True)
 class Ended:
-    """Training is over, or was stopped by a signal after a checkpoint."""
+    """Training is over, or was stopped after a checkpoint: by a signal, or because time was up."""
 
     step: int
     seconds: float
     best_loss: float
     """Nats per character, of all validations."""
     signal: int | None = None
+    """The number of the signal that ended it."""
+    out_of_time: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether the schedule's last step is made."""
+        return self.signal is None and not self.out_of_time
 
 
 Event = Prepared | LRFinderStep | Zoom | LRFinderResult | TrainStarted | Compiled | Steps | Validated | Saved | Ended

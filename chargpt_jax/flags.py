@@ -23,11 +23,25 @@ from chargpt_jax.config import (
     unknown_field,
 )
 
-MODES = ("run", "prepare", "find_lr", "train", "eval", "generate", "score", "export", "import", "info", "compile")
+MODES = (
+    "run",
+    "prepare",
+    "find_lr",
+    "train",
+    "eval",
+    "generate",
+    "score",
+    "export",
+    "import",
+    "info",
+    "compile",
+    "selftest",
+)
 NEEDS_CONFIG = ("run", "prepare", "find_lr", "train", "compile")
 USES_MODEL = ("generate", "score", "eval")
 MODES_OF = {
-    **dict.fromkeys(("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stream"), ("generate",)),
+    **dict.fromkeys(("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "stream"), ("generate",)),
+    "seed": ("generate", "selftest"),
     **dict.fromkeys(("text", "stride"), ("score",)),
     "text_file": ("score", "import"),
     "skip_unknown": ("generate", "score"),
@@ -36,7 +50,9 @@ MODES_OF = {
     "from": ("import",),
     "topology": ("compile",),
     "profile": ("run", "train"),
-    "json": (*USES_MODEL, "find_lr", "info"),
+    "max_minutes": ("run", "train"),
+    **dict.fromkeys(("kills", "signals", "corruptions"), ("selftest",)),
+    "json": (*USES_MODEL, "find_lr", "info", "selftest"),
 }
 """The modes that a flag means something to; flags that are not here go with every mode."""
 
@@ -64,7 +80,13 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_float("temperature", None, "generate: 0 takes the likeliest character", flag_values=values)
     flags.DEFINE_integer("top_k", None, "generate: draw among the k likeliest", flag_values=values)
     flags.DEFINE_float("top_p", None, "generate: draw among the likeliest of this mass", flag_values=values)
-    flags.DEFINE_integer("seed", None, "generate: of the draws; default: the config's", flag_values=values)
+    flags.DEFINE_integer("seed", None, "generate, selftest: of the draws; default: the config's", flag_values=values)
+    flags.DEFINE_integer("kills", 20, "selftest: SIGKILLs and SIGTERMs at random moments", flag_values=values)
+    flags.DEFINE_integer("signals", 6, "selftest: SIGTERMs, SIGINTs and SIGHUPs besides", flag_values=values)
+    flags.DEFINE_integer("corruptions", 200, "selftest: damaged checkpoints", flag_values=values)
+    flags.DEFINE_float(
+        "max_minutes", None, "run, train: save and end in time; the same command goes on", flag_values=values
+    )
     flags.DEFINE_integer(
         "stride", None, "score: between windows; 1 is exact; default: half a block", flag_values=values
     )

@@ -5,18 +5,24 @@
 Modes: run (default) prepares the text, finds a learning rate, trains, writes samples and draws the report; prepare,
 find_lr, train and eval do that stage alone; generate and score use a trained model; export writes it for Hugging Face
 or for the PyTorch original, whose checkpoints import takes in; info says what a run is; compile builds the steps of a
-config for a TPU that need not be there.
+config for a TPU that need not be there; selftest stops small trainings, damages their checkpoints and sees that nothing
+is lost.
 
-Exit codes: 0 done, 2 the user's mistake, 3 no usable checkpoint, 4 non-finite loss,
-130 and 143 stopped by a signal after a checkpoint.
+Exit codes: 0 done, also where --max_minutes ended it; 2 the user's mistake, 3 no usable checkpoint, 4 non-finite loss;
+130 stopped by SIGINT, and 143 by SIGTERM or SIGHUP, while training after a checkpoint. A second SIGINT leaves at once.
 """
 
+import contextlib
+import errno
 import json
 import math
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,29 +36,55 @@ from chargpt_jax.terminal import guard, one_line, printable
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (`sys.argv` if none is given) and return its exit code."""
-    try:
-        return _main(sys.argv if argv is None else argv)
-    except UserError as error:
-        return _complain(error, 2)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return _complain("Interrupted; the same command goes on from the last checkpoint.", 130)
-    except Exception as error:
-        # By name, so that a mistyped command is answered without importing JAX.
-        code = {"NoCheckpoint": 3, "NonFiniteLoss": 4}.get(type(error).__name__)
-        if code is None:
-            raise
-        return _complain(error, code)
+    _open_all_standard_streams()
+    with Signals() as signals:
+        try:
+            code = _main(sys.argv if argv is None else argv, signals)
+            sys.stdout.flush()
+            return code
+        except UserError as error:
+            return _complain(error, 2)
+        except BrokenPipeError:
+            Lasting(sys.stdout).mute()
+            return 0
+        except KeyboardInterrupt:
+            return _complain(f"Stopped by {signals.name}{signals.advice}.", signals.code)
+        except Exception as error:
+            if signals.interrupted:  # a library may have made something else of it
+                return _complain(f"Stopped by {signals.name}{signals.advice}.", signals.code)
+            # By name, so that a mistyped command is answered without importing JAX.
+            known = {"NoCheckpoint": 3, "NonFiniteLoss": 4}.get(type(error).__name__)
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                name = f"{error.filename} cannot be used" if error.filename else "The disk cannot be used"
+                return _complain(f"{name} ({error.strerror}): mend that, then give the same command again.", 2)
+            if known is None:
+                raise
+            return _complain(error, known)
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
+"""What a disk can do to us, and only a user can mend."""
+
+
+def _open_all_standard_streams() -> None:
+    """Fill streams that were closed, so that no file of ours takes their place and is written to as one."""
+    for stream in (0, 1, 2):
+        try:
+            os.fstat(stream)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _complain(error: object, code: int) -> int:
-    print(f"chargpt: {one_line(error)}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"chargpt: {one_line(error)}", file=sys.stderr, flush=True)
     return code
 
 
-def _main(argv: Sequence[str]) -> int:
+def _main(argv: Sequence[str], signals: "Signals") -> int:
+    began = time.monotonic()
     values, config, name = parse(argv)
     if values.help:
         print(help_text(__doc__))
@@ -62,12 +94,18 @@ def _main(argv: Sequence[str]) -> int:
         if config is None:
             raise UserError(f"--mode={mode} needs a config: give --config=small, or the path of a config file.")
         validate(config)
-    elif not values.workdir and name is None:
+    elif not values.workdir and name is None and mode != "selftest":
         raise UserError(f"--mode={mode} needs the folder of a run: give --workdir.")
+    if mode == "selftest":
+        return _selftest(values, config)
     values["workdir"].value = values.workdir or f"runs/{name}"
     if mode in ("run", "prepare", "find_lr", "train"):
         assert config is not None
-        return _stage(mode, config, values)
+        minutes = values.max_minutes
+        if minutes is not None and not 0 < minutes < math.inf:
+            raise UserError(f"--max_minutes is {minutes}, but it must be a number above 0: give 50, for example.")
+        signals.advice = ": the same command goes on from what is saved"
+        return _stage(mode, config, values, signals, minutes and minutes - (time.monotonic() - began) / 60)
     modes: dict[str, Callable[[FlagValues, Config | None], int]] = {
         **{"eval": _eval, "generate": _generate, "score": _score, "info": _info, "compile": _compile},
         **{"export": _export, "import": _import},
@@ -75,7 +113,7 @@ def _main(argv: Sequence[str]) -> int:
     return modes[mode](values, config)
 
 
-def _stage(mode: str, config: Config, values: FlagValues) -> int:
+def _stage(mode: str, config: Config, values: FlagValues, signals: "Signals", minutes: float | None) -> int:
     from chargpt_jax import corpus
     from chargpt_jax.workdir import Workdir
 
@@ -87,14 +125,13 @@ def _stage(mode: str, config: Config, values: FlagValues) -> int:
     devices.use_compilation_cache(corpus.default_cache() / "xla")
     from chargpt_jax import api, events, profile, progress
 
-    out = sys.stderr if values.json else sys.stdout
-    signals, last = Signals(), None
-    warn = _warn
+    out: Any = Lasting(sys.stderr if values.json else sys.stdout)
+    last = None
     stages: dict[str, Callable[[], Any]] = {
-        "run": lambda: api.run(config, values.workdir, warn, signals.received),
-        "train": lambda: api.train(config, values.workdir, warn, signals.received),
-        "prepare": lambda: api.prepare(config, values.workdir, warn),
-        "find_lr": lambda: api.find_lr(config, values.workdir, warn),
+        "run": lambda: api.run(config, values.workdir, _warn, signals.received, minutes),
+        "train": lambda: api.train(config, values.workdir, _warn, signals.received, minutes),
+        "prepare": lambda: api.prepare(config, values.workdir, _warn),
+        "find_lr": lambda: api.find_lr(config, values.workdir, _warn),
     }
 
     def watched() -> Any:
@@ -103,17 +140,19 @@ def _stage(mode: str, config: Config, values: FlagValues) -> int:
         if values.profile:
             happening = profile.profiled(happening, folder.path / "profile")
         for event in happening:
-            if isinstance(event, events.TrainStarted):
-                signals.install()
-            if isinstance(event, events.Ended):
-                signals.restore()
             last = event
+            # From here to the end of training there is something to save.
+            signals.gentle = (signals.gentle or isinstance(event, events.Compiled)) and not isinstance(
+                event, events.Ended
+            )
             yield event
+            if isinstance(event, events.Ended) and signals.received() is not None:
+                return
 
     progress.show(watched(), out)
-    if isinstance(last, events.Ended) and last.signal is not None:
-        return 128 + last.signal
-    if mode == "run":
+    if signals.received() is not None:
+        return signals.code
+    if mode == "run" and isinstance(last, events.Ended) and last.complete:
         _tell_samples(folder, out)
     if values.profile:
         _tell_trace(folder, out)
@@ -127,6 +166,8 @@ def _stage(mode: str, config: Config, values: FlagValues) -> int:
 def _tell_samples(folder: Any, out: Any) -> None:
     # By the number in the name: clocks go backwards.
     found = {int(path.stem[5:]): path for path in folder.samples.glob("step-*.json") if path.stem[5:].isdecimal()}
+    if not found:  # it could not be written, and that was said
+        return
     for sample in folder.load_json(found[max(found)])["samples"]:
         print(f"\n{printable(sample['text'])}", file=out)
     print(f"\nreport: {one_line(folder.report)}", file=out)
@@ -234,6 +275,20 @@ def _compile(values: FlagValues, config: Config | None) -> int:
     return 0
 
 
+def _selftest(values: FlagValues, config: Config | None) -> int:
+    counts = {name: values[name].value for name in ("kills", "signals", "corruptions")}
+    for name, count in counts.items():
+        if not 0 <= count <= 100_000:
+            raise UserError(f"--{name} is {count}, but it must be between 0 and 100,000: leave it out, for example.")
+    from chargpt_jax import selftest
+
+    out: Any = sys.stderr if values.json else sys.stdout
+    tell = lambda text: print(text, file=out, flush=True)  # noqa: E731
+    result = selftest.check(values.workdir or ".", config, **counts, seed=values.seed or 0, tell=tell)
+    print(json.dumps(result.to_dict()) if values.json else f"\n{result.table()}")
+    return 1 if result.broken else 0
+
+
 def _api() -> Any:
     from chargpt_jax import corpus, devices
 
@@ -252,7 +307,8 @@ def _step(values: FlagValues) -> str | int:
 
 
 def _warn(text: str) -> None:
-    print(f"\n*** {one_line(text)}\n", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(f"\n*** {one_line(text)}\n", file=sys.stderr, flush=True)
 
 
 def as_json(value: Any) -> str:
@@ -268,38 +324,114 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class Lasting:
+    """A stream whose reader may go away (`| head`, a closed terminal): training goes on, and is told to nobody."""
+
+    def __init__(self, stream: Any):
+        """Take the stream to write to."""
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, if there is still somebody to read."""
+        with self._unbroken():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        with self._unbroken():
+            self._stream.flush()
+
+    def mute(self) -> None:
+        """Lead what is still to be written to nowhere."""
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _unbroken(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.mute()
+
+
 class Signals:
-    """While training: the first SIGINT, SIGTERM or SIGHUP asks for a checkpoint and an end, a second SIGINT insists."""
+    """SIGINT, SIGTERM and SIGHUP end a command at once, or, while it is `gentle`, when the command sees fit.
+
+    A second SIGINT ends it whatever it does: a thread of its own sees to that, since Python's handlers have to wait
+    for compiled code to return.
+    """
 
     def __init__(self) -> None:
+        self.gentle = False
+        self.interrupted = False
+        """Whether a command was ended at once."""
+        self.advice = ""
         self._number: int | None = None
         self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        """Begin to listen, where this is the main thread: no other can."""
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                self._before[getattr(signal, name)] = signal.signal(getattr(signal, name), self._on_signal)
+        inner, outer = socket.socketpair()
+        outer.setblocking(False)
+        self._sockets, self._fd_before = (inner, outer), signal.set_wakeup_fd(outer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(inner,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop listening."""
+        if self._before:
+            signal.set_wakeup_fd(self._fd_before)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._sockets[1].close()  # the thread ends with it
+
+    @property
+    def name(self) -> str:
+        """What the signal that came is called; Ctrl-C may also be told by an exception alone."""
+        return signal.Signals(self._number or signal.SIGINT).name
+
+    @property
+    def code(self) -> int:
+        """The exit code: 130 for SIGINT, 143 for the others."""
+        return 130 if self._number in (None, signal.SIGINT) else 143
 
     def received(self) -> int | None:
         """Return the number of the signal that came, if one did."""
         return self._number
 
-    def install(self) -> None:
-        """Begin to listen."""
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                self._before[getattr(signal, name)] = signal.signal(getattr(signal, name), self._on_signal)
-
-    def restore(self) -> None:
-        """Stop listening."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self._number is not None and number == signal.SIGINT:
+        self._number = self._number or number
+        if not self.gentle:
+            self.interrupted = True
             raise KeyboardInterrupt
-        self._number = number
+
+    def _watch(self, came: socket.socket) -> None:
+        count = 0
+        while number := came.recv(1):
+            if count and number[0] == signal.SIGINT:
+                os.write(2, b"\nchargpt: Left at once; what was saved before is whole.\n")
+                os._exit(130)
+            count += number[0] in self._before
+        came.close()
 
 
 def console() -> None:
     """Be the `chargpt` command."""
     guard()
-    sys.exit(main())
+    code = main()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # all is done: what comes now is too late to change the exit code
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ def sentence(event: Event) -> str | None:
                 f"{event.bits_per_character:.4f} bits per character{' (best)' if event.best else ''}, "
                 f"{duration(event.seconds)}"
             )
+        case Ended(out_of_time=True):
+            return f"out of time after step {event.step:,}; the same command goes on from there"
         case Ended(signal=None):
             return f"done: step {event.step:,} after {duration(event.seconds)}, best {event.best_loss:.4f} nats"
         case Ended():

@@ -18,24 +18,20 @@ import numpy as np
 import optax
 
 from chargpt_jax import batches, devices, optimizer, plots
-from chargpt_jax.assembly import MOST_STEPS, Setup, probe
+from chargpt_jax.assembly import Setup, probe
 from chargpt_jax.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.config import Config, UserError, differences, from_dict, validate
 from chargpt_jax.corpus import load_corpus
 from chargpt_jax.events import Compiled, Ended, Event, LRFinderResult, Prepared, Saved, Steps, TrainStarted, Validated
 from chargpt_jax.flops import peak_flops, training_flops
+from chargpt_jax.lock import Lock, writer
 from chargpt_jax.lr_finder import search, trainer_loss
 from chargpt_jax.metrics import bits_per_character
 from chargpt_jax.model import count_parameters
+from chargpt_jax.pace import Ending, Pace, Stop
 from chargpt_jax.step import TrainState
 from chargpt_jax.tokenizer import CharTokenizer
-from chargpt_jax.workdir import Workdir
-
-DISPATCH_SECONDS = 2.0
-"""How long a dispatch should take where the config leaves it open: the pace of the progress bar and of signals."""
-
-Stop = Callable[[], int | None]
-"""Asked after every dispatch; a signal's number ends training after a checkpoint."""
+from chargpt_jax.workdir import Log, Workdir, excused
 
 
 class NonFiniteLoss(Exception):
@@ -46,13 +42,26 @@ def prepare(config: Config, workdir: str | Path, warn: Callable[[str], None] = p
     """Find, mend and encode the text; write it and the config, with the vocabulary's size filled in.
 
     Raises:
-        UserError: where the config, the workdir or the text will not do; nothing has been written then.
+        UserError: where the config, the workdir or the text will not do, or another process writes into the workdir;
+            nothing has been written then.
     """
+    folder = _place(config, workdir)
+    with writer(folder.path):
+        yield from _prepare(config, folder, warn)
+
+
+def _place(config: Config, workdir: str | Path) -> Workdir:
+    """Return the workdir, where a run with this config can be."""
     validate(config)
     folder = Workdir(workdir)
     folder.check_writable()
+    return folder
+
+
+def _prepare(config: Config, folder: Workdir, warn: Callable[[str], None]) -> Iterator[Event]:
     folder.check_config(config)
-    if folder.has_corpus() and folder.config.exists():
+    known = folder.has_corpus() and folder.config.exists()
+    if known:
         tokenizer, tokens, sources = folder.load_tokenizer(), folder.load_tokens(), folder.load_sources()
         config = _carried_over(folder.load_config(), config)
     else:
@@ -65,7 +74,7 @@ def prepare(config: Config, workdir: str | Path, warn: Callable[[str], None] = p
     config = _fitted(config, tokenizer)
     epoch_steps = batches.steps_per_epoch(len(train), config.model.block_size, config.data)
     optimizer.total_steps(config.scheduler, epoch_steps)  # refuses what cannot be counted
-    if not folder.has_corpus():
+    if not known:
         folder.save_corpus(tokenizer, tokens, sources)
     folder.save_config(config)
     yield Prepared(
@@ -104,12 +113,13 @@ def _carried_over(saved: Config, given: Config) -> Config:
 
 def find_lr(config: Config, workdir: str | Path, warn: Callable[[str], None] = print) -> Iterator[Event]:
     """Run the range test, save its result and picture, and write the rate into the run's config."""
-    folder = Workdir(workdir)
-    yield from prepare(config, folder.path, warn)
-    yield from _find_lr(folder)
+    folder = _place(config, workdir)
+    with writer(folder.path) as lock:
+        yield from _prepare(config, folder, warn)
+        yield from _find_lr(folder, warn, lock, Ending(lambda: None))
 
 
-def _find_lr(folder: Workdir) -> Iterator[Event]:
+def _find_lr(folder: Workdir, warn: Callable[[str], None], lock: Lock, ending: Ending) -> Iterator[Event]:
     setup = Setup.of(folder)
     finder = setup.config.lr_finder
     compiled = jax.jit(partial(probe, config=setup.config, graphdef=setup.graphdef, mesh=setup.mesh), donate_argnums=0)
@@ -120,38 +130,61 @@ def _find_lr(folder: Workdir) -> Iterator[Event]:
 
     loss_of = trainer_loss(start, lambda state, rate: compiled(state, setup.on_device, np.float32(rate)))
     for event in search(loss_of, finder):
+        lock.alive()
+        if ending.near():
+            return
         if isinstance(event, LRFinderResult):
             zooms = [(zoom.lrs, zoom.losses) for zoom in event.zooms]
             steepest = [zoom.steepest for zoom in event.zooms]
-            folder.save_lr_finder(event, plots.lr_finder_plot(zooms, steepest, event.learning_rate, event.method))
+            with excused(f"{folder.lr_finder}, or its picture,", warn):
+                folder.save_lr_finder(event, plots.lr_finder_plot(zooms, steepest, event.learning_rate, event.method))
             found = dataclasses.replace(setup.config.optimizer, learning_rate=event.learning_rate)
             folder.save_config(dataclasses.replace(setup.config, optimizer=found))
         yield event
 
 
 def train(
-    config: Config, workdir: str | Path, warn: Callable[[str], None] = print, stop: Stop = lambda: None
+    config: Config,
+    workdir: str | Path,
+    warn: Callable[[str], None] = print,
+    stop: Stop = lambda: None,
+    max_minutes: float | None = None,
 ) -> Iterator[Event]:
     """Train to the end of the schedule, from the newest checkpoint where there is one.
 
+    Args:
+        config: of the run.
+        workdir: of the run, which nobody else may write into meanwhile.
+        warn: told what the user should know.
+        stop: asked between dispatches, and within the range test and validations; a signal's number ends training
+            after a checkpoint.
+        max_minutes: from now, in which a last checkpoint is made; training with the same arguments goes on from it.
+
     Raises:
+        UserError: where the config, the workdir or the text will not do, or another process writes into the workdir.
         NonFiniteLoss: with the step and the last good checkpoint, which is kept.
     """
-    folder = Workdir(workdir)  # first: a relative path must not follow its reader to another folder
-    yield from prepare(config, folder.path, warn)
-    if folder.load_config().optimizer.learning_rate is None:
-        yield from _find_lr(folder)
-    setup = Setup.of(folder)
-    store = Checkpoints(
-        folder.checkpoints, keep_last=setup.config.train.keep_last, parameters=count_parameters(setup.params)
-    )
-    try:
-        yield from _train(setup, folder, store, stop)
-    finally:
-        store.close()
+    ending, folder, warn = Ending(stop, max_minutes), _place(config, workdir), _once(warn)
+    with writer(folder.path) as lock:
+        yield from _prepare(config, folder, warn)
+        if folder.load_config().optimizer.learning_rate is None:
+            yield from _find_lr(folder, warn, lock, ending)
+        if ending.near():
+            yield Ended(0, 0.0, math.inf, ending.signal, ending.out_of_time)
+            return
+        setup = Setup.of(folder)
+        store = Checkpoints(
+            folder.checkpoints, keep_last=setup.config.train.keep_last, parameters=count_parameters(setup.params)
+        )
+        try:
+            yield from _train(setup, folder, store, warn, lock, ending)
+        finally:
+            store.close()
 
 
-def _train(setup: Setup, folder: Workdir, store: Checkpoints, stop: Stop) -> Iterator[Event]:
+def _train(
+    setup: Setup, folder: Workdir, store: Checkpoints, warn: Callable[[str], None], lock: Lock, ending: Ending
+) -> Iterator[Event]:
     config, epoch_steps = setup.config, setup.epoch_steps
     assert config.optimizer.learning_rate is not None
     schedule = optimizer.warmup_cosine(config.scheduler, config.optimizer.learning_rate, epoch_steps)
@@ -160,9 +193,10 @@ def _train(setup: Setup, folder: Workdir, store: Checkpoints, stop: Stop) -> Ite
     every = max(1, round(config.train.validate_every * epoch_steps))
     state = _resumed(setup, store, setup.fresh_state(tx))
     step = int(state.step)
-    log = folder.rewind_metrics(step)
-    seconds = max((line["seconds"] for line in log if line["event"] == "validation"), default=0.0)
-    best = min((line["loss"] for line in log if line["event"] == "validation"), default=math.inf)
+    log = Log(folder, step, warn)
+    validations = [line for line in log.lines if line["event"] == "validation"]
+    seconds = max((line["seconds"] for line in validations), default=0.0)
+    best = min((line["loss"] for line in validations), default=math.inf)
     yield TrainStarted(
         parameters=count_parameters(setup.params),
         first_step=step,
@@ -172,17 +206,42 @@ def _train(setup: Setup, folder: Workdir, store: Checkpoints, stop: Stop) -> Ite
         learning_rate=config.optimizer.learning_rate,
         device=devices.describe(setup.mesh),
         dtype=jnp.dtype(setup.dtype).name,
-        training=tuple((line["step"], line["loss"]) for line in log if line["event"] == "step"),
-        validation=tuple((line["step"], line["loss"]) for line in log if line["event"] == "validation"),
+        training=tuple((line["step"], line["loss"]) for line in log.lines if line["event"] == "step"),
+        validation=tuple((line["step"], line["loss"]) for line in validations),
     )
     began = time.perf_counter()
     dispatch = setup.updater(tx).lower(state, setup.on_device, np.int32(1)).compile()
     compiled = Compiled(time.perf_counter() - began, training_flops(config.model, config.data.batch_size))
     yield compiled
-    validate_now, pace, signal = setup.validator(), Pace(config), None
+    validate_now, pace = setup.validator(), Pace(config)
+    # Nothing cuts the compilation of the first validation short; it takes no longer than that of the updates.
+    compiling, validated, saved = compiled.seconds, max((line["step"] for line in validations), default=0), step
 
-    while step < total and signal is None:
-        count = min(pace.steps, every - step % every, total - step)
+    while True:
+        lock.alive()
+        loss = None
+        if step > validated and (step % every == 0 or step == total) and not ending.near(compiling):
+            began = time.perf_counter()
+            loss = validate_now(state.params, step, ending.near)
+            seconds, compiling = seconds + time.perf_counter() - began, 0.0
+        if loss is not None:
+            _check_finite(np.array([loss]), np.zeros(1), step - 1, store)
+            found = Validated(step, step / epoch_steps, loss, bits_per_character(loss), loss < best, seconds)
+            best, validated = min(best, loss), step
+            with excused(str(folder.speed), warn):
+                if math.isfinite(pace.seconds_per_step):
+                    folder.save_speed(_speed(compiled, pace, setup))
+            # The line goes first: after a crash between the two, training goes on from before it and drops it.
+            log.add([{"event": "validation", **dataclasses.asdict(found)}], durably=True)
+            saving, saved = _saved(store, state, setup, loss, ending), step
+            yield found
+            yield saving
+        ended = ending.near(pace.seconds(1)) or step == total
+        if ended and step > saved:  # asked to end between validations, or within one, which is made up for on resuming
+            yield _saved(store, state, setup, UNVALIDATED, ending)
+        if ended:
+            break
+        count = min(pace.steps, every - step % every, total - step, pace.fitting(ending.spare()))
         began = time.perf_counter()
         state, history = dispatch(state, setup.on_device, np.int32(count))
         # Awaited at once: with several CPU devices two dispatches in flight can deadlock.
@@ -190,7 +249,7 @@ def _train(setup: Setup, folder: Workdir, store: Checkpoints, stop: Stop) -> Ite
         pace.took(time.perf_counter() - began, count)
         seconds += time.perf_counter() - began
         _check_finite(losses, norms, step, store, scaled=state.loss_scale is not None)
-        folder.append_metrics(_lines(losses, norms, schedule, step, config.train.log_every))
+        log.add(_lines(losses, norms, schedule, step, config.train.log_every))
         step += count
         yield Steps(
             step=step,
@@ -202,23 +261,29 @@ def _train(setup: Setup, folder: Workdir, store: Checkpoints, stop: Stop) -> Ite
             seconds=seconds,
             seconds_left=(total - step) * pace.seconds_per_step,
         )
-        signal = stop()
-        if step % every == 0 or step == total:
-            began = time.perf_counter()
-            loss = validate_now(state.params, step)
-            _check_finite(np.array([loss]), np.zeros(1), step - 1, store)
-            seconds += time.perf_counter() - began
-            found = Validated(step, step / epoch_steps, loss, bits_per_character(loss), loss < best, seconds)
-            best = min(best, loss)
-            folder.save_speed(_speed(compiled, pace, setup))
-            # The line goes first: after a crash between the two, training goes on from before it and drops it.
-            folder.append_metrics([{"event": "validation", **dataclasses.asdict(found)}])
-            path = store.save(state, {**setup.record(), "step": step}, loss)
-            yield found
-            yield Saved(step, str(path))
-        elif signal is not None:
-            yield Saved(step, str(store.save(state, {**setup.record(), "step": step}, UNVALIDATED)))
-    yield Ended(step, seconds, best, signal)
+    yield Ended(step, seconds, best, ending.signal, ending.out_of_time)
+
+
+def _saved(store: Checkpoints, state: TrainState, setup: Setup, loss: float, ending: Ending) -> Saved:
+    """Save a checkpoint, and tell `ending` how long that takes."""
+    step, began = int(state.step), time.perf_counter()
+    path = store.save(state, {**setup.record(), "step": step}, loss)
+    ending.saved(time.perf_counter() - began)
+    return Saved(step, str(path))
+
+
+def restored(setup: Setup, fresh: TrainState, checkpoints: Path, warn: Callable[[str], None]) -> TrainState:
+    """Return the state that training would go on from with the checkpoints of some folder, as it would find it.
+
+    Raises:
+        UserError: where the checkpoint is of another model or corpus.
+        NoCheckpoint: where there are checkpoints, but none can be used.
+    """
+    store = Checkpoints(checkpoints)
+    try:
+        return _resumed(setup, store, fresh)
+    finally:
+        store.close()
 
 
 def _resumed(setup: Setup, store: Checkpoints, fresh: TrainState) -> TrainState:
@@ -238,7 +303,7 @@ def _resumed(setup: Setup, store: Checkpoints, fresh: TrainState) -> TrainState:
     return store.restore(step, fresh)
 
 
-def _speed(compiled: Compiled, pace: "Pace", setup: Setup) -> dict[str, Any]:
+def _speed(compiled: Compiled, pace: Pace, setup: Setup) -> dict[str, Any]:
     """Say how fast training goes, as JSON can hold it."""
     device, dtype = setup.mesh.devices.flat[0], jnp.dtype(setup.dtype).name
     achieved = compiled.flops_per_step / pace.seconds_per_step
@@ -284,17 +349,13 @@ def _lines(
     ]
 
 
-class Pace:
-    """How many updates to put into a dispatch, so that one takes about DISPATCH_SECONDS."""
+def _once(warn: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a way to warn that says nothing twice."""
+    told: set[str] = set()
 
-    def __init__(self, config: Config):
-        self.fixed = min(config.train.steps_per_dispatch, MOST_STEPS)
-        self.steps = self.fixed or 1
-        self.seconds_per_step = math.inf
+    def tell(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            warn(text)
 
-    def took(self, seconds: float, count: int) -> None:
-        """Learn from a dispatch; one may be held up by others, so the best so far, slowly forgotten, is believed."""
-        self.seconds_per_step = min(seconds / count, 1.2 * self.seconds_per_step)
-        if not self.fixed:
-            wanted = int(DISPATCH_SECONDS / self.seconds_per_step)
-            self.steps = max(1, min(MOST_STEPS, 4 * self.steps, wanted))
+    return tell

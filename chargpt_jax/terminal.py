@@ -56,7 +56,7 @@ def guard() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     logging.setLogRecordFactory(_harmless_record)
-    warnings.formatwarning = _warning_line  # type: ignore[assignment]
+    warnings.formatwarning = _warning_line
 
 
 def _harmless_record(*args: Any, **kwargs: Any) -> logging.LogRecord:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -153,30 +153,22 @@ class Workdir:
         """Read how fast training went; nothing where it has not been found out."""
         return self._understood(self.speed, _facts) if self.speed.exists() else {}
 
-    def append_metrics(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Add lines to metrics.jsonl, each one JSON object."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-
     def load_metrics(self) -> list[dict[str, Any]]:
-        """Read metrics.jsonl; a last line that a crash cut short is left out, as is any other that makes no sense.
+        """Read metrics.jsonl; what is no line of ours, as a last one that a crash cut short, is left out.
 
         Raises:
-            UserError: where it is no file, or one of absurd size.
+            UserError: where it is there and cannot be read, or is of absurd size.
         """
         if not self.metrics.exists():
             return []
-        if not self.metrics.is_file() or self.metrics.stat().st_size > MOST_METRICS:
-            raise UserError(f"{self.metrics} is no file of up to {MOST_METRICS >> 20} MiB: move it away.")
-        with self.metrics.open("rb") as file:
-            lines = map(_metrics_line, iter(lambda: file.readline(MOST_LINE), b""))
-            return [line for line in lines if line is not None]
-
-    def rewind_metrics(self, step: int) -> list[dict[str, Any]]:
-        """Drop from metrics.jsonl what came after an update that training now goes on from; return the rest."""
-        lines = [line for line in self.load_metrics() if line["step"] <= step]
-        self.write(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
-        return lines
+        try:
+            if not self.metrics.is_file() or self.metrics.stat().st_size > MOST_METRICS:
+                raise UserError(f"{self.metrics} cannot be read: it is no file of up to {MOST_METRICS >> 20} MiB.")
+            with self.metrics.open("rb") as file:
+                lines = map(_metrics_line, iter(lambda: file.readline(MOST_LINE), b""))
+                return [line for line in lines if line is not None]
+        except OSError as error:
+            raise UserError(f"{self.metrics} cannot be read ({error.strerror}): mend or remove it.") from None
 
     def load_json(self, path: Path, most: int = MOST_JSON) -> Any:
         """Read a JSON file of this run, of at most so many bytes.
@@ -209,6 +201,75 @@ class Workdir:
         partial = path.with_name(path.name + ".partial")
         with replacing(partial, path):
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+class Log:
+    """metrics.jsonl of a run in training: whole lines, and no end of the run where they cannot be written.
+
+    Lines that the disk does not take wait in memory for one that does; what it took in part is cut off again.
+    """
+
+    def __init__(self, folder: Workdir, step: int, warn: Callable[[str], None]):
+        """Open the log where training goes on after an update: what comes later in it is dropped.
+
+        Args:
+            folder: the run's.
+            step: updates made.
+            warn: told, once, that lines have to wait.
+        """
+        self.lines = [line for line in folder.load_metrics() if line["step"] <= step]
+        """As they were found, without what was dropped."""
+        self._folder, self._warn, self._told = folder, warn, False
+        self._size: int | None = None
+        """Bytes that are written and good; None: the whole file is to be written anew."""
+        self._waiting = _json_lines(self.lines)
+        self.add([])
+
+    def add(self, lines: Sequence[dict[str, Any]], durably: bool = False) -> None:
+        """Add lines at the end, each one JSON object; `durably`: they are to survive a power failure."""
+        self._waiting += _json_lines(lines)
+        with self._forgiving():
+            if self._size is None:
+                self._folder.write(self._folder.metrics, self._waiting)
+                self._size = len(self._waiting)
+            else:
+                self._size = self._append(self._size, self._waiting.encode(), durably)
+            self._waiting = ""
+
+    def _append(self, size: int, data: bytes, durably: bool) -> int:
+        with self._folder.metrics.open("ab") as file:
+            size = min(size, os.fstat(file.fileno()).st_size)
+            file.truncate(size)
+            file.write(data)
+            file.flush()
+            if durably:
+                os.fsync(file.fileno())
+        return size + len(data)
+
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                self._warn(
+                    f"{self._folder.metrics} cannot be written ({error.strerror}): training goes on, and its "
+                    "lines wait for a disk that takes them."
+                )
+
+
+@contextlib.contextmanager
+def excused(what: str, warn: Callable[[str], None]) -> Iterator[None]:
+    """Let the writing of something that can be done without fail, with a warning."""
+    try:
+        yield
+    except OSError as error:
+        warn(f"{what} cannot be written ({error.strerror}): the run goes on without.")
+
+
+def _json_lines(lines: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def _read_tokens(path: Path) -> np.ndarray:

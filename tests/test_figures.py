@@ -8,7 +8,7 @@ import pytest
 from chargpt_jax import figures
 from chargpt_jax.config import UserError
 from chargpt_jax.events import LRFinderResult, Zoom
-from chargpt_jax.workdir import Workdir
+from chargpt_jax.workdir import Log, Workdir
 
 ZOOMS = tuple(Zoom(n, 1e-4, 1.0, (1e-3, 1e-2), (4.0, 3.0 - n), 5e-3, 1e-2, 5e-3) for n in (1, 2))
 
@@ -17,7 +17,7 @@ ZOOMS = tuple(Zoom(n, 1e-4, 1.0, (1e-3, 1e-2), (4.0, 3.0 - n), 5e-3, 1e-2, 5e-3)
 def workdir(tmp_path):
     folder = Workdir(tmp_path)
     lines = [{"event": "step", "step": n, "loss": 4.0 / n} for n in (1, 2, 3)]
-    folder.append_metrics(
+    Log(folder, 0, print).add(
         [*lines, {"event": "validation", "step": 3, "loss": 1.5, "bits_per_character": 2.2, "seconds": 9.0}]
     )
     folder.save_lr_finder(LRFinderResult(5e-3, "steepest", 1e-10, 10.0, ZOOMS), "<svg/>")

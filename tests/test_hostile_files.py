@@ -20,7 +20,7 @@ from chargpt_jax.lr_finder import result_from
 from chargpt_jax.optimizer import total_steps
 from chargpt_jax.samples import Samples
 from chargpt_jax.tokenizer import CharTokenizer
-from chargpt_jax.workdir import MOST_LINE, MOST_METRICS, Workdir
+from chargpt_jax.workdir import MOST_LINE, MOST_METRICS, Log, Workdir
 
 
 @pytest.fixture
@@ -276,12 +276,12 @@ def test_lines_of_a_log_that_make_no_sense_are_left_out(folder):
     lines = [json.dumps(line).encode() for line in (*GOOD, VALIDATION)]
     folder.metrics.write_bytes(b"\n".join([*GARBAGE, lines[0], *GARBAGE, *lines[1:], *GARBAGE]))
     assert folder.load_metrics() == [*GOOD, VALIDATION]
-    assert folder.rewind_metrics(1) == GOOD[:1]
+    assert Log(folder, 1, pytest.fail).lines == GOOD[:1]
     assert folder.load_metrics() == GOOD[:1]
 
 
 def test_a_gradient_that_overflowed_under_loss_scaling_stays_in_the_log(folder):
-    folder.append_metrics([{**GOOD[0], "grad_norm": math.inf}])
+    Log(folder, 0, pytest.fail).add([{**GOOD[0], "grad_norm": math.inf}])
     assert folder.load_metrics()[0]["grad_norm"] == math.inf
 
 

@@ -35,6 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flops": {"config"},
     "profile": {"events"},
     "lr_finder": {"config", "events"},
+    "pace": {"config"},
+    "lock": {"config"},
     "devices": {"config"},
     "checkpoint": {"step"},
     # files of others
@@ -60,8 +62,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"plots", "events", "terminal"},
     "flags": {"config"},
     # where the pieces meet
-    "assembly": {"batches", "config", "devices", "model", "optimizer", "step", "workdir"},
-    "stages": EVERYONE - {"api", "compile", "profile", "progress", "stages"},
+    "assembly": {"batches", "config", "devices", "model", "optimizer", "pace", "step", "workdir"},
+    "stages": EVERYONE - {"api", "compile", "profile", "progress", "selftest", "stages"},
+    "selftest": {"assembly", "checkpoint", "config", "corpus", "optimizer", "stages", "step", "workdir"},
     "compile": {"assembly", "config", "devices", "generate", "model", "optimizer", "step"},
     "api": EVERYONE - {"api"},
     "main": {"config", "flags", "terminal"},
@@ -69,7 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 LATER: dict[str, set[str]] = {
-    "main": {"config", "api", "profile", "progress", "events", "devices", "corpus", "workdir", "compile"},
+    "main": {"config", "api", "profile", "progress", "events", "devices", "corpus", "workdir", "compile", "selftest"},
     "__init__": {"api", "config", "progress"},
 }
 """What may be imported inside a function, or for the type checker alone, besides."""
@@ -161,13 +164,13 @@ def test_no_import_is_relative(name):
 FOREIGN = {"tensorflow", "torch", "equinox"}
 RUNNERS = {
     *("pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "yaml"),
-    *("ctypes", "cffi", "runpy", "code", "codeop", "pty", "imp", "pkgutil", "zipimport"),
+    *("ctypes", "cffi", "code", "codeop", "pty", "imp", "pkgutil", "zipimport"),
 }
 """Modules that obey what they read, or run what they are given."""
 
 RUNS = re.compile(
     r"(eval|exec|compile|__import__|breakpoint|os\.(system|popen|exec\w+|spawn\w+|posix_spawn\w*)"
-    r"|subprocess\.get\w*output|torch\.load|builtins\..*|__builtins__\b.*|importlib\.(?!metadata\b).*)"
+    r"|runpy\..*|subprocess\.get\w*output|torch\.load|builtins\..*|__builtins__\b.*|importlib\.(?!metadata\b).*)"
 )
 """What runs or imports something by its name, dotted as it is written."""
 
@@ -179,6 +182,7 @@ MAY_RUN = {
     "__init__": {"importlib.import_module"},
     "config": {"importlib.util.spec_from_file_location", "importlib.util.module_from_spec", ".exec_module"},
     "compile": {"importlib.util.find_spec"},  # whether libtpu is installed
+    "selftest": {"runpy.run_module"},  # the command itself, in a child
 }
 
 
@@ -239,6 +243,14 @@ def test_the_users_config_is_run_in_one_place():
     assert [name for name in calls if any(ast.unparse(call.func) == "load_config" for call in calls[name])] == ["flags"]
 
 
+def test_what_is_imported_by_a_name_in_the_source_has_no_other_name():
+    named = {"find_spec": "'libtpu'", "run_module": "'chargpt_jax.main'"}
+    for tree in TREES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in named:
+                assert ast.unparse(node.args[0]) == named[node.func.attr]
+
+
 def test_the_package_gives_only_its_own_names_on_first_use():
     assert set(chargpt_jax._HOMES.values()) <= set(FILES)
     for name in ("os", "api", "__path__", "config.os", "importlib"):
@@ -256,7 +268,7 @@ def test_the_package_gives_only_its_own_names_on_first_use():
         *("np.load(path)", "np.load(path, allow_pickle=True)", "np.load(path, allow_pickle=x)", "torch.load(path)"),
         *("subprocess.run('x', shell=True)", "subprocess.getoutput('x')", "subprocess.Popen(x, shell=y)"),
         *("getattr(x, '__globals__')", "f.__globals__", "().__class__.__subclasses__()", "__builtins__['eval']"),
-        *("builtins.eval", "getattr(__builtins__, x)"),
+        *("builtins.eval", "getattr(__builtins__, x)", "runpy.run_path(x)"),
     ],
 )
 def test_the_reader_of_what_runs_sees_it(code):

@@ -252,7 +252,7 @@ BAD_CONFIGS = [
     ({"model": ...}, "no model.vocab_size"),
     ({"model.n_layer": ...}, "no model.n_layer"),
     ({"model.n_layer": 3}, "lacks the array 'transformer.blocks.2"),
-    ({"model.n_layer": 10**7}, "too few for 10000000 layers"),
+    ({"model.n_layer": 10**6}, "too few for 1000000 layers"),
     ({"model.n_layer": 10**12}, "GB of memory to train"),
     ({"model.n_layer": "2"}, "model.n_layer is '2'"),
     ({"model.n_head": 4}, "qkv.weight' with shape"),

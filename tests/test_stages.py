@@ -1,7 +1,6 @@
 """The stages end to end on a small text of known entropy: resuming, stopping, the range test, what is refused."""
 
 import dataclasses
-import itertools
 import json
 import math
 import signal
@@ -152,8 +151,10 @@ def test_how_many_steps_share_a_dispatch_changes_no_bit(whole, text, tmp_path, s
 def test_a_signal_saves_between_validations_and_the_run_goes_on_from_there(whole, text, tmp_path):
     config = small_config(text)
     config.train.steps_per_dispatch = 1
-    asked = itertools.count()
-    events = list(stages.train(config, tmp_path, quiet, lambda: signal.SIGTERM if next(asked) == 4 else None))
+    events: list[object] = []
+    stop = lambda: signal.SIGTERM if isinstance(events[-1], Steps) and events[-1].step == 5 else None  # noqa: E731
+    for event in stages.train(config, tmp_path, quiet, stop):
+        events.append(event)
     assert isinstance(events[-1], Ended)
     assert events[-1].signal == signal.SIGTERM
     assert events[-1].step == 5

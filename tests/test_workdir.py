@@ -9,7 +9,7 @@ import pytest
 
 from chargpt_jax.config import Config, UserError, load_config
 from chargpt_jax.tokenizer import CharTokenizer
-from chargpt_jax.workdir import Workdir, replacing
+from chargpt_jax.workdir import Log, Workdir, replacing
 
 
 @pytest.fixture
@@ -104,33 +104,88 @@ def test_a_config_comes_back_as_it_was(folder):
     assert folder.load_config() == config
 
 
+def log_at(folder: Workdir, step: int, told: list[str] | None = None) -> Log:
+    folder.path.mkdir(parents=True, exist_ok=True)
+    return Log(folder, step, (told if told is not None else []).append)
+
+
 def test_metrics_come_back_and_lines_are_added_at_the_end(folder):
-    folder.path.mkdir()
+    log = log_at(folder, 0)
     lines = [{"event": "step", "step": n, "loss": 4 / n, "note": "é\n\u2028"} for n in (1, 2, 3)]
-    folder.append_metrics(lines[:2])
-    folder.append_metrics(lines[2:])
+    log.add(lines[:2])
+    log.add(lines[2:], durably=True)
     assert folder.load_metrics() == lines
     assert len(folder.metrics.read_text(encoding="utf-8").splitlines()) == 3
 
 
-def test_rewinding_drops_later_steps_and_a_line_cut_short(folder):
-    folder.path.mkdir()
+@pytest.mark.parametrize(
+    "torn", [b'{"event": "step", "step": 4', b"null\n", b"\0" * 50, b"\xff\n", b"[" * 5000, b'{"step": 1}\n']
+)
+def test_resuming_drops_later_steps_and_a_line_cut_short(folder, torn):
     lines = [{"event": "step", "step": n, "loss": 1.5} for n in (10, 20, 30)]
-    folder.append_metrics(lines)
-    with folder.metrics.open("a", encoding="utf-8") as file:
-        file.write('{"event": "step", "step": 4')
+    log_at(folder, 0).add(lines)
+    with folder.metrics.open("ab") as file:
+        file.write(torn)
     assert folder.load_metrics() == lines
-    assert folder.rewind_metrics(20) == lines[:2]
-    folder.append_metrics([{"event": "step", "step": 25, "loss": 1.4}])
-    assert [line["step"] for line in folder.load_metrics()] == [10, 20, 25]
+    log = log_at(folder, 20)
+    assert log.lines == lines[:2]
+    log.add([{"event": "step", "step": 25}])
+    assert [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()] == [10, 20, 25]
     assert not list(folder.path.glob("*.partial"))
 
 
-def test_rewinding_to_before_the_first_line_leaves_an_empty_log(folder):
-    assert folder.rewind_metrics(0) == []
-    folder.append_metrics([{"step": 1}])
-    assert folder.rewind_metrics(0) == []
+def test_resuming_before_the_first_line_leaves_an_empty_log(folder):
+    assert log_at(folder, 0).lines == []
+    log_at(folder, 0).add([{"event": "step", "step": 1}])
+    assert log_at(folder, 0).lines == []
     assert folder.load_metrics() == []
+
+
+def test_lines_wait_for_a_disk_that_takes_them_and_the_warning_comes_once(folder, monkeypatch):
+    told: list[str] = []
+    log, opened = log_at(folder, 0, told), Path.open
+    log.add([{"event": "step", "step": 1}])
+
+    def full(path: Path, *args: object, **options: object) -> object:
+        with opened(path, "ab") as file:
+            file.write(b'{"event": "st')  # the disk takes a part
+        refuse()
+
+    monkeypatch.setattr(Path, "open", full)
+    log.add([{"event": "step", "step": 2}])
+    log.add([{"event": "step", "step": 3}])
+    monkeypatch.undo()
+    assert len(told) == 1
+    assert "metrics.jsonl cannot be written (No space left on device): training goes on" in told[0]
+    log.add([{"event": "step", "step": 4}])
+    assert [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_log_that_cannot_be_opened_anew_keeps_what_it_held(folder, monkeypatch):
+    log_at(folder, 0).add([{"event": "step", "step": n, "loss": 1.5} for n in (1, 2)])
+    told: list[str] = []
+    monkeypatch.setattr(os, "replace", refuse)
+    log = log_at(folder, 1, told)
+    log.add([{"event": "step", "step": 5, "loss": 1.5}])
+    assert len(told) == 1
+    assert [line["step"] for line in folder.load_metrics()] == [1, 2]
+    monkeypatch.undo()
+    log.add([{"event": "step", "step": 6, "loss": 1.5}])
+    assert [line["step"] for line in folder.load_metrics()] == [1, 5, 6]
+
+
+def test_a_log_that_somebody_removed_goes_on(folder):
+    log = log_at(folder, 0)
+    log.add([{"event": "step", "step": 1}])
+    folder.metrics.unlink()
+    log.add([{"event": "step", "step": 2, "loss": 1.5}])
+    assert folder.load_metrics() == [{"event": "step", "step": 2, "loss": 1.5}]
+
+
+def test_a_log_that_cannot_be_read_is_named(folder):
+    folder.metrics.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
+        folder.load_metrics()
 
 
 def test_a_config_that_contradicts_the_runs_is_refused_field_by_field(folder):

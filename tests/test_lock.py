@@ -1,0 +1,186 @@
+"""A run has one writer: a second is refused in one sentence, and nothing that is left over stops anybody."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from chargpt_jax import lock
+from chargpt_jax.config import UserError
+
+HOLDER = """
+import sys
+from pathlib import Path
+from chargpt_jax.lock import writer
+with writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "deep" / "a run of Ærø"
+
+
+@pytest.fixture
+def holder(folder):
+    """Return a process of its own that holds the lock."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def left_over(folder, **changed):
+    """Leave a lock file as a process would that is gone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    said = {"pid": 2**22 + 1, "host": socket.gethostname(), "process_started": "1", "boot": lock._boot(), **changed}
+    (folder / lock.NAME).write_text(json.dumps(said))
+
+
+def take(folder):
+    with lock.writer(folder):
+        return json.loads((folder / lock.NAME).read_text())
+
+
+def test_the_file_names_its_holder_and_goes_with_it(folder):
+    assert take(folder)["pid"] == os.getpid()
+    assert not folder.parent.exists()  # it was made for the lock alone
+
+
+def test_what_was_there_before_stays(folder):
+    folder.mkdir(parents=True)
+    (folder / "config.json").touch()
+    take(folder)
+    assert os.listdir(folder) == ["config.json"]
+
+
+def test_an_error_releases_it(folder):
+    with pytest.raises(KeyError), lock.writer(folder):
+        raise KeyError
+    take(folder)
+
+
+def test_a_second_writer_is_refused_by_pid_and_host_and_touches_nothing(folder, holder):
+    before = (folder / lock.NAME).read_bytes()
+    with pytest.raises(UserError) as error, lock.writer(folder):
+        pass
+    assert f"is being written by process {holder.pid} on {socket.gethostname()}: wait for it" in str(error.value)
+    assert (folder / lock.NAME).read_bytes() == before
+    with pytest.raises(UserError, match="is being written"):
+        lock.refuse_if_held(folder)
+    holder.communicate("")
+    lock.refuse_if_held(folder)
+    take(folder)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+def test_the_lock_of_a_killed_process_is_reclaimed_at_once(folder, holder):
+    holder.kill()
+    holder.wait()
+    assert (folder / lock.NAME).exists()
+    assert take(folder)["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("without_kernel", [False, True])
+@pytest.mark.parametrize(
+    "changed", [{}, {"boot": "an earlier start"}, {"pid": os.getpid(), "process_started": "another's"}]
+)
+def test_a_lock_from_before_a_reboot_or_with_a_pid_that_is_anothers_now_is_reclaimed(
+    folder, monkeypatch, changed, without_kernel
+):
+    if without_kernel:
+        monkeypatch.setattr(lock, "_lock", lambda file: None)
+    left_over(folder, **changed)
+    take(folder)
+
+
+def test_on_a_disk_without_locks_the_process_itself_is_looked_for(folder, monkeypatch):
+    monkeypatch.setattr(lock, "_lock", lambda file: None)
+    left_over(folder, pid=os.getpid(), process_started=lock._started(os.getpid()))
+    with pytest.raises(UserError, match=f"is being written by process {os.getpid()} on"):
+        take(folder)
+
+
+def test_a_lock_from_another_machine_counts_until_it_has_been_silent(folder):
+    left_over(folder, host="elsewhere", boot="another's")
+    with pytest.raises(UserError) as error:
+        take(folder)
+    path = folder / lock.NAME
+    assert (
+        f"on elsewhere 0 s ago, and whether that still runs cannot be seen from here: if it does not, remove {path}"
+        in (str(error.value))
+    )
+    os.utime(path, (0, time.time() - lock.SILENCE - 1))
+    take(folder)
+
+
+def test_a_container_that_came_back_under_another_name_is_not_stopped(folder):
+    left_over(folder, host="the container before")
+    take(folder)
+
+
+def test_a_clock_that_went_backwards_frees_nobody_and_says_how(folder):
+    left_over(folder, host="elsewhere", boot="another's")
+    os.utime(folder / lock.NAME, (0, time.time() + 10_000))
+    with pytest.raises(UserError, match="0 s ago"):
+        take(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff" * 4000, b'{"pid": "x", "host": "\\u001b[31m"}', b"[" * 2000]
+)
+def test_a_damaged_lock_stops_nobody(folder, content):
+    folder.mkdir(parents=True)
+    (folder / lock.NAME).write_bytes(content)
+    take(folder)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_lock_that_is_no_file_is_refused_and_nothing_is_followed(folder, kind):
+    folder.mkdir(parents=True)
+    path, target = folder / lock.NAME, folder / "precious"
+    target.write_text("precious")
+    {"link": lambda: path.symlink_to(target), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
+    with pytest.raises(UserError, match=r"lock\.json"):
+        take(folder)
+    assert target.read_text() == "precious"
+
+
+def test_a_later_training_of_the_same_process_takes_over_and_the_earlier_one_stops(folder):
+    """As in a notebook, where a run that was broken off lives on in a traceback."""
+    with lock.writer(folder) as earlier, lock.writer(folder) as later:
+        later.alive()
+        with pytest.raises(UserError, match="A later training in this process writes into"):
+            earlier.alive()
+        earlier.release()
+        assert (folder / lock.NAME).exists()
+    take(folder)
+
+
+def test_a_holder_gives_signs_of_life(folder, monkeypatch):
+    monkeypatch.setattr(lock, "SIGN", 0.0)
+    with lock.writer(folder) as held:
+        os.utime(folder / lock.NAME, (0, 0))
+        held.alive()
+        assert time.time() - (folder / lock.NAME).stat().st_mtime < 100
+
+
+def test_on_a_full_disk_the_lock_is_held_without_a_name(folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "ftruncate", full)
+    with lock.writer(folder):
+        assert (folder / lock.NAME).read_bytes() == b""
+    assert not folder.exists()
