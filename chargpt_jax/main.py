@@ -7,8 +7,8 @@ find_lr, train and eval do that stage alone; generate and score use a trained mo
 or for the PyTorch original, whose checkpoints import takes in; info says what a run is; compile builds the steps of a
 config for a TPU that need not be there.
 
-Exit codes: 0 done, 2 the user's mistake, 3 no usable checkpoint, 4 non-finite loss,
-130 and 143 stopped by a signal after a checkpoint.
+Exit codes: 0 done, 2 the user's mistake, 3 no usable checkpoint, 4 non-finite loss, 5 a checkpoint that could not be
+written, 130 and 143 stopped by a signal after a checkpoint.
 """
 
 import json
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain("Interrupted; the same command goes on from the last checkpoint.", 130)
     except Exception as error:
         # By name, so that a mistyped command is answered without importing JAX.
-        code = {"NoCheckpoint": 3, "NonFiniteLoss": 4}.get(type(error).__name__)
+        code = {"NoCheckpoint": 3, "NonFiniteLoss": 4, "SaveFailed": 5}.get(type(error).__name__)
         if code is None:
             raise
         return _complain(error, code)
@@ -137,7 +137,7 @@ def _tell_trace(folder: Any, out: Any) -> None:
 
 def _eval(values: FlagValues, _: Config | None) -> int:
     api = _api()
-    result = api.evaluate(values.workdir, _step(values))
+    result = api.evaluate(values.workdir, _step(values), _warn)
     shown = "{loss:.4f} nats = {bits_per_character:.4f} bits per character over {tokens:,} held-out characters"
     print(json.dumps(result) if values.json else shown.format(**result) + f" (step {result['step']:,})")
     return 0
@@ -154,7 +154,7 @@ def _generate(values: FlagValues, _: Config | None) -> int:
     if streaming and len(prompts) > 1:
         raise UserError(f"--stream shows one text, but there are {len(prompts)} prompts: give one --prompt.")
     step = _step(values)
-    model = _api().load(values.workdir, step)
+    model = _api().load(values.workdir, step, _warn)
     if streaming:
         print(printable(prompts[0]), end="", flush=True)
     samples = model.generate(
@@ -179,7 +179,8 @@ def _score(values: FlagValues, _: Config | None) -> int:
         raise UserError("--mode=score needs a text: give either --text or --text_file.")
     text = values.text if values.text is not None else corpus.read_text(Path(values.text_file))
     api = _api()
-    sample = api.load(values.workdir, _step(values)).score(text, stride=values.stride, skip_unknown=values.skip_unknown)
+    model = api.load(values.workdir, _step(values), _warn)
+    sample = model.score(text, stride=values.stride, skip_unknown=values.skip_unknown)
     _deliver(values, Workdir(values.workdir), api.Samples([sample]), "scored")
     return 0
 

@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "profile": {"events"},
     "lr_finder": {"config", "events"},
     "devices": {"config"},
-    "checkpoint": {"step"},
+    "manifest": set(),
+    "checkpoint": {"config", "manifest", "step"},
     # files of others
     "array_file": {"config"},
     "torch_file": {"array_file", "config"},
