@@ -170,32 +170,38 @@ class Model:
         return text
 
 
-def load(workdir: str | Path, step: str | int = "best") -> Model:
+def load(workdir: str | Path, step: str | int = "best", warn: Callable[[str], None] = print) -> Model:
     """Load a trained model from a run's folder.
 
     Args:
         workdir: of the run.
         step: 'best' by validation, 'latest', or a step's number.
+        warn: told which checkpoints are damaged; another is loaded instead, unless a number was asked for.
 
     Raises:
         UserError: where the folder is not a run.
-        NoCheckpoint: where it holds no such checkpoint.
+        NoCheckpoint: where it holds no such checkpoint, or none that passes verification.
     """
     folder = Workdir(workdir)
     folder.load_config()  # says so where this is no run
     if not folder.checkpoints.is_dir():
         raise NoCheckpoint(f"{folder.path} holds no checkpoint: train first.")
-    store = Checkpoints(folder.checkpoints)
-    try:
-        chosen = store.choose(step)
-        record = store.record(chosen)
+
+    made: dict[int, tuple[Config, nnx.GraphDef]] = {}
+
+    def like_of(record: dict[str, Any]) -> Any:
         config = from_dict(record["config"])
-        dtype = devices.compute_dtype(config.amp)
-        graphdef, like = _shapes(config, dtype)
-        params = store.restore(chosen, like).params
+        graphdef, like = _shapes(config, devices.compute_dtype(config.amp))
+        made[record["step"]] = config, graphdef
+        return like
+
+    store = Checkpoints(folder.checkpoints, warn=warn)
+    try:
+        chosen, record, state = store.load(step, like_of)
     finally:
         store.close()
-    return Model(config, _vocabulary(record, folder.checkpoints / str(chosen)), graphdef, params, chosen)
+    config, graphdef = made[chosen]
+    return Model(config, _vocabulary(record, folder.checkpoints / str(chosen)), graphdef, state.params, chosen)
 
 
 def _vocabulary(record: dict[str, Any], where: Path) -> CharTokenizer:
@@ -214,16 +220,22 @@ def _shapes(config: Config, dtype: Any) -> tuple[nnx.GraphDef, Any]:
     return graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
 
 
-def evaluate(workdir: str | Path, step: str | int = "best") -> dict[str, Any]:
+def evaluate(workdir: str | Path, step: str | int = "best", warn: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure a trained model on the whole held-out part of its corpus.
 
     Returns:
         loss (nats per character), bits_per_character, perplexity, tokens, split, step.
+
+    Raises:
+        UserError: where the workdir's vocabulary is not the one that the model was trained with.
     """
-    model = load(workdir, step)
+    model = load(workdir, step, warn)
     setup = Setup.of(Workdir(workdir))
     if setup.vocabulary != model.tokenizer.vocabulary:
-        raise UserError(f"The corpus in {Workdir(workdir).path} has another vocabulary than the model: restore it.")
+        raise UserError(
+            f"The vocabulary of {Workdir(workdir).path} is not the one that checkpoint {model.step} was trained with: "
+            "restore corpus/ as it was."
+        )
     loss = setup.validator(whole=True)(jax.device_put(model.params, devices.replicated(setup.mesh)), model.step)
     assert loss is not None
     return {
@@ -253,7 +265,7 @@ def run(
         yield event
     if complete:
         with excused("The samples", warn):
-            write_samples(workdir)
+            write_samples(workdir, warn)
         with excused("The report", warn):
             write_report(workdir)
 
@@ -278,13 +290,13 @@ def export(
         UserError: where the form or the place will not do, in one sentence; nothing has been written then.
     """
     interchange.export_place(form, out)
-    model = load(workdir, step)
+    model = load(workdir, step, warn)
     return interchange.export(form, model.config, model.tokenizer, model.params, out, warn)
 
 
-def write_samples(workdir: str | Path) -> Samples:
+def write_samples(workdir: str | Path, warn: Callable[[str], None] = print) -> Samples:
     """Continue the config's sample prompts and keep the texts, as JSON and as sublines, in the workdir."""
-    folder, model = Workdir(workdir), load(workdir)
+    folder, model = Workdir(workdir), load(workdir, warn=warn)
     how = folder.load_config().sample
     # A text may lack every character of a prompt, as the newline: its own first character will do then.
     prompts = [prompt for prompt in how.prompts if model.tokenizer.drop_unknown(prompt)]

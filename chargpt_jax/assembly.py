@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -171,5 +170,4 @@ class Setup:
             "config": dataclasses.asdict(self.config),
             "vocabulary": list(self.vocabulary),
             "corpus_sha256": hashlib.sha256(self.tokens.tobytes()).hexdigest(),
-            "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")},
         }

@@ -1,113 +1,224 @@
 """Save and restore a training state together with the config and the vocabulary that give it meaning.
 
-Orbax writes each step into a folder of its own and renames it into place when it is whole. The newest few are kept,
-and the best by validation. Arrays of equal shape can mean different models (heads, dropout, the order of the
-vocabulary), so every step carries a JSON record that says which model it is.
+A step is a folder named by its number. It is made under another name and renamed when it is whole, sealed and on the
+disk, so that it is there entirely or not at all:
+
+    60/arrays/        the state, written by orbax
+    60/record.json    what the arrays mean: config, vocabulary, corpus; and their names, shapes, dtypes and digest
+    60/manifest.json  sha256 and size of every file
+
+Nothing is believed that was not verified: a step that fails is passed over with a warning, the one before it is taken
+instead, and what failed is never deleted.
 """
 
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
+from chargpt_jax import manifest
+from chargpt_jax.config import UserError, from_dict
+from chargpt_jax.manifest import Damaged
 from chargpt_jax.step import TrainState
 
-FORMAT = 1
+FORMAT = 2
 """Of what a step holds; a reader refuses a newer one."""
-
-SMALL = 1_000_000
-"""Parameters up to which saving waits for the disk: it takes a fraction of a second, and is durable when it returns."""
 
 UNVALIDATED = 1e30
 """The validation loss of a checkpoint that was not validated: it is never the best."""
+
+MOST_RECORD_BYTES = 32_000_000
+"""The longest record: a vocabulary of all of Unicode's characters takes half of it."""
+
+ROOM, EXPANSION = 2**28, 100
+"""Arrays may take 256 MiB, and more only up to so many times the bytes of their files (zeros compress well)."""
+
+SAVING, DELETING = ".saving-", ".deleting-"
+"""What the names of folders begin with that a dead run can leave behind."""
+
+RECORD, ARRAYS = "record.json", "arrays"
+
+MEANING = {"config": dict, "vocabulary": list, "corpus_sha256": str, "arrays": dict, "digest": str, "loss": float}
+"""What every record says, besides format and step."""
+
+REMEDIES = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room within your quota",
+    errno.EFBIG: "raise the limit on the size of files",
+    errno.EROFS: "make the disk writable, or choose another --workdir",
+    errno.EACCES: "make the folder writable, or choose another --workdir",
+    errno.EPERM: "make the folder writable, or choose another --workdir",
+    errno.EIO: "check the disk",
+}
+"""What a user can do about the system's reasons for not writing."""
+
+T = TypeVar("T")
+Arrays = dict[str, np.ndarray]
 
 
 class NoCheckpoint(Exception):
     """There is no checkpoint that can be used; `main` turns it into exit code 3."""
 
 
-class Checkpoints:
-    """The checkpoints of one run."""
+class SaveFailed(Exception):
+    """A checkpoint could not be written; `main` turns it into exit code 5."""
 
-    def __init__(self, folder: Path, *, keep_last: int = 2, parameters: int = 0):
-        """Open a folder, which need not exist.
+
+class Checkpoints:
+    """The checkpoints of one run. Many may read them, but one process alone may write."""
+
+    def __init__(self, folder: Path, *, keep_last: int = 2, warn: Callable[[str], None] = print):
+        """Open a folder, which need not exist; nothing in it is changed before something is saved.
 
         Args:
             folder: where the steps are.
             keep_last: newest steps to keep, besides the best.
-            parameters: of the model; above `SMALL`, saves go on in the background.
+            warn: told, once a step, which one cannot be used and why.
         """
-        self.folder = folder.absolute()  # orbax refuses a relative path late, in its background thread
-        best = policies.BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-        options = ocp.CheckpointManagerOptions(
-            best_fn=_loss,
-            best_mode="min",
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
-            enable_async_checkpointing=parameters > SMALL,
-            cleanup_tmp_directories=True,
-        )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self.folder, self.keep_last, self.warn = folder.absolute(), keep_last, warn
+        self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        self._warned: set[int] = set()
+        self._sound: dict[int, bool] = {}
 
     def steps(self) -> list[int]:
-        """List the steps on disk, oldest first."""
-        return sorted(self._manager.all_steps())
+        """List the steps on disk, oldest first, whether they can be used or not."""
+        try:
+            with os.scandir(self.folder) as entries:
+                return sorted(int(entry.name) for entry in entries if _is_number(entry.name) and entry.is_dir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise NoCheckpoint(f"{self.folder} cannot be read ({error.strerror}): make it readable.") from error
 
-    def choose(self, which: str | int = "best") -> int:
-        """Return the number of a step: 'latest', 'best' by validation, or that very number.
-
-        Raises:
-            NoCheckpoint: where there is none, or none of that number.
-        """
-        steps = self.steps()
-        if not steps:
-            raise NoCheckpoint(f"{self.folder} holds no checkpoint: train first.")
-        if which == "latest":
-            return steps[-1]
-        if which == "best":
-            best = self._manager.best_step()
-            return steps[-1] if best is None else best
-        if which not in steps:
-            raise NoCheckpoint(f"{self.folder} holds no step {which}: it has {', '.join(map(str, steps))}.")
-        return int(which)
+    def sweep(self) -> None:
+        """Remove what dead runs left half written or half deleted. Only who may write here may ask for it."""
+        for leftover in (SAVING, DELETING):
+            for path in self.folder.glob(f"{leftover}*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def save(self, state: TrainState, record: dict[str, Any], loss: float) -> Path:
-        """Save a state; waits for the disk where the model is small.
+        """Save a state, and wait until it is on the disk; then delete the steps that need not be kept.
 
         Args:
             state: what to save.
-            record: what the state means: anything JSON can hold.
+            record: what the state means: config, vocabulary, corpus_sha256, and anything else that JSON can hold.
             loss: by validation, nats per character; tells which step is best.
 
         Returns:
             The step's folder.
+
+        Raises:
+            SaveFailed: where the system refuses; the older steps are as they were.
         """
         step = int(state.step)
-        if step in self._manager.all_steps():
-            self._manager.delete(step)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(vars(state)), record=ocp.args.JsonSave({"format": FORMAT, **record})
+        target, staging = self.folder / str(step), self.folder / f"{SAVING}{step}"
+        try:
+            self._write(staging, state, record, loss)
+            self._put(staging, target)
+        except Exception as error:
+            raise SaveFailed(self._refusal(step, error)) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        self._sound[step] = True
+        with contextlib.suppress(
+            OSError, Damaged, NoCheckpoint
+        ):  # the step is saved; what stays now is the next save's to delete
+            self._delete_old()
+        return target
+
+    def _write(self, staging: Path, state: TrainState, record: dict[str, Any], loss: float) -> None:
+        shutil.rmtree(staging, ignore_errors=True)
+        os.makedirs(staging)
+        arrays = _arrays(state)
+        self._orbax.save(staging / ARRAYS, args=ocp.args.StandardSave(arrays))
+        full = {
+            "format": FORMAT,
+            "step": int(state.step),
+            "loss": float(loss),
+            "versions": _versions(),
+            "config_sha256": _sha256_of_json(record.get("config")),
+            "arrays": _described(dict(_leaves(state))),
+            "digest": _digest(arrays),
+            **record,
+        }
+        manifest.write(staging / RECORD, json.dumps(full).encode())
+        manifest.seal(staging)
+
+    def _put(self, staging: Path, target: Path) -> None:
+        """Rename a sealed folder to a step; one of that number that cannot be used is moved aside, not deleted."""
+        if os.path.lexists(target):
+            sound = _is_number(target.name) and target.is_dir() and self._is_sound(int(target.name))
+            free = (i for i in range(1, 10**6) if not os.path.lexists(f"{target}.damaged-{i}"))
+            aside = self.folder / f"{DELETING}{target.name}" if sound else Path(f"{target}.damaged-{next(free)}")
+            os.rename(target, aside)
+        os.rename(staging, target)
+        manifest.sync_folder(self.folder)
+
+    def _refusal(self, step: int, error: Exception) -> str:
+        number = getattr(error, "errno", None) or next((n for n in REMEDIES if os.strerror(n) in str(error)), None)
+        reason = os.strerror(number) if number else (str(error).splitlines() or [type(error).__name__])[0][:200]
+        good: list[int] = []
+        with contextlib.suppress(NoCheckpoint):
+            good = [one for one in self.steps() if one != step and self._is_sound(one)]
+        kept = f"the checkpoint of step {good[-1]:,} is still good" if good else "there is no earlier one"
+        remedy = REMEDIES.get(number or 0, "see that the disk can be written")
+        return (
+            f"The checkpoint of step {step:,} could not be written to {self.folder} ({reason}); {kept}: {remedy}, then "
+            "give the same command again."
         )
-        self._manager.save(step, args=items, metrics={"loss": loss}, force=True)
-        return self.folder / str(step)
+
+    def _delete_old(self) -> None:
+        """Delete all sound steps but the newest few and the best; a step that fails verification is left alone."""
+        sound = [step for step in self.steps() if self._is_sound(step)]
+        best = min(sound, key=lambda step: _rank(step, self._peek(step)))
+        for step in sound:
+            if step == best or step in sound[-self.keep_last :]:
+                continue
+            del self._sound[step]
+            if self._is_sound(step):  # looked at anew: it may have been damaged since
+                going = self.folder / f"{DELETING}{step}"
+                os.rename(self.folder / str(step), going)
+                shutil.rmtree(going)
+
+    def _is_sound(self, step: int) -> bool:
+        """Say whether a step is what was sealed, as far as was seen when this process last looked."""
+        if step not in self._sound:
+            try:
+                self._trusted(step)
+                self._sound[step] = True
+            except Damaged:
+                self._sound[step] = False
+        return self._sound[step]
+
+    def choose(self, which: str | int = "best") -> int:
+        """Return the number of a step that passes verification: 'latest', 'best' by validation, or that very number.
+
+        Steps that do not pass are left out, each with a warning.
+
+        Raises:
+            NoCheckpoint: where there is none, or none of that number.
+        """
+        return self._first(which, lambda step, record: None)[0]
 
     def record(self, step: int) -> dict[str, Any]:
         """Read what a step's state means.
 
         Raises:
-            NoCheckpoint: where it cannot be read, or was written by a newer version.
+            NoCheckpoint: where it fails verification, or was written by a newer version.
         """
-        try:
-            record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
-        except Exception as error:
-            raise NoCheckpoint(f"The record of {self.folder / str(step)} cannot be read: {error}") from error
-        if record["format"] > FORMAT:
-            raise NoCheckpoint(
-                f"{self.folder / str(step)} has format {record['format']}, but this version reads up to {FORMAT}: "
-                "install a newer chargpt_jax."
-            )
-        return record
+        return self._first(step, lambda step, record: None)[1]
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Read a state.
@@ -117,19 +228,222 @@ class Checkpoints:
             like: a state with the shapes, dtypes and sharding that are wanted; its values do not matter.
 
         Raises:
-            NoCheckpoint: where it cannot be read.
+            NoCheckpoint: where the step fails verification or holds something else.
         """
-        wanted = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, vars(like)))
-        try:
-            return TrainState(**self._manager.restore(step, args=ocp.args.Composite(state=wanted)).state)
-        except Exception as error:
-            raise NoCheckpoint(f"{self.folder / str(step)} cannot be restored: {error}") from error
+        return self.load(step, lambda record: like)[2]
+
+    def load(
+        self, which: str | int, like_of: Callable[[dict[str, Any]], TrainState]
+    ) -> tuple[int, dict[str, Any], TrainState]:
+        """Read the step that `choose` says, or the next one where reading that fails.
+
+        Args:
+            which: 'latest', 'best', or a number.
+            like_of: takes a step's record and returns a state like the one wanted, or raises what ends the search.
+
+        Returns:
+            The step, its record and its state.
+
+        Raises:
+            NoCheckpoint: where no step can be used, with each step's reason.
+        """
+        return self._first(which, lambda step, record: self._read(step, record, like_of(record)))
 
     def close(self) -> None:
-        """Wait for what is being written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Let go of what reading and writing needed."""
+        self._orbax.close()
+
+    def _first(self, which: str | int, use: Callable[[int, dict[str, Any]], T]) -> tuple[int, dict[str, Any], T]:
+        """Return the first step, in the order that is asked for, that passes and can be used, and what `use` gave."""
+        reasons: dict[int, Damaged] = {}
+        steps = self._candidates(which)
+        verified = self._verified(steps, reasons, quiet=steps == [which])
+        if which == "best":
+            verified = iter(sorted(verified, key=lambda pair: _rank(*pair)))
+        for step, record in verified:
+            try:
+                return step, record, use(step, record)
+            except Damaged as error:
+                self._pass_over(step, error, reasons, quiet=steps == [which])
+        if steps == [which]:
+            raise NoCheckpoint(f"Checkpoint {which} of {self.folder} cannot be used: {reasons[steps[0]]}.")
+        listed = "; ".join(f"{step}: {reasons[step]}" for step in steps)
+        raise NoCheckpoint(f"{self.folder} holds no checkpoint that can be used ({listed}).")
+
+    def _candidates(self, which: str | int) -> list[int]:
+        """Return the steps to choose from, newest first.
+
+        Raises:
+            NoCheckpoint: where there is none, or none of that number.
+        """
+        steps = self.steps()
+        if not steps:
+            raise NoCheckpoint(f"{self.folder} holds no checkpoint: train first.")
+        if which in ("best", "latest"):
+            return steps[::-1]
+        if which not in steps:
+            raise NoCheckpoint(f"{self.folder} holds no step {which}: it has {', '.join(map(str, steps))}.")
+        return [int(which)]
+
+    def _verified(
+        self, steps: list[int], reasons: dict[int, Damaged], quiet: bool
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield those of these steps that pass, with their records; keep the reasons of the others."""
+        for step in steps:
+            try:
+                yield step, self._trusted(step)
+            except Damaged as error:
+                self._pass_over(step, error, reasons, quiet)
+
+    def _pass_over(self, step: int, error: Damaged, reasons: dict[int, Damaged], quiet: bool) -> None:
+        reasons[step] = error
+        if not quiet and step not in self._warned:
+            self._warned.add(step)
+            self.warn(f"Checkpoint {step} of {self.folder} is passed over: {error}.")
+
+    def _peek(self, step: int) -> dict[str, Any]:
+        return manifest.read_json(self.folder / str(step) / RECORD, MOST_RECORD_BYTES)
+
+    def _trusted(self, step: int) -> dict[str, Any]:
+        """Verify a step's files and return its record.
+
+        Raises:
+            Damaged: where something is not as it was saved, or this version cannot know what it means.
+        """
+        manifest.verify(self.folder / str(step))
+        record = self._peek(step)
+        if not isinstance(record.get("format"), int) or record["format"] > FORMAT:
+            raise Damaged(
+                RECORD,
+                f"has format {record.get('format')!a}, but this version reads up to {FORMAT}: install a newer "
+                "chargpt_jax",
+            )
+        missing = [name for name, kind in MEANING.items() if not isinstance(record.get(name), kind)]
+        if missing:
+            raise Damaged(RECORD, f"has no {missing[0]}")
+        if record.get("step") != step:
+            raise Damaged(RECORD, f"is of step {record.get('step')!a}")
+        if record.get("config_sha256") != _sha256_of_json(record["config"]):
+            raise Damaged(RECORD, "has a config that is not the one it was saved with")
+        _check_vocabulary(record["vocabulary"])
+        try:
+            from_dict(record["config"])
+        except UserError as error:
+            raise Damaged(RECORD, f"has a config that this version does not know ({str(error).rstrip('.')})") from None
+        return record
+
+    def _read(self, step: int, record: dict[str, Any], like: TrainState) -> TrainState:
+        """Read a step's arrays; their names, shapes, dtypes and sizes are compared before memory is taken for them."""
+        folder = self.folder / str(step) / ARRAYS
+        leaves = dict(_leaves(like))
+        wanted = {name: _plain(leaf) for name, leaf in leaves.items()}
+        _check_same(RECORD, record["arrays"], _described(leaves))
+        _check_room(folder, wanted)
+        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in wanted.items()}
+        try:
+            found = self._orbax.metadata(folder).item_metadata.tree
+            _check_same(ARRAYS, _described(found), _described(wanted))
+            _check_chunks(found)
+            arrays = self._orbax.restore(folder, args=ocp.args.StandardRestore(shapes))
+        except Damaged:
+            raise
+        except Exception as error:
+            first = (str(error).splitlines() or [""])[0][:200]
+            raise Damaged(ARRAYS, f"cannot be read ({type(error).__name__}: {first})") from error
+        if _digest(arrays) != record["digest"]:
+            raise Damaged(ARRAYS, "holds other numbers than were saved")
+        placed = [_placed(arrays[name], leaf) for name, leaf in leaves.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), placed)
 
 
-def _loss(metrics: dict[str, float]) -> float:
-    return metrics["loss"]
+def _is_number(name: str) -> bool:
+    """Say whether a name is a number as we write it: '60', but not '060', '60 (1)' or other alphabets' digits."""
+    return name.isascii() and name.isdecimal() and str(int(name)) == name
+
+
+def _check_vocabulary(vocabulary: list[Any]) -> None:
+    """Refuse what a tokenizer would put into another order, and so give other ids."""
+    fine = all(isinstance(text, str) and len(text) <= 1 for text in vocabulary)
+    if not fine or vocabulary != sorted({"", *vocabulary}):
+        raise Damaged(RECORD, "has a vocabulary that is not '' and single characters in order")
+
+
+def _rank(step: int, record: dict[str, Any]) -> tuple[float, int]:
+    """Sort by validation loss, then earlier first; but of those without one the newest first."""
+    return (record["loss"], step) if record["loss"] < UNVALIDATED else (UNVALIDATED, -step)
+
+
+def _leaves(state: TrainState) -> list[tuple[str, Any]]:
+    """Return a state's arrays with their names: 'params.wte.embedding'."""
+    pairs = jax.tree_util.tree_leaves_with_path(state)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in pairs]
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _plain(leaf: Any) -> Any:
+    """Return an array's shape and dtype as they are written; of a typed key, those of its bits."""
+    return jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+
+
+def _arrays(state: TrainState) -> Arrays:
+    """Return a state's arrays on the host, keys as their bits."""
+    leaves = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in _leaves(state)}
+    return {name: np.asarray(array) for name, array in jax.device_get(leaves).items()}
+
+
+def _placed(array: np.ndarray, leaf: Any) -> jax.Array:
+    """Put an array on the devices of `leaf`, as a key where that is one."""
+    return jax.device_put(jax.random.wrap_key_data(jnp.asarray(array)) if _is_key(leaf) else array, leaf.sharding)
+
+
+def _described(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return {name: [dtype, shape]} as JSON holds it."""
+    return {name: [str(x.dtype), list(x.shape)] for name, x in arrays.items()}
+
+
+def _digest(arrays: Arrays) -> str:
+    """Return the sha256 of names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name}\0{array.dtype.name}\0{arrays[name].shape}\0".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _check_same(file: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            there, here = (_spelled(side.get(name)) for side in (found, wanted))
+            raise Damaged(file, f"holds {there} as {name[:100]!a}, where the model has {here}")
+
+
+def _spelled(array: Any) -> str:
+    return "nothing" if array is None else f"{array[0]} {array[1]}"[:100]
+
+
+def _check_room(folder: Path, wanted: dict[str, Any]) -> None:
+    claimed = sum(np.dtype(x.dtype).itemsize * int(np.prod(x.shape, dtype=object)) for x in wanted.values())
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if claimed > ROOM + EXPANSION * there:
+        raise Damaged(ARRAYS, f"claims {claimed:,} bytes of arrays in {there:,} bytes of files")
+
+
+def _check_chunks(found: dict[str, Any]) -> None:
+    """Refuse pieces larger than the array they are of, since memory is taken for whole pieces."""
+    for name, array in found.items():
+        chunk = array.storage.chunk_shape if array.storage else None
+        if chunk and any(piece > max(1, whole) for piece, whole in zip(chunk, array.shape, strict=True)):
+            raise Damaged(ARRAYS, f"holds {name!r} in pieces of {list(chunk)}")
+
+
+def _sha256_of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}

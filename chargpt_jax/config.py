@@ -184,8 +184,18 @@ class Config:
 RESOLVED = ("model.vocab_size", "model.used_ids", "optimizer.learning_rate")
 """Fields that a run fills in for itself when they are left unset."""
 
-MAY_CHANGE = ("train.", "sample.", "scheduler.epochs", "data.timeout", "data.max_megabytes", "data.mirrors")
-"""Fields, or sections, that a resumed run may change: what was learned so far stays valid."""
+MAY_CHANGE = (
+    *("train.", "sample."),
+    *("scheduler.epochs", "scheduler.max_steps"),
+    *("data.timeout", "data.max_megabytes", "data.mirrors"),
+    *("model.remat", "model.attention_block", "optimizer.accumulation_steps"),
+)
+"""Fields, or sections, that a resumed run may change, since what was learned so far stays valid.
+
+Logging, validation, checkpoints and samples; how long the run is, though not shorter than it is already (the rate
+follows the new length from there on); how a text is fetched; and what fits a step into the memory of a device, which
+may change the order of sums, and so last bits. Which and how many devices there are is no setting, and may change too.
+"""
 
 
 def validate(config: Config) -> Config:

@@ -83,7 +83,6 @@ def _write_run(
         "config": dataclasses.asdict(config),
         "vocabulary": list(tokenizer.vocabulary),
         "corpus_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
-        "step": 0,
     }
     tx = optimizer.adamw(config.optimizer, lambda count: 0.0 * count)
     state = create_state(jax.device_put(params), tx, config.seed, devices.compute_dtype(config.amp))

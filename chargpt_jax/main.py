@@ -8,8 +8,9 @@ or for the PyTorch original, whose checkpoints import takes in; info says what a
 config for a TPU that need not be there; selftest stops small trainings, damages their checkpoints and sees that nothing
 is lost.
 
-Exit codes: 0 done, also where --max_minutes ended it; 2 the user's mistake, 3 no usable checkpoint, 4 non-finite loss;
-130 stopped by SIGINT, and 143 by SIGTERM or SIGHUP, while training after a checkpoint. A second SIGINT leaves at once.
+Exit codes: 0 done, also where --max_minutes ended it; 2 the user's mistake, 3 no usable checkpoint, 4 non-finite loss,
+5 a checkpoint that could not be written; 130 stopped by SIGINT, and 143 by SIGTERM or SIGHUP, while training after a
+checkpoint. A second SIGINT leaves at once.
 """
 
 import contextlib
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if signals.interrupted:  # a library may have made something else of it
                 return _complain(f"Stopped by {signals.name}{signals.advice}.", signals.code)
             # By name, so that a mistyped command is answered without importing JAX.
-            known = {"NoCheckpoint": 3, "NonFiniteLoss": 4}.get(type(error).__name__)
+            known = {"NoCheckpoint": 3, "NonFiniteLoss": 4, "SaveFailed": 5}.get(type(error).__name__)
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 name = f"{error.filename} cannot be used" if error.filename else "The disk cannot be used"
                 return _complain(f"{name} ({error.strerror}): mend that, then give the same command again.", 2)
@@ -181,7 +182,7 @@ def _tell_trace(folder: Any, out: Any) -> None:
 
 def _eval(values: FlagValues, _: Config | None) -> int:
     api = _api()
-    result = api.evaluate(values.workdir, _step(values))
+    result = api.evaluate(values.workdir, _step(values), _warn)
     shown = "{loss:.4f} nats = {bits_per_character:.4f} bits per character over {tokens:,} held-out characters"
     print(as_json(result) if values.json else shown.format(**result) + f" (step {result['step']:,})")
     return 0
@@ -198,7 +199,7 @@ def _generate(values: FlagValues, _: Config | None) -> int:
     if streaming and len(prompts) > 1:
         raise UserError(f"--stream shows one text, but there are {len(prompts)} prompts: give one --prompt.")
     step = _step(values)
-    model = _api().load(values.workdir, step)
+    model = _api().load(values.workdir, step, _warn)
     if streaming:
         print(printable(prompts[0]), end="", flush=True)
     samples = model.generate(
@@ -223,7 +224,8 @@ def _score(values: FlagValues, _: Config | None) -> int:
         raise UserError("--mode=score needs a text: give either --text or --text_file.")
     text = values.text if values.text is not None else corpus.read_text(Path(values.text_file))
     api = _api()
-    sample = api.load(values.workdir, _step(values)).score(text, stride=values.stride, skip_unknown=values.skip_unknown)
+    model = api.load(values.workdir, _step(values), _warn)
+    sample = model.score(text, stride=values.stride, skip_unknown=values.skip_unknown)
     _deliver(values, Workdir(values.workdir), api.Samples([sample]), "scored")
     return 0
 

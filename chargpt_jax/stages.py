@@ -4,6 +4,7 @@ Each is a generator of typed events and leaves its results in the workdir; a lat
 that was left out.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -72,8 +73,7 @@ def _prepare(config: Config, folder: Workdir, warn: Callable[[str], None]) -> It
         tokens = tokenizer.encode_text(text)
     train, validation = batches.split(tokens, config.data.train_split, config.model.block_size)
     config = _fitted(config, tokenizer)
-    epoch_steps = batches.steps_per_epoch(len(train), config.model.block_size, config.data)
-    optimizer.total_steps(config.scheduler, epoch_steps)  # refuses what cannot be counted
+    _check_length(config, folder, len(train))
     if not known:
         folder.save_corpus(tokenizer, tokens, sources)
     folder.save_config(config)
@@ -102,6 +102,20 @@ def _fitted(config: Config, tokenizer: CharTokenizer) -> Config:
         )
     model = dataclasses.replace(config.model, vocab_size=given or tokenizer.vocab_size, used_ids=tokenizer.n_ids)
     return dataclasses.replace(config, model=model)
+
+
+def _check_length(config: Config, folder: Workdir, n_train: int) -> None:
+    """Refuse a schedule that ends before updates that were made already: it may grow, but not shrink below them."""
+    with contextlib.closing(Checkpoints(folder.checkpoints)) as store:
+        made = max(store.steps(), default=0)
+    epoch_steps = batches.steps_per_epoch(n_train, config.model.block_size, config.data)
+    total = optimizer.total_steps(config.scheduler, epoch_steps)
+    if made > total:
+        name = "epochs" if config.scheduler.max_steps is None else "max_steps"
+        raise UserError(
+            f"scheduler.{name} is {getattr(config.scheduler, name):g}, which makes {total:,} updates, but the run in "
+            f"{folder.path} has made {made:,}: give more, or another --workdir."
+        )
 
 
 def _carried_over(saved: Config, given: Config) -> Config:
@@ -173,9 +187,8 @@ def train(
             yield Ended(0, 0.0, math.inf, ending.signal, ending.out_of_time)
             return
         setup = Setup.of(folder)
-        store = Checkpoints(
-            folder.checkpoints, keep_last=setup.config.train.keep_last, parameters=count_parameters(setup.params)
-        )
+        store = Checkpoints(folder.checkpoints, keep_last=setup.config.train.keep_last, warn=warn)
+        store.sweep()
         try:
             yield from _train(setup, folder, store, warn, lock, ending)
         finally:
@@ -267,7 +280,7 @@ def _train(
 def _saved(store: Checkpoints, state: TrainState, setup: Setup, loss: float, ending: Ending) -> Saved:
     """Save a checkpoint, and tell `ending` how long that takes."""
     step, began = int(state.step), time.perf_counter()
-    path = store.save(state, {**setup.record(), "step": step}, loss)
+    path = store.save(state, setup.record(), loss)
     ending.saved(time.perf_counter() - began)
     return Saved(step, str(path))
 
@@ -279,7 +292,7 @@ def restored(setup: Setup, fresh: TrainState, checkpoints: Path, warn: Callable[
         UserError: where the checkpoint is of another model or corpus.
         NoCheckpoint: where there are checkpoints, but none can be used.
     """
-    store = Checkpoints(checkpoints)
+    store = Checkpoints(checkpoints, warn=warn)
     try:
         return _resumed(setup, store, fresh)
     finally:
@@ -287,20 +300,25 @@ def restored(setup: Setup, fresh: TrainState, checkpoints: Path, warn: Callable[
 
 
 def _resumed(setup: Setup, store: Checkpoints, fresh: TrainState) -> TrainState:
-    """Return the newest saved state, or the fresh one where nothing was saved.
+    """Return the newest saved state that can be used, or the fresh one where nothing was saved.
 
     Raises:
         UserError: where the checkpoint is of another model or corpus than the workdir says.
+        NoCheckpoint: where steps were saved, but none can be used.
     """
-    if not store.steps():
+    own = setup.record()
+
+    def like_of(saved: dict[str, Any]) -> TrainState:
+        lines = differences(from_dict(saved["config"]), setup.config)
+        lines += [f"{name} differs" for name in ("vocabulary", "corpus_sha256") if saved[name] != own[name]]
+        if lines:
+            raise UserError(
+                f"Checkpoint {saved['step']} of {store.folder} is of another run ({'; '.join(lines[:6])}): go on with "
+                "what it was made with, or give another --workdir."
+            )
         return fresh
-    step = store.choose("latest")
-    saved, own = store.record(step), setup.record()
-    lines = differences(from_dict(saved["config"]), setup.config)
-    lines += [f"{name} differs" for name in ("vocabulary", "corpus_sha256") if saved[name] != own[name]]
-    if lines:
-        raise UserError(f"Checkpoint {step} of {store.folder} is of another run ({'; '.join(lines[:6])}).")
-    return store.restore(step, fresh)
+
+    return store.load("latest", like_of)[2] if store.steps() else fresh
 
 
 def _speed(compiled: Compiled, pace: Pace, setup: Setup) -> dict[str, Any]:

@@ -1,85 +1,284 @@
 """Checkpoints keep what they are given, keep the right ones, and say what is wrong with a bad one."""
 
+import json
+import shutil
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chargpt_jax.checkpoint import FORMAT, Checkpoints, NoCheckpoint
-from chargpt_jax.config import ModelConfig, OptimizerConfig
-from chargpt_jax.model import create
-from chargpt_jax.optimizer import adamw
-from chargpt_jax.step import create_state
-
-CONFIG = ModelConfig(vocab_size=64, used_ids=30, block_size=12, n_embd=8, n_head=2, n_head_dim=4, n_ff=16, n_layer=2)
-TX = adamw(OptimizerConfig(), 1e-2)
-
-
-def state_at(step: int, dtype=jnp.float32):
-    _, params = create(CONFIG, step)
-    return create_state(params, TX, seed=7, dtype=dtype).replace(step=jnp.int32(step))
+from chargpt_jax import checkpoint, manifest
+from chargpt_jax.checkpoint import FORMAT, UNVALIDATED, Checkpoints, NoCheckpoint
+from tests.stored import RECORD, bits, filled, opened, state_at
 
 
 @pytest.fixture
 def store(tmp_path):
-    store = Checkpoints(tmp_path / "checkpoints", keep_last=2)
+    store = opened(tmp_path / "checkpoints", keep_last=2)
     yield store
     store.close()
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A store of steps 1, 2 and 3, of which 2 is the best."""
+    folder = tmp_path_factory.mktemp("three") / "checkpoints"
+    filled(folder).close()
+    return folder
+
+
+@pytest.fixture
+def copy(three, tmp_path):
+    """A copy of it, to be damaged."""
+    shutil.copytree(three, tmp_path / "copy")
+    store = opened(tmp_path / "copy")
+    yield store
+    store.close()
+
+
+def change_record(folder: Path, **changes):
+    """Change a record as someone would who can seal a step anew."""
+    path = folder / "record.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    (folder / manifest.NAME).unlink()
+    manifest.seal(folder)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 def test_a_state_comes_back_bit_for_bit(store, dtype):
     state = state_at(5, dtype)
-    store.save(state, {"vocabulary": ["", "\n", "é", "😀"]}, 1.0)
+    store.save(state, RECORD, 1.0)
     back = store.restore(5, state_at(1, dtype))
     assert jax.tree.structure(back) == jax.tree.structure(state)
-    for ours, theirs in zip(jax.tree.leaves(back), jax.tree.leaves(state), strict=True):
-        if jnp.issubdtype(theirs.dtype, jax.dtypes.prng_key):
-            ours, theirs = jax.random.key_data(ours), jax.random.key_data(theirs)
-        assert ours.dtype == theirs.dtype
-        np.testing.assert_array_equal(ours, theirs)
-    assert store.record(5)["vocabulary"] == ["", "\n", "é", "😀"]
+    assert bits(back) == bits(state) != bits(state_at(1, dtype))
+    assert back.key.dtype == state.key.dtype
+    assert store.record(5)["vocabulary"] == RECORD["vocabulary"]
+
+
+def test_a_step_says_what_it_is(store):
+    folder = store.save(state_at(5), RECORD, 1.5)
+    record = store.record(5)
+    assert {**record, **RECORD} == record
+    assert (record["format"], record["step"], record["loss"]) == (FORMAT, 5, 1.5)
+    assert record["arrays"]["params.wte.embedding"] == ["float32", [64, 8]]
+    assert set(record["versions"]) == {"jax", "flax", "optax", "orbax-checkpoint", "numpy"}
+    assert len(record["digest"]) == len(record["config_sha256"]) == 64
+    listed = json.loads((folder / manifest.NAME).read_text())
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(listed) == there - {manifest.NAME}
+
+
+def test_arrays_come_back_on_the_devices_that_are_wanted(store):
+    store.save(state_at(5), RECORD, 1.0)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])),
+        state_at(1),
+    )
+    assert bits(store.restore(5, like)) == bits(state_at(5))
 
 
 def test_the_newest_and_the_best_are_kept_also_after_a_restart(store, tmp_path):
     for step, loss in enumerate([3.0, 1.0, 2.0, 4.0, 5.0], start=1):
-        store.save(state_at(step), {}, loss)
+        store.save(state_at(step), RECORD, loss)
     assert store.steps() == [2, 4, 5]
-    store.close()
-    again = Checkpoints(tmp_path / "checkpoints", keep_last=2)
-    again.save(state_at(6), {}, 9.0)
+    again = opened(tmp_path / "checkpoints", keep_last=2)
+    again.save(state_at(6), RECORD, UNVALIDATED)
     assert again.steps() == [2, 5, 6]
     assert (again.choose("best"), again.choose("latest"), again.choose(5)) == (2, 6, 5)
     again.close()
+    assert not store.heard + again.heard
+
+
+def test_where_nothing_was_validated_the_newest_is_the_best(store):
+    for step in (1, 2):
+        store.save(state_at(step), RECORD, UNVALIDATED)
+    assert store.choose("best") == 2
 
 
 def test_an_empty_folder_and_an_absent_step_are_named(store):
     with pytest.raises(NoCheckpoint, match="holds no checkpoint: train first"):
         store.choose()
-    store.save(state_at(3), {}, 1.0)
+    store.save(state_at(3), RECORD, 1.0)
     with pytest.raises(NoCheckpoint, match="holds no step 4: it has 3"):
         store.choose(4)
 
 
-def test_a_newer_format_is_refused(store):
-    store.save(state_at(3), {"format": FORMAT + 1}, 1.0)
-    with pytest.raises(NoCheckpoint, match="has format 2, but this version reads up to 1"):
-        store.record(3)
+def test_a_damaged_step_is_passed_over_with_one_warning_and_left_alone(copy):
+    damaged = copy.folder / "3" / "record.json"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert copy.choose("latest") == 2
+    assert bits(copy.load("latest", lambda record: state_at(1))[2]) == bits(state_at(2))
+    (warning,) = copy.heard
+    assert "Checkpoint 3 of" in warning
+    assert "record.json has" in warning
+    with pytest.raises(NoCheckpoint, match=r"Checkpoint 3 of .* cannot be used: record.json has"):
+        copy.choose(3)
+    assert damaged.exists()
 
 
-def test_a_damaged_step_is_named_and_left_alone(store, tmp_path):
-    folder = store.save(state_at(3), {}, 1.0)
-    for path in (folder / "state").rglob("manifest.ocdbt"):
-        path.write_bytes(b"junk")
-    with pytest.raises(NoCheckpoint, match="3 cannot be restored"):
-        store.restore(3, state_at(1))
-    assert folder.exists()
+def test_where_the_best_is_damaged_the_second_best_is_taken_whatever_its_record_says_now(copy):
+    path = copy.folder / "2" / "record.json"
+    path.write_text(path.read_text().replace('"loss": 1.0', '"loss": 9.0'))
+    assert copy.choose("best") == 3
+    assert len(copy.heard) == 1
+
+
+def test_where_no_step_can_be_used_each_is_listed_with_its_reason(copy):
+    (copy.folder / "3" / manifest.NAME).unlink()
+    (copy.folder / "2" / "record.json").unlink()
+    (copy.folder / "1" / "more").write_text("")
+    reasons = r"3: manifest.json is missing; 2: record.json is missing; 1: more is not in the manifest"
+    for which in ("best", "latest"):
+        with pytest.raises(NoCheckpoint, match=reasons):
+            copy.choose(which)
+    assert len(copy.heard) == 3
+
+
+def test_a_newer_format_is_refused_in_a_sentence_and_an_older_step_taken(copy):
+    change_record(copy.folder / "3", format=FORMAT + 1)
+    with pytest.raises(NoCheckpoint, match=f"has format {FORMAT + 1}, but .* up to {FORMAT}: install a newer chargpt"):
+        copy.record(3)
+    assert copy.choose("latest") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"step": 2}, "is of step 2"),
+        ({"digest": "0" * 64}, "arrays holds other numbers than were saved"),
+        ({"vocabulary": ["", "é", "\n", "😀"]}, "single characters in order"),
+        ({"vocabulary": ["", "\n", 3]}, "single characters in order"),
+        ({"config": {**RECORD["config"], "seed": 1}}, "a config that is not the one it was saved with"),
+        ({"config": None}, "has no config"),
+        ({"arrays": {}}, "holds nothing as 'key', where the model has"),
+        ({"arrays": None}, "has no arrays"),
+        ({"format": "2"}, "has format '2'"),
+        ({"loss": "low"}, "has no loss"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_record_that_was_changed_and_sealed_anew_is_still_refused(copy, changes, reason):
+    change_record(copy.folder / "3", **changes)
+    with pytest.raises(NoCheckpoint, match=reason):
+        copy.restore(3, state_at(1))
+
+
+def test_another_model_is_refused_before_its_arrays_are_read(copy, monkeypatch):
+    like = state_at(1)
+    params = {**like.params, "more": jnp.zeros(3)}
+    monkeypatch.setattr(copy._orbax, "restore", lambda *_, **__: pytest.fail("the arrays were read"))
+    with pytest.raises(NoCheckpoint, match=r"holds nothing as 'params.more', where the model has float32 \[3\]"):
+        copy.restore(3, like.replace(params=params))
+
+
+def test_a_record_that_claims_more_than_its_files_can_hold_is_refused_before_memory_is_taken(copy, monkeypatch):
+    """The claim and the wish agree, as they would where a hostile config asked for the model."""
+    monkeypatch.setattr(copy._orbax, "restore", lambda *_, **__: pytest.fail("the arrays were read"))
+    change_record(copy.folder / "3", arrays={"step": ["float32", [10**6, 10**6]]})
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    huge = jax.ShapeDtypeStruct((10**6, 10**6), jnp.float32, sharding=here)
+    like = state_at(1).replace(step=huge, params={}, opt_state=(), key=None)
+    with pytest.raises(NoCheckpoint, match="claims 4,000,000,000,000 bytes of arrays in"):
+        copy.restore(3, like)
+
+
+def test_what_orbax_says_of_its_arrays_is_not_believed_either(copy, monkeypatch):
+    """The record tells the truth, the files of the arrays are those of another model."""
+    other = state_at(3).replace(params={}, opt_state=())
+    elsewhere = opened(copy.folder.parent / "elsewhere")
+    arrays = elsewhere.save(other, RECORD, 1.0) / "arrays"
+    shutil.rmtree(copy.folder / "3" / "arrays")
+    shutil.copytree(arrays, copy.folder / "3" / "arrays")
+    change_record(copy.folder / "3")
+    with pytest.raises(NoCheckpoint, match="arrays holds nothing as 'opt_state"):
+        copy.restore(3, state_at(1))
+
+
+def test_stray_names_are_no_steps(copy):
+    """Copies of a file manager, other spellings of numbers, files, and what orbax or we leave behind."""
+    names = ["3 (1)", "003", "+3", "3.0", "٣", "3.damaged-1", "3.orbax-checkpoint-tmp-1", ".saving-9", "-1", "notes"]
+    for name in names:
+        shutil.copytree(copy.folder / "3", copy.folder / name)
+    (copy.folder / "77").write_text("a file")
+    (copy.folder / "78").symlink_to("nowhere")
+    assert copy.steps() == [1, 2, 3]
+    assert (copy.choose("latest"), copy.choose("best")) == (3, 2)
+    assert not copy.heard
+
+
+def test_an_empty_folder_named_like_a_step_is_passed_over_and_never_deleted(copy):
+    (copy.folder / "99").mkdir()
+    assert copy.choose("latest") == 3
+    (warning,) = copy.heard
+    assert "99" in warning
+    assert "manifest.json is missing" in warning
+    copy.save(state_at(4), RECORD, 5.0)
+    assert copy.steps() == [2, 3, 4, 99]
+
+
+def test_a_step_that_is_a_link_is_passed_over(copy):
+    (copy.folder / "3").rename(copy.folder / "elsewhere")
+    (copy.folder / "3").symlink_to("elsewhere")
+    assert copy.choose("latest") == 2
+    assert "is a symbolic link" in copy.heard[0]
+
+
+def test_a_damaged_step_neither_counts_as_kept_nor_is_deleted(copy):
+    (copy.folder / "3" / "record.json").unlink()
+    copy.keep_last = 2
+    copy.save(state_at(4), RECORD, 5.0)
+    copy.save(state_at(5), RECORD, 5.0)
+    assert copy.steps() == [2, 3, 4, 5]
+
+
+def test_a_step_that_was_damaged_after_it_was_last_seen_is_not_deleted(store):
+    store.save(state_at(1), RECORD, 9.0)
+    store.save(state_at(2), RECORD, 1.0)
+    (store.folder / "1" / "record.json").unlink()
+    store.save(state_at(3), RECORD, 2.0)
+    assert store.steps() == [1, 2, 3]
+
+
+def test_a_damaged_step_of_the_same_number_is_moved_aside(copy):
+    for number in (1, 2):
+        (copy.folder / "3" / "record.json").write_text("junk")
+        assert copy.save(state_at(3), RECORD, 2.0) == copy.folder / "3"
+        aside = copy.folder / f"3.damaged-{number}"
+        assert (aside / "record.json").read_text() == "junk"
+        copy._sound.clear()
+    assert bits(copy.restore(3, state_at(1))) == bits(state_at(3))
+    assert copy.steps() == [1, 2, 3]
+
+
+def test_a_sound_step_of_the_same_number_is_replaced(copy):
+    copy.save(state_at(3), RECORD, 0.5)
+    assert copy.record(3)["loss"] == 0.5
+    copy.sweep()
+    assert sorted(path.name for path in copy.folder.iterdir()) == ["1", "2", "3"]
+
+
+def test_only_a_sweep_removes_what_dead_runs_left(copy):
+    for name in (".saving-4", ".deleting-1"):
+        (copy.folder / name / "arrays").mkdir(parents=True)
+    opened(copy.folder).choose("best")
+    assert (copy.folder / ".saving-4").exists()
+    copy.sweep()
+    assert sorted(path.name for path in copy.folder.iterdir()) == ["1", "2", "3"]
 
 
 def test_a_relative_folder_is_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    store = Checkpoints(tmp_path.__class__("relative folder é"))
-    path = store.save(state_at(1), {}, 1.0)
+    store = Checkpoints(Path("relative folder é"))
+    path = store.save(state_at(1), RECORD, 1.0)
     store.close()
     assert path.is_absolute()
     assert path.is_dir()
+
+
+def test_the_digest_tells_names_dtypes_shapes_and_bytes_apart():
+    one = np.arange(6, dtype=np.float32)
+    arrays = [{"a": one}, {"b": one}, {"a": one.reshape(2, 3)}, {"a": one.view(np.int32)}, {"a": one + 1}]
+    assert len({checkpoint._digest(x) for x in arrays}) == len(arrays)
+    assert checkpoint._digest({"a": one, "b": one[:1]}) == checkpoint._digest({"b": one[:1], "a": one})

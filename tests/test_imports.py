@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pace": {"config"},
     "lock": {"config"},
     "devices": {"config"},
-    "checkpoint": {"step"},
+    "manifest": set(),
+    "checkpoint": {"config", "manifest", "step"},
     # files of others
     "array_file": {"config"},
     "torch_file": {"array_file", "config"},

@@ -194,8 +194,8 @@ def test_an_imported_run_is_evaluated_and_trained_from_its_text(tmp_path, import
 def test_the_command_line_trains_an_imported_run_with_its_own_config(tmp_path, imported, capsys):
     run = tmp_path / "run of mine"
     shutil.copytree(imported, run)
-    assert main(["chargpt", "--mode=train", f"--workdir={run}", "--config.scheduler.max_steps=3"]) == 2
-    assert "scheduler.max_steps" in capsys.readouterr().err
+    assert main(["chargpt", "--mode=train", f"--workdir={run}", "--config.scheduler.warmup_epochs=3"]) == 2
+    assert "scheduler.warmup_epochs" in capsys.readouterr().err
     assert main(["chargpt", "--mode=train", "--workdir", str(run), "--config.train.log_every=1"]) == 0
     assert api.evaluate(run, "latest")["step"] > 0
     assert {"event": "step", "step": 1}.items() <= api.Workdir(run).load_metrics()[0].items()
