@@ -278,7 +278,7 @@ def _compile(values: FlagValues, config: Config | None) -> int:
 
 
 def _selftest(values: FlagValues, config: Config | None) -> int:
-    counts = {name: values[name].value for name in ("kills", "signals", "corruptions")}
+    counts: dict[str, Any] = {name: values[name].value for name in ("kills", "signals", "corruptions")}
     for name, count in counts.items():
         if not 0 <= count <= 100_000:
             raise UserError(f"--{name} is {count}, but it must be between 0 and 100,000: leave it out, for example.")
