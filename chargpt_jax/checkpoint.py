@@ -15,7 +15,9 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -132,9 +134,7 @@ class Checkpoints:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         self._sound[step] = True
-        with contextlib.suppress(
-            OSError, Damaged, NoCheckpoint
-        ):  # the step is saved; what stays now is the next save's to delete
+        with contextlib.suppress(OSError, Damaged, NoCheckpoint):  # the step is saved; the next save tries again
             self._delete_old()
         return target
 
@@ -142,7 +142,8 @@ class Checkpoints:
         shutil.rmtree(staging, ignore_errors=True)
         os.makedirs(staging)
         arrays = _arrays(state)
-        self._orbax.save(staging / ARRAYS, args=ocp.args.StandardSave(arrays))
+        with _quiet():
+            self._orbax.save(staging / ARRAYS, args=ocp.args.StandardSave(arrays))
         full = {
             "format": FORMAT,
             "step": int(state.step),
@@ -158,13 +159,36 @@ class Checkpoints:
 
     def _put(self, staging: Path, target: Path) -> None:
         """Rename a sealed folder to a step; one of that number that cannot be used is moved aside, not deleted."""
+        aside = None
         if os.path.lexists(target):
-            sound = _is_number(target.name) and target.is_dir() and self._is_sound(int(target.name))
-            free = (i for i in range(1, 10**6) if not os.path.lexists(f"{target}.damaged-{i}"))
-            aside = self.folder / f"{DELETING}{target.name}" if sound else Path(f"{target}.damaged-{next(free)}")
+            aside = self._aside(target)
             os.rename(target, aside)
-        os.rename(staging, target)
+        try:
+            os.rename(staging, target)
+        except OSError:
+            if aside:
+                with contextlib.suppress(OSError):
+                    os.rename(aside, target)
+            raise
         manifest.sync_folder(self.folder)
+        shutil.rmtree(self.folder / f"{DELETING}{target.name}", ignore_errors=True)
+
+    def _aside(self, target: Path) -> Path:
+        """Return where to move a step that is in the way."""
+        self._sound.pop(int(target.name), None)
+        if self._is_sound(int(target.name)):
+            gone = self.folder / f"{DELETING}{target.name}"
+            shutil.rmtree(gone, ignore_errors=True)
+            return gone
+        names = (Path(f"{target}.damaged-{i}") for i in itertools.count(1))
+        return next(path for path in names if not os.path.lexists(path))
+
+    def _delete(self, step: int) -> None:
+        """Delete a step, which is gone at once: what is half deleted is no step."""
+        going = self.folder / f"{DELETING}{step}"
+        shutil.rmtree(going, ignore_errors=True)
+        os.rename(self.folder / str(step), going)
+        shutil.rmtree(going, ignore_errors=True)
 
     def _refusal(self, step: int, error: Exception) -> str:
         number = getattr(error, "errno", None) or next((n for n in REMEDIES if os.strerror(n) in str(error)), None)
@@ -188,9 +212,7 @@ class Checkpoints:
                 continue
             del self._sound[step]
             if self._is_sound(step):  # looked at anew: it may have been damaged since
-                going = self.folder / f"{DELETING}{step}"
-                os.rename(self.folder / str(step), going)
-                shutil.rmtree(going)
+                self._delete(step)
 
     def _is_sound(self, step: int) -> bool:
         """Say whether a step is what was sealed, as far as was seen when this process last looked."""
@@ -341,10 +363,11 @@ class Checkpoints:
         _check_room(folder, wanted)
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in wanted.items()}
         try:
-            found = self._orbax.metadata(folder).item_metadata.tree
-            _check_same(ARRAYS, _described(found), _described(wanted))
-            _check_chunks(found)
-            arrays = self._orbax.restore(folder, args=ocp.args.StandardRestore(shapes))
+            with _quiet():
+                found = self._orbax.metadata(folder).item_metadata.tree
+                _check_same(ARRAYS, _described(found), _described(wanted))
+                _check_chunks(found)
+                arrays = self._orbax.restore(folder, args=ocp.args.StandardRestore(shapes))
         except Damaged:
             raise
         except Exception as error:
@@ -354,6 +377,17 @@ class Checkpoints:
             raise Damaged(ARRAYS, "holds other numbers than were saved")
         placed = [_placed(arrays[name], leaf) for name, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(like), placed)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep orbax from printing the tracebacks of its threads: what went wrong is raised, and told in one sentence."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _is_number(name: str) -> bool:

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.stored import RECORD, Store, bits, filled, state_at
 from chargpt_jax import checkpoint, manifest
 from chargpt_jax.checkpoint import FORMAT, UNVALIDATED, Checkpoints, NoCheckpoint
-from tests.stored import RECORD, bits, filled, opened, state_at
 
 
 @pytest.fixture
 def store(tmp_path):
-    store = opened(tmp_path / "checkpoints", keep_last=2)
+    store = Store(tmp_path / "checkpoints", keep_last=2)
     yield store
     store.close()
 
@@ -33,7 +33,7 @@ def three(tmp_path_factory):
 def copy(three, tmp_path):
     """A copy of it, to be damaged."""
     shutil.copytree(three, tmp_path / "copy")
-    store = opened(tmp_path / "copy")
+    store = Store(tmp_path / "copy")
     yield store
     store.close()
 
@@ -83,7 +83,7 @@ def test_the_newest_and_the_best_are_kept_also_after_a_restart(store, tmp_path):
     for step, loss in enumerate([3.0, 1.0, 2.0, 4.0, 5.0], start=1):
         store.save(state_at(step), RECORD, loss)
     assert store.steps() == [2, 4, 5]
-    again = opened(tmp_path / "checkpoints", keep_last=2)
+    again = Store(tmp_path / "checkpoints", keep_last=2)
     again.save(state_at(6), RECORD, UNVALIDATED)
     assert again.steps() == [2, 5, 6]
     assert (again.choose("best"), again.choose("latest"), again.choose(5)) == (2, 6, 5)
@@ -187,7 +187,7 @@ def test_a_record_that_claims_more_than_its_files_can_hold_is_refused_before_mem
 def test_what_orbax_says_of_its_arrays_is_not_believed_either(copy, monkeypatch):
     """The record tells the truth, the files of the arrays are those of another model."""
     other = state_at(3).replace(params={}, opt_state=())
-    elsewhere = opened(copy.folder.parent / "elsewhere")
+    elsewhere = Store(copy.folder.parent / "elsewhere")
     arrays = elsewhere.save(other, RECORD, 1.0) / "arrays"
     shutil.rmtree(copy.folder / "3" / "arrays")
     shutil.copytree(arrays, copy.folder / "3" / "arrays")
@@ -262,7 +262,7 @@ def test_a_sound_step_of_the_same_number_is_replaced(copy):
 def test_only_a_sweep_removes_what_dead_runs_left(copy):
     for name in (".saving-4", ".deleting-1"):
         (copy.folder / name / "arrays").mkdir(parents=True)
-    opened(copy.folder).choose("best")
+    Store(copy.folder).choose("best")
     assert (copy.folder / ".saving-4").exists()
     copy.sweep()
     assert sorted(path.name for path in copy.folder.iterdir()) == ["1", "2", "3"]

@@ -22,7 +22,10 @@ from chargpt_jax.config import (
 )
 
 SHIPPED = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
-MAY_DIFFER = ("scheduler.epochs", "data.timeout", "data.max_megabytes", "data.mirrors")
+MAY_DIFFER = (
+    *("scheduler.epochs", "scheduler.max_steps", "data.timeout", "data.max_megabytes", "data.mirrors"),
+    *("model.remat", "model.attention_block", "optimizer.accumulation_steps"),
+)
 RESOLVED = {"model.vocab_size": 0, "model.used_ids": 0, "optimizer.learning_rate": None}
 
 

@@ -1,0 +1,183 @@
+"""A save that the system refuses, or that is killed, at any file operation leaves the older steps as they were."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.stored import RECORD, Store, bits, faults, filled, refuse, state_at
+from chargpt_jax.checkpoint import SaveFailed
+
+ROOT = Path(__file__).parents[1]
+ERRORS = [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a store of steps 1, 2 and 3, to be copied."""
+    folder = tmp_path_factory.mktemp("faults")
+    filled(folder / "store").close()
+    return folder
+
+
+def operations(home):
+    """Count the file operations of one save."""
+    shutil.copytree(home / "store", home / "counted")
+    store = Store(home / "counted")
+    with faults().within(home / "counted"):
+        store.save(state_at(4), RECORD, 0.5)
+    store.close()
+    shutil.rmtree(home / "counted")
+    return len(faults().seen)
+
+
+def check_whole(folder, saved):
+    """Whatever happened, the steps that are there are whole, and the newest is the one that was saved last."""
+    store = Store(folder)
+    step, _, state = store.load("latest", lambda record: state_at(1))
+    assert step in ((4,) if saved else (3, 4))
+    assert bits(state) == bits(state_at(step))
+    for older in store.steps():
+        assert bits(store.restore(older, state_at(1))) == bits(state_at(older))
+    assert {2, 3} <= set(store.steps())
+    assert not store.heard
+    store.close()
+
+
+@pytest.mark.slow
+def test_a_refusal_at_any_operation_stops_with_one_sentence_or_does_no_harm(home, tmp_path):
+    refused = 0
+    for at in range(operations(home)):
+        folder = tmp_path / str(at)
+        shutil.copytree(home / "store", folder)
+        store, number, saved = Store(folder), ERRORS[at % len(ERRORS)], True
+        with faults().within(folder, at, refuse(number)):
+            try:
+                store.save(state_at(4), RECORD, 0.5)
+            except SaveFailed as error:
+                saved, sentence = False, str(error)
+        if not saved:
+            refused += 1
+            assert os.strerror(number) in sentence
+            assert "\n" not in sentence
+            assert "the checkpoint of step 3 is still good" in sentence
+            assert not list(folder.glob(".saving*"))
+        check_whole(folder, saved)
+        store.save(state_at(4), RECORD, 0.5)  # the disk is well again
+        check_whole(folder, True)
+        store.close()
+        shutil.rmtree(folder)
+    assert refused > 50
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_in_the_middle_leaves_what_was_saved_before(home):
+    numbers = list(range(0, operations(home), 9))
+    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.stored", str(home), *map(str, numbers)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=200)
+    assert json.loads(done.stdout) == {str(number): -9 for number in numbers}
+    for number in numbers:
+        folder = home / f"killed-{number}"
+        check_whole(folder, saved=False)
+        store = Store(folder)
+        store.sweep()
+        assert not list(folder.glob(".*"))
+        store.close()
+
+
+def child(code, folder):
+    """Save step 4 in a process of its own, after some code; return what it says of SaveFailed."""
+    save = (
+        "import sys; from pathlib import Path\n"
+        "from benchmarks.stored import RECORD, Store, state_at\n"
+        "from chargpt_jax.checkpoint import SaveFailed\n"
+        f"{code}\n"
+        "store = Store(Path(sys.argv[1]))\n"
+        "try:\n    store.save(state_at(4), RECORD, 0.5)\n    print('saved')\n"
+        "except SaveFailed as error:\n    print(error)\n"
+    )
+    return subprocess.run([sys.executable, "-c", save, str(folder)], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_limit_on_the_size_of_files_stops_even_what_orbax_writes_itself(home, tmp_path):
+    """It stands for a quota: the system refuses in the middle of a write, in C++ as well."""
+    shutil.copytree(home / "store", tmp_path / "store")
+    largest = max(path.stat().st_size for path in (tmp_path / "store" / "3").rglob("*") if path.is_file())
+    code = (
+        "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({largest // 2}, {resource.RLIM_INFINITY}))"
+    )
+    done = child(code, tmp_path / "store")
+    assert "step 4 could not be written" in done.stdout, done.stderr
+    assert "the checkpoint of step 3 is still good" in done.stdout
+    assert done.stdout.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "store").glob(".saving*"))
+    check_whole(tmp_path / "store", saved=False)
+
+
+def mounted(options, script, folder):
+    """Run a shell script where a new small file system, or a read-only view, is mounted over a folder; or skip."""
+    words = ["unshare", "-rm", "sh", "-ec", f"mount {options} {folder} || exit 77\n{script}"]
+    try:
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
+    return done
+
+
+SAVE = """
+import sys; from pathlib import Path
+from benchmarks.stored import RECORD, Store, bits, state_at
+from chargpt_jax.checkpoint import SaveFailed
+store = Store(Path(sys.argv[1]))
+try:
+    for step in range(4, 99):
+        store.save(state_at(step), RECORD, 1.0 / step)
+    print("saved")
+except SaveFailed as error:
+    print(error)
+step, _, state = store.load("latest", lambda record: state_at(1))
+print(step, bits(state) == bits(state_at(step)), store.heard, [path.name for path in store.folder.glob(".*")])
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_with_one_sentence_and_the_step_before_it_is_good(home, tmp_path):
+    """A real file system of its own, filled until there is room for some of a step's files and not for others."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "save.py").write_text(SAVE)
+    script = (
+        f"cp -r {home / 'store'} {tmp_path / 'disk' / 'store'}\n"
+        f"left=$(df --output=avail -k {tmp_path / 'disk'} | tail -1)\n"
+        f"head -c $(( (left - 30) * 1024 )) /dev/zero > {tmp_path / 'disk' / 'filler'}\n"
+        f"PYTHONPATH={ROOT} {sys.executable} {tmp_path / 'save.py'} {tmp_path / 'disk' / 'store'}"
+    )
+    done = mounted("-t tmpfs -o size=3m tmpfs", script, tmp_path / "disk")
+    first, second = done.stdout.splitlines()
+    assert "(No space left on device); the checkpoint of step 3 is still good: make room on the disk" in first
+    assert second == "3 True [] []"
+
+
+@pytest.mark.slow
+def test_a_read_only_disk_stops_with_one_sentence(home, tmp_path):
+    shutil.copytree(home / "store", tmp_path / "disk" / "store")
+    (tmp_path / "save.py").write_text(SAVE)
+    script = (
+        f"mount -o remount,bind,ro {tmp_path / 'disk'} || exit 77\n"
+        f"PYTHONPATH={ROOT} {sys.executable} -B {tmp_path / 'save.py'} {tmp_path / 'disk' / 'store'}"
+    )
+    done = mounted(f"--bind {tmp_path / 'disk'}", script, tmp_path / "disk")
+    first, second = done.stdout.splitlines()
+    assert "(Read-only file system); the checkpoint of step 3 is still good: make the disk writable" in first
+    assert second == "3 True [] []"
