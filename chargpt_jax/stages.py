@@ -183,9 +183,9 @@ def train(
         yield from _prepare(config, folder, warn)
         if folder.load_config().optimizer.learning_rate is None:
             yield from _find_lr(folder, warn, lock, ending)
-        if ending.near():
-            yield Ended(0, 0.0, math.inf, ending.signal, ending.out_of_time)
-            return
+            if ending.near():
+                yield Ended(0, 0.0, math.inf, ending.signal, ending.out_of_time)
+                return
         setup = Setup.of(folder)
         store = Checkpoints(folder.checkpoints, keep_last=setup.config.train.keep_last, warn=warn)
         store.sweep()
@@ -222,6 +222,9 @@ def _train(
         training=tuple((line["step"], line["loss"]) for line in log.lines if line["event"] == "step"),
         validation=tuple((line["step"], line["loss"]) for line in validations),
     )
+    if ending.near():
+        yield Ended(step, seconds, best, ending.signal, ending.out_of_time)
+        return
     began = time.perf_counter()
     dispatch = setup.updater(tx).lower(state, setup.on_device, np.int32(1)).compile()
     compiled = Compiled(time.perf_counter() - began, training_flops(config.model, config.data.batch_size))

@@ -5,8 +5,12 @@ Everything runs in process but for the two tests that look at what is imported. 
 
 import os
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,8 +18,14 @@ import jax
 import jax.monitoring
 import pytest
 
+from chargpt_jax import main as main_module
+from chargpt_jax import selftest, stages
+from chargpt_jax.batches import windows_per_pass
+from chargpt_jax.config import to_json
 from chargpt_jax.flags import MODES
-from chargpt_jax.main import main
+from chargpt_jax.main import Signals, main
+from chargpt_jax.pace import Ending
+from chargpt_jax.workdir import Workdir
 
 PREPARE = "--mode=prepare --config=tiny --config.data.source=text.txt --workdir=run"
 SENTENCE = "The quick brown fox jumps over the lazy dog.\n"
@@ -122,7 +132,7 @@ FLAG_MISTAKES = [
     ("--workdir=elsewhere", "needs a config: give --config=small"),
     ("--config.model.n_layer=3", "needs a --config to change"),
     ("--config.x.y=3 --mode=info", "needs a --config to change"),
-    ("--config=tiny --mode=trian", "run|prepare|find_lr|train|eval|generate|score|export|import|info|compile"),
+    ("--config=tiny --mode=trian", "run|prepare|find_lr|train|eval|generate|score|export|import|info|compile|selftest"),
     ("--config=tiny --mode", "--mode"),
     ("--config=tiny --tempature=1", "temperature"),
     ("--config=tiny --wrokdir=there", "workdir"),
@@ -142,6 +152,15 @@ FLAG_MISTAKES = [
     ("--mode=score --workdir=run", "give either --text or --text_file"),
     ("--mode=score --workdir=run --text=a --text_file=text.txt", "give either --text or --text_file"),
     ("--mode=score --workdir=run --text_file=gone.txt", "'gone.txt' cannot be read"),
+    ("--config=tiny --max_minutes=0", "--max_minutes is 0.0, but it must be a number above 0"),
+    ("--config=tiny --max_minutes=-1", "--max_minutes is -1.0"),
+    ("--config=tiny --max_minutes=nan", "--max_minutes is nan"),
+    ("--config=tiny --max_minutes=inf", "--max_minutes is inf"),
+    ("--config=tiny --max_minutes=soon", "--max_minutes=soon"),
+    ("--config=tiny --mode=prepare --max_minutes=5", "--max_minutes means nothing to --mode=prepare"),
+    ("--config=tiny --kills=5", "--kills means nothing to --mode=run"),
+    ("--mode=selftest --kills=-1", "--kills is -1, but it must be between 0 and"),
+    ("--mode=selftest --corruptions=many", "--corruptions=many"),
 ]
 
 
@@ -381,6 +400,134 @@ def test_a_mistake_in_the_use_of_a_model_is_found_before_it_is_loaded(
     (here / "latin.txt").write_bytes(b"caf\xe9")
     (here / "nul.txt").write_bytes(b"abc\0def")
     assert said in refused(f"{line} --workdir=run")
+
+
+# Signals, and readers that go away
+
+
+ENDING = [(name, code) for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 143)) if hasattr(signal, name)]
+
+
+@pytest.mark.parametrize(("name", "code"), ENDING)
+def test_a_signal_ends_a_command_that_has_nothing_to_save_at_once_and_plainly(
+    refused: Refused, here: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    prepare(here)
+    before = signal.getsignal(getattr(signal, name))
+    monkeypatch.setattr(main_module, "_info", lambda *_: os.kill(os.getpid(), getattr(signal, name)) or time.sleep(5))
+    assert refused("--mode=info --workdir=run", code) == f"chargpt: Stopped by {name}.\n"
+    assert signal.getsignal(getattr(signal, name)) == before
+
+
+@pytest.mark.parametrize(("name", "code"), ENDING)
+def test_a_signal_while_the_text_is_prepared_leaves_nothing_behind(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    monkeypatch.setattr(stages, "load_corpus", lambda *_, **__: os.kill(os.getpid(), getattr(signal, name)) or ("", []))
+    said = refused(PREPARE, code)
+    assert said == f"chargpt: Stopped by {name}: the same command goes on from what is saved.\n"
+
+
+def test_what_a_library_makes_of_an_interruption_is_not_shown(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except BaseException as error:
+            raise ImportError("half a module") from error
+
+    monkeypatch.setattr(main_module, "_selftest", convert)
+    refused("--mode=selftest", 143)
+
+
+def test_while_training_signals_wait_and_outside_the_main_thread_there_are_none() -> None:
+    with Signals() as signals:
+        signals.gentle = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received() == signal.SIGTERM
+        assert (signals.name, signals.code) == ("SIGTERM", 143)
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(main(["chargpt", "--help"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def train_line(here: Path, *more: str) -> list[str]:
+    """Return a command line that trains a model of the smallest size for twelve steps, three between checkpoints."""
+    (here / "words.txt").write_text(SENTENCE * 100)
+    config = selftest.shrunk(selftest.everything(), here / "words.txt")
+    config.scheduler.max_steps, config.train.validate_every = 12, 3 / (windows_per_pass(4050, 16) / 4)
+    (here / "small.json").write_text(to_json(config))
+    return ["chargpt", "--mode=train", "--config=small.json", "--workdir=run", *more]
+
+
+def test_a_reader_that_goes_away_does_not_end_a_training(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(train_line(here)) == 0
+    assert Workdir("run").load_metrics()[-1]["step"] == 12
+
+
+def test_a_time_limit_ends_in_time_and_the_same_command_goes_on(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = train_line(here, "--max_minutes=30")
+    made = lambda: max((x["step"] for x in Workdir("run").load_metrics()), default=0)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(Ending, "spare", lambda self: 0.0 if made() >= 4 else 1e9)
+        assert main(line) == 0
+    first = made()
+    assert 4 <= first < 12
+    assert f"out of time after step {first}; the same command goes on from there" in capsys.readouterr().out
+    assert main(line) == 0
+    assert f"resuming after step {first} of 12" in capsys.readouterr().out
+    assert [x["step"] for x in Workdir("run").load_metrics() if x["event"] == "step"] == list(range(1, 13))
+
+
+def test_a_second_writer_is_refused_with_pid_and_host_and_touches_nothing(refused: Refused, here: Path) -> None:
+    prepare(here)
+    program = "import sys; from pathlib import Path; from chargpt_jax.lock import writer\n"
+    program += "with writer(Path('run').absolute()): print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        for mode in ("prepare", "find_lr", "train", "run"):
+            said = refused(f"--mode={mode} --workdir=run")
+            assert f"is being written by process {holder.pid} on {socket.gethostname()}" in said
+        assert main(["chargpt", "--mode=info", "--workdir=run"]) == 0
+        holder.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_second_interrupt_leaves_at_once_even_out_of_compiled_code(here: Path) -> None:
+    line = train_line(here, "--config.scheduler.max_steps=100000", "--config.train.validate_every=1000.0")
+    line += ["--config.train.steps_per_dispatch=256", "--config.model.n_layer=30", "--config.model.block_size=256"]
+    command = [sys.executable, "-m", "chargpt_jax.main", *line[1:]]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert next((x for x in process.stdout if x.startswith("compiled")), None)
+        time.sleep(0.5)  # within a dispatch of many seconds
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=5)[1]
+    assert process.returncode == 130
+    assert "Left at once; what was saved before is whole." in said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file descriptors of POSIX")
+def test_closed_standard_streams_are_no_place_for_files_of_ours(here: Path) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"exec {shlex.quote(sys.executable)} -m chargpt_jax.main --mode=info --workdir=no >&- 2>&- <&-"]
+    )
+    assert done.returncode == 2
 
 
 # What is imported

@@ -1,17 +1,19 @@
 """The stages end to end on a small text of known entropy: resuming, stopping, the range test, what is refused."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from chargpt_jax import assembly, stages
+from chargpt_jax import assembly, pace, stages
 from chargpt_jax.checkpoint import Checkpoints
-from chargpt_jax.config import UserError
+from chargpt_jax.config import UserError, load_config
 from chargpt_jax.events import (
     Compiled,
     Ended,
@@ -24,7 +26,8 @@ from chargpt_jax.events import (
     Validated,
     Zoom,
 )
-from chargpt_jax.workdir import Workdir
+from chargpt_jax.selftest import shrunk
+from chargpt_jax.workdir import Log, Workdir
 from tests.corpus_text import FLOOR, small_config, write_words
 
 
@@ -117,10 +120,10 @@ def test_the_speed_of_training_is_written_down(whole):
 
 
 def test_where_the_peak_is_known_the_part_of_it_that_was_reached_is_written_down(whole, monkeypatch):
-    setup, pace = stages.Setup.of(Workdir(whole[0])), stages.Pace(small_config("x"))
-    pace.took(0.5, 10)
+    setup, timed = stages.Setup.of(Workdir(whole[0])), stages.Pace(small_config("x"))
+    timed.took(0.5, 10)
     monkeypatch.setattr(stages, "peak_flops", lambda device, dtype: 1e9 if dtype == "float32" else None)
-    assert stages._speed(Compiled(1.0, 1e7), pace, setup)["mfu"] == pytest.approx(1e7 / 0.05 / 1e9)
+    assert stages._speed(Compiled(1.0, 1e7), timed, setup)["mfu"] == pytest.approx(1e7 / 0.05 / 1e9)
 
 
 @pytest.mark.parametrize("when", [2, 4])
@@ -161,6 +164,145 @@ def test_a_signal_saves_between_validations_and_the_run_goes_on_from_there(whole
     list(stages.train(config, tmp_path, quiet))
     assert same_bits(final(tmp_path), final(whole[0]))
     assert logged(tmp_path) == logged(whole[0])
+
+
+@pytest.mark.parametrize("at", [3, 15, 30])
+def test_a_signal_within_a_validation_cuts_it_short_and_it_is_made_up_for(whole, text, tmp_path, monkeypatch, at):
+    """Step 3 is the first that is validated here, 30 the last of all."""
+    config = small_config(text)
+    batches_seen, original = 0, assembly.Setup.validator
+
+    def counting(self, whole=False):
+        inner = original(self, whole)
+
+        def loss(params, step, ended=lambda: False):
+            def counted():
+                nonlocal batches_seen
+                batches_seen += step >= at
+                return ended()
+
+            return inner(params, step, counted)
+
+        return loss
+
+    monkeypatch.setattr(assembly.Setup, "validator", counting)
+    events = list(stages.train(config, tmp_path, quiet, lambda: signal.SIGTERM if batches_seen == 2 else None))
+    monkeypatch.undo()
+    cut = events[-1].step
+    assert batches_seen == 2
+    assert [type(event) for event in events[-2:]] == [Saved, Ended]
+    assert events[-1].signal == signal.SIGTERM
+    assert cut not in [line["step"] for line in logged(tmp_path) if line["event"] == "validation"]
+    again = [event for event in stages.train(config, tmp_path, quiet) if isinstance(event, Validated)]
+    assert again[0].step == cut
+    assert same_bits(final(tmp_path), final(whole[0]))
+    assert logged(tmp_path) == logged(whole[0])
+
+
+def test_a_signal_within_the_range_test_ends_it_and_nothing_is_decided(text, tmp_path):
+    config = small_config(text)
+    config.optimizer.learning_rate = None
+    events: list[object] = []
+    stop = lambda: signal.SIGINT if len(events) == 4 else None  # noqa: E731
+    for event in stages.train(config, tmp_path, quiet, stop):
+        events.append(event)
+    assert [type(event) for event in events] == [Prepared, LRFinderStep, LRFinderStep, LRFinderStep, Ended]
+    assert (events[-1].signal, events[-1].complete) == (signal.SIGINT, False)
+    assert Workdir(tmp_path).load_config().optimizer.learning_rate is None
+    assert not (tmp_path / "lr_finder.json").exists()
+
+
+def test_a_log_that_cannot_be_written_does_not_end_training_and_is_whole_again_later(
+    whole, text, tmp_path, monkeypatch
+):
+    told, original, full = [], Path.open, True
+
+    def opened(path, mode="r", *args, **options):
+        if full and path.name == "metrics.jsonl" and "a" in mode:
+            raise OSError(28, "No space left on device")
+        return original(path, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(Workdir, "save_speed", lambda *_: opened(Path("metrics.jsonl"), "a"))
+    for event in stages.train(small_config(text), tmp_path, told.append):
+        if isinstance(event, Saved) and event.step >= 15:
+            full = False
+            monkeypatch.setattr(Workdir, "save_speed", lambda *_: None)
+    assert len(told) == 2
+    assert "metrics.jsonl cannot be written (No space left on device): training goes on" in told[1]
+    assert "speed.json cannot be written" in told[0]
+    assert same_bits(final(tmp_path), final(whole[0]))
+    assert logged(tmp_path) == logged(whole[0])
+
+
+class Crash(BaseException):
+    """As if the process had died: nothing of the package catches it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "parts"), [("tiny", 1), ("small", 1), ("small", 2), ("nanogpt_cpu", 1), ("nanogpt_baby", 2)]
+)
+def test_every_shipped_config_resumes_bit_for_bit_after_crashes_at_random_writes(
+    text, tmp_path, monkeypatch, name, parts
+):
+    """Each in its own ways (dropout, padding, clipping, ...), in the middle of an epoch, with a smaller model."""
+    config = load_config(name)
+    config.optimizer.accumulation_steps = parts
+    config = shrunk(config, text)
+    config.scheduler.max_steps = 16
+    list(stages.train(config, tmp_path / "whole", quiet))
+    rng, left = np.random.default_rng([parts, *name.encode()]), 0
+
+    def crashing(method):
+        def call(*args, **options):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Crash
+            result = method(*args, **options)
+            left -= 1
+            if left == 0:
+                raise Crash
+            return result
+
+        return call
+
+    for owner, method in ((Log, "add"), (Checkpoints, "save"), (Workdir, "write")):
+        monkeypatch.setattr(owner, method, crashing(getattr(owner, method)))
+    for most in (10, 20, 30, 0):
+        left = int(rng.integers(1, most)) if most else 0
+        with contextlib.suppress(Crash):
+            list(stages.train(config, tmp_path / "cut", quiet))
+    monkeypatch.undo()
+    assert same_bits(final(tmp_path / "cut"), final(tmp_path / "whole"))
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    assert [line["step"] for line in logged(tmp_path / "cut") if line["event"] == "step"] == list(range(1, 17))
+
+
+def test_time_is_up_when_a_dispatch_and_two_saves_no_longer_fit(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now)
+    ending = pace.Ending(lambda: None, max_minutes=1.0)
+    assert not ending.near(40.0)
+    ending.saved(10.0)
+    assert ending.spare() == 39.0
+    now += 30
+    assert not ending.near(8.9)
+    assert ending.near(9.1)
+    now -= 30
+    assert ending.near()  # it stays so
+    assert (ending.signal, ending.out_of_time) == (None, True)
+    assert not pace.Ending(lambda: None).near(1e9)
+
+
+def test_near_the_end_of_the_time_a_dispatch_holds_what_still_fits(text):
+    timed = stages.Pace(small_config(text))
+    assert (timed.fitting(math.inf), timed.fitting(3.0)) == (pace.MOST_STEPS, 1)
+    timed.took(1.0, 10)
+    assert timed.fitting(1.3) == 10
+    assert timed.fitting(0.001) == 1
+    assert timed.fitting(1e9) == pace.MOST_STEPS
 
 
 def test_a_finished_run_has_nothing_left_to_do(whole, text):
@@ -299,12 +441,12 @@ def test_one_distinct_character_is_refused(tmp_path):
 
 
 def test_pace_aims_at_two_seconds_whatever_the_first_dispatch_took(text):
-    pace = stages.Pace(small_config(text))
-    assert pace.steps == 1
+    timed = stages.Pace(small_config(text))
+    assert timed.steps == 1
     for seconds in (9.0, 0.01, 0.04, 0.16, 0.64):
-        pace.took(seconds, pace.steps)
-    assert math.isclose(pace.seconds_per_step, 0.01, rel_tol=0.5)
-    assert 100 <= pace.steps <= 200
+        timed.took(seconds, timed.steps)
+    assert math.isclose(timed.seconds_per_step, 0.01, rel_tol=0.5)
+    assert 100 <= timed.steps <= 200
 
 
 def test_float16_trains_and_resumes_bit_for_bit_with_its_loss_scale(text, tmp_path):
