@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from chargpt_jax.bits import derive
 from chargpt_jax.devices import by_parts
-from chargpt_jax.dropout import Dropout, keep_mask, site
+from chargpt_jax.dropout import Dropout, keep_mask
 
 SAVED = "attention"
 """The name under which y and l are known to a rematerialisation policy: they are dear to make again."""
@@ -140,7 +141,7 @@ def _score_bytes(q: jax.Array, block: int) -> int:
 
 def _of_heads(seeds: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
     """Give each head of q [B, H, T, D] seeds of its own, uint32 [B, H, 2]."""
-    return seeds if seeds is None else site(seeds[:, None], jnp.arange(shape[1]))
+    return seeds if seeds is None else derive(seeds[:, None], jnp.arange(shape[1]))
 
 
 def _drop(x: jax.Array, seeds: jax.Array | None, how: Dropout, start: int, length: int) -> jax.Array:

@@ -9,6 +9,7 @@ V vocabulary, L layers.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chargpt_jax.attention import SAVED, cached_attention, causal_attention
+from chargpt_jax.bits import derive, draw, seeds_of, unit
 from chargpt_jax.config import ModelConfig
-from chargpt_jax.dropout import Dropout, dropout, site
+from chargpt_jax.dropout import Dropout, dropout
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """From q, k and v, [B, H, T, D] each, to the heads' outputs [B, H, T, D] and whatever is to be kept of the layer."""
@@ -36,7 +38,8 @@ def uniform(fan_in: int) -> nnx.Initializer:
     """Return PyTorch's default for Linear weights and biases: uniform in +-1 / sqrt(fan_in)."""
 
     def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **_: Any) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+        bits = draw(seeds_of(key), jnp.arange(math.prod(shape))).reshape(shape)
+        return (2 * unit(bits, dtype) - 1) * fan_in**-0.5
 
     return init
 
@@ -129,9 +132,9 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """Map x [B, T, C] to [B, T, C]; `seeds`, uint32 [B, 2], turn dropout on. Also returns what `attend` keeps."""
         y, kept = self.attn(self.ln_1(x), rope, attend)
-        x = x + dropout(y, seeds if seeds is None else site(seeds, 1), self.dropout)
+        x = x + dropout(y, seeds if seeds is None else derive(seeds, 1), self.dropout)
         y = self.mlp(self.ln_2(x))
-        return x + dropout(y, seeds if seeds is None else site(seeds, 2), self.dropout), kept
+        return x + dropout(y, seeds if seeds is None else derive(seeds, 2), self.dropout), kept
 
 
 class GPT(nnx.Module):
@@ -169,8 +172,8 @@ class GPT(nnx.Module):
         rope = rotary(jnp.arange(tokens.shape[1]), self.config.n_head_dim)
 
         def layer(block: Block, x: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
-            own = seeds if seeds is None else site(seeds, number + 1)
-            weights = own if own is None else site(own, 0)
+            own = seeds if seeds is None else derive(seeds, number + 1)
+            weights = own if own is None else derive(own, 0)
             return block(x, rope, lambda q, k, v: (self._attend(q, k, v, weights), None), own)[0], None
 
         return self._scan(layer, self.wte(tokens), remat=self.config.remat)[0]

@@ -7,7 +7,8 @@ import pytest
 
 from chargpt_jax import devices
 from chargpt_jax.attention import cached_attention, causal_attention
-from chargpt_jax.dropout import Dropout, keep_mask, site
+from chargpt_jax.bits import derive
+from chargpt_jax.dropout import Dropout, keep_mask
 
 
 def inputs(length: int, dtype=jnp.float32, batch: int = 2, heads: int = 3, width: int = 4, seed: int = 0):
@@ -22,7 +23,7 @@ def plain(q, k, v, seeds=None, how=Dropout()):  # noqa: B008
     weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf), axis=-1)
     if seeds is not None:
         place = jnp.arange(T * T, dtype=jnp.uint32).reshape(T, T)
-        mask = jnp.stack([keep_mask(site(seeds, head), place, how) for head in range(H)], axis=1)
+        mask = jnp.stack([keep_mask(derive(seeds, head), place, how) for head in range(H)], axis=1)
         weights = jnp.where(mask, weights / (1 - how.rate), 0)
     return jnp.einsum("bhts,bhsd->bhtd", weights.astype(q.dtype), v)
 
