@@ -43,7 +43,7 @@ def updates(
     Returns:
         The state after them, and train_step's scalars, float32 [MOST_STEPS] each, of which `count` are filled.
     """
-    step = partial(train_step, graphdef=graphdef, tx=tx, parts=config.optimizer.accumulation_steps)
+    step = partial(train_step, graphdef=graphdef, tx=tx, parts=config.optimizer.accumulation_steps, mesh=mesh)
 
     def body(i: jax.Array, carry: Any) -> Any:
         state, history = carry
@@ -67,7 +67,7 @@ def probe(
     tx = optimizer.adamw(config.optimizer, rate)
     batch = _batch(state, tokens, config, mesh)
     parts = config.optimizer.accumulation_steps
-    state, scalars = train_step(state, batch, graphdef=graphdef, tx=tx, parts=parts)
+    state, scalars = train_step(state, batch, graphdef=graphdef, tx=tx, parts=parts, mesh=mesh)
     return state, scalars["loss"]
 
 
