@@ -181,12 +181,12 @@ class GPT(nnx.Module):
     def prefill(self, tokens: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Read int32 [B, T] without dropout; return the last block's output [B, T, C] and all keys and values.
 
-        Keys and values are [L, B, H, T, D] each: the cache that `decode` continues.
+        Keys and values are [L, B, H, D, T] each: the cache that `decode` continues.
         """
         rope = rotary(jnp.arange(tokens.shape[1]), self.config.n_head_dim)
 
         def layer(block: Block, x: jax.Array, _: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            return block(x, rope, lambda q, k, v: (self._attend(q, k, v), (k, v)))
+            return block(x, rope, lambda q, k, v: (self._attend(q, k, v), (k.swapaxes(2, 3), v.swapaxes(2, 3))))
 
         return self._scan(layer, self.wte(tokens))
 
@@ -198,7 +198,7 @@ class GPT(nnx.Module):
         Args:
             tokens: int32 [B].
             position: int32 [B], each token's place in its sequence, less than S.
-            cache: keys and values, [L, B, H, S, D] each, filled up to the position.
+            cache: keys and values, [L, B, H, D, S] each, filled up to the position.
 
         Returns:
             Logits, float32 [B, V], and the cache with this position filled.
@@ -211,9 +211,9 @@ class GPT(nnx.Module):
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
                 # Written into the whole stack, so that the loop updates it in place.
-                new_keys = keys.at[number, rows, :, position].set(k[:, :, 0])
-                new_values = values.at[number, rows, :, position].set(v[:, :, 0])
-                y = cached_attention(q[:, :, 0], new_keys[number], new_values[number], position)
+                new_keys = keys.at[number, rows, :, :, position].set(k[:, :, 0])
+                new_values = values.at[number, rows, :, :, position].set(v[:, :, 0])
+                y = cached_attention(q[:, :, 0], new_keys, new_values, number, position)
                 return y[:, :, None], (new_keys, new_values)
 
             return block(x, (cos, sin), attend), None
