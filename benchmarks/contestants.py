@@ -81,18 +81,16 @@ class Ours:
         import jax
 
         from chargpt_jax import devices, optimizer
-        from chargpt_jax.assembly import compiled_updates
+        from chargpt_jax.assembly import compiled_updates, fresh_state
         from chargpt_jax.model import create
-        from chargpt_jax.step import create_state
 
         config = self.config
         assert config.optimizer.learning_rate is not None
         graphdef, params = create(config.model, 0, self.dtype)
         mesh = devices.data_mesh(config.data.batch_size)
         tx = optimizer.adamw(config.optimizer, optimizer.warmup_cosine(config.scheduler, 1e-3, 100))
-        state, tokens = jax.device_put(
-            (create_state(params, tx, 0, self.dtype), corpus(config)), devices.replicated(mesh)
-        )
+        state = fresh_state(params, tx, 0, self.dtype, mesh)
+        tokens = jax.device_put(corpus(config), devices.replicated(mesh))
         dispatch = compiled_updates(config, graphdef, tx, mesh).lower(state, tokens, np.int32(1)).compile()
 
         def update() -> int:
@@ -392,7 +390,7 @@ def sample(task: dict[str, Any]) -> dict[str, float]:
         return training(peer, config, task["seconds"])
     if task["measure"] == "start":
         peer.trainer()()
-        return {}
+        return {"mib": peak_mib()}
     return generation(peer, task["prompt"], task["count"], task["batch"])
 
 

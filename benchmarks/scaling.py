@@ -21,11 +21,10 @@ import numpy as np
 from benchmarks.contestants import corpus, setup_of
 from benchmarks.peers import machine, number
 from chargpt_jax import devices, optimizer
-from chargpt_jax.assembly import compiled_updates
+from chargpt_jax.assembly import compiled_updates, fresh_state
 from chargpt_jax.config import Config
 from chargpt_jax.generate import advance, begin
 from chargpt_jax.model import create
-from chargpt_jax.step import create_state
 
 SIZES = {
     "model.block_size": (64, 128, 256, 512, 1024, 2048),
@@ -51,7 +50,8 @@ def trainer(config: Config) -> tuple[Callable[[], float], int]:
     graphdef, params = create(config.model, 0)
     mesh = devices.data_mesh(config.data.batch_size)
     tx = optimizer.adamw(config.optimizer, 1e-3)
-    state, tokens = jax.device_put((create_state(params, tx, 0), corpus(config)), devices.replicated(mesh))
+    state = fresh_state(params, tx, 0, np.float32, mesh)
+    tokens = jax.device_put(corpus(config), devices.replicated(mesh))
     dispatch = compiled_updates(config, graphdef, tx, mesh).lower(state, tokens, np.int32(1)).compile()
 
     def update() -> float:

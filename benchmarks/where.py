@@ -20,9 +20,8 @@ from jax.profiler import ProfileData
 from benchmarks.contestants import corpus, setup_of
 from benchmarks.peers import machine
 from chargpt_jax import devices, optimizer
-from chargpt_jax.assembly import compiled_updates
+from chargpt_jax.assembly import compiled_updates, fresh_state
 from chargpt_jax.model import create
-from chargpt_jax.step import create_state
 
 INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', re.MULTILINE)
 
@@ -68,7 +67,8 @@ def main(words: Sequence[str] | None = None) -> None:
     graphdef, params = create(config.model, 0)
     mesh = devices.data_mesh(config.data.batch_size)
     tx = optimizer.adamw(config.optimizer, 1e-3)
-    state, tokens = jax.device_put((create_state(params, tx, 0), corpus(config)), devices.replicated(mesh))
+    state = fresh_state(params, tx, 0, np.float32, mesh)
+    tokens = jax.device_put(corpus(config), devices.replicated(mesh))
     dispatch = compiled_updates(config, graphdef, tx, mesh).lower(state, tokens, np.int32(1)).compile()
     origin = dict(INSTRUCTION.findall(dispatch.as_text()))
     names = set(re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = ", dispatch.as_text(), re.MULTILINE))

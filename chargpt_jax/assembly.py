@@ -43,7 +43,7 @@ def updates(
     Returns:
         The state after them, and train_step's scalars, float32 [MOST_STEPS] each, of which `count` are filled.
     """
-    step = partial(train_step, graphdef=graphdef, tx=tx, parts=config.optimizer.accumulation_steps)
+    step = partial(train_step, graphdef=graphdef, tx=tx, parts=config.optimizer.accumulation_steps, mesh=mesh)
 
     def body(i: jax.Array, carry: Any) -> Any:
         state, history = carry
@@ -66,7 +66,8 @@ def probe(
     """Make one update with a given learning rate, float32 scalar; return the state and the loss before it."""
     tx = optimizer.adamw(config.optimizer, rate)
     batch = _batch(state, tokens, config, mesh)
-    state, scalars = train_step(state, batch, graphdef=graphdef, tx=tx, parts=config.optimizer.accumulation_steps)
+    parts = config.optimizer.accumulation_steps
+    state, scalars = train_step(state, batch, graphdef=graphdef, tx=tx, parts=parts, mesh=mesh)
     return state, scalars["loss"]
 
 
@@ -79,7 +80,16 @@ def validation_nats(
 
 def _batch(state: TrainState, tokens: jax.Array, config: Config, mesh: Mesh) -> batches.Batch:
     batch = batches.batch_at(tokens, data_key(state.key), state.step, config.model.block_size, config.data)
-    return devices.shared(mesh, batch)
+    # Made whole on every device: shared out from the start, its loops would wait for each other.
+    return devices.shared(mesh, jax.lax.with_sharding_constraint(batch, devices.replicated(mesh)))
+
+
+_create_state = jax.jit(create_state, static_argnames=("tx", "seed", "dtype"))
+
+
+def fresh_state(params: Any, tx: optax.GradientTransformation, seed: int, dtype: Any, mesh: Mesh) -> TrainState:
+    """Return the state before the first update on every device, in memory of its own (updates are made in place)."""
+    return jax.device_put(_create_state(params, tx=tx, seed=seed, dtype=dtype), devices.replicated(mesh))
 
 
 @dataclasses.dataclass
@@ -119,10 +129,8 @@ class Setup:
         return batches.steps_per_epoch(self.n_train, self.config.model.block_size, self.config.data)
 
     def fresh_state(self, tx: optax.GradientTransformation) -> TrainState:
-        """Return the state before the first update, in memory of its own (updates are made in place)."""
-        params = jax.tree.map(jnp.copy, self.params)
-        state = create_state(params, tx, self.config.seed, self.dtype)
-        return jax.device_put(state, devices.replicated(self.mesh))
+        """Return the state before the first update."""
+        return fresh_state(self.params, tx, self.config.seed, self.dtype, self.mesh)
 
     def updater(self, tx: optax.GradientTransformation) -> Any:
         """Return `updates` under jit; it takes (state, tokens, count) and reuses the state's memory."""

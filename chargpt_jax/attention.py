@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from chargpt_jax.bits import derive
 from chargpt_jax.devices import by_parts
-from chargpt_jax.dropout import Dropout, keep_mask, site
+from chargpt_jax.dropout import Dropout, keep_mask
 
 SAVED = "attention"
 """The name under which y and l are known to a rematerialisation policy: they are dear to make again."""
@@ -140,7 +141,7 @@ def _score_bytes(q: jax.Array, block: int) -> int:
 
 def _of_heads(seeds: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
     """Give each head of q [B, H, T, D] seeds of its own, uint32 [B, H, 2]."""
-    return seeds if seeds is None else site(seeds[:, None], jnp.arange(shape[1]))
+    return seeds if seeds is None else derive(seeds[:, None], jnp.arange(shape[1]))
 
 
 def _drop(x: jax.Array, seeds: jax.Array | None, how: Dropout, start: int, length: int) -> jax.Array:
@@ -153,19 +154,36 @@ def _drop(x: jax.Array, seeds: jax.Array | None, how: Dropout, start: int, lengt
     return jnp.where(mask, x * (1 / (1 - how.rate)), 0)
 
 
-def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax.Array:
+def cached_attention(q: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array, position: jax.Array) -> Any:
     """Attend from one query a sequence to the keys up to its position.
 
     Args:
         q: [B, H, D].
-        k, v: [B, H, S, D], of which places 0 to position are filled.
+        keys, values: [L, B, H, D, S], the whole cache, of which places 0 to position are filled. (A CPU reads it
+            fastest along S.)
+        layer: int32 scalar, which of the L.
         position: int32 [B].
 
     Returns:
         [B, H, D], of q's dtype.
     """
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bhd,bhsd->bhs", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
-    ahead = jnp.arange(k.shape[2]) > position[:, None, None]
-    weights = jax.nn.softmax(jnp.where(ahead, -jnp.inf, scores), axis=-1)
-    return jnp.einsum("bhs,bhsd->bhd", weights.astype(v.dtype), v)
+
+    def up_to(width: int) -> jax.Array:
+        k, v = (jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), (1, *x.shape[1:4], width))[0] for x in (keys, values))
+        scores = jnp.einsum("bhd,bhds->bhs", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
+        ahead = jnp.arange(width) > position[:, None, None]
+        weights = jax.nn.softmax(jnp.where(ahead, -jnp.inf, scores), axis=-1)
+        return jnp.einsum("bhs,bhds->bhd", weights.astype(v.dtype), v)
+
+    widths = read_widths(keys.shape[-1])
+    number = jnp.sum(jnp.max(position) >= jnp.array(widths[:-1], jnp.int32))
+    return jax.lax.switch(number, [partial(up_to, width) for width in widths])
+
+
+def read_widths(capacity: int) -> list[int]:
+    """Return how much of a cache may be read at once: an eighth of it or 64 places, twice that, and so on."""
+    widths = [max(64, capacity // 8)]
+    while widths[-1] < capacity:
+        widths.append(2 * widths[-1])
+    return [*widths[:-1], capacity]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from chargpt_jax.bits import derive, draw, seeds_of, unit
 from chargpt_jax.config import DataConfig, UserError
 
 Batch = tuple[jax.Array, jax.Array]
@@ -81,29 +82,33 @@ def batch_at(tokens: jax.Array, key: jax.Array, step: jax.Array, block_size: int
     slack = tokens.shape[0] - 1 - count * block_size
 
     def row(number: jax.Array) -> Batch:
-        pass_key, pad_key = jax.random.split(jax.random.fold_in(key, number // count))
-        phase = jax.random.randint(jax.random.fold_in(pass_key, 0), (), 0, slack + 1)
-        window = shuffled(number % count, count, jax.random.fold_in(pass_key, 1))
+        seeds = derive(seeds_of(key), number // count)
+        phase = below(slack + 1, draw(seeds, 0))
+        window = shuffled(number % count, count, derive(seeds, 1))
         text = jax.lax.dynamic_slice(tokens, (phase + window * block_size,), (block_size + 1,))
-        return _padded(text, jax.random.fold_in(pad_key, number % count), data.padding_chance)
+        return _padded(text, derive(derive(seeds, 2), number % count), data.padding_chance)
 
     return jax.vmap(row)(step * data.batch_size + jnp.arange(data.batch_size))
 
 
-def _padded(text: jax.Array, key: jax.Array, chance: float) -> Batch:
+def below(limit: int, bits: jax.Array) -> jax.Array:
+    """Turn 32 bits into a whole number, int32, from 0 to limit - 1 (each to within limit / 2**32 as likely)."""
+    return (bits % jnp.uint32(limit)).astype(jnp.int32)
+
+
+def _padded(text: jax.Array, seeds: jax.Array, chance: float) -> Batch:
     """Split int32 [T + 1] into inputs and targets, sometimes with padding in place of up to a third of the front."""
     if not chance:
         return text[:-1], text[1:]
     block_size = text.shape[0] - 1
-    keys = jax.random.split(key)
-    length = jax.random.randint(keys[1], (), 1, max(2, block_size // 3))
-    length = jnp.where(jax.random.uniform(keys[0]) < chance, length, 0)
+    length = 1 + below(max(2, block_size // 3) - 1, draw(seeds, 1))
+    length = jnp.where(unit(draw(seeds, 0)) < chance, length, 0)
     place = jnp.arange(block_size)
     # The first target after the padding is kept: padding is also how a text begins.
     return jnp.where(place < length, 0, text[:-1]), jnp.where(place < length - 1, 0, text[1:])
 
 
-def shuffled(index: jax.Array, size: int, key: jax.Array) -> jax.Array:
+def shuffled(index: jax.Array, size: int, seeds: jax.Array) -> jax.Array:
     """Return where `index` lies in a random order of range(size), without making the order.
 
     A four-round Feistel network permutes the next even power of two; an image outside range(size) is sent through
@@ -112,18 +117,16 @@ def shuffled(index: jax.Array, size: int, key: jax.Array) -> jax.Array:
     Args:
         index: int32 scalar in [0, size).
         size: length of the order.
-        key: selects the order.
+        seeds: uint32 [2]; select the order.
     """
     half = max(1, math.ceil(math.log2(max(size, 2)) / 2))
     mask = jnp.uint32(2**half - 1)
-
-    def turn(number: jax.Array, halves: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        left, right = halves
-        bits = jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, number), right), dtype=jnp.uint32)
-        return right, left ^ (bits & mask)
+    rounds = derive(seeds, jnp.arange(4))
 
     def permute(x: jax.Array) -> jax.Array:
-        left, right = jax.lax.fori_loop(0, 4, turn, (x >> half, x & mask))
+        left, right = x >> half, x & mask
+        for own in rounds:
+            left, right = right, left ^ (draw(own, right) & mask)
         return (left << half) | right
 
     image = jax.lax.while_loop(lambda x: x >= size, permute, permute(index.astype(jnp.uint32)))
@@ -166,15 +169,14 @@ def validation_crops(tokens: jax.Array, key: jax.Array, block_size: int, data: D
     count = _crops_per_epoch(tokens.shape[0], block_size, data.batch_size)
     steps = math.ceil(count / data.batch_size)
 
-    def crop(key: jax.Array) -> Batch:
-        place_key, pad_key = jax.random.split(key)
-        start = jax.random.randint(place_key, (), 0, max(1, tokens.shape[0] - block_size - 1))
+    def crop(seeds: jax.Array) -> Batch:
+        start = below(max(1, tokens.shape[0] - block_size - 1), draw(seeds, 0))
         text = jax.lax.dynamic_slice(tokens, (start,), (block_size + 1,))
-        return _padded(text, pad_key, data.padding_chance)
+        return _padded(text, derive(seeds, 1), data.padding_chance)
 
     def filled(rows: jax.Array) -> jax.Array:
         rows = jnp.pad(rows, ((0, steps * data.batch_size - count), (0, 0)))
         return rows.reshape(steps, data.batch_size, block_size)
 
-    inputs, targets = jax.vmap(crop)(jax.random.split(key, count))
+    inputs, targets = jax.vmap(crop)(derive(seeds_of(key), jnp.arange(count)))
     return filled(inputs), filled(targets)

@@ -127,6 +127,28 @@ def shared(mesh: Mesh, batch: Any) -> Any:
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec("data")))
 
 
+def summed(f: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Let each device of a mesh call f(whole, rows) on rows of its own; bring the results together once.
+
+    Left to itself the compiler would sum the gradient of each layer inside the loop over layers, and the devices would
+    wait for each other there.
+
+    Args:
+        f: returns two trees, of which the first is summed over the devices and the second's least is taken.
+        mesh: as of `data_mesh`; `rows` are split over it, `whole` is what every device holds.
+    """
+    if mesh.size == 1:
+        return f
+
+    def on_each(whole: Any, rows: Any) -> Any:
+        sums, least = f(whole, rows)
+        least = jax.tree.map(lambda x: jax.lax.pmin(x.astype(jnp.float32), "data").astype(x.dtype), least)
+        return jax.lax.psum(sums, "data"), least
+
+    specs = (PartitionSpec(), PartitionSpec("data"))
+    return jax.shard_map(on_each, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+
+
 def describe(mesh: Mesh) -> str:
     """Name the devices in use: '1 x cpu', '8 x TPU v5 lite'."""
     return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"

@@ -59,7 +59,7 @@ class Progress:
     logits: jax.Array
     """float32 [B, V], for the next token."""
     cache: tuple[jax.Array, jax.Array]
-    """Keys and values, [L, B, H, S, D] each; of use while every length is below block_size."""
+    """Keys and values, [L, B, H, D, S] each; of use while every length is below block_size."""
     surprisal: jax.Array
     """float32 [B, N], nats; NaN where undefined."""
     entropy: jax.Array
@@ -89,7 +89,7 @@ def begin(params: Any, tokens: jax.Array, length: jax.Array, *, graphdef: nnx.Gr
     logits = model.logits(x)
     surprisal, entropy = token_metrics(logits, window)
     wide = lambda a: jnp.pad(a, ((0, 0), (0, N - width)), constant_values=jnp.nan)  # noqa: E731
-    room = [(0, 0), (0, 0), (0, 0), (0, capacity - width), (0, 0)]
+    room = [(0, 0)] * 4 + [(0, capacity - width)]
     return Progress(
         tokens=tokens,
         length=length,

@@ -9,6 +9,7 @@ V vocabulary, L layers.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chargpt_jax.attention import SAVED, cached_attention, causal_attention
+from chargpt_jax.bits import derive, draw, seeds_of, unit
 from chargpt_jax.config import ModelConfig
-from chargpt_jax.dropout import Dropout, dropout, site
+from chargpt_jax.dropout import Dropout, dropout
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """From q, k and v, [B, H, T, D] each, to the heads' outputs [B, H, T, D] and whatever is to be kept of the layer."""
@@ -36,7 +38,8 @@ def uniform(fan_in: int) -> nnx.Initializer:
     """Return PyTorch's default for Linear weights and biases: uniform in +-1 / sqrt(fan_in)."""
 
     def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **_: Any) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+        bits = draw(seeds_of(key), jnp.arange(math.prod(shape))).reshape(shape)
+        return (2 * unit(bits, dtype) - 1) * fan_in**-0.5
 
     return init
 
@@ -129,9 +132,9 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """Map x [B, T, C] to [B, T, C]; `seeds`, uint32 [B, 2], turn dropout on. Also returns what `attend` keeps."""
         y, kept = self.attn(self.ln_1(x), rope, attend)
-        x = x + dropout(y, seeds if seeds is None else site(seeds, 1), self.dropout)
+        x = x + dropout(y, seeds if seeds is None else derive(seeds, 1), self.dropout)
         y = self.mlp(self.ln_2(x))
-        return x + dropout(y, seeds if seeds is None else site(seeds, 2), self.dropout), kept
+        return x + dropout(y, seeds if seeds is None else derive(seeds, 2), self.dropout), kept
 
 
 class GPT(nnx.Module):
@@ -169,8 +172,8 @@ class GPT(nnx.Module):
         rope = rotary(jnp.arange(tokens.shape[1]), self.config.n_head_dim)
 
         def layer(block: Block, x: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
-            own = seeds if seeds is None else site(seeds, number + 1)
-            weights = own if own is None else site(own, 0)
+            own = seeds if seeds is None else derive(seeds, number + 1)
+            weights = own if own is None else derive(own, 0)
             return block(x, rope, lambda q, k, v: (self._attend(q, k, v, weights), None), own)[0], None
 
         return self._scan(layer, self.wte(tokens), remat=self.config.remat)[0]
@@ -178,12 +181,12 @@ class GPT(nnx.Module):
     def prefill(self, tokens: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Read int32 [B, T] without dropout; return the last block's output [B, T, C] and all keys and values.
 
-        Keys and values are [L, B, H, T, D] each: the cache that `decode` continues.
+        Keys and values are [L, B, H, D, T] each: the cache that `decode` continues.
         """
         rope = rotary(jnp.arange(tokens.shape[1]), self.config.n_head_dim)
 
         def layer(block: Block, x: jax.Array, _: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            return block(x, rope, lambda q, k, v: (self._attend(q, k, v), (k, v)))
+            return block(x, rope, lambda q, k, v: (self._attend(q, k, v), (k.swapaxes(2, 3), v.swapaxes(2, 3))))
 
         return self._scan(layer, self.wte(tokens))
 
@@ -195,7 +198,7 @@ class GPT(nnx.Module):
         Args:
             tokens: int32 [B].
             position: int32 [B], each token's place in its sequence, less than S.
-            cache: keys and values, [L, B, H, S, D] each, filled up to the position.
+            cache: keys and values, [L, B, H, D, S] each, filled up to the position.
 
         Returns:
             Logits, float32 [B, V], and the cache with this position filled.
@@ -208,9 +211,9 @@ class GPT(nnx.Module):
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
                 # Written into the whole stack, so that the loop updates it in place.
-                new_keys = keys.at[number, rows, :, position].set(k[:, :, 0])
-                new_values = values.at[number, rows, :, position].set(v[:, :, 0])
-                y = cached_attention(q[:, :, 0], new_keys[number], new_values[number], position)
+                new_keys = keys.at[number, rows, :, :, position].set(k[:, :, 0])
+                new_values = values.at[number, rows, :, :, position].set(v[:, :, 0])
+                y = cached_attention(q[:, :, 0], new_keys, new_values, number, position)
                 return y[:, :, None], (new_keys, new_values)
 
             return block(x, (cos, sin), attend), None

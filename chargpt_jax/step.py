@@ -1,6 +1,7 @@
 """TrainState, loss, train_step, eval_step: pure functions on plain trees, jitted by whoever calls them."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
+from jax.sharding import Mesh
 
+from chargpt_jax import devices
 from chargpt_jax.batches import Batch
 from chargpt_jax.dropout import seeds_for
 
@@ -67,7 +70,13 @@ def nats(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, graphdef: nnx.GraphDef, tx: optax.GradientTransformation, parts: int = 1
+    state: TrainState,
+    batch: Batch,
+    *,
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    parts: int = 1,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Make one optimizer update.
 
@@ -76,7 +85,8 @@ def train_step(
         batch: inputs and targets, int32 [B, T].
         graphdef: the model's static half.
         tx: the optimizer that made state.opt_state.
-        parts: the batch goes through the model in this many equal parts; the update is the same.
+        parts: each device's rows go through the model in this many equal parts; the update is the same.
+        mesh: the devices that share the batch's rows; None: one does it all.
 
     Returns:
         The next state, and scalars: loss (nats per character, before the update) and grad_norm. In float16 an update
@@ -85,29 +95,9 @@ def train_step(
     inputs, targets = batch
     count = jnp.maximum(jnp.sum(targets != 0), 1)
     seeds = seeds_for(dropout_key(state.key, state.step), inputs.shape[0])
-
-    def loss_fn(params: dict[str, Any], inputs: jax.Array, targets: jax.Array, seeds: jax.Array) -> jax.Array:
-        return nats(nnx.merge(graphdef, params)(inputs, seeds), targets) / count
-
-    def part(carry: Any, xs: tuple[jax.Array, ...]) -> tuple[Any, None]:
-        loss, grads, scale, finite = carry
-        if scale is None:
-            more, gradient = jax.value_and_grad(loss_fn)(state.params, *xs)
-        else:
-            scale, fine, more, gradient = scale.value_and_grad(loss_fn)(state.params, *xs)
-            finite = finite & fine
-        return (loss + more, jax.tree.map(jnp.add, grads, gradient), scale, finite), None
-
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    carry = (jnp.zeros((), gradient_dtype(zeros)), zeros, state.loss_scale, jnp.bool_(True))
-    xs = (inputs, targets, seeds)
-    if parts == 1:
-        (loss, grads, scale, finite), _ = part(carry, xs)
-    else:
-        # Every parts-th sequence makes a part, so that each device of a mesh holds a share of every part.
-        split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), xs)
-        (loss, grads, scale, finite), _ = jax.lax.scan(part, carry, split)
-
+    own = partial(gradients, graphdef=graphdef, parts=parts)
+    sums = own if mesh is None else devices.summed(own, mesh)
+    (loss, grads), (scale, finite) = sums((state.params, count, state.loss_scale), (inputs, targets, seeds))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     if scale is not None:
@@ -116,6 +106,40 @@ def train_step(
     scalars = {"loss": loss, "grad_norm": optax.tree_utils.tree_norm(grads)}
     state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, loss_scale=scale)
     return state, scalars
+
+
+def gradients(whole: tuple[Any, ...], rows: tuple[jax.Array, ...], *, graphdef: nnx.GraphDef, parts: int) -> Any:
+    """Return what some rows of a batch add to its loss and gradient.
+
+    Args:
+        whole: the parameters, the number of targets in the whole batch, and the loss scale or None.
+        rows: inputs and targets, int32 [b, T], and dropout's seeds, uint32 [b, 2].
+        graphdef: the model's static half.
+        parts: how many equal parts the rows are taken in, one after the other.
+
+    Returns:
+        Loss and gradient, to be summed over all rows; and the next loss scale and whether the gradient is finite, of
+        which the least over all rows counts.
+    """
+    params, count, scale = whole
+
+    def loss_fn(params: dict[str, Any], inputs: jax.Array, targets: jax.Array, seeds: jax.Array) -> jax.Array:
+        return nats(nnx.merge(graphdef, params)(inputs, seeds), targets) / count
+
+    def part(carry: Any, xs: tuple[jax.Array, ...]) -> tuple[Any, None]:
+        (loss, grads), (scale, finite) = carry
+        if scale is None:
+            more, gradient = jax.value_and_grad(loss_fn)(params, *xs)
+        else:
+            scale, fine, more, gradient = scale.value_and_grad(loss_fn)(params, *xs)
+            finite = finite & fine
+        return ((loss + more, jax.tree.map(jnp.add, grads, gradient)), (scale, finite)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    carry = (jnp.zeros((), gradient_dtype(zeros)), zeros), (scale, jnp.bool_(True))
+    if parts == 1:
+        return part(carry, rows)[0]
+    return jax.lax.scan(part, carry, jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows))[0]
 
 
 def gradient_dtype(params: dict[str, Any]) -> Any:

@@ -1,13 +1,16 @@
 """Blockwise attention against the plain formula: values, gradients, dropout, lengths, precisions."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from chargpt_jax import devices
-from chargpt_jax.attention import cached_attention, causal_attention
-from chargpt_jax.dropout import Dropout, keep_mask, site
+from chargpt_jax.attention import cached_attention, causal_attention, read_widths
+from chargpt_jax.bits import derive
+from chargpt_jax.dropout import Dropout, keep_mask
 
 
 def inputs(length: int, dtype=jnp.float32, batch: int = 2, heads: int = 3, width: int = 4, seed: int = 0):
@@ -22,7 +25,7 @@ def plain(q, k, v, seeds=None, how=Dropout()):  # noqa: B008
     weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf), axis=-1)
     if seeds is not None:
         place = jnp.arange(T * T, dtype=jnp.uint32).reshape(T, T)
-        mask = jnp.stack([keep_mask(site(seeds, head), place, how) for head in range(H)], axis=1)
+        mask = jnp.stack([keep_mask(derive(seeds, head), place, how) for head in range(H)], axis=1)
         weights = jnp.where(mask, weights / (1 - how.rate), 0)
     return jnp.einsum("bhts,bhsd->bhtd", weights.astype(q.dtype), v)
 
@@ -109,11 +112,27 @@ def test_keys_that_causality_masks_are_not_looked_at():
     assert "2x3x16x32x" in text
 
 
-def test_one_query_against_a_cache_equals_its_row():
-    q, k, v = inputs(12)
-    whole = jax.jit(lambda *x: causal_attention(*x, None, Dropout(), 5))(q, k, v)
-    position = jnp.array([7, 11])
+@pytest.mark.parametrize(
+    "position", [(0, 11), (62, 63), (64, 3), (127, 127), (128, 0), (199, 199)], ids=lambda x: f"{x[0]} {x[1]}"
+)
+def test_one_query_against_a_cache_equals_its_row(position):
+    """At either side of where more of the cache begins to be read; junk lies ahead of each row's position."""
+    q, k, v = inputs(200)
+    whole = jax.jit(lambda *x: causal_attention(*x, None, Dropout(), 64))(q, k, v)
+    position = jnp.array(position)
     rows = jnp.arange(2)
-    junk = jnp.arange(12)[None, None, :, None] > position[:, None, None, None]
-    one = cached_attention(q[rows, :, position], jnp.where(junk, 99.0, k), jnp.where(junk, 99.0, v), position)
+    junk = jnp.arange(200)[None, None, :, None] > position[:, None, None, None]
+    keys, values = (jnp.stack([jnp.where(junk, 99.0, x).swapaxes(2, 3)] * 3) for x in (k, v))
+    other = jnp.array([[[[[7.0]]]]])
+    keys, values = (x.at[jnp.array([0, 2])].set(other) for x in (keys, values))  # of other layers
+    one = jax.jit(cached_attention)(q[rows, :, position], keys, values, 1, position)
     np.testing.assert_allclose(one, whole[rows, :, position], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("capacity", [1, 63, 64, 65, 100, 512, 513, 2048])
+def test_a_cache_is_read_by_ever_larger_parts_up_to_the_whole(capacity):
+    widths = read_widths(capacity)
+    assert widths[-1] == capacity
+    assert widths == sorted(set(widths))
+    assert len(widths) <= 5
+    assert all(wide == 2 * narrow for narrow, wide in itertools.pairwise(widths[:-1]))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.extend.random import define_prng_impl
 
 from chargpt_jax.batches import (
     batch_at,
@@ -20,25 +19,10 @@ from chargpt_jax.batches import (
     validation_crops,
     windows_per_pass,
 )
+from chargpt_jax.bits import derive, seeds_of
 from chargpt_jax.config import DataConfig, UserError
 
-
-def mixed(x: jax.Array) -> jax.Array:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
-
-
-# Threefry takes seconds to compile. What holds for every source of random bits is tested with this one, which does not.
-CHEAP = define_prng_impl(
-    key_shape=(1,),
-    seed=lambda seed: mixed(seed.astype(jnp.uint32))[None],
-    split=lambda key, shape: mixed(key[0] ^ jnp.arange(7, 7 + math.prod(shape), dtype=jnp.uint32)).reshape(*shape, 1),
-    random_bits=lambda key, width, shape: mixed(key[0] + jnp.arange(math.prod(shape), dtype=jnp.uint32)).reshape(shape),
-    fold_in=lambda key, data: mixed(key * jnp.uint32(0x9E3779B9) + data.astype(jnp.uint32) + jnp.uint32(1)),
-    name="cheap",
-)
-KEY = jax.random.key(3, impl=CHEAP)
+KEY = jax.random.key(3)
 
 
 @cache
@@ -132,7 +116,7 @@ def test_a_batch_is_a_function_of_key_and_step_under_jit_and_not():
             assert one.tolist() == two.tolist()
     first, again, other = compiled(key=KEY, step=5), compiled(key=KEY, step=5), compiled(key=KEY, step=6)
     assert first[0].tolist() == again[0].tolist() != other[0].tolist()
-    assert first[0].tolist() != compiled(key=jax.random.key(4, impl=CHEAP), step=5)[0].tolist()
+    assert first[0].tolist() != compiled(key=jax.random.key(4), step=5)[0].tolist()
 
 
 # Order
@@ -140,7 +124,7 @@ def test_a_batch_is_a_function_of_key_and_step_under_jit_and_not():
 
 def test_shuffled_is_a_bijection():
     sizes = [*range(1, 19), 31, 32, 33, 63, 64, 65, 70, 1000]
-    images = jax.jit(lambda: [jax.vmap(partial(shuffled, size=n, key=KEY))(jnp.arange(n)) for n in sizes])()
+    images = jax.jit(lambda: [jax.vmap(partial(shuffled, size=n, seeds=seeds_of(KEY)))(jnp.arange(n)) for n in sizes])()
     for size, image in zip(sizes, images, strict=True):
         assert image.dtype == jnp.int32
         assert sorted(image.tolist()) == list(range(size))
@@ -149,8 +133,8 @@ def test_shuffled_is_a_bijection():
 def test_no_place_of_the_order_favours_a_window():
     """Chi-square over tenths of 100 windows, to 5 sigma. (In orders of ten or so the four rounds do show.)"""
     n_keys, size = 2000, 100
-    keys = jax.random.split(KEY, n_keys)
-    order = jax.jit(jax.vmap(lambda key: jax.vmap(partial(shuffled, size=size, key=key))(jnp.arange(size))))(keys)
+    seeds = derive(seeds_of(KEY), jnp.arange(n_keys))
+    order = jax.jit(jax.vmap(lambda own: jax.vmap(partial(shuffled, size=size, seeds=own))(jnp.arange(size))))(seeds)
     assert (np.sort(order, axis=1) == np.arange(size)).all()
     places = np.broadcast_to(np.arange(size) // 10, order.shape)
     counts = np.bincount((10 * places + np.asarray(order) // 10).ravel(), minlength=100)

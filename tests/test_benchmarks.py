@@ -17,7 +17,7 @@ TINY = {"seconds": 0.0, "count": 8}
     ("measure", "figures"),
     [
         ("training", {"tokens_per_second", "peak_mib", "own_mib"}),
-        ("start", {"empty_seconds", "filled_seconds"}),
+        ("start", {"empty_seconds", "filled_seconds", "empty_mib", "filled_mib"}),
         ("generation", {"inside 1", "inside 32", "past 1"}),
     ],
 )

@@ -243,6 +243,12 @@ def test_a_batch_is_split_and_gradients_are_summed_over_eight_devices(found):
 
 
 @pytest.mark.slow
+def test_what_devices_find_is_summed_and_of_the_rest_the_least_counts(found):
+    """So a gradient that overflowed on one device is left out by all, and all halve the loss scale."""
+    assert found["summed"] == [3 * sum(range(4, 36, 2)), [4, False]]
+
+
+@pytest.mark.slow
 def test_a_part_of_a_batch_is_split_over_eight_devices_as_well(found):
     """Each device takes a row of each part: nothing is gathered, and nothing is computed twice."""
     assert found["eight, in two parts"]["collectives"] == ["all-reduce"]
@@ -250,5 +256,13 @@ def test_a_part_of_a_batch_is_split_over_eight_devices_as_well(found):
     assert found["eight, in two parts"]["operations"] < 0.7 * found["eight"]["operations"]
 
 
+def summed() -> list[Any]:
+    """Let eight devices look at two numbers each: three times their sum, the least, and whether none is 6."""
+    rows = jnp.arange(16.0) * 2 + 4
+    both = jax.jit(devices.summed(lambda whole, x: (whole * x.sum(), (x.min(), jnp.all(x != 6))), data_mesh(16)))
+    return jax.tree.map(lambda x: x.tolist(), both(jnp.float32(3), rows))
+
+
 if __name__ == "__main__":
-    print(json.dumps({name: trained(Path(sys.argv[1]), *case) for name, case in CASES.items()}))
+    found_here = {name: trained(Path(sys.argv[1]), *case) for name, case in CASES.items()}
+    print(json.dumps({**found_here, "summed": summed()}))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chargpt_jax.dropout import Dropout, dropout, keep_mask, seeds_for, site
+from chargpt_jax.bits import derive
+from chargpt_jax.dropout import Dropout, dropout, keep_mask, seeds_for
 from chargpt_jax.step import dropout_key
 
 SEEDS = seeds_for(jax.random.key(0), 64)
@@ -64,7 +65,7 @@ def test_neighbouring_triples_are_independent(mask_of, rate):
 def test_heads_and_rows_of_attention_are_independent(mask_of):
     """A head is a site of its layer's attention, as in causal_attention."""
     heads, length = 8, 64
-    own = site(SEEDS[:16, None], jnp.arange(heads)).reshape(-1, 2)
+    own = derive(SEEDS[:16, None], jnp.arange(heads)).reshape(-1, 2)
     values = coins(mask_of(own, jnp.arange(length**2, dtype=jnp.uint32), 0.2), 0.2)
     values = values.reshape(16, heads, length, length)
     assert_all_independent(values.swapaxes(0, 1).reshape(heads, -1))
@@ -85,7 +86,7 @@ def test_steps_are_independent(mask_of):
 
 def test_sites_and_layers_are_independent(mask_of):
     """A layer is a site of the step and its three places are sites of the layer, as in the model."""
-    seeds = [site(site(SEEDS[:2], layer + 1), number) for layer in range(15) for number in range(3)]
+    seeds = [derive(derive(SEEDS[:2], layer + 1), number) for layer in range(15) for number in range(3)]
     assert_all_independent(coins(mask_of(jnp.concatenate(seeds), PLACES, 0.2), 0.2))
 
 
