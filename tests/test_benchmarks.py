@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks import contestants, peers, range_test, scaling, time_to_loss, where
+from benchmarks import contestants, peers, range_test, reliability, scaling, time_to_loss, where
 from tests.corpus_text import write_words
 
 TINY = {"seconds": 0.0, "count": 8}
@@ -140,3 +140,14 @@ def test_the_work_of_an_update_is_shared_out_whole(capsys):
     shares = [int(share) for share in re.findall(r"\| (\d+) % \|", capsys.readouterr().out)]
     assert len(shares) >= 4
     assert abs(sum(shares) - 100) <= len(shares) / 2
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_save_is_told_and_some_faults_are_survived(capsys, tmp_path):
+    reliability.main(["--saves=1", "--every=60", "--setups=tiny", f"--out={tmp_path}"])
+    text = capsys.readouterr().out
+    assert re.search(r"\| tiny \| [\d.]+ \(", text)
+    tried = re.findall(r"\| (ENOSPC|EIO|SIGKILL) \| (\d+) \| (\d+) \|", text)
+    assert len(tried) == 3
+    assert all(int(count) == int(fine) > 1 for _, count, fine in tried)
+    assert (tmp_path / "reliability.md").read_text().strip() == text.strip()

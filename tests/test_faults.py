@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.reliability import operations
 from benchmarks.stored import RECORD, Store, bits, faults, filled, refuse, state_at
 from chargpt_jax.checkpoint import SaveFailed
 
@@ -24,17 +25,6 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     filled(folder / "store").close()
     return folder
-
-
-def operations(home):
-    """Count the file operations of one save."""
-    shutil.copytree(home / "store", home / "counted")
-    store = Store(home / "counted")
-    with faults().within(home / "counted"):
-        store.save(state_at(4), RECORD, 0.5)
-    store.close()
-    shutil.rmtree(home / "counted")
-    return len(faults().seen)
 
 
 def check_whole(folder, saved):

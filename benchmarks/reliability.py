@@ -1,0 +1,144 @@
+"""What a verified save costs, and what becomes of one that is refused, or killed, at any file operation.
+
+    python -m benchmarks.reliability [--saves=30] [--every=1] [--out=FOLDER]
+
+The first table is of the states of configs/small.py and configs/nanogpt_baby.py: a save of ours and one of the same
+arrays by orbax alone take turns. The second is of a small state: every --every-th file operation that Python sees of
+one save (benchmarks/stored.py) fails with ENOSPC, then with EIO, then kills the process; survived is what keeps the
+older steps whole and restores the newest one, bit for bit. Kills at random moments, signals and damaged files are tried
+by `python -m chargpt_jax.main --mode=selftest`.
+"""
+
+import argparse
+import errno
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from benchmarks.contestants import setup_of
+from benchmarks.peers import machine
+from benchmarks.stored import RECORD, Store, bits, faults, filled, refuse, state_at
+from chargpt_jax import checkpoint, manifest
+from chargpt_jax.checkpoint import SaveFailed
+
+
+def seconds(f: Callable[[], object]) -> float:
+    """Return how long a call takes."""
+    began = time.perf_counter()
+    f()
+    return time.perf_counter() - began
+
+
+def costs(setup: str, saves: int, folder: Path) -> dict[str, list[float]]:
+    """Save in turns with ours and with orbax alone; return milliseconds: of each, of the difference, of verifying."""
+    states = [state_at(step, model=setup_of(setup).model) for step in range(1, 3)]
+    store, orbax = Store(folder / setup, keep_last=2), ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    found: dict[str, list[float]] = {"ours": [], "orbax": [], "beyond": [], "checksums": []}
+    for number in range(saves + 1):
+        state = states[number % 2].replace(step=np.int32(number + 1))
+        alone = folder / f"{setup}-{number}"
+        plain = checkpoint._arrays(state)
+        theirs = seconds(lambda at=alone, arrays=plain: orbax.save(at, args=ocp.args.StandardSave(arrays)))  # type: ignore[misc]
+        ours = seconds(lambda state=state: store.save(state, RECORD, 1.0))  # type: ignore[misc]
+        checked = seconds(lambda step=number + 1: manifest.verify(store.folder / str(step)))  # type: ignore[misc]
+        shutil.rmtree(alone)
+        if number:  # the first warms up
+            for name, value in zip(found, (ours, theirs, ours - theirs, checked), strict=True):
+                found[name].append(1e3 * value)
+    store.close()
+    orbax.close()
+    return found
+
+
+def survived(folder: Path, must_be_saved: bool = False) -> bool:
+    """Say whether the older steps are whole, the newest is what was saved last, and nothing was passed over."""
+    store = Store(folder)
+    try:
+        step, _, state = store.load("latest", lambda record: state_at(1))
+        whole = all(bits(store.restore(older, state_at(1))) == bits(state_at(older)) for older in store.steps())
+        fine = bits(state) == bits(state_at(step)) and {2, 3} <= set(store.steps()) and not store.heard
+        return whole and fine and step in ((4,) if must_be_saved else (3, 4))
+    finally:
+        store.close()
+
+
+def refusals(home: Path, number: int, every: int) -> tuple[int, int]:
+    """Let every operation of one save fail in turn; return how many were tried and survived."""
+    total, fine = operations(home), 0
+    for at in range(0, total, every):
+        folder, saved = home / f"refused-{at}", True
+        shutil.copytree(home / "store", folder)
+        store = Store(folder)
+        with faults().within(folder, at, refuse(number)):
+            try:
+                store.save(state_at(4), RECORD, 0.5)
+            except SaveFailed:
+                saved = False
+        store.close()
+        fine += survived(folder, saved) and not list(folder.glob(".saving*"))
+        shutil.rmtree(folder)
+    return len(range(0, total, every)), fine
+
+
+def operations(home: Path) -> int:
+    """Count the file operations of one save."""
+    shutil.copytree(home / "store", home / "counted")
+    store = Store(home / "counted")
+    with faults().within(home / "counted"):
+        store.save(state_at(4), RECORD, 0.5)
+    count = len(faults().seen)
+    store.close()
+    shutil.rmtree(home / "counted")
+    return count
+
+
+def kills(home: Path, every: int) -> tuple[int, int]:
+    """Kill a process at every operation of one save in turn; return how many were tried and survived."""
+    numbers = range(0, operations(home), every)
+    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.stored", str(home), *map(str, numbers)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    killed = {int(number): status for number, status in json.loads(done.stdout).items()}
+    fine = sum(killed[number] == -9 and survived(home / f"killed-{number}") for number in numbers)
+    return len(numbers), fine
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure, print and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--saves", type=int, default=30)
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--setups", default="small,nanogpt_baby")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(words)
+    lines = [f"Machine: {', '.join(f'{name} {value}' for name, value in machine().items())}.\n"]
+    lines += ["| a save of | ours, ms | orbax alone, ms | ours beyond it, ms | verifying the step, ms |"]
+    lines += ["|---|---:|---:|---:|---:|"]
+    with tempfile.TemporaryDirectory() as place:
+        for setup in args.setups.split(","):
+            found = costs(setup, args.saves, Path(place))
+            cells = (f"{statistics.median(x):.1f} ({min(x):.1f} to {max(x):.1f})" for x in found.values())
+            lines.append(f"| {setup} | {' | '.join(cells)} |")
+        home = Path(place, "faults")
+        filled(home / "store").close()
+        lines += ["\n| at every file operation of one save | tried | survived |", "|---|---:|---:|"]
+        for name in ("ENOSPC", "EIO"):
+            lines.append("| {} | {} | {} |".format(name, *refusals(home, getattr(errno, name), args.every)))
+        lines.append("| SIGKILL | {} | {} |".format(*kills(home, args.every)))
+    text = "\n".join(lines) + "\n"
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "reliability.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
