@@ -19,7 +19,10 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -108,7 +111,7 @@ class Checkpoints:
         """Remove what dead runs left half written or half deleted. Only who may write here may ask for it."""
         for leftover in (SAVING, DELETING):
             for path in self.folder.glob(f"{leftover}*"):
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
 
     def save(self, state: TrainState, record: dict[str, Any], loss: float) -> Path:
         """Save a state, and wait until it is on the disk; then delete the steps that need not be kept.
@@ -124,6 +127,7 @@ class Checkpoints:
         Raises:
             SaveFailed: where the system refuses; the older steps are as they were.
         """
+        _expect_late_callbacks()
         step = int(state.step)
         target, staging = self.folder / str(step), self.folder / f"{SAVING}{step}"
         try:
@@ -132,14 +136,14 @@ class Checkpoints:
         except Exception as error:
             raise SaveFailed(self._refusal(step, error)) from error
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            _remove(staging)
         self._sound[step] = True
         with contextlib.suppress(OSError, Damaged, NoCheckpoint):  # the step is saved; the next save tries again
             self._delete_old()
         return target
 
     def _write(self, staging: Path, state: TrainState, record: dict[str, Any], loss: float) -> None:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging)
         os.makedirs(staging)
         arrays = _arrays(state)
         with _quiet():
@@ -155,6 +159,7 @@ class Checkpoints:
             **record,
         }
         manifest.write(staging / RECORD, json.dumps(full).encode())
+        self._look(staging, arrays)  # orbax can take a refusal of the system for success, and leave a part out
         manifest.seal(staging)
 
     def _put(self, staging: Path, target: Path) -> None:
@@ -171,14 +176,14 @@ class Checkpoints:
                     os.rename(aside, target)
             raise
         manifest.sync_folder(self.folder)
-        shutil.rmtree(self.folder / f"{DELETING}{target.name}", ignore_errors=True)
+        _remove(self.folder / f"{DELETING}{target.name}")
 
     def _aside(self, target: Path) -> Path:
         """Return where to move a step that is in the way."""
         self._sound.pop(int(target.name), None)
         if self._is_sound(int(target.name)):
             gone = self.folder / f"{DELETING}{target.name}"
-            shutil.rmtree(gone, ignore_errors=True)
+            _remove(gone)
             return gone
         names = (Path(f"{target}.damaged-{i}") for i in itertools.count(1))
         return next(path for path in names if not os.path.lexists(path))
@@ -186,13 +191,14 @@ class Checkpoints:
     def _delete(self, step: int) -> None:
         """Delete a step, which is gone at once: what is half deleted is no step."""
         going = self.folder / f"{DELETING}{step}"
-        shutil.rmtree(going, ignore_errors=True)
+        _remove(going)
         os.rename(self.folder / str(step), going)
-        shutil.rmtree(going, ignore_errors=True)
+        _remove(going)
 
     def _refusal(self, step: int, error: Exception) -> str:
         number = getattr(error, "errno", None) or next((n for n in REMEDIES if os.strerror(n) in str(error)), None)
         reason = os.strerror(number) if number else (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = "what was written cannot be read back" if isinstance(error, Damaged) else reason
         good: list[int] = []
         with contextlib.suppress(NoCheckpoint):
             good = [one for one in self.steps() if one != step and self._is_sound(one)]
@@ -269,7 +275,14 @@ class Checkpoints:
         Raises:
             NoCheckpoint: where no step can be used, with each step's reason.
         """
-        return self._first(which, lambda step, record: self._read(step, record, like_of(record)))
+
+        def use(step: int, record: dict[str, Any]) -> TrainState:
+            like = like_of(record)
+            arrays = self._read(self.folder / str(step), record, like)
+            placed = [_placed(arrays[name], leaf) for name, leaf in _leaves(like)]
+            return jax.tree.unflatten(jax.tree.structure(like), placed)
+
+        return self._first(which, use)
 
     def close(self) -> None:
         """Let go of what reading and writing needed."""
@@ -354,29 +367,46 @@ class Checkpoints:
             raise Damaged(RECORD, f"has a config that this version does not know ({str(error).rstrip('.')})") from None
         return record
 
-    def _read(self, step: int, record: dict[str, Any], like: TrainState) -> TrainState:
-        """Read a step's arrays; their names, shapes, dtypes and sizes are compared before memory is taken for them."""
-        folder = self.folder / str(step) / ARRAYS
+    def _read(self, folder: Path, record: dict[str, Any], like: TrainState) -> Arrays:
+        """Read a step's arrays, once it is known that they are those of the record, and of `like`.
+
+        Raises:
+            Damaged: where they are not.
+        """
         leaves = dict(_leaves(like))
-        wanted = {name: _plain(leaf) for name, leaf in leaves.items()}
         _check_same(RECORD, record["arrays"], _described(leaves))
-        _check_room(folder, wanted)
+        wanted = {name: _plain(leaf) for name, leaf in leaves.items()}
+        self._look(folder, wanted)
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in wanted.items()}
-        try:
-            with _quiet():
-                found = self._orbax.metadata(folder).item_metadata.tree
-                _check_same(ARRAYS, _described(found), _described(wanted))
-                _check_chunks(found)
-                arrays = self._orbax.restore(folder, args=ocp.args.StandardRestore(shapes))
-        except Damaged:
-            raise
-        except Exception as error:
-            first = (str(error).splitlines() or [""])[0][:200]
-            raise Damaged(ARRAYS, f"cannot be read ({type(error).__name__}: {first})") from error
+        with _unreadable(), _quiet():
+            arrays = self._orbax.restore(folder / ARRAYS, args=ocp.args.StandardRestore(shapes))
         if _digest(arrays) != record["digest"]:
             raise Damaged(ARRAYS, "holds other numbers than were saved")
-        placed = [_placed(arrays[name], leaf) for name, leaf in leaves.items()]
-        return jax.tree.unflatten(jax.tree.structure(like), placed)
+        return arrays
+
+    def _look(self, folder: Path, wanted: Mapping[str, Any]) -> None:
+        """Compare what a step says of its arrays with those wanted; no memory is taken for them.
+
+        Raises:
+            Damaged: where they differ, or orbax cannot tell them.
+        """
+        _check_room(folder / ARRAYS, wanted)
+        with _unreadable(), _quiet():
+            found = self._orbax.metadata(folder / ARRAYS).item_metadata.tree
+            _check_same(ARRAYS, _described(found), _described(wanted))
+            _check_chunks(found)
+
+
+@contextlib.contextmanager
+def _unreadable() -> Iterator[None]:
+    """Say in a sentence what orbax stumbles over, in whatever way."""
+    try:
+        yield
+    except Damaged:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise Damaged(ARRAYS, f"cannot be read ({type(error).__name__}: {first})") from error
 
 
 @contextlib.contextmanager
@@ -388,6 +418,30 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+@functools.cache
+def _expect_late_callbacks() -> None:
+    """Keep quiet about what else orbax was writing when the system refused: the first refusal is raised and told."""
+    tell = sys.unraisablehook
+    ours = re.compile(r"(?s)Task exception was never retrieved.*orbax")
+    logging.getLogger("asyncio").addFilter(lambda record: not ours.match(record.getMessage()))
+
+    def hook(what: Any) -> None:
+        if not (what.exc_type is RuntimeError and str(what.exc_value) == "Event loop is closed"):
+            tell(what)
+
+    sys.unraisablehook = hook
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, as far as the system lets us; orbax's threads may write on for a moment after a refusal."""
+    for _ in range(20):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.lexists(folder):
+            return
+        time.sleep(0.05)
 
 
 def _is_number(name: str) -> bool:
@@ -459,7 +513,7 @@ def _spelled(array: Any) -> str:
     return "nothing" if array is None else f"{array[0]} {array[1]}"[:100]
 
 
-def _check_room(folder: Path, wanted: dict[str, Any]) -> None:
+def _check_room(folder: Path, wanted: Mapping[str, Any]) -> None:
     claimed = sum(np.dtype(x.dtype).itemsize * int(np.prod(x.shape, dtype=object)) for x in wanted.values())
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if claimed > ROOM + EXPANSION * there:

@@ -170,7 +170,8 @@ def check(
     try:
         whole = _uninterrupted(bench)
         _stop_trainings(bench, whole, _plan(kills, signals, bench.draw))
-        _damage(bench, whole, corruptions)
+        if corruptions:
+            _damage(bench, whole, corruptions)
     finally:
         bench.close()
     result = bench.result

@@ -42,11 +42,12 @@ def check_whole(folder, saved):
 
 @pytest.mark.slow
 def test_a_refusal_at_any_operation_stops_with_one_sentence_or_does_no_harm(home, tmp_path):
-    refused = 0
-    for at in range(operations(home)):
+    """Every fifth operation; `python -m benchmarks.reliability` takes them all."""
+    refused, total = 0, operations(home)
+    for at in range(0, total, 5):
         folder = tmp_path / str(at)
         shutil.copytree(home / "store", folder)
-        store, number, saved = Store(folder), ERRORS[at % len(ERRORS)], True
+        store, number, saved = Store(folder), ERRORS[at // 5 % len(ERRORS)], True
         with faults().within(folder, at, refuse(number)):
             try:
                 store.save(state_at(4), RECORD, 0.5)
@@ -54,7 +55,8 @@ def test_a_refusal_at_any_operation_stops_with_one_sentence_or_does_no_harm(home
                 saved, sentence = False, str(error)
         if not saved:
             refused += 1
-            assert os.strerror(number) in sentence
+            # Orbax takes some refusals for success; then it is the reading back that fails.
+            assert os.strerror(number) in sentence or "what was written cannot be read back" in sentence
             assert "\n" not in sentence
             assert "the checkpoint of step 3 is still good" in sentence
             assert not list(folder.glob(".saving*"))
@@ -63,7 +65,7 @@ def test_a_refusal_at_any_operation_stops_with_one_sentence_or_does_no_harm(home
         check_whole(folder, True)
         store.close()
         shutil.rmtree(folder)
-    assert refused > 50
+    assert refused > total / 5 / 3
 
 
 @pytest.mark.slow
