@@ -45,7 +45,7 @@ NOTES = {
     "nanodo": "learned positions, no dropout, no generation; in small its heads are 4 wide as well",
 }
 
-TRAINED_ON, PROMPT = 400_000, 8
+TRAINED_ON, PROMPT, WARM_UP = 400_000, 8, 16
 
 Update = Callable[[], int]
 """Makes some updates, waits for them, and returns how many they were."""
@@ -101,8 +101,8 @@ class Ours:
 
         return update
 
-    def writer(self, prompt: int, count: int, batch: int) -> Callable[[], None]:
-        """Return what writes `count` characters after prompts of one length, with their metrics."""
+    def writer(self, prompt: int, count: int, batch: int) -> Callable[[int], None]:
+        """Return what writes so many characters, `count` at most, after prompts of one length, with their metrics."""
         import jax
 
         from chargpt_jax.generate import advance, begin
@@ -113,11 +113,11 @@ class Ours:
         tokens[:, :prompt] = corpus(self.config)[:prompt]
         width = min(prompt, self.config.model.block_size)
 
-        def write() -> None:
+        def write(length: int) -> None:
             progress = begin(params, tokens, np.full(batch, prompt, np.int32), graphdef=graphdef, width=width)
             how = (np.float32(1), np.int32(0), np.float32(1))
             options = {"graphdef": graphdef, "use_top_k": False, "use_top_p": False}
-            progress = advance(params, progress, jax.random.key(0), np.int32(count), *how, **options)
+            progress = advance(params, progress, jax.random.key(0), np.int32(length), *how, **options)
             np.asarray(progress.tokens)
 
         return write
@@ -177,16 +177,16 @@ class Torch:
 
         return update
 
-    def writer(self, prompt: int, count: int, batch: int) -> Callable[[], None]:
+    def writer(self, prompt: int, count: int, batch: int) -> Callable[[int], None]:
         """Return what writes with the peer's own generate."""
         import torch
 
         tokens = torch.from_numpy(corpus(self.config)[:prompt]).long().expand(batch, -1)
         self.model.eval()
 
-        def write() -> None:
+        def write(length: int) -> None:
             with torch.no_grad(), self.autocast():
-                self.model.generate(tokens, count)
+                self.model.generate(tokens, length)
 
         return write
 
@@ -269,12 +269,12 @@ class Equinox:
 
         return update
 
-    def writer(self, prompt: int, count: int, batch: int) -> Callable[[], None]:
+    def writer(self, prompt: int, count: int, batch: int) -> Callable[[int], None]:
         """Return what writes with its own generate."""
         import jax
 
         tokens = np.broadcast_to(corpus(self.config)[:prompt], (batch, prompt))
-        return lambda: self.model.generate(tokens, count, key=jax.random.key(0)) and None
+        return lambda length: self.model.generate(tokens, length, key=jax.random.key(0)) and None
 
 
 class Nanodo:
@@ -317,7 +317,7 @@ class Nanodo:
 
         return update
 
-    def writer(self, prompt: int, count: int, batch: int) -> Callable[[], None]:
+    def writer(self, prompt: int, count: int, batch: int) -> Callable[[int], None]:
         """Refuse: it has no generation."""
         raise NotImplementedError("it has no generation")
 
@@ -371,11 +371,11 @@ def training(peer: Any, config: Config, seconds: float) -> dict[str, float]:
 
 
 def generation(peer: Any, prompt: int, count: int, batch: int) -> dict[str, float]:
-    """Write once to compile, then time it once more: characters a second over all rows."""
+    """Write a little, which compiles, then time the whole: characters a second over all rows."""
     write = peer.writer(prompt, count, batch)
-    write()
+    write(min(count, WARM_UP))
     began = time.perf_counter()
-    write()
+    write(count)
     return {"characters_per_second": batch * count / (time.perf_counter() - began)}
 
 

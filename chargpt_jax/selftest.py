@@ -275,6 +275,7 @@ class _Child:
 
     def __init__(self, bench: _Bench, argv: list[str], output: Path):
         self._bench, self.output = bench, output
+        output.unlink(missing_ok=True)
         arguments = (argv, str(output), str(bench.folder / "programs"))
         self._process = bench.context.Process(target=_command, args=arguments)
         with bench.guard:  # a start looks after all processes, those of other threads too
@@ -289,6 +290,10 @@ class _Child:
         """Send a signal, if there is still somebody to have it."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._process.pid, number)
+
+    def said(self) -> str:
+        """Return what it has printed so far, if it has come to that."""
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def code(self) -> int | None:
         """Wait for the exit code, -9 after a SIGKILL; None where the process hung and had to be killed."""
@@ -322,7 +327,7 @@ def _uninterrupted(bench: _Bench) -> _Whole:
         began = time.monotonic()
         child = bench.train(name)
         if (code := child.code()) != 0:
-            said = (child.output.read_text(errors="replace").splitlines() or [""])[-1]
+            said = (child.said().splitlines() or [""])[-1]
             raise UserError(f"The self-test's training ends with exit code {code} ({said[:300]}): see {child.output}.")
         seconds = time.monotonic() - began
     whole = _Whole(bench.state("whole-0"), bench.log("whole-0"), seconds)
@@ -384,8 +389,10 @@ def _ends(bench: _Bench, name: str, child: _Child, number: int | None) -> bool:
     if number is not None:
         child.send(number)
     code, seconds = child.code(), time.monotonic() - began
-    asked = number is not None and number != KILL
-    right = {0, 130 if number == signal.SIGINT else 143} if asked else {0} if number is None else {0, -KILL}
+    # A process that has just begun does not listen yet: there a request to end is a kill.
+    deaf = number is not None and code == -number and not child.said()
+    asked = number is not None and number != KILL and not deaf
+    right = {0, 130 if number == signal.SIGINT else 143} if asked else {0} if number is None else {0, -number}
     made = max((line["step"] for line in Workdir(bench.folder / name).load_metrics()), default=0)
     lost = made - int(bench.state(name)[".step"])
     with bench.guard:
