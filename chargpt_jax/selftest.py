@@ -371,20 +371,26 @@ def _stop_trainings(bench: _Bench, whole: _Whole, plan: list[int]) -> None:
 
 def _stopped(bench: _Bench, whole: _Whole, name: str, plan: list[int], draw: random.Random) -> int:
     """Train to the end, with stops at random moments; return their number."""
-    stops = 0
-    while True:
+    stops, place, over = 0, (0, 0), False
+    while not over:
         child = bench.train(name)
         number = None
         if plan and not child.ended(draw.uniform(0.0, whole.seconds)):
             with bench.guard:
                 number = plan.pop() if plan else None
         stops += number is not None
-        if _ends(bench, name, child, number):
-            return stops
+        over, place = _ends(bench, name, child, number, place)
+    return stops
 
 
-def _ends(bench: _Bench, name: str, child: _Child, number: int | None) -> bool:
-    """Send a signal, if any, and judge what comes of it; return whether the training is over."""
+def _ends(
+    bench: _Bench, name: str, child: _Child, number: int | None, before: tuple[int, int]
+) -> tuple[bool, tuple[int, int]]:
+    """Send a signal, if any, and judge what comes of it.
+
+    Returns:
+        Whether the training is over, and the last step that was logged and the last that was saved, as in `before`.
+    """
     began = time.monotonic()
     if number is not None:
         child.send(number)
@@ -394,7 +400,9 @@ def _ends(bench: _Bench, name: str, child: _Child, number: int | None) -> bool:
     asked = number is not None and number != KILL and not deaf
     right = {0, 130 if number == signal.SIGINT else 143} if asked else {0} if number is None else {0, -number}
     made = max((line["step"] for line in Workdir(bench.folder / name).load_metrics()), default=0)
-    lost = made - int(bench.state(name)[".step"])
+    place = made, int(bench.state(name)[".step"])
+    # A process that ended before it began to train has lost nothing; what is missing then, an earlier one lost.
+    lost = 0 if place == before else place[0] - place[1]
     with bench.guard:
         kills, signals = bench.result.kills, bench.result.signals
         kills.most_steps_lost = max(kills.most_steps_lost, lost)
@@ -408,7 +416,7 @@ def _ends(bench: _Bench, name: str, child: _Child, number: int | None) -> bool:
         bench.break_promise(f"After signal {number}, {name} ended with exit code {code}: see {child.output}.")
     if lost > (0 if asked else INTERVAL):
         bench.break_promise(f"Signal {number} cost {name} {lost} steps: see {child.output}.")
-    return code == 0 or code not in right
+    return code == 0 or code not in right, place
 
 
 # Damaging
