@@ -42,12 +42,12 @@ def check_whole(folder, saved):
 
 @pytest.mark.slow
 def test_a_refusal_at_any_operation_stops_with_one_sentence_or_does_no_harm(home, tmp_path):
-    """Every fifth operation; `python -m benchmarks.reliability` takes them all."""
+    """Every twelfth operation; `python -m benchmarks.reliability` takes them all."""
     refused, total = 0, operations(home)
-    for at in range(0, total, 5):
+    for at in range(0, total, 12):
         folder = tmp_path / str(at)
         shutil.copytree(home / "store", folder)
-        store, number, saved = Store(folder), ERRORS[at // 5 % len(ERRORS)], True
+        store, number, saved = Store(folder), ERRORS[at // 12 % len(ERRORS)], True
         with faults().within(folder, at, refuse(number)):
             try:
                 store.save(state_at(4), RECORD, 0.5)
@@ -65,13 +65,13 @@ def test_a_refusal_at_any_operation_stops_with_one_sentence_or_does_no_harm(home
         check_whole(folder, True)
         store.close()
         shutil.rmtree(folder)
-    assert refused > total / 5 / 3
+    assert refused > total / 12 / 3
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_in_the_middle_leaves_what_was_saved_before(home):
-    numbers = list(range(0, operations(home), 9))
+    numbers = list(range(0, operations(home), 16))
     words = [sys.executable, "-W", "ignore", "-m", "benchmarks.stored", str(home), *map(str, numbers)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=200)
     statuses = {int(number): status for number, status in json.loads(done.stdout).items()}

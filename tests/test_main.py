@@ -508,6 +508,7 @@ def test_a_second_writer_is_refused_with_pid_and_host_and_touches_nothing(refuse
 def test_a_second_interrupt_leaves_at_once_even_out_of_compiled_code(here: Path) -> None:
     line = train_line(here, "--config.scheduler.max_steps=100000", "--config.train.validate_every=1000.0")
     line += ["--config.train.steps_per_dispatch=256", "--config.model.n_layer=30", "--config.model.block_size=256"]
+    line += ["--config.model.attention_block=64"]  # few blocks are soon compiled
     command = [sys.executable, "-m", "chargpt_jax.main", *line[1:]]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

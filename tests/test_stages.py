@@ -240,9 +240,7 @@ class Crash(BaseException):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "parts"), [("tiny", 1), ("small", 1), ("small", 2), ("nanogpt_cpu", 1), ("nanogpt_baby", 2)]
-)
+@pytest.mark.parametrize(("name", "parts"), [("tiny", 1), ("small", 2), ("nanogpt_cpu", 1), ("nanogpt_baby", 2)])
 def test_every_shipped_config_resumes_bit_for_bit_after_crashes_at_random_writes(
     text, tmp_path, monkeypatch, name, parts
 ):
