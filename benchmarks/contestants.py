@@ -105,18 +105,23 @@ class Ours:
         """Return what writes so many characters, `count` at most, after prompts of one length, with their metrics."""
         import jax
 
+        from chargpt_jax import devices
         from chargpt_jax.generate import advance, begin
         from chargpt_jax.model import create
 
         graphdef, params = create(self.config.model, 0, self.dtype)
+        mesh = devices.data_mesh(batch)
+        params = jax.device_put(params, devices.replicated(mesh))
         tokens = np.zeros((batch, prompt + count), np.int32)
         tokens[:, :prompt] = corpus(self.config)[:prompt]
         width = min(prompt, self.config.model.block_size)
 
         def write(length: int) -> None:
-            progress = begin(params, tokens, np.full(batch, prompt, np.int32), graphdef=graphdef, width=width)
+            progress = begin(
+                params, tokens, np.full(batch, prompt, np.int32), graphdef=graphdef, width=width, mesh=mesh
+            )
             how = (np.float32(1), np.int32(0), np.float32(1))
-            options = {"graphdef": graphdef, "use_top_k": False, "use_top_p": False}
+            options = {"graphdef": graphdef, "use_top_k": False, "use_top_p": False, "mesh": mesh}
             progress = advance(params, progress, jax.random.key(0), np.int32(length), *how, **options)
             np.asarray(progress.tokens)
 

@@ -103,12 +103,14 @@ class Model:
             buffer[: len(row)] = row
         lengths = np.array([len(row) for row in rows], np.int32)
         width = min(block_size, bucket(longest), tokens.shape[1])
-        progress = begin(self.params, tokens, lengths, graphdef=self.graphdef, width=width)
+        mesh = devices.data_mesh(len(rows), tell=False)
+        params = jax.device_put(self.params, devices.replicated(mesh))
+        progress = begin(params, tokens, lengths, graphdef=self.graphdef, width=width, mesh=mesh)
         piece = max_new_tokens if on_text is None else 16
         for done in range(0, max_new_tokens, piece):
             count = min(piece, max_new_tokens - done)
             progress = advance(
-                self.params,
+                params,
                 progress,
                 jax.random.key(seed),
                 np.int32(count),
@@ -118,6 +120,7 @@ class Model:
                 graphdef=self.graphdef,
                 use_top_k=top_k is not None,
                 use_top_p=top_p is not None,
+                mesh=mesh,
             )
             if on_text is not None:
                 for i, row in enumerate(np.asarray(progress.tokens)):
@@ -182,6 +185,7 @@ def load(workdir: str | Path, step: str | int = "best", warn: Callable[[str], No
         UserError: where the folder is not a run.
         NoCheckpoint: where it holds no such checkpoint, or none that passes verification.
     """
+    devices.use_every_core()
     folder = Workdir(workdir)
     folder.load_config()  # says so where this is no run
     if not folder.checkpoints.is_dir():

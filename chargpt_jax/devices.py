@@ -105,14 +105,14 @@ def parts_of(rows: int, row_bytes: int) -> int:
     return next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * row_bytes <= PART or n == rows))
 
 
-def data_mesh(batch_size: int, devices: list[Any] | None = None) -> Mesh:
+def data_mesh(batch_size: int, devices: list[Any] | None = None, tell: bool = True) -> Mesh:
     """Make the mesh that shares a batch, one axis named 'data': as many local devices as divide it evenly.
 
-    Their number also divides that of all devices: a TPU's all-reduce needs that.
+    Their number also divides that of all devices: a TPU's all-reduce needs that. `tell`: log where some stay idle.
     """
     devices = jax.local_devices() if devices is None else devices
     count = math.gcd(batch_size, len(devices))
-    if count < len(devices) and devices[0].platform != "cpu":
+    if tell and count < len(devices) and devices[0].platform != "cpu":
         logging.getLogger(__name__).warning("%d sequences share %d of %d devices", batch_size, count, len(devices))
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from chargpt_jax.config import MOST_TEMPERATURE, UserError
 from chargpt_jax.metrics import surprisal_and_entropy, token_metrics
@@ -71,8 +72,24 @@ def bucket(length: int) -> int:
     return max(64, 1 << (length - 1).bit_length())
 
 
-@partial(jax.jit, static_argnames=("graphdef", "width"))
-def begin(params: Any, tokens: jax.Array, length: jax.Array, *, graphdef: nnx.GraphDef, width: int) -> Progress:
+ROWS: Any = PartitionSpec("data")
+ROWS_OF_LAYERS: Any = PartitionSpec(None, "data")
+SHARED = Progress(
+    tokens=ROWS, length=ROWS, logits=ROWS, cache=(ROWS_OF_LAYERS, ROWS_OF_LAYERS), surprisal=ROWS, entropy=ROWS
+)
+"""How the devices of a mesh share a batch: each takes some rows, and none waits for another."""
+
+
+@partial(jax.jit, static_argnames=("graphdef", "width", "mesh"))
+def begin(
+    params: Any,
+    tokens: jax.Array,
+    length: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    width: int,
+    mesh: Mesh | None = None,
+) -> Progress:
     """Read the prompts.
 
     Args:
@@ -81,7 +98,16 @@ def begin(params: Any, tokens: jax.Array, length: jax.Array, *, graphdef: nnx.Gr
         length: int32 [B], the prompts' lengths.
         graphdef: the model's static half.
         width: how much of the buffer holds every prompt, or block_size where that is less.
+        mesh: the devices that share the rows; None: one does it all.
     """
+    read = partial(_begin, graphdef=graphdef, width=width)
+    if mesh is not None:
+        specs = (PartitionSpec(), ROWS, ROWS)
+        read = jax.shard_map(read, mesh=mesh, in_specs=specs, out_specs=SHARED, check_vma=False)
+    return read(params, tokens, length)
+
+
+def _begin(params: Any, tokens: jax.Array, length: jax.Array, *, graphdef: nnx.GraphDef, width: int) -> Progress:
     model = nnx.merge(graphdef, params)
     N, capacity = tokens.shape[1], min(model.config.block_size, tokens.shape[1])
     window, last = _window(tokens, length, width)
@@ -100,7 +126,7 @@ def begin(params: Any, tokens: jax.Array, length: jax.Array, *, graphdef: nnx.Gr
     )
 
 
-@partial(jax.jit, static_argnames=("graphdef", "use_top_k", "use_top_p"), donate_argnames=("progress",))
+@partial(jax.jit, static_argnames=("graphdef", "use_top_k", "use_top_p", "mesh"), donate_argnames=("progress",))
 def advance(
     params: Any,
     progress: Progress,
@@ -113,18 +139,42 @@ def advance(
     graphdef: nnx.GraphDef,
     use_top_k: bool,
     use_top_p: bool,
+    mesh: Mesh | None = None,
 ) -> Progress:
     """Write `count` more tokens (an int32 scalar, so that any count shares a compilation) on every row.
 
     The token at place t of row b is drawn with fold_in(fold_in(key, b), t): advancing in one go or in pieces, cached
-    or not, gives the same text.
+    or not, on one device or many, gives the same text.
     """
+    go_on = partial(_advance, graphdef=graphdef, use_top_k=use_top_k, use_top_p=use_top_p)
+    if mesh is not None:
+        specs = (PartitionSpec(), SHARED, ROWS, *(PartitionSpec(),) * 5)
+        go_on = jax.shard_map(go_on, mesh=mesh, in_specs=specs, out_specs=SHARED, check_vma=False)
+    numbers = jnp.arange(progress.tokens.shape[0])
+    return go_on(params, progress, numbers, key, count, temperature, top_k, top_p)
+
+
+def _advance(
+    params: Any,
+    progress: Progress,
+    numbers: jax.Array,
+    key: jax.Array,
+    count: jax.Array,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    use_top_k: bool,
+    use_top_p: bool,
+) -> Progress:
+    """Write on rows that have these numbers, int32 [b], in the whole batch."""
     model = nnx.merge(graphdef, params)
     rows = jnp.arange(progress.tokens.shape[0])
     width = min(model.config.block_size, progress.tokens.shape[1])
 
     def write(p: Progress) -> Progress:
-        keys = jax.vmap(lambda row, place: jax.random.fold_in(jax.random.fold_in(key, row), place))(rows, p.length)
+        keys = jax.vmap(lambda row, place: jax.random.fold_in(jax.random.fold_in(key, row), place))(numbers, p.length)
         filtered = _filter(p.logits / jnp.where(temperature > 0, temperature, 1), top_k, top_p, use_top_k, use_top_p)
         drawn = jax.vmap(jax.random.categorical)(keys, filtered)
         token = jnp.where(temperature > 0, drawn, jnp.argmax(p.logits, axis=-1)).astype(jnp.int32)

@@ -19,7 +19,9 @@ import pytest
 
 from chargpt_jax import devices, optimizer
 from chargpt_jax.assembly import Setup, updates
-from chargpt_jax.config import AmpConfig, UserError
+from chargpt_jax.config import AmpConfig, ModelConfig, UserError
+from chargpt_jax.generate import advance, begin
+from chargpt_jax.model import create
 from chargpt_jax.stages import prepare
 from chargpt_jax.workdir import Workdir
 
@@ -249,11 +251,38 @@ def test_what_devices_find_is_summed_and_of_the_rest_the_least_counts(found):
 
 
 @pytest.mark.slow
+def test_eight_devices_write_what_one_writes(found):
+    one, eight = found["written"]
+    assert (one["devices"], eight["devices"]) == (1, 8)
+    assert one["tokens"] == eight["tokens"]
+    np.testing.assert_allclose(one["surprisal"], eight["surprisal"], rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_part_of_a_batch_is_split_over_eight_devices_as_well(found):
     """Each device takes a row of each part: nothing is gathered, and nothing is computed twice."""
     assert found["eight, in two parts"]["collectives"] == ["all-reduce"]
     # The operations of a loop's body count once, so a part counts as half a batch.
     assert found["eight, in two parts"]["operations"] < 0.7 * found["eight"]["operations"]
+
+
+def written(n_devices: int) -> dict[str, Any]:
+    """Write on eight prompts of different lengths, inside the window and past it, on so many devices."""
+    shape = {"n_embd": 8, "n_head": 2, "n_head_dim": 4, "n_ff": 16, "n_layer": 2}
+    graphdef, params = create(ModelConfig(vocab_size=64, used_ids=30, block_size=12, **shape), 0)
+    tokens = np.random.default_rng(0).integers(1, 30, (8, 40)).astype(np.int32)
+    lengths, mesh = np.arange(3, 11, dtype=np.int32), data_mesh(8, jax.devices()[:n_devices])
+    tokens *= np.arange(40) < lengths[:, None]
+    params = jax.device_put(params, devices.replicated(mesh))
+    progress = begin(params, tokens, lengths, graphdef=graphdef, width=10, mesh=mesh)
+    how = (jax.random.key(3), np.int32(20), np.float32(1), np.int32(0), np.float32(1))
+    filters = {"use_top_k": False, "use_top_p": False}
+    done = advance(params, progress, *how, graphdef=graphdef, mesh=mesh, **filters)
+    return {
+        "tokens": np.asarray(done.tokens).tolist(),
+        "surprisal": np.nan_to_num(np.asarray(done.surprisal)).tolist(),
+        "devices": len(done.tokens.sharding.device_set),
+    }
 
 
 def summed() -> list[Any]:
@@ -265,4 +294,4 @@ def summed() -> list[Any]:
 
 if __name__ == "__main__":
     found_here = {name: trained(Path(sys.argv[1]), *case) for name, case in CASES.items()}
-    print(json.dumps({**found_here, "summed": summed()}))
+    print(json.dumps({**found_here, "summed": summed(), "written": [written(1), written(8)]}))
