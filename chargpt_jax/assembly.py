@@ -56,8 +56,17 @@ def updates(
 
 def compiled_updates(config: Config, graphdef: nnx.GraphDef, tx: optax.GradientTransformation, mesh: Mesh) -> Any:
     """Return `updates` under jit: the state's memory is reused, and every device ends with the whole state."""
-    parts: dict[str, Any] = {"config": config, "graphdef": graphdef, "tx": tx, "mesh": mesh}
-    return jax.jit(partial(updates, **parts), donate_argnums=0, out_shardings=devices.replicated(mesh))
+    update = partial(updates, config=config, graphdef=graphdef, tx=tx, mesh=mesh)
+    return _in_place(update, mesh, out_shardings=devices.replicated(mesh))
+
+
+def compiled_probe(config: Config, graphdef: nnx.GraphDef, mesh: Mesh) -> Any:
+    """Return `probe` under jit; the state's memory is reused."""
+    return _in_place(partial(probe, config=config, graphdef=graphdef, mesh=mesh), mesh)
+
+
+def _in_place(f: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
+    return jax.jit(f, donate_argnums=0, compiler_options=devices.compiler_options(mesh), **options)
 
 
 def probe(

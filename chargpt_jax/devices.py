@@ -1,6 +1,7 @@
 """One readable rule by platform: the dtype to compute in, the mesh, the compilation cache."""
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -152,6 +153,28 @@ def summed(f: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 def describe(mesh: Mesh) -> str:
     """Name the devices in use: '1 x cpu', '8 x TPU v5 lite'."""
     return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+
+
+IN_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """Return what XLA is told when it compiles an update for a mesh, in the terms of jax.jit's compiler_options.
+
+    CPU: to take the instructions in the order that needs least memory. Left alone it takes one by which several can run
+    at once, and devices that share the cores then wait for each other: up to 1.35 times as long an update.
+    """
+    return IN_ORDER if mesh.devices.flat[0].platform == "cpu" and _known() else None
+
+
+@functools.cache
+def _known() -> bool:
+    """Say whether this XLA knows IN_ORDER: an option that it does not know would end the program."""
+    try:
+        jax.jit(lambda: 0, compiler_options=IN_ORDER).lower().compile()
+    except RuntimeError:
+        return False
+    return True
 
 
 def use_compilation_cache(folder: Path) -> None:

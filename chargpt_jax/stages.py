@@ -9,17 +9,15 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from chargpt_jax import batches, devices, optimizer, plots
-from chargpt_jax.assembly import Setup, probe
+from chargpt_jax.assembly import Setup, compiled_probe
 from chargpt_jax.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.config import Config, UserError, differences, from_dict, validate
 from chargpt_jax.corpus import load_corpus
@@ -136,7 +134,7 @@ def find_lr(config: Config, workdir: str | Path, warn: Callable[[str], None] = p
 def _find_lr(folder: Workdir, warn: Callable[[str], None], lock: Lock, ending: Ending) -> Iterator[Event]:
     setup = Setup.of(folder)
     finder = setup.config.lr_finder
-    compiled = jax.jit(partial(probe, config=setup.config, graphdef=setup.graphdef, mesh=setup.mesh), donate_argnums=0)
+    compiled = compiled_probe(setup.config, setup.graphdef, setup.mesh)
 
     def start(zoom: int) -> TrainState:
         state = setup.fresh_state(optimizer.adamw(setup.config.optimizer, 0.0))

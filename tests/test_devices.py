@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -141,6 +142,20 @@ def test_a_cache_that_the_user_chose_is_left_alone(cache_setting, monkeypatch, t
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "chosen by environment"))
     devices.use_compilation_cache(tmp_path)
     assert getattr(jax.config, cache_setting) is None
+
+
+def test_only_a_cpu_is_told_an_order_and_only_one_that_its_xla_knows(monkeypatch):
+    mesh = SimpleNamespace(devices=np.array([jax.devices("cpu")[0]]))
+    told = devices.compiler_options(mesh)
+    assert told == devices.IN_ORDER
+    assert jax.jit(lambda x: x + 1, compiler_options=told)(1) == 2
+    assert devices.compiler_options(SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))) is None
+    monkeypatch.setattr(devices, "IN_ORDER", {"xla_cpu_an_option_of_the_future": False})
+    devices._known.cache_clear()
+    try:
+        assert devices.compiler_options(mesh) is None
+    finally:
+        devices._known.cache_clear()
 
 
 def test_a_cpu_divides_its_work_only_where_it_leaves_the_cache():

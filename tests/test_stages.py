@@ -383,7 +383,7 @@ def test_without_a_rate_the_range_test_finds_one_and_the_config_keeps_it(text, t
 
 
 def test_the_range_test_compiles_once(text, tmp_path, monkeypatch):
-    traces = traces_of(stages, "probe", monkeypatch)
+    traces = traces_of(assembly, "probe", monkeypatch)
     list(stages.find_lr(small_config(text), tmp_path, quiet))
     assert len(traces) == 1
 
