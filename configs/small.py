@@ -2,8 +2,8 @@
 
 python -m chargpt_jax.main --config=configs/small.py
 
-About 3 minutes an epoch on two shared CPU cores (Zen 4, with --config.optimizer.accumulation_steps=4): 2.60 nats per
-held-out character after two epochs, 2.14 after a schedule of ten. The 100 epochs have not been run to their end.
+About a minute an epoch on two shared CPU cores (Zen 4): 1.94 nats per held-out character after ten epochs of a schedule
+of 25, 1.73 at its end. The 100 epochs have not been run to their end.
 """
 
 from chargpt_jax.config import Config

@@ -54,4 +54,5 @@ def test_flags_and_fields_in_commands_exist():
 
 
 def test_no_number_is_left_open():
-    assert not re.findall(r"\b[A-Z]+_[A-Z]+\b", README.replace("LR_FINDER", ""))
+    names = {"LR_FINDER", "XLA_FLAGS"}  # not placeholders
+    assert set(re.findall(r"\b[A-Z]+_[A-Z]+\b", README)) <= names
