@@ -93,9 +93,13 @@ class Checkpoints:
             warn: told, once a step, which one cannot be used and why.
         """
         self.folder, self.keep_last, self.warn = folder.absolute(), keep_last, warn
-        self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
         self._warned: set[int] = set()
         self._sound: dict[int, bool] = {}
+
+    @functools.cached_property
+    def _orbax(self) -> ocp.Checkpointer:
+        # Made when it is needed: it starts JAX's devices, of which there are then as many as were asked for before.
+        return ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
     def steps(self) -> list[int]:
         """List the steps on disk, oldest first, whether they can be used or not."""
@@ -286,7 +290,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Let go of what reading and writing needed."""
-        self._orbax.close()
+        if "_orbax" in vars(self):
+            self._orbax.close()
 
     def _first(self, which: str | int, use: Callable[[int, dict[str, Any]], T]) -> tuple[int, dict[str, Any], T]:
         """Return the first step, in the order that is asked for, that passes and can be used, and what `use` gave."""

@@ -25,6 +25,7 @@ from chargpt_jax.generate import advance, begin
 from chargpt_jax.model import create
 from chargpt_jax.stages import prepare
 from chargpt_jax.workdir import Workdir
+from tests.corpus_text import write_words
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,28 @@ def test_a_cpu_counts_as_one_device_a_core_up_to_a_limit():
 )
 def test_a_number_of_devices_that_the_user_chose_is_left_alone(chosen):
     assert counted(**chosen) == 2
+
+
+TRAINING = """
+import os, sys
+os.sched_getaffinity = lambda _: range(4)
+from chargpt_jax import stages
+from chargpt_jax.events import TrainStarted
+from tests.corpus_text import small_config
+from pathlib import Path
+for event in stages.train(small_config(Path(sys.argv[1])), sys.argv[2]):
+    if isinstance(event, TrainStarted):
+        print(event.first_step, event.device)
+"""
+
+
+def test_a_training_takes_every_core_also_where_it_goes_on(tmp_path):
+    write_words(tmp_path / "text.txt")
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    for first_step in (0, 30):
+        command = [sys.executable, "-c", TRAINING, str(tmp_path / "text.txt"), str(tmp_path / "run")]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.stdout == f"{first_step} 4 x cpu\n", done.stderr
 
 
 def test_devices_that_have_started_are_left_alone():
