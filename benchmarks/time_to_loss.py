@@ -32,7 +32,18 @@ RECIPE = (
 )
 """As in nanoGPT's README, "I only have a macbook"."""
 
-OURS = ("--config.scheduler.max_steps=650", "--config.optimizer.learning_rate=4e-3", "--config.train.validate_every=9")
+OURS = (
+    "--config.scheduler.max_steps=1300",
+    "--config.scheduler.warmup_epochs=0.04",
+    "--config.scheduler.min_lr_factor=0.02",
+    "--config.data.batch_size=6",
+    "--config.optimizer.learning_rate=1.7e-3",
+    "--config.optimizer.weight_decay=0",
+    "--config.train.validate_every=9",
+)
+"""Half the batch, a higher rate, no decay; validated once, at the end. Ten recipes were looked at on the whole text,
+which pointed here, then eight on its first nine tenths (of which the last tenth judged), of which this was the best."""
+
 WINDOW, BATCH = 64, 64
 
 Logits = Callable[[np.ndarray], np.ndarray]

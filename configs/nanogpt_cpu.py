@@ -2,7 +2,7 @@
 
 python -m chargpt_jax.main --config=configs/nanogpt_cpu.py --config.data.source=tinyshakespeare.txt
 
-About 4 minutes on two shared CPU cores (Zen 4), ending at 1.67 nats per held-out character.
+About a minute and a half on two shared CPU cores (Zen 4), ending at 1.68 nats per held-out character.
 """
 
 from chargpt_jax.config import Config

@@ -101,7 +101,7 @@ def test_a_lock_from_before_a_reboot_or_with_a_pid_that_is_anothers_now_is_recla
     if without_kernel:
         monkeypatch.setattr(lock, "_lock", lambda file: None)
     left_over(folder, **changed)
-    take(folder)
+    assert take(folder)["pid"] == os.getpid()
 
 
 def test_on_a_disk_without_locks_the_process_itself_is_looked_for(folder, monkeypatch):
@@ -126,7 +126,7 @@ def test_a_lock_from_another_machine_counts_until_it_has_been_silent(folder):
 
 def test_a_container_that_came_back_under_another_name_is_not_stopped(folder):
     left_over(folder, host="the container before")
-    take(folder)
+    assert take(folder)["pid"] == os.getpid()
 
 
 def test_a_clock_that_went_backwards_frees_nobody_and_says_how(folder):
@@ -142,7 +142,7 @@ def test_a_clock_that_went_backwards_frees_nobody_and_says_how(folder):
 def test_a_damaged_lock_stops_nobody(folder, content):
     folder.mkdir(parents=True)
     (folder / lock.NAME).write_bytes(content)
-    take(folder)
+    assert take(folder)["pid"] == os.getpid()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")

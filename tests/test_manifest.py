@@ -38,8 +38,12 @@ def test_what_was_sealed_passes_and_every_file_is_listed(sealed):
 
 
 def test_a_copy_passes_too(sealed, tmp_path):
-    shutil.copytree(sealed, tmp_path / "copy é")
-    verify(tmp_path / "copy é")
+    copy = shutil.copytree(sealed, tmp_path / "copy é")
+    verify(copy)
+    flip(copy / "d.txt")
+    with pytest.raises(Damaged, match="d.txt has another sha256"):
+        verify(copy)
+    verify(sealed)  # a copy is looked at where it lies
 
 
 def test_every_bit_counts(sealed):

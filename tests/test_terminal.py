@@ -112,8 +112,13 @@ def test_what_libraries_log_or_warn_of_is_one_harmless_line(guarded):
 
 def test_a_guard_suits_streams_that_are_no_files(monkeypatch):
     factory, before = logging.getLogRecordFactory(), warnings.formatwarning
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    memory = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", memory)
     monkeypatch.setattr(sys, "stderr", None)
     guard()
+    assert logging.getLogRecordFactory() is not factory
     logging.setLogRecordFactory(factory)
     warnings.formatwarning = before
+    print("é")
+    assert memory.getvalue() == "é\n"
+    assert sys.stderr is None
