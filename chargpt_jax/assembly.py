@@ -89,8 +89,9 @@ def validation_nats(
 
 def _batch(state: TrainState, tokens: jax.Array, config: Config, mesh: Mesh) -> batches.Batch:
     batch = batches.batch_at(tokens, data_key(state.key), state.step, config.model.block_size, config.data)
-    # Made whole on every device: shared out from the start, its loops would wait for each other.
-    return devices.shared(mesh, jax.lax.with_sharding_constraint(batch, devices.replicated(mesh)))
+    # Whole on every device, which takes its rows from it: shared out from the start, its loops would wait for each
+    # other, and so would the count of its targets.
+    return jax.lax.with_sharding_constraint(batch, devices.replicated(mesh))
 
 
 _create_state = jax.jit(create_state, static_argnames=("tx", "seed", "dtype"))

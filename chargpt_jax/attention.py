@@ -67,6 +67,8 @@ def _backward(how: Dropout, block: int, saved: Any, g: jax.Array) -> tuple[jax.A
     return *by_parts(partial(_gradients, how=how, block=block), _score_bytes(q, block), arrays), None
 
 
+# A jit of its own, as for the gradients: what a training step traces several times over is then traced once.
+@partial(jax.jit, static_argnames=("how", "block"))
 def _outputs(
     q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None, *, how: Dropout, block: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -85,6 +87,7 @@ def _outputs(
     return jnp.concatenate(outs, axis=2), jnp.concatenate(logs, axis=2)
 
 
+@partial(jax.jit, static_argnames=("how", "block"))
 def _gradients(
     q: jax.Array,
     k: jax.Array,
