@@ -156,6 +156,7 @@ def describe(mesh: Mesh) -> str:
 
 
 IN_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+"""The compiler option by which a CPU takes a program's instructions in the order that needs least memory."""
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -199,14 +200,14 @@ def _train(
     config, epoch_steps = setup.config, setup.epoch_steps
     assert config.optimizer.learning_rate is not None
     schedule = optimizer.warmup_cosine(config.scheduler, config.optimizer.learning_rate, epoch_steps)
-    tx = optimizer.adamw(config.optimizer, schedule)
+    tx, rate_at = optimizer.adamw(config.optimizer, schedule), jax.jit(schedule)
     total = optimizer.total_steps(config.scheduler, epoch_steps)
     every = max(1, round(config.train.validate_every * epoch_steps))
     state = _resumed(setup, store, setup.fresh_state(tx))
     step = int(state.step)
     log = Log(folder, step, warn)
     validations = [line for line in log.lines if line["event"] == "validation"]
-    seconds = max((line["seconds"] for line in validations), default=0.0)
+    seconds = max((line.get("seconds", 0.0) for line in log.lines), default=0.0)
     best = min((line["loss"] for line in validations), default=math.inf)
     yield TrainStarted(
         parameters=count_parameters(setup.params),
@@ -261,15 +262,16 @@ def _train(
         # Awaited at once: with several CPU devices two dispatches in flight can deadlock.
         losses, norms = (np.asarray(history[name])[:count] for name in ("loss", "grad_norm"))
         pace.took(time.perf_counter() - began, count)
-        seconds += time.perf_counter() - began
+        times = np.linspace(seconds, seconds + time.perf_counter() - began, count + 1)[1:]
+        seconds = float(times[-1])
         _check_finite(losses, norms, step, store, scaled=state.loss_scale is not None)
-        log.add(_lines(losses, norms, schedule, step, config.train.log_every))
+        log.add(_lines(losses, norms, times, rate_at, step, config.train.log_every))
         step += count
         yield Steps(
             step=step,
             epoch=step / epoch_steps,
             loss=float(losses[-1]),
-            learning_rate=float(schedule(step - 1)),
+            learning_rate=float(rate_at(step - 1)),
             grad_norm=float(norms[-1]),
             tokens_per_second=config.data.batch_size * config.model.block_size / pace.seconds_per_step,
             seconds=seconds,
@@ -352,16 +354,20 @@ def _check_finite(losses: np.ndarray, norms: np.ndarray, step: int, store: Check
 
 
 def _lines(
-    losses: np.ndarray, norms: np.ndarray, schedule: optax.Schedule, step: int, every: int
+    losses: np.ndarray, norms: np.ndarray, times: np.ndarray, rate_at: optax.Schedule, step: int, every: int
 ) -> list[dict[str, Any]]:
-    """Make the lines of metrics.jsonl for the updates after `step` whose number is a multiple of `every`."""
+    """Make the lines of metrics.jsonl for the updates after `step` whose number is a multiple of `every`.
+
+    `times` are seconds of training at the end of each update, those of one dispatch at equal distances.
+    """
     return [
         {
             "event": "step",
             "step": step + i + 1,
             "loss": float(losses[i]),
-            "learning_rate": float(schedule(step + i)),
+            "learning_rate": float(rate_at(step + i)),
             "grad_norm": float(norms[i]),
+            "seconds": float(times[i]),
         }
         for i in range(len(losses))
         if (step + i + 1) % every == 0

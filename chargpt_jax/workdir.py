@@ -316,7 +316,7 @@ def _metrics_line(data: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(line, dict) or not isinstance(line.get("event"), str) or type(line.get("step")) is not int:
         return None
-    numbers: list[Any] = [line.get(name) for name in NUMBERS.get(line["event"], ())]
+    numbers: list[Any] = [line.get("seconds", 0), *(line.get(name) for name in NUMBERS.get(line["event"], ()))]
     known = all(type(number) in (int, float) and abs(number) < MOST_NUMBER for number in numbers)
     return line if known and 0 <= line["step"] < MOST_STEPS else None
 

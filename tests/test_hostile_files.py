@@ -260,6 +260,8 @@ GARBAGE = [
     b'{"event": "step", "step": 3.5, "loss": 1}',
     b'{"event": "step", "step": 1' + b"0" * 400 + b', "loss": 1}',
     b'{"event": "step", "step": 3, "loss": NaN}',
+    b'{"event": "step", "step": 3, "loss": 1, "seconds": "long"}',
+    b'{"event": "step", "step": 3, "loss": 1, "seconds": NaN}',
     b'{"event": "step", "step": 3, "loss": Infinity}',
     b'{"event": "step", "step": 3, "loss": 1e40}',
     b'{"event": "step", "step": 3, "loss": 1' + b"0" * 400 + b"}",

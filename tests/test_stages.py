@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -164,6 +165,21 @@ def test_a_signal_saves_between_validations_and_the_run_goes_on_from_there(whole
     list(stages.train(config, tmp_path, quiet))
     assert same_bits(final(tmp_path), final(whole[0]))
     assert logged(tmp_path) == logged(whole[0])
+
+
+def test_the_seconds_of_a_run_go_on_where_it_was_cut(text, tmp_path):
+    config = small_config(text)
+    config.train.steps_per_dispatch, config.train.log_every = 1, 1
+    stop = lambda: signal.SIGTERM if isinstance(events[-1], Steps) and events[-1].step == 5 else None  # noqa: E731
+    events: list[object] = []
+    for event in stages.train(config, tmp_path, quiet, stop):
+        events.append(event)
+    before = Workdir(tmp_path).load_metrics()
+    assert before[-1]["event"] == "step"  # cut after the last validation
+    list(stages.train(config, tmp_path, quiet))
+    seconds = [line["seconds"] for line in Workdir(tmp_path).load_metrics()]
+    assert all(later > earlier for earlier, later in itertools.pairwise(seconds))
+    assert events[-1].seconds == before[-1]["seconds"] == seconds[len(before) - 1]
 
 
 @pytest.mark.parametrize("at", [3, 15, 30])
