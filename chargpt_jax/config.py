@@ -346,6 +346,11 @@ def from_dict(saved: dict[str, Any]) -> Config:
         raise UserError(f"A config is an object of sections, but this is a {type(saved).__name__}.")
     for name, value in saved.items():
         if not isinstance(value, dict):
+            if dataclasses.is_dataclass(getattr(config, name, None)):
+                raise UserError(
+                    f"{name} is {shown(value)}, but it must be a section of the config, an object of fields: "
+                    "correct it, or leave it out for the defaults."
+                )
             _set(config, name, name, value)
             continue
         if not value and not hasattr(config, name):

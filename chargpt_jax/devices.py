@@ -183,5 +183,5 @@ def use_compilation_cache(folder: Path) -> None:
     if os.environ.get("JAX_COMPILATION_CACHE_DIR") or getattr(jax.config, "jax_compilation_cache_dir", None):
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # The small ones too: a start has some twenty of them, each quicker read than compiled.
+    # The small ones too: each is quicker read than compiled.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
