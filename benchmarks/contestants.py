@@ -66,36 +66,29 @@ def corpus(config: Config) -> np.ndarray:
 
 
 class Ours:
-    """This package, through the function that its training dispatches."""
+    """This package, through the functions that its training calls."""
 
     def __init__(self, config: Config, variant: str, folder: Path | None) -> None:
         from chargpt_jax import devices
 
         devices.use_every_core()
-        import jax.numpy as jnp
-
-        self.config, self.dtype = config, jnp.bfloat16 if variant == "bfloat16" else jnp.float32
+        self.config = config
+        config.amp.enabled, config.amp.dtype = True, variant or "float32"
 
     def trainer(self) -> Update:
         """Compile the update and return it; each call is one dispatch of a single update."""
-        import jax
-
-        from chargpt_jax import devices, optimizer
-        from chargpt_jax.assembly import compiled_updates, fresh_state
-        from chargpt_jax.model import create
+        from chargpt_jax import optimizer
+        from chargpt_jax.assembly import Setup
 
         config = self.config
-        assert config.optimizer.learning_rate is not None
-        graphdef, params = create(config.model, 0, self.dtype)
-        mesh = devices.data_mesh(config.data.batch_size)
         tx = optimizer.adamw(config.optimizer, optimizer.warmup_cosine(config.scheduler, 1e-3, 100))
-        state = fresh_state(params, tx, 0, self.dtype, mesh)
-        tokens = jax.device_put(corpus(config), devices.replicated(mesh))
-        dispatch = compiled_updates(config, graphdef, tx, mesh).lower(state, tokens, np.int32(1)).compile()
+        setup = Setup.on(config, corpus(config), vocabulary=())
+        state, lowered = setup.begin(tx)
+        dispatch = lowered.compile()
 
         def update() -> int:
             nonlocal state
-            state, history = dispatch(state, tokens, np.int32(1))
+            state, history = dispatch(state, setup.on_device, np.int32(1))
             np.asarray(history["loss"])
             return 1
 
@@ -109,7 +102,7 @@ class Ours:
         from chargpt_jax.generate import advance, begin
         from chargpt_jax.model import create
 
-        graphdef, params = create(self.config.model, 0, self.dtype)
+        graphdef, params = create(self.config.model, 0, devices.compute_dtype(self.config.amp))
         mesh = devices.data_mesh(batch)
         params = jax.device_put(params, devices.replicated(mesh))
         tokens = np.zeros((batch, prompt + count), np.int32)

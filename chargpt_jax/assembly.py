@@ -7,6 +7,7 @@ one probe of the range test, one validation batch.
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 
 from chargpt_jax import batches, devices, optimizer
 from chargpt_jax.config import Config
-from chargpt_jax.model import create
+from chargpt_jax.model import plan
 from chargpt_jax.pace import MOST_STEPS
 from chargpt_jax.step import TrainState, create_state, data_key, eval_step, train_step, validation_key
 from chargpt_jax.workdir import Workdir
@@ -112,8 +113,10 @@ class Setup:
     n_train: int
     vocabulary: tuple[str, ...]
     graphdef: nnx.GraphDef
-    params: dict[str, Any]
-    """As initialised."""
+    shapes: dict[str, Any]
+    """The parameters' shapes."""
+    draw: Callable[[], dict[str, Any]]
+    """Draws the initial parameters, on one device; nothing keeps them."""
     dtype: Any
     mesh: Mesh
     on_device: jax.Array
@@ -122,16 +125,18 @@ class Setup:
     @classmethod
     def of(cls, workdir: Workdir) -> "Setup":
         """Read a prepared workdir and build its model."""
+        return cls.on(workdir.load_config(), workdir.load_tokens(), workdir.load_tokenizer().vocabulary)
+
+    @classmethod
+    def on(cls, config: Config, tokens: np.ndarray, vocabulary: tuple[str, ...]) -> "Setup":
+        """Build a config's model for a corpus, int32 [N]."""
         devices.use_every_core()
-        config, tokens = workdir.load_config(), workdir.load_tokens()
         dtype = devices.compute_dtype(config.amp)
         mesh = devices.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps)
-        graphdef, params = create(config.model, config.seed, dtype)
-        everywhere = devices.replicated(mesh)
         train, _ = batches.split(tokens, config.data.train_split, config.model.block_size)
-        vocabulary = workdir.load_tokenizer().vocabulary
-        params, on_device = jax.device_put((params, jnp.asarray(train)), everywhere)
-        return cls(config, tokens, len(train), vocabulary, graphdef, params, dtype, mesh, on_device)
+        on_device = jax.device_put(np.asarray(train), devices.replicated(mesh))
+        graphdef, shapes, draw = plan(config.model, config.seed, dtype)
+        return cls(config, tokens, len(train), vocabulary, graphdef, shapes, draw, dtype, mesh, on_device)
 
     @property
     def epoch_steps(self) -> int:
@@ -140,7 +145,19 @@ class Setup:
 
     def fresh_state(self, tx: optax.GradientTransformation) -> TrainState:
         """Return the state before the first update."""
-        return fresh_state(self.params, tx, self.config.seed, self.dtype, self.mesh)
+        return fresh_state(self.draw(), tx, self.config.seed, self.dtype, self.mesh)
+
+    def begin(self, tx: optax.GradientTransformation) -> tuple[TrainState, Any]:
+        """Return the state before the first update, and `updates` traced and lowered, to be compiled.
+
+        The one is compiled and drawn while the other is traced, for tracing keeps one core busy.
+        """
+        with ThreadPoolExecutor(1) as thread:
+            fresh = thread.submit(self.fresh_state, tx)
+            state = jax.eval_shape(partial(create_state, tx=tx, seed=self.config.seed, dtype=self.dtype), self.shapes)
+            state = devices.lying(devices.replicated(self.mesh), state)
+            lowered = self.updater(tx).lower(state, self.on_device, np.int32(1))
+            return fresh.result(), lowered
 
     def updater(self, tx: optax.GradientTransformation) -> Any:
         """Return `updates` under jit; it takes (state, tokens, count) and reuses the state's memory."""

@@ -32,9 +32,15 @@ SAVED = "attention"
 """The name under which y and l are known to a rematerialisation policy: they are dear to make again."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None, how: Dropout, block: int
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seeds: jax.Array | None,
+    how: Dropout,
+    block: int,
+    platform: str | None = None,
 ) -> jax.Array:
     """Attend to the past.
 
@@ -43,28 +49,35 @@ def causal_attention(
         seeds: uint32 [B, 2] for dropout on the attention weights, or None.
         how: dropout's rate and the source of its masks.
         block: how many queries' scores are held at once.
+        platform: that the program is made for, 'cpu' or another; None: JAX's default.
 
     Returns:
         [B, H, T, D], of the inputs' dtype.
     """
-    return _forward(q, k, v, seeds, how, block)[0]
+    return _forward(q, k, v, seeds, how, block, platform)[0]
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None, how: Dropout, block: int
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seeds: jax.Array | None,
+    how: Dropout,
+    block: int,
+    platform: str | None,
 ) -> tuple[jax.Array, Any]:
-    own = _of_heads(seeds, q.shape)
-    out, log = by_parts(partial(_outputs, how=how, block=block), _score_bytes(q, block), (q, k, v, own))
+    arrays = (q, k, v, _of_heads(seeds, q.shape))
+    out, log = by_parts(partial(_outputs, how=how, block=block), _score_bytes(q, block), arrays, platform)
     out, log = checkpoint_name(out, SAVED), checkpoint_name(log, SAVED)
     return out, (q, k, v, seeds, out, log)
 
 
-def _backward(how: Dropout, block: int, saved: Any, g: jax.Array) -> tuple[jax.Array | None, ...]:
+def _backward(how: Dropout, block: int, platform: str | None, saved: Any, g: jax.Array) -> tuple[jax.Array | None, ...]:
     q, k, v, seeds, out, log = saved
     own = _of_heads(seeds, q.shape)
     dot = jnp.sum(g.astype(log.dtype) * out.astype(log.dtype), axis=-1, keepdims=True)
     arrays = (q, k, v, own, dot, log, g)
-    return *by_parts(partial(_gradients, how=how, block=block), _score_bytes(q, block), arrays), None
+    return *by_parts(partial(_gradients, how=how, block=block), _score_bytes(q, block), arrays, platform), None
 
 
 # A jit of its own, as for the gradients: what a training step traces several times over is then traced once.

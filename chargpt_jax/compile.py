@@ -87,7 +87,7 @@ def programs(config: Config, on: Sequence[Any]) -> Iterator[Program]:
     if not config.model.vocab_size:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=128, used_ids=97))
     dtype = devices.compute_dtype(config.amp, on[0])
-    graphdef, params = jax.eval_shape(partial(create, config.model, config.seed, dtype))
+    graphdef, params = jax.eval_shape(partial(create, config.model, config.seed, dtype, on[0].platform))
     yield from _training(config, on, dtype, graphdef, params)
     yield from _writing(config, on[0], graphdef, params)
 
@@ -97,11 +97,11 @@ def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, para
     everywhere, used = devices.replicated(mesh), devices.describe(mesh)
     # Neither the rate nor the length of an epoch, which a run finds out, changes the program's shape.
     tx = optimizer.adamw(config.optimizer, optimizer.warmup_cosine(config.scheduler, peak=1e-3, epoch_steps=100))
-    state = _on(everywhere, jax.eval_shape(lambda p: create_state(p, tx, config.seed, dtype), params))
+    state = devices.lying(everywhere, jax.eval_shape(lambda p: create_state(p, tx, config.seed, dtype), params))
     yield Program(
         "training",
         compiled_updates(config, graphdef, tx, mesh),
-        (state, _on(everywhere, _ints(N_TRAIN)), _ints()),
+        (state, devices.lying(everywhere, _ints(N_TRAIN)), _ints()),
         {},
         used,
     )
@@ -113,21 +113,16 @@ def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, para
 def _writing(config: Config, device: Any, graphdef: Any, params: Any) -> Iterator[Program]:
     """Give the two programs that go on from the config's sample prompts."""
     here, how, used = SingleDeviceSharding(device), config.sample, f"1 x {device.device_kind}"
-    params, rows, longest = _on(here, params), len(how.prompts), max(map(len, how.prompts))
+    params, rows, longest = devices.lying(here, params), len(how.prompts), max(map(len, how.prompts))
     length = bucket(longest + how.max_new_tokens)
     width = min(config.model.block_size, bucket(longest), length)
     prompts = (params, _ints(rows, length), _ints(rows))
     yield Program("prefill", begin, prompts, {"graphdef": graphdef, "width": width}, used)
-    progress = _on(here, jax.eval_shape(partial(begin, graphdef=graphdef, width=width), *prompts))
+    progress = devices.lying(here, jax.eval_shape(partial(begin, graphdef=graphdef, width=width), *prompts))
     top_p = temperature = jax.ShapeDtypeStruct((), jnp.float32)
     args = (params, progress, jax.eval_shape(jax.random.key, 0), _ints(), temperature, _ints(), top_p)
     filters = {"use_top_k": how.top_k is not None, "use_top_p": how.top_p is not None}
     yield Program("decoding", advance, args, {"graphdef": graphdef, **filters}, used)
-
-
-def _on(sharding: Any, tree: Any) -> Any:
-    """Say where every array of a tree of shapes lies."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

@@ -74,7 +74,7 @@ def compute_dtype(amp: AmpConfig, device: Any = None) -> Any:
     return jnp.float32
 
 
-def by_parts(f: Callable[..., Any], row_bytes: int, arrays: Any) -> Any:
+def by_parts(f: Callable[..., Any], row_bytes: int, arrays: Any, platform: str | None = None) -> Any:
     """Call f on arrays [B, H, ...], whose B x H rows do not concern each other.
 
     CPU: where f's temporaries would leave the cache, on some rows after the others, as arrays [rows, 1, ...]. TPU,
@@ -84,19 +84,17 @@ def by_parts(f: Callable[..., Any], row_bytes: int, arrays: Any) -> Any:
         f: from arrays [B, H, ...] to a tuple of arrays [B, H, ...].
         row_bytes: what one row takes in the largest of f's temporaries.
         arrays: a tuple of arrays, or None.
+        platform: that the program is made for, 'cpu' or another; None: JAX's default. Said by the caller, since
+            jax.lax.platform_dependent would trace both ways, a quarter of the tracing of a training step.
     """
     B, H = arrays[0].shape[:2]
-    parts = parts_of(B * H, row_bytes)
+    parts = parts_of(B * H, row_bytes) if (platform or jax.default_backend()) == "cpu" else 1
     if parts == 1:
         return f(*arrays)
-
-    def one_by_one(*arrays: Any) -> Any:
-        # Every parts-th row makes a part, so that each device of a mesh holds a share of every part.
-        split = jax.tree.map(lambda x: x.reshape(-1, parts, 1, *x.shape[2:]).swapaxes(0, 1), arrays)
-        done = jax.lax.map(lambda part: f(*part), split)
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, H, *x.shape[3:]), done)
-
-    return jax.lax.platform_dependent(*arrays, cpu=one_by_one, default=f)
+    # Every parts-th row makes a part, so that each device of a mesh holds a share of every part.
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, 1, *x.shape[2:]).swapaxes(0, 1), arrays)
+    done = jax.lax.map(lambda part: f(*part), split)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, H, *x.shape[3:]), done)
 
 
 def parts_of(rows: int, row_bytes: int) -> int:
@@ -121,6 +119,11 @@ def data_mesh(batch_size: int, devices: list[Any] | None = None, tell: bool = Tr
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of what every device holds whole: parameters and the corpus."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def lying(sharding: Any, tree: Any) -> Any:
+    """Return the shapes of a tree of arrays or shapes, said to lie as a sharding has it: what can be compiled for."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def shared(mesh: Mesh, batch: Any) -> Any:

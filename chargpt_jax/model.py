@@ -9,6 +9,7 @@ V vocabulary, L layers.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -140,9 +141,10 @@ class Block(nnx.Module):
 class GPT(nnx.Module):
     """The decoder. Its blocks are one block with a leading axis of L on every parameter, run by `lax.scan`."""
 
-    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, platform: str | None = None, rngs: nnx.Rngs):
         self.config = config = dataclasses.replace(config)  # a copy: what is compiled must not change under its feet
         self.dtype = dtype
+        self.platform = platform
 
         @nnx.split_rngs(splits=config.n_layer)
         @nnx.vmap
@@ -232,7 +234,7 @@ class GPT(nnx.Module):
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
         how = Dropout(self.config.dropout, self.config.dropout_bits)
-        return causal_attention(q, k, v, seeds, how, self.config.attention_block)
+        return causal_attention(q, k, v, seeds, how, self.config.attention_block, self.platform)
 
     def _scan(self, layer: Callable[..., Any], carry: Any, remat: bool = False) -> tuple[Any, Any]:
         """Run layer(block, carry, number) -> (carry, kept) through the stack of blocks."""
@@ -251,25 +253,54 @@ class GPT(nnx.Module):
         return jax.lax.scan(body, carry, (stacked, jnp.arange(self.config.n_layer)))
 
 
-def create(config: ModelConfig, seed: int, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, dict[str, Any]]:
+def create(
+    config: ModelConfig, seed: int, dtype: Any = jnp.float32, platform: str | None = None
+) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Build a model and take it apart.
 
     Args:
         config: with vocab_size and used_ids set.
         seed: of the initial parameters.
         dtype: of the matrix products.
+        platform: that the model is to run on, which divides its work accordingly; None: JAX's default.
 
     Returns:
         What `nnx.merge(graphdef, params)` puts together again: the static description, and the parameters as nested
         dicts of float32 arrays.
     """
+    return _built(config, dtype, platform)(jax.random.key(seed))
+
+
+def plan(
+    config: ModelConfig, seed: int, dtype: Any = jnp.float32, platform: str | None = None
+) -> tuple[nnx.GraphDef, dict[str, Any], Callable[[], dict[str, Any]]]:
+    """Build a model, but leave the drawing of its parameters, and the compilation of that, for later.
+
+    Args:
+        config, seed, dtype, platform: as for `create`.
+
+    Returns:
+        The static description, the parameters' shapes, and the function that draws them.
+    """
+    key = jax.random.key(seed)
+    lowered = _built(config, dtype, platform).lower(key)
+    graphdef, shapes = lowered.out_info
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
+    compiled = functools.cache(lowered.compile)
+    return graphdef, shapes, lambda: compiled()(key)[1]
+
+
+def _built(config: ModelConfig, dtype: Any, platform: str | None) -> Any:
+    """Return, under jit, the function from a key to what `create` returns.
+
+    One program that the compilation cache keeps, where drawing array by array would compile dozens at every start.
+    """
 
     def init(key: jax.Array) -> tuple[nnx.GraphDef, dict[str, Any]]:
-        graphdef, state = nnx.split(GPT(config, dtype=dtype, rngs=nnx.Rngs(params=key)))
+        graphdef, state = nnx.split(GPT(config, dtype=dtype, platform=platform, rngs=nnx.Rngs(params=key)))
         return graphdef, nnx.to_pure_dict(state)
 
-    # One program that the compilation cache keeps, where drawing array by array would compile dozens at every start.
-    return jax.jit(init)(jax.random.key(seed))
+    return jax.jit(init)
 
 
 def count_parameters(params: Any) -> int:

@@ -136,9 +136,10 @@ def _find_lr(folder: Workdir, warn: Callable[[str], None], lock: Lock, ending: E
     setup = Setup.of(folder)
     finder = setup.config.lr_finder
     compiled = compiled_probe(setup.config, setup.graphdef, setup.mesh)
+    tx = optimizer.adamw(setup.config.optimizer, 0.0)
 
     def start(zoom: int) -> TrainState:
-        state = setup.fresh_state(optimizer.adamw(setup.config.optimizer, 0.0))
+        state = setup.fresh_state(tx)
         return dataclasses.replace(state, step=state.step + zoom * finder.steps_per_zoom)
 
     loss_of = trainer_loss(start, lambda state, rate: compiled(state, setup.on_device, np.float32(rate)))
@@ -203,14 +204,17 @@ def _train(
     tx, rate_at = optimizer.adamw(config.optimizer, schedule), jax.jit(schedule)
     total = optimizer.total_steps(config.scheduler, epoch_steps)
     every = max(1, round(config.train.validate_every * epoch_steps))
-    state = _resumed(setup, store, setup.fresh_state(tx))
+    began = time.perf_counter()
+    state, lowered = setup.begin(tx)
+    tracing = time.perf_counter() - began
+    state = _resumed(setup, store, state)
     step = int(state.step)
     log = Log(folder, step, warn)
     validations = [line for line in log.lines if line["event"] == "validation"]
     seconds = max((line.get("seconds", 0.0) for line in log.lines), default=0.0)
     best = min((line["loss"] for line in validations), default=math.inf)
     yield TrainStarted(
-        parameters=count_parameters(setup.params),
+        parameters=count_parameters(setup.shapes),
         first_step=step,
         total_steps=total,
         epoch_steps=epoch_steps,
@@ -225,8 +229,8 @@ def _train(
         yield Ended(step, seconds, best, ending.signal, ending.out_of_time)
         return
     began = time.perf_counter()
-    dispatch = setup.updater(tx).lower(state, setup.on_device, np.int32(1)).compile()
-    compiled = Compiled(time.perf_counter() - began, training_flops(config.model, config.data.batch_size))
+    dispatch = lowered.compile()
+    compiled = Compiled(tracing + time.perf_counter() - began, training_flops(config.model, config.data.batch_size))
     yield compiled
     validate_now, pace = setup.validator(), Pace(config)
     # Nothing cuts the compilation of the first validation short; it takes no longer than that of the updates.

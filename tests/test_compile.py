@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
+from flax import nnx
 from jax import export
 
 from chargpt_jax import compile as ahead
@@ -71,7 +73,13 @@ def test_what_is_compiled_has_the_shapes_of_a_real_run(tmp_path):
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)  # noqa: E731
     assert shapes(training.args[0]) == shapes(setup.fresh_state(tx))
     assert training.args[1].sharding == setup.on_device.sharding
-    assert shapes(validation.args[0]) == shapes(setup.params)
+    assert shapes(validation.args[0]) == shapes(setup.fresh_state(tx).params)
+
+
+def test_the_model_is_made_for_the_devices_that_it_is_compiled_for(monkeypatch):
+    monkeypatch.setattr(ahead, "_training", lambda config, on, dtype, *model: iter([nnx.merge(*model)]))
+    programs = ahead.programs(small_config(Path("none.txt")), [SimpleNamespace(platform="tpu")])
+    assert next(programs).platform == "tpu"
 
 
 def test_a_vocabulary_that_is_not_known_yet_has_a_stand_in():

@@ -205,7 +205,8 @@ def trained(workdir: Path, n_devices: int, parts: int) -> dict[str, Any]:
     devices.compute_dtype = lambda amp: jnp.float64
     devices.data_mesh = partial(data_mesh, devices=jax.devices()[:n_devices])
     setup = Setup.of(Workdir(workdir))
-    setup = replace(setup, params=jax.tree.map(lambda x: x.astype(jnp.float64), setup.params))
+    params = setup.draw()
+    setup = replace(setup, draw=lambda: jax.tree.map(lambda x: x.astype(jnp.float64), params))
     config = replace(setup.config, optimizer=replace(setup.config.optimizer, accumulation_steps=parts))
     tx = optimizer.adamw(config.optimizer, 1e-2)
     step = partial(updates, config=config, graphdef=setup.graphdef, tx=tx, mesh=setup.mesh)

@@ -14,7 +14,7 @@ from chargpt_jax.config import ModelConfig
 from chargpt_jax.devices import BFLOAT16_ON_CPU
 from chargpt_jax.dropout import Dropout, seeds_for
 from chargpt_jax.metrics import surprisal_and_entropy
-from chargpt_jax.model import MASKED, count_parameters, create, rotary, rotate
+from chargpt_jax.model import MASKED, count_parameters, create, plan, rotary, rotate
 from chargpt_jax.step import nats
 from tests import reference
 from tests.pairing import from_reference, x64
@@ -37,6 +37,14 @@ def made():
 @pytest.fixture(scope="module")
 def tokens():
     return jnp.asarray(np.random.default_rng(1).integers(1, CONFIG.used_ids, (2, CONFIG.block_size)), jnp.int32)
+
+
+def test_a_planned_model_is_the_one_that_is_created_at_once(made):
+    graphdef, shapes, draw = plan(CONFIG, 0)
+    params = draw()
+    assert graphdef == made[0]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    jax.tree.map(np.testing.assert_array_equal, params, made[1])
 
 
 def test_no_gradient_reaches_later_tokens(made, tokens):

@@ -369,7 +369,7 @@ def test_the_ancestors_ways_can_be_switched_on(text, tmp_path):
     assert rates[steps:] == pytest.approx([1e-2] * 2 * steps)
 
     setup = stages.Setup.of(Workdir(tmp_path))
-    params = jax.tree.map(np.asarray, setup.params)
+    params = jax.tree.map(np.asarray, setup.draw())
     crops, windows = setup.validator(), setup.validator(whole=True)
     assert crops(params, 1) == crops(params, 1) != crops(params, 2)
     assert windows(params, 1) == windows(params, 2)
@@ -396,6 +396,17 @@ def test_without_a_rate_the_range_test_finds_one_and_the_config_keeps_it(text, t
     assert max(firsts) - min(firsts) < 0.2
     again = list(stages.train(config, tmp_path, quiet))
     assert not [event for event in again if isinstance(event, LRFinderStep)]
+
+
+def test_a_failure_in_drawing_while_the_updates_are_traced_is_told(text, tmp_path):
+    list(stages.prepare(small_config(text), tmp_path, quiet))
+
+    def draw():
+        raise MemoryError
+
+    setup = dataclasses.replace(stages.Setup.of(Workdir(tmp_path)), draw=draw)
+    with pytest.raises(MemoryError):
+        setup.begin(stages.optimizer.adamw(setup.config.optimizer, 1e-3))
 
 
 def test_the_range_test_compiles_once(text, tmp_path, monkeypatch):
