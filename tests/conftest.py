@@ -13,7 +13,7 @@ os.environ["CHARGPT_CACHE"] = os.path.join(FOLDER, "downloads")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(FOLDER, "programs")
 # One device, whichever test comes first and however many cores there are; those that want more say so.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
