@@ -99,13 +99,13 @@ class Ours:
         import jax
 
         from chargpt_jax import devices
-        from chargpt_jax.generate import advance, begin
+        from chargpt_jax.generate import advance, begin, bucket
         from chargpt_jax.model import create
 
         graphdef, params = create(self.config.model, 0, devices.compute_dtype(self.config.amp))
         mesh = devices.data_mesh(batch)
         params = jax.device_put(params, devices.replicated(mesh))
-        tokens = np.zeros((batch, prompt + count), np.int32)
+        tokens = np.zeros((batch, bucket(prompt + count)), np.int32)  # as Model.generate makes room
         tokens[:, :prompt] = corpus(self.config)[:prompt]
         width = min(prompt, self.config.model.block_size)
 

@@ -4,11 +4,14 @@ twice, however often a test starts a run afresh. Set before JAX is imported, so 
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 
 import pytest
 
-FOLDER = tempfile.mkdtemp(prefix="chargpt-tests-")
+FIRST = "CHARGPT_TESTS" not in os.environ
+"""Whether this is the session's first process; where tests run side by side, the others share its caches."""
+
+FOLDER = tempfile.mkdtemp(prefix="chargpt-tests-") if FIRST else os.environ["CHARGPT_TESTS"]
+os.environ["CHARGPT_TESTS"] = FOLDER
 os.environ["CHARGPT_CACHE"] = os.path.join(FOLDER, "downloads")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(FOLDER, "programs")
 # One device, whichever test comes first and however many cores there are; those that want more say so.
@@ -17,8 +20,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_caches() -> Iterator[None]:
+def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the caches when the session is over."""
-    yield
-    shutil.rmtree(FOLDER, ignore_errors=True)
+    if FIRST:
+        shutil.rmtree(FOLDER, ignore_errors=True)
