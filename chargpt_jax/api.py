@@ -407,6 +407,8 @@ def info(workdir: str | Path) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "not known"
     if isinstance(value, float):
         return f"{value:,.4g}"
     return (

@@ -264,7 +264,8 @@ def _import(values: FlagValues, _: Config | None) -> int:
 
 def _info(values: FlagValues, _: Config | None) -> int:
     facts = _api().info(values.workdir)
-    print(as_json(facts) if values.json else "\n".join(one_line(f"{name}: {value}") for name, value in facts.items()))
+    lines = [one_line(f"{name}: {'not known' if value is None else value}") for name, value in facts.items()]
+    print(as_json(facts) if values.json else "\n".join(lines))
     return 0
 
 

@@ -39,6 +39,7 @@ def test_a_run_leaves_what_the_readme_promises(workdir):
     assert not [name for name in names if name.endswith(".partial")]
     report = (workdir / "report.html").read_text(encoding="utf-8")
     assert report.count("<svg") >= 2
+    assert "<dt>mfu</dt><dd>not known</dd>" in report
 
 
 def test_the_functions_of_the_package_stay_functions():

@@ -310,6 +310,7 @@ def test_titles_and_devices_that_steer_a_terminal_do_not(asked: Asked, copy: Pat
     code, out, _ = asked("--mode=info", workdir=copy)
     assert code == 0
     assert all(line.isprintable() for line in out.splitlines())
+    assert "mfu: not known" in out.splitlines()
 
 
 @pytest.mark.slow
