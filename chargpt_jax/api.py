@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from chargpt_jax import batches, devices, interchange, optimizer, plots, report
-from chargpt_jax.assembly import Setup
+from chargpt_jax.assembly import Setup, state_shapes
 from chargpt_jax.checkpoint import Checkpoints, NoCheckpoint
 from chargpt_jax.config import MOST_STEPS, MOST_TEXT, Config, UserError, from_dict, shown
 from chargpt_jax.events import Ended, Event
@@ -31,7 +31,6 @@ from chargpt_jax.metrics import bits_per_character, perplexity
 from chargpt_jax.model import count_parameters, create
 from chargpt_jax.samples import Sample, Samples
 from chargpt_jax.stages import Stop, find_lr, prepare, train
-from chargpt_jax.step import create_state
 from chargpt_jax.tokenizer import CharTokenizer
 from chargpt_jax.workdir import Workdir, excused
 
@@ -219,9 +218,7 @@ def _shapes(config: Config, dtype: Any) -> tuple[nnx.GraphDef, Any]:
     """Return a model's static half, and its training state with shapes in place of arrays, on one device."""
     tx = optimizer.adamw(config.optimizer, lambda count: 0.0 * count)
     graphdef, params = jax.eval_shape(lambda: create(config.model, 0, dtype))
-    state = jax.eval_shape(lambda p: create_state(p, tx, 0, dtype), params)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
+    return graphdef, state_shapes(params, tx, 0, dtype, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
 
 
 def evaluate(workdir: str | Path, step: str | int = "best", warn: Callable[[str], None] = print) -> dict[str, Any]:

@@ -103,6 +103,11 @@ def fresh_state(params: Any, tx: optax.GradientTransformation, seed: int, dtype:
     return jax.device_put(_create_state(params, tx=tx, seed=seed, dtype=dtype), devices.replicated(mesh))
 
 
+def state_shapes(shapes: Any, tx: optax.GradientTransformation, seed: int, dtype: Any, sharding: Any) -> TrainState:
+    """Return the training state of parameters of these shapes, as shapes that lie as a sharding has it."""
+    return devices.lying(sharding, jax.eval_shape(partial(create_state, tx=tx, seed=seed, dtype=dtype), shapes))
+
+
 @dataclasses.dataclass
 class Setup:
     """A run's corpus, model and devices, ready to train; the same for every stage and every restart."""
@@ -134,7 +139,7 @@ class Setup:
         dtype = devices.compute_dtype(config.amp)
         mesh = devices.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps)
         train, _ = batches.split(tokens, config.data.train_split, config.model.block_size)
-        on_device = jax.device_put(np.asarray(train), devices.replicated(mesh))
+        on_device = jax.device_put(train, devices.replicated(mesh))
         graphdef, shapes, draw = plan(config.model, config.seed, dtype)
         return cls(config, tokens, len(train), vocabulary, graphdef, shapes, draw, dtype, mesh, on_device)
 
@@ -154,8 +159,7 @@ class Setup:
         """
         with ThreadPoolExecutor(1) as thread:
             fresh = thread.submit(self.fresh_state, tx)
-            state = jax.eval_shape(partial(create_state, tx=tx, seed=self.config.seed, dtype=self.dtype), self.shapes)
-            state = devices.lying(devices.replicated(self.mesh), state)
+            state = state_shapes(self.shapes, tx, self.config.seed, self.dtype, devices.replicated(self.mesh))
             lowered = self.updater(tx).lower(state, self.on_device, np.int32(1))
             return fresh.result(), lowered
 

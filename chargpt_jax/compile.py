@@ -19,11 +19,10 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from chargpt_jax import devices, optimizer
-from chargpt_jax.assembly import compiled_updates, validation_nats
+from chargpt_jax.assembly import compiled_updates, state_shapes, validation_nats
 from chargpt_jax.config import Config, UserError
 from chargpt_jax.generate import advance, begin, bucket
 from chargpt_jax.model import create
-from chargpt_jax.step import create_state
 
 ALONE = "TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v4-8"
 """Environment that keeps libtpu from asking the network which machine this is, and from complaining about it."""
@@ -97,7 +96,7 @@ def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, para
     everywhere, used = devices.replicated(mesh), devices.describe(mesh)
     # Neither the rate nor the length of an epoch, which a run finds out, changes the program's shape.
     tx = optimizer.adamw(config.optimizer, optimizer.warmup_cosine(config.scheduler, peak=1e-3, epoch_steps=100))
-    state = devices.lying(everywhere, jax.eval_shape(lambda p: create_state(p, tx, config.seed, dtype), params))
+    state = state_shapes(params, tx, config.seed, dtype, everywhere)
     yield Program(
         "training",
         compiled_updates(config, graphdef, tx, mesh),

@@ -88,6 +88,7 @@ class Compiled:
     """The updates are compiled, or taken from the compilation cache."""
 
     seconds: float
+    """Of tracing and compiling; the first parameters are drawn meanwhile."""
     flops_per_step: float
     """Operations of one update, by `flops.training_flops`."""
 

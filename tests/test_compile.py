@@ -57,7 +57,8 @@ def test_every_step_lowers_for_an_accelerator_without_library_calls_or_products_
         module = exported.mlir_module()
         assert exported.platforms == (platform,)
         assert exported.mlir_module_serialized
-        assert not re.search(r"custom_call @(?!mhlo\.)", module)  # XLA's own are compiled anywhere
+        older = jax.__version_info__ < (0, 10, 2)  # which may write erf, XLA's own operation, as a call
+        assert "custom_call" not in (module.replace("custom_call @mhlo.erf(", "erf(") if older else module)
         # But for the gradient of the logits, 128 a character, which stays float32 where it is multiplied.
         assert all("x128xf32" in product for product in wide_products(module, dtype))
         names.append(program.name)
