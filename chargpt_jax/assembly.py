@@ -28,6 +28,9 @@ from chargpt_jax.workdir import Workdir
 Validator = Callable[..., float | None]
 """(parameters, step, ended) -> nats per character."""
 
+VALIDATED_AT_ONCE = 8192
+"""Characters of the held-out part in a batch at most, where a training batch has fewer."""
+
 
 def updates(
     state: TrainState,
@@ -193,6 +196,9 @@ class Setup:
     def _windows(self) -> Callable[[int], tuple[np.ndarray, ...]]:
         """Return the function from a step to the inputs and targets, int32 [batches, B, T], to validate on after it."""
         block_size, batch_size = self.config.model.block_size, self.config.data.batch_size
+        # Short batches are taken together: nothing is kept for a backward pass, and a dispatch costs what it costs.
+        characters = min(VALIDATED_AT_ONCE, len(self.tokens) - self.n_train)
+        batch_size *= max(1, characters // (batch_size * block_size))
         windows = batches.validation_batches(self.tokens, self.n_train, block_size, batch_size)
         return lambda step: windows
 

@@ -37,6 +37,14 @@ def text(tmp_path_factory):
     return write_words(tmp_path_factory.mktemp("text") / "words.txt")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def several_validation_batches():
+    """Validate in batches as short as training's, so that a validation can be cut between two of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "VALIDATED_AT_ONCE", 1)
+        yield
+
+
 def quiet(_: str) -> None:
     pass
 
@@ -340,6 +348,25 @@ def test_validation_compiles_once_for_all_of_a_run(text, tmp_path, monkeypatch):
     events = list(stages.train(small_config(text), tmp_path, quiet))
     assert len([event for event in events if isinstance(event, Validated)]) > 1
     assert len(traces) == 1
+
+
+def test_short_batches_are_validated_together_with_the_same_result(text, tmp_path, monkeypatch):
+    list(stages.prepare(small_config(text), tmp_path, quiet))
+    setup, asked, losses = stages.Setup.of(Workdir(tmp_path)), [], []
+    params = jax.tree.map(np.asarray, setup.draw())
+    for most in (1, 600, 10**6):  # a batch of training is 8 x 32 characters
+        monkeypatch.setattr(assembly, "VALIDATED_AT_ONCE", most)
+        asked.append(0)
+
+        def ended():
+            asked[-1] += 1
+            return False
+
+        losses.append(setup.validator()(params, 0, ended))
+    held_out = len(setup.tokens) - setup.n_train
+    assert asked == [-(-held_out // 256), -(-held_out // 512), 2]  # the last: all that fill batches, and the rest
+    assert held_out % 256
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
 
 
 @pytest.mark.slow
