@@ -81,7 +81,7 @@ class Ours:
         from chargpt_jax.assembly import Setup
 
         config = self.config
-        tx = optimizer.adamw(config.optimizer, optimizer.warmup_cosine(config.scheduler, 1e-3, 100))
+        tx = optimizer.transform(config.optimizer, optimizer.warmup_cosine(config.scheduler, 1e-3, 100))
         setup = Setup.on(config, corpus(config), vocabulary=())
         state, lowered = setup.begin(tx)
         dispatch = lowered.compile()

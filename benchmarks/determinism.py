@@ -83,7 +83,7 @@ def learned(workdir: Path) -> dict[str, np.ndarray]:
     """
     setup, log = Setup.of(Workdir(workdir)), Workdir(workdir).load_metrics()
     store = Checkpoints(Workdir(workdir).checkpoints)
-    tx = optimizer.adamw(setup.config.optimizer, lambda count: 0.0 * count)
+    tx = optimizer.transform(setup.config.optimizer, lambda count: 0.0 * count)
     state = store.restore(store.choose("latest"), setup.fresh_state(tx))
     store.close()
     found = {

@@ -46,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 if isinstance(event, LRFinderStep):
                     times.append(time.perf_counter())
             setup = Setup.of(Workdir(workdir))
-            tx = optimizer.adamw(config.optimizer, 1e-3)
+            tx = optimizer.transform(config.optimizer, 1e-3)
             state = setup.fresh_state(tx)
             dispatch = setup.updater(tx).lower(state, setup.on_device, np.int32(1)).compile()
             state, _ = dispatch(state, setup.on_device, np.int32(1))

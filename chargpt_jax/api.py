@@ -216,7 +216,7 @@ def _vocabulary(record: dict[str, Any], where: Path) -> CharTokenizer:
 
 def _shapes(config: Config, dtype: Any) -> tuple[nnx.GraphDef, Any]:
     """Return a model's static half, and its training state with shapes in place of arrays, on one device."""
-    tx = optimizer.adamw(config.optimizer, lambda count: 0.0 * count)
+    tx = optimizer.transform(config.optimizer, lambda count: 0.0 * count)
     graphdef, params = jax.eval_shape(lambda: create(config.model, 0, dtype))
     return graphdef, state_shapes(params, tx, 0, dtype, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
 

@@ -77,7 +77,7 @@ def probe(
     state: TrainState, tokens: jax.Array, rate: jax.Array, *, config: Config, graphdef: nnx.GraphDef, mesh: Mesh
 ) -> tuple[TrainState, jax.Array]:
     """Make one update with a given learning rate, float32 scalar; return the state and the loss before it."""
-    tx = optimizer.adamw(config.optimizer, rate)
+    tx = optimizer.transform(config.optimizer, rate, mesh)
     batch = _batch(state, tokens, config, mesh)
     parts = config.optimizer.accumulation_steps
     state, scalars = train_step(state, batch, graphdef=graphdef, tx=tx, parts=parts, mesh=mesh)

@@ -95,7 +95,8 @@ def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, para
     mesh = devices.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps, list(on))
     everywhere, used = devices.replicated(mesh), devices.describe(mesh)
     # Neither the rate nor the length of an epoch, which a run finds out, changes the program's shape.
-    tx = optimizer.adamw(config.optimizer, optimizer.warmup_cosine(config.scheduler, peak=1e-3, epoch_steps=100))
+    schedule = optimizer.warmup_cosine(config.scheduler, peak=1e-3, epoch_steps=100)
+    tx = optimizer.transform(config.optimizer, schedule, mesh)
     state = state_shapes(params, tx, config.seed, dtype, everywhere)
     yield Program(
         "training",

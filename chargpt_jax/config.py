@@ -97,13 +97,17 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW. A learning rate of None is found by the range test before training."""
+    """AdamW, or Muon. A learning rate of None is found by the range test before training."""
 
     learning_rate: float | None = setting(None, "peak rate; None: found by the range test", above=0.0)
     weight_decay: float = setting(0.1, "decoupled decay, on arrays of rank 2 and more", least=0.0, most=1.0)
     betas: tuple[float, float] = setting((0.9, 0.95), "decay of the first and second moments", least=0.0, below=1.0)
     clip_norm: float | None = setting(None, "largest global norm of the gradient; None: no clipping", above=0.0)
     accumulation_steps: int = setting(1, "parts that a batch is split into to save memory", least=1)
+    kind: str = setting("adamw", "'muon': the layers' matrices by Muon, all else by AdamW", choices=("adamw", "muon"))
+    muon_factor: float = setting(10.0, "muon: the matrices' rate as a multiple of learning_rate", above=0.0, most=1e6)
+    muon_momentum: float = setting(0.9, "muon: decay of the mean of the matrices' gradients", least=0.0, below=1.0)
+    muon_steps: int = setting(5, "muon: polynomials that make a matrix orthogonal", least=1, most=5)
 
 
 @dataclass
@@ -242,8 +246,9 @@ def validate(config: Config) -> Config:
 def least_bytes(config: Config) -> int:
     """Return the bytes that training takes at least.
 
-    Four float32 numbers a parameter (itself, its gradient and AdamW's two moments), and for the sequences that are
-    worked on at once their ids, the residual stream before each layer, one layer's widest array, and the logits.
+    Four float32 numbers a parameter (itself, its gradient and AdamW's moments, or Muon's mean and direction), and for
+    the sequences that are worked on at once their ids, the residual stream before each layer, one layer's widest array,
+    and the logits.
     """
     m = config.model
     width, table = m.n_head * m.n_head_dim, max(m.vocab_size, VOCAB_MULTIPLE)

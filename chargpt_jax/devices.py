@@ -153,6 +153,26 @@ def summed(f: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return jax.shard_map(on_each, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
 
 
+def divided(f: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """Let each device of a mesh call f on some rows of a tree of arrays, and every device have all results.
+
+    Args:
+        f: of a tree of arrays whose rows do not concern each other, to one of as many rows.
+        mesh: as of `data_mesh`; None: one device does it all.
+    """
+    if mesh is None or mesh.size == 1:
+        return f
+
+    def shared_out(tree: Any) -> Any:
+        # Zeros make up for rows that are lacking.
+        even = jax.tree.map(lambda x: jnp.pad(x, ((0, -len(x) % mesh.size), *((0, 0),) * (x.ndim - 1))), tree)
+        made = jax.shard_map(f, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))(even)
+        made = jax.lax.with_sharding_constraint(made, replicated(mesh))
+        return jax.tree.map(lambda x, y: y[: len(x)], tree, made)
+
+    return shared_out
+
+
 def describe(mesh: Mesh) -> str:
     """Name the devices in use: '1 x cpu', '8 x TPU v5 lite'."""
     return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"

@@ -84,7 +84,7 @@ def _write_run(
         "vocabulary": list(tokenizer.vocabulary),
         "corpus_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
     }
-    tx = optimizer.adamw(config.optimizer, lambda count: 0.0 * count)
+    tx = optimizer.transform(config.optimizer, lambda count: 0.0 * count)
     state = create_state(jax.device_put(params), tx, config.seed, devices.compute_dtype(config.amp))
     store = Checkpoints(folder.checkpoints)
     try:

@@ -1,12 +1,18 @@
-"""Schedule, decay mask, AdamW: one optax transform."""
+"""Schedule, decay mask, AdamW or Muon: one optax transform."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from chargpt_jax.config import MOST_STEPS, OptimizerConfig, SchedulerConfig, UserError
+from chargpt_jax.muon import is_hidden, scale_by_muon
+
+EPS = 1e-8
+"""What Adam adds to the root of the second moment: the ancestor's, and optax's and PyTorch's default."""
 
 
 def total_steps(config: SchedulerConfig, epoch_steps: int) -> int:
@@ -53,10 +59,41 @@ def decay_mask(params: dict[str, Any]) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(lambda path, x: x.ndim - (path[0].key == "blocks") >= 2, params)
 
 
-def adamw(config: OptimizerConfig, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Build AdamW (Loshchilov and Hutter 2019) with the decay mask, after clipping where the config asks for it."""
-    b1, b2 = config.betas
-    update = optax.adamw(learning_rate, b1=b1, b2=b2, eps=1e-8, weight_decay=config.weight_decay, mask=decay_mask)
+def transform(
+    config: OptimizerConfig, learning_rate: optax.ScalarOrSchedule, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
+    """Build the optimizer that a config asks for, after clipping where it asks for that.
+
+    Args:
+        config: of the optimizer.
+        learning_rate: a number, or a function from the number of updates made before to it.
+        mesh: the devices that may share an update's work; None: one does it all.
+    """
+    update = adamw(config, learning_rate) if config.kind == "adamw" else muon(config, learning_rate, mesh)
     if config.clip_norm is None:
         return update
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def adamw(config: OptimizerConfig, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Build AdamW (Loshchilov and Hutter 2019) with the decay mask."""
+    b1, b2 = config.betas
+    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=EPS, weight_decay=config.weight_decay, mask=decay_mask)
+
+
+def muon(
+    config: OptimizerConfig, learning_rate: optax.ScalarOrSchedule, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
+    """Build Muon for the layers' matrices, muon_factor times as fast, and AdamW for all else; decay as AdamW's."""
+    b1, b2 = config.betas
+    hidden = optax.chain(scale_by_muon(config.muon_momentum, config.muon_steps, mesh), optax.scale(config.muon_factor))
+    kinds = {"muon": hidden, "adamw": optax.scale_by_adam(b1=b1, b2=b2, eps=EPS)}
+    return optax.chain(
+        optax.partition(kinds, partial(jax.tree_util.tree_map_with_path, _kind)),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _kind(path: tuple[Any, ...], x: Any) -> str:
+    return "muon" if is_hidden(path, x) else "adamw"

@@ -255,7 +255,7 @@ class _Bench:
     @cached_property
     def fresh(self) -> TrainState:
         """Its state before the first update."""
-        return self.setup.fresh_state(optimizer.adamw(self.setup.config.optimizer, lambda count: 0.0 * count))
+        return self.setup.fresh_state(optimizer.transform(self.setup.config.optimizer, lambda count: 0.0 * count))
 
     def break_promise(self, sentence: str) -> None:
         """Note a promise that was not kept."""

@@ -136,7 +136,7 @@ def _find_lr(folder: Workdir, warn: Callable[[str], None], lock: Lock, ending: E
     setup = Setup.of(folder)
     finder = setup.config.lr_finder
     compiled = compiled_probe(setup.config, setup.graphdef, setup.mesh)
-    tx = optimizer.adamw(setup.config.optimizer, 0.0)
+    tx = optimizer.transform(setup.config.optimizer, 0.0)
 
     def start(zoom: int) -> TrainState:
         state = setup.fresh_state(tx)
@@ -201,7 +201,7 @@ def _train(
     config, epoch_steps = setup.config, setup.epoch_steps
     assert config.optimizer.learning_rate is not None
     schedule = optimizer.warmup_cosine(config.scheduler, config.optimizer.learning_rate, epoch_steps)
-    tx, rate_at = optimizer.adamw(config.optimizer, schedule), jax.jit(schedule)
+    tx, rate_at = optimizer.transform(config.optimizer, schedule, setup.mesh), jax.jit(schedule)
     total = optimizer.total_steps(config.scheduler, epoch_steps)
     every = max(1, round(config.train.validate_every * epoch_steps))
     began = time.perf_counter()

@@ -59,7 +59,7 @@ def another(name: str) -> Any:
     value, kind = FIELDS[name].default, FIELDS[name].type
     if "choices" in FIELDS[name].metadata:
         return FIELDS[name].metadata["choices"][-1]
-    if name == "optimizer.accumulation_steps":
+    if name in ("optimizer.accumulation_steps", "optimizer.muon_steps"):
         return 4
     if value is None:
         return 3 if kind == int | None else 0.25

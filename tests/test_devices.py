@@ -197,7 +197,7 @@ def test_a_cpu_divides_its_work_only_where_it_leaves_the_cache():
 STEPS, DISPATCHES = 3, 2
 
 
-def trained(workdir: Path, n_devices: int, parts: int) -> dict[str, Any]:
+def trained(workdir: Path, n_devices: int, parts: int, kind: str = "adamw") -> dict[str, Any]:
     """Train as `train` does, on so many devices with the batch in so many parts; float64, to tell bugs from rounding.
 
     (In float32 the gradient of the keys' bias, which softmax does not see, is rounding noise that Adam makes large.)
@@ -207,8 +207,8 @@ def trained(workdir: Path, n_devices: int, parts: int) -> dict[str, Any]:
     setup = Setup.of(Workdir(workdir))
     params = setup.draw()
     setup = replace(setup, draw=lambda: jax.tree.map(lambda x: x.astype(jnp.float64), params))
-    config = replace(setup.config, optimizer=replace(setup.config.optimizer, accumulation_steps=parts))
-    tx = optimizer.adamw(config.optimizer, 1e-2)
+    config = replace(setup.config, optimizer=replace(setup.config.optimizer, accumulation_steps=parts, kind=kind))
+    tx = optimizer.transform(config.optimizer, 1e-2, setup.mesh)
     step = partial(updates, config=config, graphdef=setup.graphdef, tx=tx, mesh=setup.mesh)
     everywhere = devices.replicated(setup.mesh)
     state, count = setup.fresh_state(tx), np.int32(STEPS)
@@ -229,7 +229,14 @@ def trained(workdir: Path, n_devices: int, parts: int) -> dict[str, Any]:
 
 
 data_mesh = devices.data_mesh
-CASES = {"one": (1, 1), "eight": (8, 1), "eight, in two parts": (8, 2)}
+CASES = {
+    "one": (1, 1),
+    "eight": (8, 1),
+    "eight, in two parts": (8, 2),
+    "one, Muon": (1, 1, "muon"),
+    "eight, Muon": (8, 1, "muon"),
+}
+ALONE = {name: "one, Muon" if "Muon" in name else "one" for name in CASES}
 
 
 @pytest.fixture(scope="module")
@@ -254,26 +261,27 @@ def found(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-SHARED = [pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "one"]
+SHARED = [pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in ALONE.values()]
 
 
 @pytest.mark.parametrize("name", SHARED)
 def test_eight_devices_find_the_losses_of_one(found, name):
     assert len(set(found[name]["losses"])) == STEPS * DISPATCHES
-    np.testing.assert_allclose(found[name]["losses"], found["one"]["losses"], rtol=1e-6)
+    np.testing.assert_allclose(found[name]["losses"], found[ALONE[name]]["losses"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", SHARED)
 def test_eight_devices_end_with_the_parameters_of_one(found, name):
-    assert found[name]["params"].keys() == found["one"]["params"].keys()
-    for path, expected in found["one"]["params"].items():
+    alone = found[ALONE[name]]["params"]
+    assert found[name]["params"].keys() == alone.keys()
+    for path, expected in alone.items():
         scale = np.abs(expected).max()
         np.testing.assert_allclose(found[name]["params"][path], expected, rtol=0, atol=1e-6 * scale, err_msg=path)
 
 
 @pytest.mark.parametrize("name", SHARED)
 def test_eight_devices_validate_as_one(found, name):
-    np.testing.assert_allclose(found[name]["validation"], found["one"]["validation"], rtol=1e-6)
+    np.testing.assert_allclose(found[name]["validation"], found[ALONE[name]]["validation"], rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -283,6 +291,14 @@ def test_a_batch_is_split_and_gradients_are_summed_over_eight_devices(found):
     assert found["one"]["collectives"] == []
     assert found["eight"]["collectives"] == ["all-reduce"]
     assert found["eight"]["operations"] < found["one"]["operations"] / 6
+
+
+@pytest.mark.slow
+def test_eight_devices_share_what_muon_makes_orthogonal(found):
+    """Two layers among eight devices: six of them work on zeros."""
+    assert found["one, Muon"]["collectives"] == []
+    assert found["eight, Muon"]["collectives"] == ["all-reduce", "all-gather"]
+    assert found["eight, Muon"]["losses"] != found["eight"]["losses"]
 
 
 @pytest.mark.slow

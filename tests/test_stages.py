@@ -52,7 +52,7 @@ def quiet(_: str) -> None:
 def final(workdir):
     """Return the arrays of a run's last checkpoint, by path."""
     setup = stages.Setup.of(Workdir(workdir))
-    tx = stages.optimizer.adamw(setup.config.optimizer, lambda count: 0.0 * count)
+    tx = stages.optimizer.transform(setup.config.optimizer, lambda count: 0.0 * count)
     store = Checkpoints(Workdir(workdir).checkpoints)
     state = store.restore(store.choose("latest"), setup.fresh_state(tx))
     store.close()
@@ -433,7 +433,7 @@ def test_a_failure_in_drawing_while_the_updates_are_traced_is_told(text, tmp_pat
 
     setup = dataclasses.replace(stages.Setup.of(Workdir(tmp_path)), draw=draw)
     with pytest.raises(MemoryError):
-        setup.begin(stages.optimizer.adamw(setup.config.optimizer, 1e-3))
+        setup.begin(stages.optimizer.transform(setup.config.optimizer, 1e-3))
 
 
 def test_the_range_test_compiles_once(text, tmp_path, monkeypatch):
@@ -499,6 +499,23 @@ def test_pace_aims_at_two_seconds_whatever_the_first_dispatch_took(text):
         timed.took(seconds, timed.steps)
     assert math.isclose(timed.seconds_per_step, 0.01, rel_tol=0.5)
     assert 100 <= timed.steps <= 200
+
+
+def test_muon_finds_a_rate_trains_and_resumes_bit_for_bit(text, tmp_path):
+    config = small_config(text)
+    config.optimizer.kind, config.optimizer.learning_rate, config.scheduler.max_steps = "muon", None, 12
+    list(stages.train(config, tmp_path / "whole", quiet))
+    for event in stages.train(config, tmp_path / "cut", quiet):
+        if isinstance(event, Saved):
+            break
+    list(stages.train(config, tmp_path / "cut", quiet))
+    assert same_bits(final(tmp_path / "whole"), final(tmp_path / "cut"))
+    assert ".mean['blocks']['attn']['qkv']['kernel']" in " ".join(final(tmp_path / "cut"))
+    losses = [line["loss"] for line in logged(tmp_path / "cut") if line["event"] == "step"]
+    assert losses[-1] < losses[0] - 0.5
+    config.optimizer.kind = "adamw"
+    with pytest.raises(UserError, match=r"optimizer.kind: 'muon' there, 'adamw' given"):
+        list(stages.train(config, tmp_path / "cut", quiet))
 
 
 def test_float16_trains_and_resumes_bit_for_bit_with_its_loss_scale(text, tmp_path):
