@@ -74,6 +74,11 @@ def compute_dtype(amp: AmpConfig, device: Any = None) -> Any:
     return jnp.float32
 
 
+def on_cpu(platform: str | None) -> bool:
+    """Say whether a program that is made for a platform, None: JAX's default, is made for a CPU."""
+    return (platform or jax.default_backend()) == "cpu"
+
+
 def by_parts(f: Callable[..., Any], row_bytes: int, arrays: Any, platform: str | None = None) -> Any:
     """Call f on arrays [B, H, ...], whose B x H rows do not concern each other.
 
@@ -88,7 +93,7 @@ def by_parts(f: Callable[..., Any], row_bytes: int, arrays: Any, platform: str |
             jax.lax.platform_dependent would trace both ways, a quarter of the tracing of a training step.
     """
     B, H = arrays[0].shape[:2]
-    parts = parts_of(B * H, row_bytes) if (platform or jax.default_backend()) == "cpu" else 1
+    parts = parts_of(B * H, row_bytes) if on_cpu(platform) else 1
     if parts == 1:
         return f(*arrays)
     # Every parts-th row makes a part, so that each device of a mesh holds a share of every part.

@@ -215,7 +215,7 @@ class GPT(nnx.Module):
                 # Written into the whole stack, so that the loop updates it in place.
                 new_keys = keys.at[number, rows, :, :, position].set(k[:, :, 0])
                 new_values = values.at[number, rows, :, :, position].set(v[:, :, 0])
-                y = cached_attention(q[:, :, 0], new_keys, new_values, number, position)
+                y = cached_attention(q[:, :, 0], new_keys, new_values, number, position, self.platform)
                 return y[:, :, None], (new_keys, new_values)
 
             return block(x, (cos, sin), attend), None

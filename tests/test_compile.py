@@ -50,7 +50,10 @@ def wide_products(module: str, dtype: str) -> list[str]:
 def test_every_step_lowers_for_an_accelerator_without_library_calls_or_products_of_wider_numbers(
     platform, dtype, monkeypatch
 ):
-    monkeypatch.setattr(devices, "BFLOAT16_ON_CPU", (0,))  # this CPU only stands in: nothing runs on it
+    # This CPU only stands in: the model is the accelerator's, and nothing runs here.
+    monkeypatch.setattr(devices, "BFLOAT16_ON_CPU", (0,))
+    made = ahead.create
+    monkeypatch.setattr(ahead, "create", lambda config, seed, dtype, _: made(config, seed, dtype, platform))
     names = []
     for program in ahead.programs(every_feature(dtype), jax.devices()[:1]):
         exported = export.export(program.function, platforms=[platform])(*program.args, **program.static)
