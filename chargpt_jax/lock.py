@@ -131,8 +131,8 @@ def _opened(path: Path) -> int:
         if stat.S_ISREG(os.fstat(file).st_mode):
             return file
         os.close(file)
-        break
-    raise UserError(f"{path} is no file that can be written: remove it.")
+        raise UserError(f"{path} is no file that can be written: remove it.")
+    raise UserError(f"{path} cannot be written (no folder can be made there): choose another --workdir.")
 
 
 def _refusal(file: int, path: Path) -> str | None:

@@ -157,6 +157,19 @@ def test_a_lock_that_is_no_file_is_refused_and_nothing_is_followed(folder, kind)
     assert target.read_text() == "precious"
 
 
+def test_a_place_where_no_folder_lasts_is_refused(folder, monkeypatch):
+    """As /proc, which lets nobody make one and does not say that it is forbidden."""
+
+    def mkdir(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(lock.Path, "mkdir", mkdir)
+    said = r"lock\.json cannot be written .*: choose another --workdir"
+    with pytest.raises(UserError, match=said), lock.writer(folder):
+        pass
+    assert not folder.exists()
+
+
 def test_a_later_training_of_the_same_process_takes_over_and_the_earlier_one_stops(folder):
     """As in a notebook, where a run that was broken off lives on in a traceback."""
     with lock.writer(folder) as earlier, lock.writer(folder) as later:
