@@ -501,16 +501,23 @@ def test_pace_aims_at_two_seconds_whatever_the_first_dispatch_took(text):
     assert 100 <= timed.steps <= 200
 
 
+def resumed(config, folder):
+    """Train whole, and cut at the first checkpoint and resumed; return the arrays, of which each bit is the same."""
+    list(stages.train(config, folder / "whole", quiet))
+    for event in stages.train(config, folder / "cut", quiet):
+        if isinstance(event, Saved):
+            break
+    list(stages.train(config, folder / "cut", quiet))
+    whole, cut = final(folder / "whole"), final(folder / "cut")
+    assert same_bits(whole, cut)
+    return cut
+
+
 def test_muon_finds_a_rate_trains_and_resumes_bit_for_bit(text, tmp_path):
     config = small_config(text)
     config.optimizer.kind, config.optimizer.learning_rate, config.scheduler.max_steps = "muon", None, 12
-    list(stages.train(config, tmp_path / "whole", quiet))
-    for event in stages.train(config, tmp_path / "cut", quiet):
-        if isinstance(event, Saved):
-            break
-    list(stages.train(config, tmp_path / "cut", quiet))
-    assert same_bits(final(tmp_path / "whole"), final(tmp_path / "cut"))
-    assert ".mean['blocks']['attn']['qkv']['kernel']" in " ".join(final(tmp_path / "cut"))
+    arrays = resumed(config, tmp_path)
+    assert ".mean['blocks']['attn']['qkv']['kernel']" in " ".join(arrays)
     losses = [line["loss"] for line in logged(tmp_path / "cut") if line["event"] == "step"]
     assert losses[-1] < losses[0] - 0.5
     config.optimizer.kind = "adamw"
@@ -522,10 +529,4 @@ def test_float16_trains_and_resumes_bit_for_bit_with_its_loss_scale(text, tmp_pa
     """The loss scale is part of the state, so it resumes with it."""
     config = small_config(text)
     config.amp.dtype, config.scheduler.max_steps = "float16", 12
-    list(stages.train(config, tmp_path / "whole", quiet))
-    for event in stages.train(config, tmp_path / "cut", quiet):
-        if isinstance(event, Saved):
-            break
-    list(stages.train(config, tmp_path / "cut", quiet))
-    assert same_bits(final(tmp_path / "whole"), final(tmp_path / "cut"))
-    assert "loss_scale" in " ".join(final(tmp_path / "cut"))
+    assert "loss_scale" in " ".join(resumed(config, tmp_path))
