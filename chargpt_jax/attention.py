@@ -13,7 +13,8 @@ y,
     dq_t = sum_s da_ts k_s / sqrt(D)      dk_s = sum_t da_ts q_t / sqrt(D)
 
 so training memory grows with T, not with its square. A CPU takes the heads of all sequences a few at a time, so that
-what they need stays in its cache (devices.by_parts). Softmax is float32 or wider whatever the inputs are.
+what they need stays in its cache (devices.by_parts). Where no gradient is wanted l need not be kept: there a CPU makes
+each block's y in one go (`_attended`). Softmax is float32 or wider whatever the inputs are.
 """
 
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ from chargpt_jax.dropout import Dropout, keep_mask
 
 SAVED = "attention"
 """The name under which y and l are known to a rematerialisation policy: they are dear to make again."""
+
+AT_ONCE = 64
+"""How many queries at most a CPU takes in one go: the scores of more would leave its cache."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -52,8 +56,10 @@ def causal_attention(
         platform: that the program is made for, 'cpu' or another; None: JAX's default.
 
     Returns:
-        [B, H, T, D], of the inputs' dtype.
+        [B, H, T, D], of the inputs' dtype. Its last bits may differ where a gradient is taken.
     """
+    if on_cpu(platform) and (seeds is None or not how.rate):
+        return _attended(q, k, v, block=min(block, AT_ONCE))
     return _forward(q, k, v, seeds, how, block, platform)[0]
 
 
@@ -78,6 +84,27 @@ def _backward(how: Dropout, block: int, platform: str | None, saved: Any, g: jax
     dot = jnp.sum(g.astype(log.dtype) * out.astype(log.dtype), axis=-1, keepdims=True)
     arrays = (q, k, v, own, dot, log, g)
     return *by_parts(partial(_gradients, how=how, block=block), _score_bytes(q, block), arrays, platform), None
+
+
+@partial(jax.jit, static_argnames=("block",))
+def _attended(q: jax.Array, k: jax.Array, v: jax.Array, *, block: int) -> jax.Array:
+    """Return y [B, H, T, D] alone, without dropout.
+
+    From one product to the next nothing but sums, so that XLA's library for CPUs makes one kernel of each block: the
+    future is masked by adding, and a column of ones beside the values sums the weights.
+    """
+    B, H, T, D = q.shape
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    # Cut from keys that lie flat, since XLA would make keys anew for each block (rotate them) rather than cut theirs.
+    keys, values = k.reshape(B, H, T * D), jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+    outs = []
+    for rows in _blocks(T, block):
+        scores = _products(q[:, :, rows], keys[:, :, : rows.stop * D].reshape(B, H, rows.stop, D))
+        scores += jnp.where(_ahead(rows.stop - rows.start, rows.stop, rows.start), jnp.asarray(-jnp.inf, wide), 0)
+        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)).astype(v.dtype)
+        sums = jnp.einsum("bhts,bhsd->bhtd", weights, values[:, :, : rows.stop], preferred_element_type=wide)
+        outs.append((sums[..., :-1] / sums[..., -1:]).astype(v.dtype))
+    return jnp.concatenate(outs, axis=2)
 
 
 # A jit of its own, as for the gradients: what a training step traces several times over is then traced once.
@@ -143,10 +170,18 @@ def _blocks(length: int, block: int) -> Iterator[slice]:
 
 def _scores(q: jax.Array, k: jax.Array, start: int) -> jax.Array:
     """Make the scaled scores of queries [B, H, t, D] that begin at `start` on keys [B, H, s, D]; -inf ahead of them."""
+    return jnp.where(_ahead(q.shape[2], k.shape[2], start), -jnp.inf, _products(q, k))
+
+
+def _products(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Return the scaled products of queries [B, H, t, D] with keys [B, H, s, D]."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
-    ahead = jnp.arange(k.shape[2]) > start + jnp.arange(q.shape[2])[:, None]
-    return jnp.where(ahead, -jnp.inf, scores)
+    return jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
+
+
+def _ahead(queries: int, keys: int, start: int) -> jax.Array:
+    """Say which of so many keys lie ahead of which queries, of which the first stands at `start`; [t, s]."""
+    return jnp.arange(keys) > start + jnp.arange(queries)[:, None]
 
 
 def _score_bytes(q: jax.Array, block: int) -> int:

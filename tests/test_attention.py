@@ -1,5 +1,6 @@
 """Blockwise attention against the plain formula: values, gradients, dropout, lengths, precisions."""
 
+import re
 from functools import partial
 
 import jax
@@ -115,6 +116,41 @@ def test_keys_that_causality_masks_are_not_looked_at():
     text = jax.jit(lambda q: causal_attention(q, k, v, None, Dropout(), 16)).lower(q).as_text()
     assert "2x3x16x16x" in text
     assert "2x3x16x32x" in text
+
+
+@pytest.mark.parametrize(("length", "block"), [(1, 8), (13, 8), (130, 128), (96, 1000)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
+def test_what_a_gradient_is_taken_of_is_what_is_made_without_one(length, block, dtype):
+    """A CPU has a way of its own where no gradient is taken; it and the one with a gradient are the plain formula."""
+    with x64(dtype == jnp.float64):
+        q, k, v = inputs(length, dtype)
+        on_cpu, elsewhere = (partial(causal_attention, platform=platform) for platform in ("cpu", "gpu"))
+        rest = (None, Dropout(0.3), block)
+        found = [f(q, k, v, *rest) for f in (on_cpu, elsewhere)]
+        found.append(jax.vjp(lambda *x: on_cpu(*x, *rest), q, k, v)[0])
+        expected = plain(q, k, v)
+    exact = {jnp.float32: 1e-5, jnp.bfloat16: 3e-2, jnp.float64: 1e-13}[dtype]
+    for ours in found:
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(ours.astype(float), expected.astype(float), rtol=exact, atol=exact)
+
+
+def test_dropout_is_dropout_without_a_gradient_too():
+    q, k, v = inputs(13)
+    ours = causal_attention(q, k, v, SEEDS, Dropout(0.3), 8, "cpu")
+    np.testing.assert_allclose(ours, plain(q, k, v, SEEDS, Dropout(0.3)), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu" or jax.__version_info__ < (0, 10), reason="XLA's library for CPUs")
+def test_without_a_gradient_a_cpu_makes_large_blocks_in_one_kernel():
+    """In the compiled program their scores are inside kernels only, from which outputs and sums of weights come."""
+    q, k, v = inputs(256, batch=1, heads=8, width=8)
+    text = jax.jit(lambda *x: causal_attention(*x, None, Dropout(), 64)).lower(q, k, v).compile().as_text()
+    entry = text[text.index("\nENTRY") :]
+    for width in (192, 256):
+        assert f"8,64,{width}]" in text
+        assert f"8,64,{width}]" not in entry
+    assert len(re.findall(r" = f32\[(?:1,)?8,64,9\]\S* fusion\(", entry)) >= 2
 
 
 @pytest.mark.parametrize(
