@@ -76,21 +76,24 @@ class Ours:
         config.amp.enabled, config.amp.dtype = True, variant or "float32"
 
     def trainer(self) -> Update:
-        """Compile the update and return it; each call is one dispatch of a single update."""
-        from chargpt_jax import optimizer
+        """Compile the updates and return them; each call is one dispatch, of as many as training puts into it."""
+        from chargpt_jax import devices, optimizer
         from chargpt_jax.assembly import Setup
+        from chargpt_jax.pace import Pace
 
         config = self.config
         tx = optimizer.transform(config.optimizer, optimizer.warmup_cosine(config.scheduler, 1e-3, 100))
         setup = Setup.on(config, corpus(config), vocabulary=())
         state, lowered = setup.begin(tx)
-        dispatch = lowered.compile()
+        dispatch, pace = devices.compiled(lowered), Pace(config)
 
         def update() -> int:
             nonlocal state
-            state, history = dispatch(state, setup.on_device, np.int32(1))
+            began, count = time.perf_counter(), pace.steps
+            state, history = dispatch(state, setup.on_device, np.int32(count))
             np.asarray(history["loss"])
-            return 1
+            pace.took(time.perf_counter() - began, count)
+            return count
 
         return update
 
@@ -355,13 +358,13 @@ def peak_mib() -> float:
 
 
 def training(peer: Any, config: Config, seconds: float) -> dict[str, float]:
-    """Train for some seconds after three updates that do not count."""
+    """Train for some seconds after three rounds of updates that do not count."""
     before, update = peak_mib(), peer.trainer()
     for _ in range(3):
         update()
     times: list[float] = []
-    while sum(times) < seconds or len(times) < 3:
-        began = time.perf_counter()
+    start = time.perf_counter()
+    while (began := time.perf_counter()) - start < seconds or len(times) < 3:
         count = update()
         times.append((time.perf_counter() - began) / count)
     rate = config.data.batch_size * config.model.block_size / statistics.median(times)

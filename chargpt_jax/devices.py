@@ -1,10 +1,12 @@
 """One readable rule by platform: the dtype to compute in, the mesh, the compilation cache."""
 
 import contextlib
+import ctypes
 import functools
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,6 +206,19 @@ def _known() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def compiled(lowered: Any) -> Any:
+    """Compile a lowered program, and hand what the compiler has freed back to the system.
+
+    Linux's C library (glibc) would keep those hundreds of MiB, on top of which the program then takes its own.
+    """
+    program = lowered.compile()
+    # Elsewhere there is no such function, or no need of it.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+    return program
 
 
 def use_compilation_cache(folder: Path) -> None:

@@ -229,7 +229,7 @@ def _train(
         yield Ended(step, seconds, best, ending.signal, ending.out_of_time)
         return
     began = time.perf_counter()
-    dispatch = lowered.compile()
+    dispatch = devices.compiled(lowered)
     compiled = Compiled(tracing + time.perf_counter() - began, training_flops(config.model, config.data.batch_size))
     yield compiled
     validate_now, pace = setup.validator(), Pace(config)
