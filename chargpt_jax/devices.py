@@ -209,16 +209,18 @@ def _known() -> bool:
 
 
 def compiled(lowered: Any) -> Any:
-    """Compile a lowered program, and hand what the compiler has freed back to the system.
-
-    Linux's C library (glibc) would keep those hundreds of MiB, on top of which the program then takes its own.
-    """
+    """Compile a lowered program in as little memory as may be: what tracing and compiling freed goes to the system."""
+    _hand_back()
     program = lowered.compile()
-    # Elsewhere there is no such function, or no need of it.
+    _hand_back()
+    return program
+
+
+def _hand_back() -> None:
+    """Return memory that is free to the system. Linux's C library (glibc) keeps it: hundreds of MiB after compiling."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-    return program
 
 
 def use_compilation_cache(folder: Path) -> None:
