@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import reprlib
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -477,6 +478,7 @@ def load_config(name: str) -> Config:
     if spec is None or spec.loader is None:
         raise UserError(f"--config is {name!r}, but that is not a Python file: give one that ends in .py, or .json.")
     module = importlib.util.module_from_spec(spec)
+    kept, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # or a folder of bytecode appeared beside the file
     try:
         spec.loader.exec_module(module)
         config = module.get_config() if hasattr(module, "get_config") else None
@@ -485,6 +487,8 @@ def load_config(name: str) -> Config:
     except Exception as error:
         what = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"{path} fails with {type(error).__name__} ({what}): correct it.") from error
+    finally:
+        sys.dont_write_bytecode = kept
     if not isinstance(config, Config):
         raise UserError(f"{path} does not define get_config() returning a chargpt_jax Config: see configs/small.py.")
     return config

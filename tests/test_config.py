@@ -1,8 +1,10 @@
 """Laws of the settings: what is refused, what survives JSON, and which config files are found."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +251,17 @@ def test_a_config_file_is_found_in_a_folder_with_spaces_and_letters(tmp_path):
         "from chargpt_jax.config import Config\n\n\ndef get_config():\n    return Config(seed=7)\n", encoding="utf-8"
     )
     assert load_config(str(path)).seed == 7
+
+
+@pytest.mark.parametrize("code", ["def get_config():\n    return Config(seed=7)\n", "raise ValueError\n"])
+def test_a_config_file_leaves_no_bytecode_beside_it(tmp_path, monkeypatch, code):
+    path = tmp_path / "mine.py"
+    path.write_text(f"from chargpt_jax.config import Config\n\n\n{code}", encoding="utf-8")
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    with contextlib.suppress(UserError):
+        assert load_config(str(path)).seed == 7
+    assert list(tmp_path.iterdir()) == [path]
+    assert not sys.dont_write_bytecode
 
 
 def test_two_loads_of_a_config_share_nothing():
