@@ -77,7 +77,7 @@ class Ours:
 
     def trainer(self) -> Update:
         """Compile the updates and return them; each call is one dispatch, of as many as training puts into it."""
-        from chargpt_jax import devices, optimizer
+        from chargpt_jax import optimizer
         from chargpt_jax.assembly import Setup
         from chargpt_jax.pace import Pace
 
@@ -85,7 +85,7 @@ class Ours:
         tx = optimizer.transform(config.optimizer, optimizer.warmup_cosine(config.scheduler, 1e-3, 100))
         setup = Setup.on(config, corpus(config), vocabulary=())
         state, lowered = setup.begin(tx)
-        dispatch, pace = devices.compiled(lowered), Pace(config)
+        dispatch, pace = lowered.compile(), Pace(config)
 
         def update() -> int:
             nonlocal state

@@ -155,25 +155,20 @@ class Setup:
         """Return the state before the first update."""
         return fresh_state(self.draw(), tx, self.config.seed, self.dtype, self.mesh)
 
-    def begin(self, tx: optax.GradientTransformation, probing: bool = False) -> tuple[TrainState, Any]:
-        """Return the state before the first update, and `updates` (`probe`) traced and lowered, to be compiled.
+    def begin(self, tx: optax.GradientTransformation) -> tuple[TrainState, Any]:
+        """Return the state before the first update, and `updates` traced and lowered, to be compiled.
 
         The one is compiled and drawn while the other is traced, for tracing keeps one core busy.
         """
-        function, number = (self.prober(), np.float32(0)) if probing else (self.updater(tx), np.int32(1))
         with ThreadPoolExecutor(1) as thread:
             fresh = thread.submit(self.fresh_state, tx)
             state = state_shapes(self.shapes, tx, self.config.seed, self.dtype, devices.replicated(self.mesh))
-            lowered = function.lower(state, self.on_device, number)
+            lowered = self.updater(tx).lower(state, self.on_device, np.int32(1))
             return fresh.result(), lowered
 
     def updater(self, tx: optax.GradientTransformation) -> Any:
         """Return `updates` under jit; it takes (state, tokens, count) and reuses the state's memory."""
         return compiled_updates(self.config, self.graphdef, tx, self.mesh)
-
-    def prober(self) -> Any:
-        """Return `probe` under jit; it takes (state, tokens, rate) and reuses the state's memory."""
-        return compiled_probe(self.config, self.graphdef, self.mesh)
 
     def validator(self, whole: bool = False) -> "Validator":
         """Return the function from parameters, and their step, to the loss on the held-out part, in nats per character.

@@ -1,12 +1,10 @@
 """One readable rule by platform: the dtype to compute in, the mesh, the compilation cache."""
 
 import contextlib
-import ctypes
 import functools
 import logging
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,21 +204,6 @@ def _known() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def compiled(lowered: Any) -> Any:
-    """Compile a lowered program in as little memory as may be: what tracing and compiling freed goes to the system."""
-    _hand_back()
-    program = lowered.compile()
-    _hand_back()
-    return program
-
-
-def _hand_back() -> None:
-    """Return memory that is free to the system. Linux's C library (glibc) keeps it: hundreds of MiB after compiling."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def use_compilation_cache(folder: Path) -> None:

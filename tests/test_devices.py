@@ -3,7 +3,6 @@
 The eight are virtual, in a process of their own: this file run as a script trains on them and prints what it finds.
 """
 
-import ctypes
 import json
 import os
 import subprocess
@@ -182,38 +181,6 @@ def test_only_a_cpu_is_told_an_order_and_only_one_that_its_xla_knows(monkeypatch
         assert devices.compiler_options(mesh) is None
     finally:
         devices._known.cache_clear()
-
-
-def resident() -> int:
-    """Return the bytes that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.skipif(
-    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="of Linux's C library"
-)
-def test_what_compiling_freed_is_handed_back_to_the_system():
-    """A compiler that frees a hundred MiB in pieces, between which something stays: the C library would keep them."""
-    c, stay = ctypes.CDLL(None), []
-    c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-    held = []
-
-    def compile_() -> str:
-        pieces = [c.malloc(8192) for _ in range(12_800)]
-        for piece in pieces:
-            ctypes.memset(piece, 1, 8192)
-        stay.append(pieces.pop())
-        for piece in pieces:
-            c.free(piece)
-        held.append(resident())
-        return "program"
-
-    devices.compiled(SimpleNamespace(compile=lambda: None))  # or the pieces would be of what others have freed
-    before = resident()
-    assert devices.compiled(SimpleNamespace(compile=compile_)) == "program"
-    assert held[0] - before > 80 * 2**20
-    assert resident() - before < 20 * 2**20
-    c.free(stay[0])
 
 
 def test_a_cpu_divides_its_work_only_where_it_leaves_the_cache():
