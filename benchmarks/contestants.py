@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from chargpt_jax import garbage
 from chargpt_jax.config import Config, load_config
 
 SETUPS = {"small": 4, "nanogpt_baby": 8, "nanogpt_cpu": 12}
@@ -69,7 +70,8 @@ class Ours:
     """This package, through the functions that its training calls."""
 
     def __init__(self, config: Config, variant: str, folder: Path | None) -> None:
-        from chargpt_jax import devices
+        with garbage.kept():  # as where the package imports itself
+            from chargpt_jax import assembly, devices  # noqa: F401
 
         devices.use_every_core()
         self.config = config

@@ -67,4 +67,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    from chargpt_jax import garbage
+
+    with garbage.kept():
+        home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    return getattr(home, name)

@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from chargpt_jax import batches, devices, optimizer
+from chargpt_jax import batches, devices, garbage, optimizer
 from chargpt_jax.config import Config
 from chargpt_jax.model import plan
 from chargpt_jax.pace import MOST_STEPS
@@ -136,6 +136,7 @@ class Setup:
         return cls.on(workdir.load_config(), workdir.load_tokens(), workdir.load_tokenizer().vocabulary)
 
     @classmethod
+    @garbage.kept()
     def on(cls, config: Config, tokens: np.ndarray, vocabulary: tuple[str, ...]) -> "Setup":
         """Build a config's model for a corpus, int32 [N]."""
         devices.use_every_core()
@@ -155,6 +156,7 @@ class Setup:
         """Return the state before the first update."""
         return fresh_state(self.draw(), tx, self.config.seed, self.dtype, self.mesh)
 
+    @garbage.kept()
     def begin(self, tx: optax.GradientTransformation) -> tuple[TrainState, Any]:
         """Return the state before the first update, and `updates` traced and lowered, to be compiled.
 

@@ -30,6 +30,7 @@ from typing import Any
 
 from absl.flags import FlagValues
 
+from chargpt_jax import garbage
 from chargpt_jax.config import Config, UserError, validate
 from chargpt_jax.flags import NEEDS_CONFIG, help_text, parse
 from chargpt_jax.terminal import guard, one_line, printable
@@ -115,16 +116,13 @@ def _main(argv: Sequence[str], signals: "Signals") -> int:
 
 
 def _stage(mode: str, config: Config, values: FlagValues, signals: "Signals", minutes: float | None) -> int:
-    from chargpt_jax import corpus
     from chargpt_jax.workdir import Workdir
 
     folder = Workdir(values.workdir)
     folder.check_writable()
     folder.check_config(config)
-    from chargpt_jax import devices
-
-    devices.use_compilation_cache(corpus.default_cache() / "xla")
-    from chargpt_jax import api, events, profile, progress
+    api = _api()
+    from chargpt_jax import events, profile, progress
 
     out: Any = Lasting(sys.stderr if values.json else sys.stdout)
     last = None
@@ -293,11 +291,9 @@ def _selftest(values: FlagValues, config: Config | None) -> int:
 
 
 def _api() -> Any:
-    from chargpt_jax import corpus, devices
-
+    with garbage.kept():
+        from chargpt_jax import api, corpus, devices
     devices.use_compilation_cache(corpus.default_cache() / "xla")
-    from chargpt_jax import api
-
     return api
 
 
