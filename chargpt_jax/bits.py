@@ -50,6 +50,7 @@ def unit(bits: jax.Array, dtype: jnp.dtype | type = jnp.float32) -> jax.Array:
     return (bits >> 8).astype(dtype) * 2**-24
 
 
+@jax.jit  # traced once for a shape, whatever it is called from
 def _rounds(x: jax.Array, second: jax.Array) -> jax.Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D) + second
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,26 @@ def uniform(fan_in: int) -> nnx.Initializer:
         return (2 * unit(bits, dtype) - 1) * fan_in**-0.5
 
     return init
+
+
+class Keys:
+    """What Flax's modules draw their parameters with: the keys that nnx.Rngs would give, all made at once.
+
+    One Threefry for all of them: each by itself, as Rngs makes them when asked, takes a tenth of a second to compile.
+    """
+
+    def __init__(self, key: jax.Array, count: int):
+        """Make `count` keys from one, a scalar."""
+        self._left = iter(jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count, dtype=jnp.uint32)))
+
+    def params(self) -> jax.Array:
+        """Return the next key."""
+        return next(self._left)
+
+
+def rngs_of(key: jax.Array, count: int) -> nnx.Rngs:
+    """Return Keys as the nnx.Rngs for which modules take them: they ask for no more than its params()."""
+    return cast(nnx.Rngs, Keys(key, count))
 
 
 class Linear(nnx.Linear):
@@ -146,15 +166,14 @@ class GPT(nnx.Module):
         self.dtype = dtype
         self.platform = platform
 
-        @nnx.split_rngs(splits=config.n_layer)
         @nnx.vmap
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(config, dtype, rngs)
+        def stack(key: jax.Array) -> Block:
+            return Block(config, dtype, rngs_of(key, 12))
 
         # The tied table takes the initialisation of the ancestor's head, a Linear of fan-in C.
         init = uniform(config.n_embd)
         self.wte = nnx.Embed(config.vocab_size, config.n_embd, embedding_init=init, dtype=widened(dtype), rngs=rngs)
-        self.blocks = stack(rngs)
+        self.blocks = stack(jax.random.split(rngs.params(), config.n_layer))
         self.ln_f = layer_norm(config.n_embd, dtype, rngs)
 
     def __call__(self, tokens: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
@@ -297,7 +316,7 @@ def _built(config: ModelConfig, dtype: Any, platform: str | None) -> Any:
     """
 
     def init(key: jax.Array) -> tuple[nnx.GraphDef, dict[str, Any]]:
-        graphdef, state = nnx.split(GPT(config, dtype=dtype, platform=platform, rngs=nnx.Rngs(params=key)))
+        graphdef, state = nnx.split(GPT(config, dtype=dtype, platform=platform, rngs=rngs_of(key, 4)))
         return graphdef, nnx.to_pure_dict(state)
 
     return jax.jit(init)

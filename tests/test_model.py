@@ -14,7 +14,7 @@ from chargpt_jax.config import ModelConfig
 from chargpt_jax.devices import BFLOAT16_ON_CPU
 from chargpt_jax.dropout import Dropout, seeds_for
 from chargpt_jax.metrics import surprisal_and_entropy
-from chargpt_jax.model import MASKED, count_parameters, create, plan, rotary, rotate
+from chargpt_jax.model import MASKED, Keys, count_parameters, create, plan, rotary, rotate
 from chargpt_jax.step import nats
 from tests import reference
 from tests.pairing import from_reference, x64
@@ -46,6 +46,15 @@ def test_a_planned_model_is_the_one_that_is_created_at_once(made, tokens):
     np.testing.assert_array_equal(planned, created)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
     jax.tree.map(np.testing.assert_array_equal, params, made[1])
+
+
+def test_the_keys_made_at_once_are_those_that_flax_makes_one_by_one():
+    key = jax.random.key(7)
+    ours, theirs = Keys(key, 3), nnx.Rngs(params=key)
+    for _ in range(3):
+        assert ours.params() == theirs.params()
+    with pytest.raises(StopIteration):  # and not the last one again, as an index too large would give
+        ours.params()
 
 
 def test_no_gradient_reaches_later_tokens(made, tokens):
