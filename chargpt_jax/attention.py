@@ -116,9 +116,10 @@ def _outputs(
     outs, logs = [], []
     for rows in _blocks(q.shape[2], block):
         past = slice(0, rows.stop)
-        scores = _scores(q[:, :, rows], k[:, :, past], rows.start)
-        top = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - top)
+        products, ahead = _products(q[:, :, rows], k[:, :, past]), _ahead(rows.stop - rows.start, rows.stop, rows.start)
+        # Masked again rather than kept masked: a CPU would write the weights over those scores, and so one by one.
+        top = jnp.max(jnp.where(ahead, -jnp.inf, products), axis=-1, keepdims=True)
+        weights = jnp.where(ahead, 0, jnp.exp(products - top))
         total = jnp.sum(weights, axis=-1, keepdims=True)
         kept = _drop(weights, seeds, how, rows.start, q.shape[2]).astype(v.dtype)
         sums = jnp.einsum("bhts,bhsd->bhtd", kept, v[:, :, past], preferred_element_type=total.dtype)
@@ -176,7 +177,10 @@ def _scores(q: jax.Array, k: jax.Array, start: int) -> jax.Array:
 def _products(q: jax.Array, k: jax.Array) -> jax.Array:
     """Return the scaled products of queries [B, H, t, D] with keys [B, H, s, D]."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    return jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
+    B, H, t, D = q.shape
+    # Rows and heads on one axis: what takes exp of the products has another shape then, and does not write over them.
+    both = jnp.einsum("ntd,nsd->nts", q.reshape(-1, t, D), k.reshape(-1, k.shape[2], D), preferred_element_type=wide)
+    return both.reshape(B, H, t, -1) * D**-0.5
 
 
 def _ahead(queries: int, keys: int, start: int) -> jax.Array:

@@ -167,15 +167,17 @@ def test_a_cache_that_the_user_chose_is_left_alone(cache_setting, monkeypatch, t
     assert getattr(jax.config, cache_setting) is None
 
 
-def test_only_a_cpu_is_told_an_order_and_only_one_that_its_xla_knows(monkeypatch):
+def test_only_a_cpu_is_told_how_to_compile_and_only_what_its_xla_knows(monkeypatch):
     mesh = SimpleNamespace(devices=np.array([jax.devices("cpu")[0]]))
     told = devices.compiler_options(mesh)
-    if jax.__version_info__ >= (0, 10, 2):  # older ones need not know it, as 0.7.2 does not
-        assert told == devices.IN_ORDER
-    assert told in (devices.IN_ORDER, None)
+    if jax.__version_info__ >= (0, 10, 2):  # older ones need not know of it, as 0.7.2 does not
+        assert told["xla_cpu_scheduler_type"] == devices.ON_CPU["xla_cpu_scheduler_type"]
+    if jax.__version_info__[:2] == (0, 10):
+        assert told == devices.ON_CPU
+    assert told is None or told.items() <= devices.ON_CPU.items()
     assert jax.jit(lambda x: x + 1, compiler_options=told)(1) == 2
     assert devices.compiler_options(SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))) is None
-    monkeypatch.setattr(devices, "IN_ORDER", {"xla_cpu_an_option_of_the_future": False})
+    monkeypatch.setattr(devices, "ON_CPU", {"xla_cpu_an_option_of_the_future": False})
     devices._known.cache_clear()
     try:
         assert devices.compiler_options(mesh) is None
