@@ -31,7 +31,8 @@ def group(name: str, origin: str) -> str:
     product = origin.endswith("dot_general") or name.startswith("dot")
     if name.startswith("all-reduce"):
         return "sums over devices"
-    if "branch_" in origin or re.search(r"bh[tsd]", origin) or (not origin and name.startswith("ynn")):
+    attention = re.search(r"branch_|jit\(_(outputs|gradients)\)", origin)
+    if attention or (not origin and name.startswith("ynn")):
         return "attention: products" if product or name.startswith("ynn") else "attention: softmax, dropout, copies"
     if product:
         return "linear layers and logits: products"

@@ -180,7 +180,8 @@ class Setup:
         """
         crops = self.config.data.random_validation and not whole
         windows_at = self._crops() if crops else self._windows()
-        nats_of = jax.jit(partial(validation_nats, graphdef=self.graphdef, mesh=self.mesh))
+        nats = partial(validation_nats, graphdef=self.graphdef, mesh=self.mesh)
+        nats_of = jax.jit(nats, compiler_options=devices.compiler_options(self.mesh))
 
         def loss(params: Any, step: int, ended: Callable[[], bool] = lambda: False) -> float | None:
             pairs = []

@@ -187,7 +187,7 @@ ON_CPU: dict[str, Any] = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_cpu_use_fusion_emitters": False,
 }
-"""What XLA is told when it compiles an update for a CPU, where it knows of it.
+"""What XLA is told when it compiles an update or a validation for a CPU, where it knows of it.
 
 To take a program's instructions in the order that needs least memory: left alone it takes one by which several can run
 at once, and devices that share the cores then wait for each other, up to 1.35 times as long an update. And to write
@@ -196,7 +196,7 @@ kernels without MLIR, which takes more than a MiB for each and longer, for kerne
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
-    """Return what XLA is told when it compiles an update for a mesh, in the terms of jax.jit's compiler_options."""
+    """Return what XLA is told when it compiles for a mesh, in the terms of jax.jit's compiler_options."""
     if mesh.devices.flat[0].platform != "cpu":
         return None
     return {name: value for name, value in ON_CPU.items() if _known(name)} or None

@@ -4,6 +4,7 @@ twice, however often a test starts a run afresh. Set before JAX is imported, so 
 import os
 import shutil
 import tempfile
+from collections import Counter
 
 import pytest
 
@@ -18,6 +19,12 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(FOLDER, "programs")
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that have most to do, so that where files run side by side none is left over at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

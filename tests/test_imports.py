@@ -20,6 +20,7 @@ EVERYONE = set(FILES) - {"__init__", "main"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
+    "garbage": set(),
     # text -> tokens -> batches
     "download": {"config"},
     "corpus": {"config", "download"},
@@ -65,18 +66,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"plots", "events", "terminal"},
     "flags": {"config"},
     # where the pieces meet
-    "assembly": {"batches", "config", "devices", "model", "optimizer", "pace", "step", "workdir"},
+    "assembly": {"batches", "config", "devices", "garbage", "model", "optimizer", "pace", "step", "workdir"},
     "stages": EVERYONE - {"api", "compile", "profile", "progress", "selftest", "stages"},
     "selftest": {"assembly", "checkpoint", "config", "corpus", "optimizer", "stages", "step", "workdir"},
     "compile": {"assembly", "config", "devices", "generate", "model", "optimizer", "step"},
     "api": EVERYONE - {"api"},
-    "main": {"config", "flags", "terminal"},
+    "main": {"config", "flags", "garbage", "terminal"},
     "__init__": set(),
 }
 
 LATER: dict[str, set[str]] = {
     "main": {"config", "api", "profile", "progress", "events", "devices", "corpus", "workdir", "compile", "selftest"},
-    "__init__": {"api", "config", "progress"},
+    "__init__": {"api", "config", "garbage", "progress"},
 }
 """What may be imported inside a function, or for the type checker alone, besides."""
 
