@@ -10,7 +10,7 @@ def kept() -> Iterator[None]:
     """Leave garbage lying while much is made that stays: what imports and tracing make.
 
     Python looks for cycles of garbage each time a quarter more is there than the last time, and looks at everything
-    each time: a fifth of the time until the first update, for a few MiB. Afterwards it looks again, if it did before.
+    each time: a tenth of the time until the first update, for a few MiB. Afterwards it looks again, if it did before.
     """
     looked = gc.isenabled()
     gc.disable()

@@ -168,7 +168,7 @@ class GPT(nnx.Module):
 
         @nnx.vmap
         def stack(key: jax.Array) -> Block:
-            return Block(config, dtype, rngs_of(key, 12))
+            return Block(config, dtype, rngs_of(key, 12))  # two for each norm and each Linear
 
         # The tied table takes the initialisation of the ancestor's head, a Linear of fan-in C.
         init = uniform(config.n_embd)
@@ -316,7 +316,8 @@ def _built(config: ModelConfig, dtype: Any, platform: str | None) -> Any:
     """
 
     def init(key: jax.Array) -> tuple[nnx.GraphDef, dict[str, Any]]:
-        graphdef, state = nnx.split(GPT(config, dtype=dtype, platform=platform, rngs=rngs_of(key, 4)))
+        rngs = rngs_of(key, 4)  # the table's, the blocks', two of the last norm's
+        graphdef, state = nnx.split(GPT(config, dtype=dtype, platform=platform, rngs=rngs))
         return graphdef, nnx.to_pure_dict(state)
 
     return jax.jit(init)
