@@ -28,6 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from chargpt_jax.bits import derive
 from chargpt_jax.devices import by_parts, on_cpu
 from chargpt_jax.dropout import Dropout, keep_mask
+from chargpt_jax.products import product
 
 SAVED = "attention"
 """The name under which y and l are known to a rematerialisation policy: they are dear to make again."""
@@ -102,7 +103,7 @@ def _attended(q: jax.Array, k: jax.Array, v: jax.Array, *, block: int) -> jax.Ar
         scores = _products(q[:, :, rows], keys[:, :, : rows.stop * D].reshape(B, H, rows.stop, D))
         scores += jnp.where(_ahead(rows.stop - rows.start, rows.stop, rows.start), jnp.asarray(-jnp.inf, wide), 0)
         weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)).astype(v.dtype)
-        sums = jnp.einsum("bhts,bhsd->bhtd", weights, values[:, :, : rows.stop], preferred_element_type=wide)
+        sums = product("bhts,bhsd->bhtd", weights, values[:, :, : rows.stop])
         outs.append((sums[..., :-1] / sums[..., -1:]).astype(v.dtype))
     return jnp.concatenate(outs, axis=2)
 
@@ -122,7 +123,7 @@ def _outputs(
         weights = jnp.where(ahead, 0, jnp.exp(products - top))
         total = jnp.sum(weights, axis=-1, keepdims=True)
         kept = _drop(weights, seeds, how, rows.start, q.shape[2]).astype(v.dtype)
-        sums = jnp.einsum("bhts,bhsd->bhtd", kept, v[:, :, past], preferred_element_type=total.dtype)
+        sums = product("bhts,bhsd->bhtd", kept, v[:, :, past])
         outs.append((sums / total).astype(v.dtype))
         logs.append(top + jnp.log(total))
     return jnp.concatenate(outs, axis=2), jnp.concatenate(logs, axis=2)
@@ -151,12 +152,12 @@ def _gradients(
         past = slice(0, rows.stop)
         p = jnp.exp(_scores(q[:, :, rows], k[:, :, past], rows.start) - log[:, :, rows])
         kept = _drop(p, seeds, how, rows.start, q.shape[2])
-        dp = jnp.einsum("bhtd,bhsd->bhts", g[:, :, rows], v[:, :, past], preferred_element_type=wide)
+        dp = product("bhtd,bhsd->bhts", g[:, :, rows], v[:, :, past])
         da = (kept * dp - p * dot[:, :, rows]).astype(q.dtype)
         kept = kept.astype(v.dtype)
-        dv = dv.at[..., past].add(jnp.einsum("bhdt,bhts->bhds", gT[..., rows], kept, preferred_element_type=wide))
-        dk = dk.at[..., past].add(jnp.einsum("bhdt,bhts->bhds", qT[..., rows], da, preferred_element_type=wide))
-        dq.append(jnp.einsum("bhts,bhsd->bhtd", da, k[:, :, past], preferred_element_type=wide))
+        dv = dv.at[..., past].add(product("bhdt,bhts->bhds", gT[..., rows], kept))
+        dk = dk.at[..., past].add(product("bhdt,bhts->bhds", qT[..., rows], da))
+        dq.append(product("bhts,bhsd->bhtd", da, k[:, :, past]))
     scale = q.shape[-1] ** -0.5
     grads = (jnp.concatenate(dq, axis=2) * scale, dk.swapaxes(2, 3) * scale, dv.swapaxes(2, 3))
     return tuple(grad.astype(q.dtype) for grad in grads)
@@ -176,10 +177,9 @@ def _scores(q: jax.Array, k: jax.Array, start: int) -> jax.Array:
 
 def _products(q: jax.Array, k: jax.Array) -> jax.Array:
     """Return the scaled products of queries [B, H, t, D] with keys [B, H, s, D]."""
-    wide = jnp.promote_types(q.dtype, jnp.float32)
     B, H, t, D = q.shape
     # Rows and heads on one axis: what takes exp of the products has another shape then, and does not write over them.
-    both = jnp.einsum("ntd,nsd->nts", q.reshape(-1, t, D), k.reshape(-1, k.shape[2], D), preferred_element_type=wide)
+    both = product("ntd,nsd->nts", q.reshape(-1, t, D), k.reshape(-1, k.shape[2], D))
     return both.reshape(B, H, t, -1) * D**-0.5
 
 
@@ -270,13 +270,11 @@ class _Cached(NamedTuple):
 
 
 def _scores_of(q: jax.Array, keys: _Cached) -> jax.Array:
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    return jnp.einsum("bhd,bhds->bhs", q, keys.whole(), preferred_element_type=wide)
+    return product("bhd,bhds->bhs", q, keys.whole())
 
 
 def _outputs_of(weights: jax.Array, values: _Cached) -> jax.Array:
-    wide = jnp.promote_types(weights.dtype, jnp.float32)
-    return jnp.einsum("bhs,bhds->bhd", weights, values.whole(), preferred_element_type=wide)
+    return product("bhs,bhds->bhd", weights, values.whole())
 
 
 # A CPU would copy what it multiplies out of the cache, and call a product for each head of each sequence. With the sums

@@ -22,6 +22,7 @@ from chargpt_jax.attention import SAVED, cached_attention, causal_attention
 from chargpt_jax.bits import derive, draw, seeds_of, unit
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.dropout import Dropout, dropout
+from chargpt_jax.products import product, rows_of
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """From q, k and v, [B, H, T, D] each, to the heads' outputs [B, H, T, D] and whatever is to be kept of the layer."""
@@ -73,7 +74,7 @@ class Linear(nnx.Linear):
         dtype: Any = self.dtype
         # All positions on one axis: for a gradient summed over two, a CPU would first write a transposed copy.
         rows = inputs.astype(dtype).reshape(-1, inputs.shape[-1])
-        y = (rows @ self.kernel[...].astype(dtype)).reshape(*inputs.shape[:-1], -1)
+        y = product("rc,cf->rf", rows, self.kernel[...].astype(dtype), dtype).reshape(*inputs.shape[:-1], -1)
         # A bias added in bfloat16 has its gradient, a sum over every position, in bfloat16: that sum stalls.
         bias: Any = self.bias
         return (y + bias[...]).astype(dtype)
@@ -197,7 +198,7 @@ class GPT(nnx.Module):
             weights = own if own is None else derive(own, 0)
             return block(x, rope, lambda q, k, v: (self._attend(q, k, v, weights), None), own)[0], None
 
-        return self._scan(layer, self.wte(tokens), remat=self.config.remat)[0]
+        return self._scan(layer, self.embed(tokens), remat=self.config.remat)[0]
 
     def prefill(self, tokens: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Read int32 [B, T] without dropout; return the last block's output [B, T, C] and all keys and values.
@@ -209,7 +210,7 @@ class GPT(nnx.Module):
         def layer(block: Block, x: jax.Array, _: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             return block(x, rope, lambda q, k, v: (self._attend(q, k, v), (k.swapaxes(2, 3), v.swapaxes(2, 3))))
 
-        return self._scan(layer, self.wte(tokens))
+        return self._scan(layer, self.embed(tokens))
 
     def decode(
         self, tokens: jax.Array, position: jax.Array, cache: tuple[jax.Array, jax.Array]
@@ -239,13 +240,16 @@ class GPT(nnx.Module):
 
             return block(x, (cos, sin), attend), None
 
-        (x, cache), _ = self._scan(layer, (self.wte(tokens[:, None]), cache))
+        (x, cache), _ = self._scan(layer, (self.embed(tokens[:, None]), cache))
         return self.logits(x)[:, 0], cache
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Return the rows of tokens, int32 [...] to [..., C] in float32 or wider."""
+        return rows_of(self.wte.embedding[...].astype(widened(self.dtype)), tokens, self.platform)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Map the last block's output [B, T, C] to logits, float32 [B, T, V]; ids not in use get `MASKED`."""
-        table = self.wte.embedding[...].astype(self.dtype)
-        logits = jnp.einsum("btc,vc->btv", self.ln_f(x), table, preferred_element_type=widened(self.dtype))
+        logits = product("btc,vc->btv", self.ln_f(x), self.wte.embedding[...].astype(self.dtype))
         if not self.config.mask_unused_ids:
             return logits
         ids = jnp.arange(self.config.vocab_size)

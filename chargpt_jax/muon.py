@@ -25,6 +25,7 @@ import optax
 from jax.sharding import Mesh
 
 from chargpt_jax import devices
+from chargpt_jax.products import product
 
 POLYNOMIALS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -54,12 +55,13 @@ def orthogonal(x: jax.Array, steps: int = len(POLYNOMIALS)) -> jax.Array:
     # So that no fourth power leaves float32: 1e-12 of the largest number is as good as nothing.
     x = x / jnp.maximum(jnp.max(jnp.abs(x), axis=(-1, -2), keepdims=True), jnp.finfo(x.dtype).tiny)
     for number, (a, b, c) in enumerate(POLYNOMIALS[:steps]):
-        square = x @ x.swapaxes(-1, -2)
+        square = product("...mk,...nk->...mn", x, x)
         if number == 0:
             norm = MARGIN * jnp.sqrt(jnp.linalg.norm(square, axis=(-1, -2), keepdims=True))
             norm = jnp.where(norm > 0, norm, 1)
             x, square = x / norm, square / norm**2
-        x = a * x + (b * square + c * (square @ square)) @ x
+        fourth = product("...mk,...kn->...mn", square, square)
+        x = a * x + product("...mk,...kn->...mn", b * square + c * fourth, x)
     return x
 
 

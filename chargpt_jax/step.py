@@ -65,7 +65,8 @@ def nats(logits: jax.Array, targets: jax.Array) -> jax.Array:
     Returns:
         Scalar, nats.
     """
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    # With integer labels the gradient would be scattered, which a GPU does in any order or one by one.
+    losses = optax.softmax_cross_entropy(logits, jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype))
     return jnp.sum(losses * (targets != 0))
 
 

@@ -23,13 +23,15 @@ def inputs(length: int, dtype=jnp.float32, batch: int = 2, heads: int = 3, width
 def plain(q, k, v, seeds=None, how=Dropout()):  # noqa: B008
     """Spell the whole T x T array out, with the mask that the blocks should use."""
     _, H, T, D = q.shape
-    scores = jnp.einsum("bhtd,bhsd->bhts", q, k).astype(jnp.promote_types(q.dtype, jnp.float32)) * D**-0.5
+    # As exact as their dtype, which they are not on every device by themselves.
+    exactly = partial(jnp.einsum, precision="highest")
+    scores = exactly("bhtd,bhsd->bhts", q, k).astype(jnp.promote_types(q.dtype, jnp.float32)) * D**-0.5
     weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf), axis=-1)
     if seeds is not None:
         place = jnp.arange(T * T, dtype=jnp.uint32).reshape(T, T)
         mask = jnp.stack([keep_mask(derive(seeds, head), place, how) for head in range(H)], axis=1)
         weights = jnp.where(mask, weights / (1 - how.rate), 0)
-    return jnp.einsum("bhts,bhsd->bhtd", weights.astype(q.dtype), v)
+    return exactly("bhts,bhsd->bhtd", weights.astype(q.dtype), v)
 
 
 SEEDS = jnp.array([[1, 2], [3, 4]], jnp.uint32)
@@ -202,6 +204,7 @@ def test_sums_written_out_are_the_products(capacity, dtype):
     np.testing.assert_allclose(ours.astype(float), theirs.astype(float), rtol=exact, atol=exact / 10)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="how XLA compiles for a CPU")
 def test_a_cpu_copies_neither_keys_nor_values_out_of_the_cache():
     B, H, D, S = 3, 2, 16, 512
     cache = jnp.zeros((4, B, H, D, S))

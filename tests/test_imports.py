@@ -29,9 +29,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batches": {"bits", "config"},
     # batches -> logits -> TrainState -> checkpoint
     "dropout": {"bits"},
-    "attention": {"bits", "devices", "dropout"},
-    "model": {"attention", "bits", "dropout", "config"},
-    "muon": {"devices"},
+    "products": {"devices"},
+    "attention": {"bits", "devices", "dropout", "products"},
+    "model": {"attention", "bits", "dropout", "config", "products"},
+    "muon": {"devices", "products"},
     "optimizer": {"config", "muon"},
     "step": {"batches", "devices", "dropout"},
     "events": set(),

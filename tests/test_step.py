@@ -1,6 +1,7 @@
 """One update: gradients, accumulation, loss scaling, determinism."""
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 
 from chargpt_jax.config import ModelConfig, OptimizerConfig
 from chargpt_jax.model import create
-from chargpt_jax.optimizer import adamw
+from chargpt_jax.optimizer import adamw, transform
 from chargpt_jax.step import create_state, eval_step, nats, train_step
 from tests import reference
 
@@ -119,3 +120,29 @@ def test_evaluation_has_no_dropout_and_counts_characters():
     logits = jax.jit(lambda p: nnx.merge(clean, p)(inputs))(PARAMS)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     np.testing.assert_allclose(total, jnp.sum(losses * (targets != 0)), rtol=1e-6)
+
+
+def lines(graph):
+    """Yield the lines of a jaxpr and of those within it."""
+    for line in graph.eqns:
+        yield line
+        for value in jax.tree.leaves(line.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from lines(inner)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_on_a_gpu_an_update_is_exact_and_adds_in_one_order(kind):
+    """Every product of float32 is one, forward, backward and in the optimizer; nothing is scattered to many places."""
+    config = dataclasses.replace(CONFIG, attention_block=5)
+    graphdef, params = create(config, 0, jnp.float32, "gpu")
+    tx = transform(OptimizerConfig(kind=kind), 1e-3)
+    step = partial(train_step, graphdef=graphdef, tx=tx)
+    found = list(lines(jax.make_jaxpr(step)(create_state(params, tx, 0), batch()).jaxpr))
+    dots = [line for line in found if line.primitive.name == "dot_general"]
+    assert len(dots) > 20
+    assert {line.params["precision"] for line in dots} == {(jax.lax.Precision.HIGHEST,) * 2}
+    scatters = [line for line in found if line.primitive.name.startswith("scatter")]
+    assert all(math.prod(line.invars[1].aval.shape[:-1]) == 1 for line in scatters)
+    assert not [line for line in found if line.primitive.name == "gather"]

@@ -1,0 +1,85 @@
+"""Products as exact as their dtype, and rows looked up by them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chargpt_jax.devices import BFLOAT16_ON_CPU
+from chargpt_jax.products import product, rows_of
+from tests.pairing import x64
+
+AXES = "btc,vc->btv"
+
+
+def arrays(dtype):
+    rng = np.random.default_rng(0)
+    return (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, 5, 7), (3, 7)))
+
+
+def asked(dtype):
+    """Return the precision that a product of a dtype is traced with."""
+    (dot,) = jax.make_jaxpr(lambda a, b: product(AXES, a, b))(*arrays(dtype)).eqns
+    return dot.params["precision"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exact"),
+    [
+        (jnp.float32, 1e-6),
+        pytest.param(
+            jnp.bfloat16,
+            1e-6,
+            marks=pytest.mark.skipif(
+                jax.default_backend() == "cpu" and jax.__version_info__ < BFLOAT16_ON_CPU,
+                reason="this JAX cannot multiply bfloat16 on a CPU",
+            ),
+        ),
+        (jnp.float64, 1e-14),
+    ],
+)
+def test_a_product_is_as_exact_as_its_dtype_and_summed_in_float32_or_wider(dtype, exact):
+    with x64(dtype == jnp.float64):
+        a, b = arrays(dtype)
+        ours = jax.jit(lambda a, b: product(AXES, a, b))(a, b)
+        assert ours.dtype == jnp.promote_types(dtype, jnp.float32)
+        expected = np.einsum(AXES, *(np.asarray(x, np.float64) for x in (a, b)))
+        np.testing.assert_allclose(ours, expected, rtol=exact, atol=exact)
+
+
+def test_a_dtype_that_is_asked_for_is_the_results():
+    assert product(AXES, *arrays(jnp.bfloat16), jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def test_what_is_float32_is_multiplied_as_float32():
+    """Otherwise a TPU would round it to bfloat16 first, and a GPU to TF32."""
+    assert asked(jnp.float32) == (jax.lax.Precision.HIGHEST,) * 2
+    assert asked(jnp.bfloat16) is None
+    with x64(True):
+        assert asked(jnp.float64) is None
+
+
+def test_who_asks_jax_for_less_gets_it():
+    with jax.default_matmul_precision("tensorfloat32"):
+        assert asked(jnp.float32) == (jax.lax.Precision.HIGH,) * 2
+
+
+def test_gradients_are_as_exact():
+    a, b = arrays(jnp.float32)
+    graph = jax.make_jaxpr(jax.grad(lambda a: jnp.sum(jnp.sin(product(AXES, a, b)))))(a)
+    dots = [line for line in graph.eqns if line.primitive.name == "dot_general"]
+    assert len(dots) == 2
+    assert {line.params["precision"] for line in dots} == {(jax.lax.Precision.HIGHEST,) * 2}
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.sampled_from(["cpu", "gpu", "tpu", None]))
+def test_rows_are_the_tables_bit_for_bit_and_their_gradient_sums_over_every_place(ids, platform):
+    table = jnp.asarray(np.random.default_rng(1).normal(size=(7, 3)), jnp.float32)
+    weight = np.random.default_rng(2).normal(size=(len(ids), 3)).astype(np.float32)
+    rows, back = jax.vjp(lambda table: rows_of(table, jnp.array(ids), platform), table)
+    np.testing.assert_array_equal(rows, np.asarray(table)[ids])
+    expected = np.zeros((7, 3))
+    np.add.at(expected, ids, weight)
+    np.testing.assert_allclose(back(weight)[0], expected, rtol=1e-5, atol=1e-6)
