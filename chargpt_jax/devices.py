@@ -18,6 +18,10 @@ from chargpt_jax.config import AmpConfig, UserError
 DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
+GPUS = ("gpu", "cuda", "rocm")
+"""What JAX calls the platform of a GPU."""
+
+
 BFLOAT16_ON_CPU = (0, 9, 0)
 """The first JAX found to multiply bfloat16 into float32 on a CPU; 0.8.0 refuses when the program runs."""
 
@@ -68,7 +72,7 @@ def compute_dtype(amp: AmpConfig, device: Any = None) -> Any:
         return DTYPES[amp.dtype]
     if device.platform == "tpu":
         return jnp.bfloat16
-    if device.platform in ("gpu", "cuda", "rocm"):
+    if device.platform in GPUS:
         capability = float(getattr(device, "compute_capability", "8.0"))
         return jnp.bfloat16 if capability >= 8 else jnp.float16
     return jnp.float32
@@ -195,18 +199,23 @@ kernels without MLIR, which takes more than a MiB for each and longer, for kerne
 """
 
 
+ON_GPU: dict[str, Any] = {"xla_gpu_deterministic_ops": True}
+"""The same for a GPU: to take kernels that add in one order, and always the same ones rather than the quickest of a
+race, so that a run that goes on after a crash, compiled anew, has the bits that it would have had."""
+
+
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     """Return what XLA is told when it compiles for a mesh, in the terms of jax.jit's compiler_options."""
-    if mesh.devices.flat[0].platform != "cpu":
-        return None
-    return {name: value for name, value in ON_CPU.items() if _known(name)} or None
+    platform = mesh.devices.flat[0].platform
+    options = ON_CPU if platform == "cpu" else ON_GPU if platform in GPUS else {}
+    return {name: value for name, value in options.items() if _known(name, value)} or None
 
 
 @functools.cache
-def _known(name: str) -> bool:
-    """Say whether this XLA knows an option of ON_CPU: one that it does not know would end the program."""
+def _known(name: str, value: Any) -> bool:
+    """Say whether this XLA knows an option: one that it does not know would end the program."""
     try:
-        jax.jit(lambda: 0, compiler_options={name: ON_CPU[name]}).lower().compile()
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
     except RuntimeError:
         return False
     return True

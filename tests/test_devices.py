@@ -167,7 +167,7 @@ def test_a_cache_that_the_user_chose_is_left_alone(cache_setting, monkeypatch, t
     assert getattr(jax.config, cache_setting) is None
 
 
-def test_only_a_cpu_is_told_how_to_compile_and_only_what_its_xla_knows(monkeypatch):
+def test_xla_is_told_by_platform_how_to_compile_and_only_what_it_knows(monkeypatch):
     mesh = SimpleNamespace(devices=np.array([jax.devices("cpu")[0]]))
     told = devices.compiler_options(mesh)
     if jax.__version_info__ >= (0, 10, 2):  # older ones need not know of it, as 0.7.2 does not
@@ -177,6 +177,8 @@ def test_only_a_cpu_is_told_how_to_compile_and_only_what_its_xla_knows(monkeypat
     assert told is None or told.items() <= devices.ON_CPU.items()
     assert jax.jit(lambda x: x + 1, compiler_options=told)(1) == 2
     assert devices.compiler_options(SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))) is None
+    gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
+    assert devices.compiler_options(gpu) == {"xla_gpu_deterministic_ops": True}
     monkeypatch.setattr(devices, "ON_CPU", {"xla_cpu_an_option_of_the_future": False})
     devices._known.cache_clear()
     try:
