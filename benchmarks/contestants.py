@@ -23,7 +23,7 @@ from chargpt_jax import garbage
 from chargpt_jax.config import Config, load_config
 
 SETUPS = {"small": 4, "nanogpt_baby": 8, "nanogpt_cpu": 12}
-"""The shipped configs that are measured, and their batch sizes here."""
+"""The shipped configs that are measured, and the batch sizes that a CPU gets; an accelerator gets the configs' own."""
 
 CONTESTANTS = {
     "ours": ("ours", ""),
@@ -31,13 +31,17 @@ CONTESTANTS = {
     "nanoGPT": ("nanogpt", ""),
     "nanoGPT, compiled": ("nanogpt", "compiled"),
     "nanoGPT, bfloat16": ("nanogpt", "bfloat16"),
+    "nanoGPT, bfloat16, compiled": ("nanogpt", "bfloat16 compiled"),
     "original": ("original", ""),
     "original, compiled": ("original", "compiled"),
     "original, bfloat16": ("original", "bfloat16"),
+    "original, bfloat16, compiled": ("original", "bfloat16 compiled"),
     "Equinox": ("equinox", ""),
     "nanodo": ("nanodo", ""),
 }
-"""By its name in the tables: whose code, and how it is run; '' is float32 without torch.compile."""
+"""By its name in the tables: whose code, and how it is run; '' is float32 without torch.compile.
+
+On a GPU PyTorch's float32 is TF32, as nanoGPT's train.py wants it, where ours is float32."""
 
 NOTES = {
     "nanogpt": "learned positions; heads of n_embd / n_head: in small they are 4 wide, half of the attention's work",
@@ -48,15 +52,20 @@ NOTES = {
 
 TRAINED_ON, PROMPT, WARM_UP = 400_000, 8, 16
 
+LOGGED_EVERY = 10
+"""Updates after which PyTorch on a GPU is asked for a loss, and so waited for: nanoGPT's log_interval."""
+
 Update = Callable[[], int]
 """Makes some updates, waits for them, and returns how many they were."""
 
 
-def setup_of(name: str) -> Config:
-    """Return a shipped config with this machine's batch size and the vocabulary that its text gives."""
+def setup_of(name: str, accelerated: bool = False) -> Config:
+    """Return a shipped config with the vocabulary that its text gives and the batch size of what it is to run on."""
     config = load_config(name)
     config.model.vocab_size, config.model.used_ids = 128, 69 if name == "small" else 66
-    config.data.batch_size, config.data.padding_chance = SETUPS.get(name, 4), 0.0
+    config.data.padding_chance = 0.0
+    if not accelerated:
+        config.data.batch_size = SETUPS.get(name, 4)
     config.optimizer.learning_rate = 1e-3
     return config
 
@@ -134,10 +143,12 @@ class Torch:
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         torch.manual_seed(0)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         assert folder is not None
-        self.config, self.bfloat16 = config, variant == "bfloat16"
-        self.model = self.build(folder)
-        self.run = torch.compile(self.model) if variant == "compiled" else self.model
+        self.config, self.bfloat16 = config, "bfloat16" in variant
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = self.build(folder).to(self.device)
+        self.run = torch.compile(self.model) if "compiled" in variant else self.model
 
     def build(self, folder: Path) -> Any:
         """Import the peer's code and make its model."""
@@ -151,10 +162,10 @@ class Torch:
         """Return the context in which bfloat16 is used, where it is asked for."""
         import torch
 
-        return torch.autocast("cpu", dtype=torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
+        return torch.autocast(self.device, dtype=torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
 
     def trainer(self) -> Update:
-        """Return what makes one update on random crops."""
+        """Return what makes updates on random crops: one, or as many as a GPU is left alone with."""
         import torch
 
         how, T, B = self.config.optimizer, self.config.model.block_size, self.config.data.batch_size
@@ -163,20 +174,26 @@ class Torch:
         decayed = [p for p in parameters if p.dim() >= 2]
         others = [p for p in parameters if p.dim() < 2]
         groups = [{"params": decayed, "weight_decay": how.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=how.betas)
+        optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=how.betas, fused=self.device == "cuda" or None)
+        count = 1 if self.device == "cpu" else LOGGED_EVERY
+
+        def crops() -> Any:
+            at = torch.randint(len(tokens) - T - 1, (B,))
+            pair = (torch.stack([tokens[i + shift : i + shift + T] for i in at]) for shift in (0, 1))
+            return pair if self.device == "cpu" else (x.pin_memory().to(self.device, non_blocking=True) for x in pair)
 
         def update() -> int:
-            at = torch.randint(len(tokens) - T - 1, (B,))
-            x, y = (torch.stack([tokens[i + shift : i + shift + T] for i in at]) for shift in (0, 1))
-            with self.autocast():
-                loss = self.loss(x, y)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if how.clip_norm:
-                torch.nn.utils.clip_grad_norm_(parameters, how.clip_norm)
-            optimizer.step()
+            for _ in range(count):
+                x, y = crops()
+                with self.autocast():
+                    loss = self.loss(x, y)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                if how.clip_norm:
+                    torch.nn.utils.clip_grad_norm_(parameters, how.clip_norm)
+                optimizer.step()
             loss.item()
-            return 1
+            return count
 
         return update
 
@@ -184,12 +201,12 @@ class Torch:
         """Return what writes with the peer's own generate."""
         import torch
 
-        tokens = torch.from_numpy(corpus(self.config)[:prompt]).long().expand(batch, -1)
+        tokens = torch.from_numpy(corpus(self.config)[:prompt]).long().expand(batch, -1).to(self.device)
         self.model.eval()
 
         def write(length: int) -> None:
             with torch.no_grad(), self.autocast():
-                self.model.generate(tokens, length)
+                self.model.generate(tokens, length).cpu()
 
         return write
 
@@ -359,6 +376,17 @@ def peak_mib() -> float:
     return int(line.split()[1]) / 1024
 
 
+def device() -> dict[str, Any]:
+    """Name the GPU that has been used, and the most of its memory that was taken, MiB; empty for a CPU."""
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    if torch and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return {"device": torch.cuda.get_device_name(), "device_mib": torch.cuda.max_memory_allocated() / 2**20}
+    if jax and jax.default_backend() != "cpu":
+        first = jax.local_devices()[0]
+        return {"device": first.device_kind, "device_mib": first.memory_stats()["peak_bytes_in_use"] / 2**20}
+    return {}
+
+
 def training(peer: Any, config: Config, seconds: float) -> dict[str, float]:
     """Train for some seconds after three rounds of updates that do not count."""
     before, update = peak_mib(), peer.trainer()
@@ -370,7 +398,7 @@ def training(peer: Any, config: Config, seconds: float) -> dict[str, float]:
         count = update()
         times.append((time.perf_counter() - began) / count)
     rate = config.data.batch_size * config.model.block_size / statistics.median(times)
-    return {"tokens_per_second": rate, "peak_mib": peak_mib(), "own_mib": peak_mib() - before}
+    return {"tokens_per_second": rate, "peak_mib": peak_mib(), "own_mib": peak_mib() - before, **device()}
 
 
 def generation(peer: Any, prompt: int, count: int, batch: int) -> dict[str, float]:
@@ -385,7 +413,7 @@ def generation(peer: Any, prompt: int, count: int, batch: int) -> dict[str, floa
 def sample(task: dict[str, Any]) -> dict[str, float]:
     """Take one sample: what is measured, as the task says, of which contestant."""
     kind, variant = CONTESTANTS[task["contestant"]]
-    config = setup_of(task["setup"])
+    config = setup_of(task["setup"], task.get("accelerated", False))
     for name, value in task.get("model", {}).items():
         setattr(config.model, name, value)
     peer = PEERS[kind](config, variant, Path(task["folder"]) if task.get("folder") else None)

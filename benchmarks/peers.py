@@ -2,6 +2,7 @@
 
     python -m benchmarks.peers --nanogpt=DIR --original=DIR --equinox=DIR --nanodo=DIR [--rounds=5] [--out=FOLDER]
         [--setups=small,nanogpt_baby,nanogpt_cpu] [--measures=training,start,generation] [--contestants='ours;nanoGPT']
+        [--accelerated]
 
 The folders are the user's checkouts of karpathy/nanoGPT, z0u/mi-ni at 2a991f7 (PyTorch), z0u/mi-ni (Equinox) and
 google-deepmind/nanodo; a peer without a folder is left out. Every sample is a process of its own, one after the other,
@@ -29,6 +30,7 @@ UNITS = {
     "tokens_per_second": ("training, tokens/s", True),
     "peak_mib": ("peak memory of training, compilation included, MiB", False),
     "own_mib": ("of it beyond imports, MiB", False),
+    "device_mib": ("peak memory of the GPU in training, MiB", False),
     "empty_seconds": ("start to first update, empty cache, s", False),
     "filled_seconds": ("start to first update, filled cache, s", False),
     "empty_mib": ("peak memory up to there, empty cache, MiB", False),
@@ -137,9 +139,14 @@ def _one(task: dict[str, Any], number: int) -> Iterator[Row]:
 
 
 def ratios(rows: Sequence[Row], setup: str, figure: str, other: str) -> list[float]:
-    """Return, round by round, how many times better ours is than another: faster, or smaller."""
+    """Return, round by round, how many times better ours is than another: faster, or smaller.
+
+    Ours is float32's, or bfloat16's where only that was measured.
+    """
     found = {(row["contestant"], row["round"]): row[figure] for row in rows if row["setup"] == setup and figure in row}
-    pairs = [(value, found.get((other, n))) for (name, n), value in found.items() if name == "ours"]
+    measured = {name for name, _ in found}
+    ours = next((name for name, (kind, _) in CONTESTANTS.items() if kind == "ours" and name in measured), "")
+    pairs = [(value, found.get((other, n))) for (name, n), value in found.items() if name == ours]
     return [mine / theirs if UNITS[figure][1] else theirs / mine for mine, theirs in pairs if theirs]
 
 
@@ -163,7 +170,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
                 own, times = values[name], ratios(rows, setup, figure, name)
                 better = f"{number(statistics.median(times))}x ({number(min(times))} to {number(max(times))})"
                 span = f"{number(min(own))} to {number(max(own))}"
-                shown = better if times and name != "ours" else ""
+                shown = better if times and CONTESTANTS[name][0] != "ours" else ""
                 yield f"| {name} | {number(statistics.median(own))} | {span} | {shown} |"
     failed = {(row["contestant"], row["setup"], row["measure"]): row["error"] for row in rows if "error" in row}
     if failed:
@@ -203,7 +210,9 @@ def report(rows: Sequence[Row], facts: dict[str, Any]) -> str:
     """Return the whole as Markdown."""
     head = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "commits")
     peers = "".join(f"\n- {kind} at {at}: {NOTES[kind]}" for kind, at in facts.get("commits", {}).items())
-    batches = ", ".join(f"{name} {size}" for name, size in SETUPS.items())
+    devices = dict.fromkeys(row["device"] for row in rows if "device" in row)
+    head += "".join(f", {device}" for device in devices)
+    batches = ", ".join(f"{name} {setup_of(name, bool(devices)).data.batch_size}" for name in SETUPS)
     return "\n".join([f"Machine: {head}. Sequences a batch: {batches}.\n{peers}", *tables(rows)]) + "\n"
 
 
@@ -218,13 +227,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--measures", default="training,start,generation")
     parser.add_argument("--seconds", type=float, default=10.0, help="of training a sample")
     parser.add_argument("--count", type=int, default=500, help="characters that a sample writes")
+    parser.add_argument("--accelerated", action="store_true", help="the configs' own batch sizes, for an accelerator")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(words)
     folders = {kind: str(Path(getattr(args, kind)).resolve()) for kind in NOTES if getattr(args, kind)}
     facts = {**machine(), "commits": {kind: commit(folder) for kind, folder in folders.items()}}
     rows: list[Row] = []
     wanted = args.measures.split(","), args.setups.split(",")
-    task = {"seconds": args.seconds, "count": args.count}
+    task = {"seconds": args.seconds, "count": args.count, "accelerated": args.accelerated}
     for row in samples(*wanted, folders, args.contestants.split(";"), args.rounds, **task):
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
