@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chargpt_jax.devices import BFLOAT16_ON_CPU
@@ -74,6 +74,7 @@ def test_gradients_are_as_exact():
     assert {line.params["precision"] for line in dots} == {(jax.lax.Precision.HIGHEST,) * 2}
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.sampled_from(["cpu", "gpu", "tpu", None]))
 def test_rows_are_the_tables_bit_for_bit_and_their_gradient_sums_over_every_place(ids, platform):
     table = jnp.asarray(np.random.default_rng(1).normal(size=(7, 3)), jnp.float32)
