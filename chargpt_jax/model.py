@@ -245,7 +245,7 @@ class GPT(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Return the rows of tokens, int32 [...] to [..., C] in float32 or wider."""
-        return rows_of(self.wte.embedding[...].astype(widened(self.dtype)), tokens, self.platform)
+        return rows_of(self.wte.embedding[...].astype(widened(self.dtype)), tokens)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Map the last block's output [B, T, C] to logits, float32 [B, T, V]; ids not in use get `MASKED`."""

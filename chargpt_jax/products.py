@@ -10,8 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from chargpt_jax.devices import on_cpu
-
 
 def product(axes: str, a: jax.Array, b: jax.Array, dtype: Any = None) -> jax.Array:
     """Multiply two arrays of one dtype as jnp.einsum has it.
@@ -25,24 +23,34 @@ def product(axes: str, a: jax.Array, b: jax.Array, dtype: Any = None) -> jax.Arr
     return jnp.einsum(axes, a, b, preferred_element_type=dtype, precision=_precision(a.dtype))
 
 
-def rows_of(table: jax.Array, ids: jax.Array, platform: str | None = None) -> jax.Array:
-    """Look up rows of a table.
+@jax.custom_vjp
+def rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Look up rows of a table; its gradient is a product, with a 1 for each place where a row was looked up.
 
-    Elsewhere than on a CPU as a product with rows of one 1 and zeros, which gives the same numbers: the gradient of a
-    lookup adds to the table's rows one by one, or on a GPU in an order that differs from run to run.
+    Left to itself JAX would add to the table's rows one place after the other, or on a GPU in an order that differs
+    from run to run.
 
     Args:
         table: [V, C].
         ids: int32 [...], each less than V.
-        platform: that the program is made for, 'cpu' or another; None: JAX's default.
 
     Returns:
         [..., C], of the table's dtype.
     """
-    if on_cpu(platform):
-        return jnp.take(table, ids, axis=0)
-    ones = jax.nn.one_hot(ids, table.shape[0], dtype=table.dtype)
-    return jnp.matmul(ones, table, precision=jax.lax.Precision.HIGHEST)
+    return jnp.take(table, ids, axis=0)
+
+
+def _looked_up(table: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return rows_of(table, ids), (table, ids)
+
+
+def _put_back(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None]:
+    table, ids = saved
+    places = jax.nn.one_hot(ids.reshape(-1), table.shape[0], dtype=gradient.dtype)
+    return product("nv,nc->vc", places, gradient.reshape(-1, gradient.shape[-1]), gradient.dtype), None
+
+
+rows_of.defvjp(_looked_up, _put_back)
 
 
 def _precision(dtype: Any) -> jax.lax.Precision | None:

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batches": {"bits", "config"},
     # batches -> logits -> TrainState -> checkpoint
     "dropout": {"bits"},
-    "products": {"devices"},
+    "products": set(),
     "attention": {"bits", "devices", "dropout", "products"},
     "model": {"attention", "bits", "dropout", "config", "products"},
     "muon": {"devices", "products"},
