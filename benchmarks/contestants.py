@@ -93,8 +93,9 @@ class Ours:
         from chargpt_jax.pace import Pace
 
         config = self.config
-        tx = optimizer.transform(config.optimizer, optimizer.warmup_cosine(config.scheduler, 1e-3, 100))
         setup = Setup.on(config, corpus(config), vocabulary=())
+        schedule = optimizer.warmup_cosine(config.scheduler, 1e-3, 100)
+        tx = optimizer.transform(config.optimizer, schedule, setup.mesh)
         state, lowered = setup.begin(tx)
         dispatch, pace = lowered.compile(), Pace(config)
 

@@ -46,9 +46,8 @@ def main(words: Sequence[str] | None = None) -> None:
                 if isinstance(event, LRFinderStep):
                     times.append(time.perf_counter())
             setup = Setup.of(Workdir(workdir))
-            tx = optimizer.transform(config.optimizer, 1e-3)
-            state = setup.fresh_state(tx)
-            dispatch = setup.updater(tx).lower(state, setup.on_device, np.int32(1)).compile()
+            state, lowered = setup.begin(optimizer.transform(config.optimizer, 1e-3, setup.mesh))
+            dispatch = lowered.compile()
             state, _ = dispatch(state, setup.on_device, np.int32(1))
             compiled = time.perf_counter()
             _, history = dispatch(state, setup.on_device, np.int32(steps))

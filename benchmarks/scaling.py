@@ -49,10 +49,10 @@ def trainer(config: Config) -> tuple[Callable[[], float], int]:
     """Compile an update; return what makes one and tells its seconds, and the bytes of its temporaries."""
     graphdef, params = create(config.model, 0)
     mesh = devices.data_mesh(config.data.batch_size)
-    tx = optimizer.transform(config.optimizer, 1e-3)
+    tx = optimizer.transform(config.optimizer, 1e-3, mesh)
     state = fresh_state(params, tx, 0, np.float32, mesh)
     tokens = jax.device_put(corpus(config), devices.replicated(mesh))
-    dispatch = compiled_updates(config, graphdef, tx, mesh).lower(state, tokens, np.int32(1)).compile()
+    dispatch = compiled_updates(config, graphdef, tx, mesh, state).lower(state, tokens, np.int32(1)).compile()
 
     def update() -> float:
         nonlocal state

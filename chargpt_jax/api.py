@@ -218,7 +218,8 @@ def _shapes(config: Config, dtype: Any) -> tuple[nnx.GraphDef, Any]:
     """Return a model's static half, and its training state with shapes in place of arrays, on one device."""
     tx = optimizer.transform(config.optimizer, lambda count: 0.0 * count)
     graphdef, params = jax.eval_shape(lambda: create(config.model, 0, dtype))
-    return graphdef, state_shapes(params, tx, 0, dtype, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return graphdef, devices.lying(here, state_shapes(params, tx, 0, dtype))
 
 
 def evaluate(workdir: str | Path, step: str | int = "best", warn: Callable[[str], None] = print) -> dict[str, Any]:

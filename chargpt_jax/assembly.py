@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from chargpt_jax import batches, devices, garbage, optimizer
+from chargpt_jax import batches, devices, garbage, optimizer, shares
 from chargpt_jax.config import Config
 from chargpt_jax.model import plan
 from chargpt_jax.pace import MOST_STEPS
@@ -58,19 +58,27 @@ def updates(
     return jax.lax.fori_loop(0, count, body, (state, history))
 
 
-def compiled_updates(config: Config, graphdef: nnx.GraphDef, tx: optax.GradientTransformation, mesh: Mesh) -> Any:
-    """Return `updates` under jit: the state's memory is reused, and every device ends with the whole state."""
-    update = partial(updates, config=config, graphdef=graphdef, tx=tx, mesh=mesh)
-    return _in_place(update, mesh, out_shardings=devices.replicated(mesh))
+def compiled_updates(
+    config: Config, graphdef: nnx.GraphDef, tx: optax.GradientTransformation, mesh: Mesh, state: TrainState
+) -> Any:
+    """Return `updates` under jit, for states like one of arrays or shapes, whose memory is reused."""
+    return _in_place(partial(updates, config=config, graphdef=graphdef, tx=tx, mesh=mesh), mesh, state)
 
 
-def compiled_probe(config: Config, graphdef: nnx.GraphDef, mesh: Mesh) -> Any:
-    """Return `probe` under jit; the state's memory is reused."""
-    return _in_place(partial(probe, config=config, graphdef=graphdef, mesh=mesh), mesh)
+def compiled_probe(config: Config, graphdef: nnx.GraphDef, mesh: Mesh, state: TrainState) -> Any:
+    """Return `probe` under jit, for states like one of arrays or shapes, whose memory is reused."""
+    return _in_place(partial(probe, config=config, graphdef=graphdef, mesh=mesh), mesh, state)
 
 
-def _in_place(f: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
-    return jax.jit(f, donate_argnums=0, compiler_options=devices.compiler_options(mesh), **options)
+def _in_place(f: Callable[..., Any], mesh: Mesh, state: TrainState) -> Any:
+    ends = layout(state, mesh), devices.replicated(mesh)
+    return jax.jit(f, donate_argnums=0, out_shardings=ends, compiler_options=devices.compiler_options(mesh))
+
+
+def layout(state: TrainState, mesh: Mesh) -> TrainState:
+    """Return how a training state, of arrays or shapes, lies: whole on every device, but for what an update shares."""
+    everywhere = jax.tree.map(lambda _: devices.replicated(mesh), state)
+    return dataclasses.replace(everywhere, opt_state=shares.layout(state.opt_state, mesh))
 
 
 def probe(
@@ -102,13 +110,19 @@ _create_state = jax.jit(create_state, static_argnames=("tx", "seed", "dtype"))
 
 
 def fresh_state(params: Any, tx: optax.GradientTransformation, seed: int, dtype: Any, mesh: Mesh) -> TrainState:
-    """Return the state before the first update on every device, in memory of its own (updates are made in place)."""
-    return jax.device_put(_create_state(params, tx=tx, seed=seed, dtype=dtype), devices.replicated(mesh))
+    """Return the state before the first update as `layout` has it, in memory of its own (updates are made in place)."""
+    state = _create_state(params, tx=tx, seed=seed, dtype=dtype)
+    return jax.device_put(state, layout(state, mesh))
 
 
-def state_shapes(shapes: Any, tx: optax.GradientTransformation, seed: int, dtype: Any, sharding: Any) -> TrainState:
-    """Return the training state of parameters of these shapes, as shapes that lie as a sharding has it."""
-    return devices.lying(sharding, jax.eval_shape(partial(create_state, tx=tx, seed=seed, dtype=dtype), shapes))
+def state_shapes(shapes: Any, tx: optax.GradientTransformation, seed: int, dtype: Any) -> TrainState:
+    """Return the training state of parameters of these shapes, as shapes."""
+    return jax.eval_shape(partial(create_state, tx=tx, seed=seed, dtype=dtype), shapes)
+
+
+def laid_out(state: TrainState, mesh: Mesh) -> TrainState:
+    """Return a training state's shapes, said to lie as `layout` has it: what can be compiled for."""
+    return devices.lying(layout(state, mesh), state)
 
 
 @dataclasses.dataclass
@@ -164,13 +178,18 @@ class Setup:
         """
         with ThreadPoolExecutor(1) as thread:
             fresh = thread.submit(self.fresh_state, tx)
-            state = state_shapes(self.shapes, tx, self.config.seed, self.dtype, devices.replicated(self.mesh))
-            lowered = self.updater(tx).lower(state, self.on_device, np.int32(1))
+            state = self.state_shapes(tx)
+            update = compiled_updates(self.config, self.graphdef, tx, self.mesh, state)
+            lowered = update.lower(state, self.on_device, np.int32(1))
             return fresh.result(), lowered
 
-    def updater(self, tx: optax.GradientTransformation) -> Any:
-        """Return `updates` under jit; it takes (state, tokens, count) and reuses the state's memory."""
-        return compiled_updates(self.config, self.graphdef, tx, self.mesh)
+    def prober(self, tx: optax.GradientTransformation) -> Any:
+        """Return `probe` under jit; it takes (state, tokens, rate) and reuses the state's memory."""
+        return compiled_probe(self.config, self.graphdef, self.mesh, self.state_shapes(tx))
+
+    def state_shapes(self, tx: optax.GradientTransformation) -> TrainState:
+        """Return the training state's shapes, and how it lies."""
+        return laid_out(state_shapes(self.shapes, tx, self.config.seed, self.dtype), self.mesh)
 
     def validator(self, whole: bool = False) -> "Validator":
         """Return the function from parameters, and their step, to the loss on the held-out part, in nats per character.

@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from chargpt_jax import devices, optimizer
-from chargpt_jax.assembly import compiled_updates, state_shapes, validation_nats
+from chargpt_jax.assembly import compiled_updates, laid_out, state_shapes, validation_nats
 from chargpt_jax.config import Config, UserError
 from chargpt_jax.generate import advance, begin, bucket
 from chargpt_jax.model import create
@@ -97,10 +97,10 @@ def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, para
     # Neither the rate nor the length of an epoch, which a run finds out, changes the program's shape.
     schedule = optimizer.warmup_cosine(config.scheduler, peak=1e-3, epoch_steps=100)
     tx = optimizer.transform(config.optimizer, schedule, mesh)
-    state = state_shapes(params, tx, config.seed, dtype, everywhere)
+    state = laid_out(state_shapes(params, tx, config.seed, dtype), mesh)
     yield Program(
         "training",
-        compiled_updates(config, graphdef, tx, mesh),
+        compiled_updates(config, graphdef, tx, mesh, state),
         (state, devices.lying(everywhere, _ints(N_TRAIN)), _ints()),
         {},
         used,

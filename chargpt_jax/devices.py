@@ -34,6 +34,10 @@ MOST_CORES = 8
 """A CPU counts as one device a core, up to so many; the rest serve them all."""
 
 
+LEAST_SHARED = 2**17
+"""Numbers in an array at least, for each device to hold a part of it only: to bring parts together takes time too."""
+
+
 def use_every_core() -> None:
     """Let a CPU count as one device a core, which share a batch: a core works faster on rows of its own.
 
@@ -130,9 +134,34 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def lying(sharding: Any, tree: Any) -> Any:
-    """Return the shapes of a tree of arrays or shapes, said to lie as a sharding has it: what can be compiled for."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def share(mesh: Mesh, x: Any) -> NamedSharding:
+    """Return the sharding of what each device holds a part of, for an array or shape.
+
+    It is cut along the first axis that the devices divide evenly. A small one, or one without such an axis, is whole.
+    """
+    axes = [axis for axis, length in enumerate(x.shape) if length % mesh.size == 0]
+    if mesh.size == 1 or x.size < LEAST_SHARED or not axes:
+        return replicated(mesh)
+    return NamedSharding(mesh, PartitionSpec(*[None] * axes[0], "data"))
+
+
+def in_shares(mesh: Mesh | None, tree: Any) -> Any:
+    """Inside jit, let each device work on its part of every array of a tree, as `share` says; None: leave it alone."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, share(mesh, x)), tree)
+
+
+def whole(mesh: Mesh | None, tree: Any) -> Any:
+    """Inside jit, let every device have every array of a tree; None: leave it alone."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def lying(shardings: Any, tree: Any) -> Any:
+    """Return the shapes of a tree of arrays or shapes, said to lie as a tree of shardings, or one for all, has it."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(lambda x, how: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how), tree, shardings)
 
 
 def shared(mesh: Mesh, batch: Any) -> Any:
@@ -163,7 +192,9 @@ def summed(f: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def divided(f: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """Let each device of a mesh call f on some rows of a tree of arrays, and every device have all results.
+    """Let each device of a mesh call f on some rows of a tree of arrays.
+
+    Of results whose rows the devices divide evenly each keeps its own, of the others every device has all.
 
     Args:
         f: of a tree of arrays whose rows do not concern each other, to one of as many rows.
@@ -176,8 +207,7 @@ def divided(f: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
         # Zeros make up for rows that are lacking.
         even = jax.tree.map(lambda x: jnp.pad(x, ((0, -len(x) % mesh.size), *((0, 0),) * (x.ndim - 1))), tree)
         made = jax.shard_map(f, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))(even)
-        made = jax.lax.with_sharding_constraint(made, replicated(mesh))
-        return jax.tree.map(lambda x, y: y[: len(x)], tree, made)
+        return jax.tree.map(lambda x, y: y if len(x) % mesh.size == 0 else whole(mesh, y)[: len(x)], tree, made)
 
     return shared_out
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from chargpt_jax.config import MOST_STEPS, OptimizerConfig, SchedulerConfig, UserError
 from chargpt_jax.muon import is_hidden, scale_by_muon
+from chargpt_jax.shares import shared
 
 EPS = 1e-8
 """What Adam adds to the root of the second moment: the ancestor's, and optax's and PyTorch's default."""
@@ -67,18 +68,21 @@ def transform(
     Args:
         config: of the optimizer.
         learning_rate: a number, or a function from the number of updates made before to it.
-        mesh: the devices that may share an update's work; None: one does it all.
+        mesh: the devices that share an update's work; None: each does it all.
     """
-    update = adamw(config, learning_rate) if config.kind == "adamw" else muon(config, learning_rate, mesh)
+    update = (adamw if config.kind == "adamw" else muon)(config, learning_rate, mesh)
     if config.clip_norm is None:
         return update
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
-def adamw(config: OptimizerConfig, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+def adamw(
+    config: OptimizerConfig, learning_rate: optax.ScalarOrSchedule, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
     """Build AdamW (Loshchilov and Hutter 2019) with the decay mask."""
     b1, b2 = config.betas
-    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=EPS, weight_decay=config.weight_decay, mask=decay_mask)
+    update = optax.adamw(learning_rate, b1=b1, b2=b2, eps=EPS, weight_decay=config.weight_decay, mask=decay_mask)
+    return shared(update, mesh)
 
 
 def muon(
@@ -87,7 +91,7 @@ def muon(
     """Build Muon for the layers' matrices, muon_factor times as fast, and AdamW for all else; decay as AdamW's."""
     b1, b2 = config.betas
     hidden = optax.chain(scale_by_muon(config.muon_momentum, config.muon_steps, mesh), optax.scale(config.muon_factor))
-    kinds = {"muon": hidden, "adamw": optax.scale_by_adam(b1=b1, b2=b2, eps=EPS)}
+    kinds = {"muon": hidden, "adamw": shared(optax.scale_by_adam(b1=b1, b2=b2, eps=EPS), mesh)}
     return optax.chain(
         optax.partition(kinds, partial(jax.tree_util.tree_map_with_path, _kind)),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from chargpt_jax import batches, devices, optimizer, plots
-from chargpt_jax.assembly import Setup, compiled_probe
+from chargpt_jax.assembly import Setup
 from chargpt_jax.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.config import Config, UserError, differences, from_dict, validate
 from chargpt_jax.corpus import load_corpus
@@ -135,8 +135,8 @@ def find_lr(config: Config, workdir: str | Path, warn: Callable[[str], None] = p
 def _find_lr(folder: Workdir, warn: Callable[[str], None], lock: Lock, ending: Ending) -> Iterator[Event]:
     setup = Setup.of(folder)
     finder = setup.config.lr_finder
-    compiled = compiled_probe(setup.config, setup.graphdef, setup.mesh)
     tx = optimizer.transform(setup.config.optimizer, 0.0)
+    compiled = setup.prober(tx)
 
     def start(zoom: int) -> TrainState:
         state = setup.fresh_state(tx)

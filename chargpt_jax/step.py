@@ -87,7 +87,7 @@ def train_step(
         graphdef: the model's static half.
         tx: the optimizer that made state.opt_state.
         parts: each device's rows go through the model in this many equal parts; the update is the same.
-        mesh: the devices that share the batch's rows; None: one does it all.
+        mesh: the devices that share the batch's rows, and `tx` the update; None: one does it all.
 
     Returns:
         The next state, and scalars: loss (nats per character, before the update) and grad_norm. In float16 an update
@@ -98,12 +98,15 @@ def train_step(
     seeds = seeds_for(dropout_key(state.key, state.step), inputs.shape[0])
     own = partial(gradients, graphdef=graphdef, parts=parts)
     sums = own if mesh is None else devices.summed(own, mesh)
-    (loss, grads), (scale, finite) = sums((state.params, count, state.loss_scale), (inputs, targets, seeds))
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    before = devices.whole(mesh, state.params)
+    (loss, grads), (scale, finite) = sums((before, count, state.loss_scale), (inputs, targets, seeds))
+    updates, opt_state = tx.update(grads, state.opt_state, before)
+    # Each device adds to its share of the parameters, which are then brought together.
+    share = partial(devices.in_shares, mesh)
+    params = devices.whole(mesh, share(optax.apply_updates(share(before), share(updates))))
     if scale is not None:
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-        params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
+        params, opt_state = jax.tree.map(keep, (params, opt_state), (before, state.opt_state))
     scalars = {"loss": loss, "grad_norm": optax.tree_utils.tree_norm(grads)}
     state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, loss_scale=scale)
     return state, scalars

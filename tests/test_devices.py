@@ -4,6 +4,7 @@ The eight are virtual, in a process of their own: this file run as a script trai
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 
 from chargpt_jax import devices, optimizer
-from chargpt_jax.assembly import Setup, updates
+from chargpt_jax.assembly import Setup, compiled_updates
 from chargpt_jax.config import AmpConfig, ModelConfig, UserError
 from chargpt_jax.generate import advance, begin
 from chargpt_jax.model import create
@@ -81,6 +82,20 @@ def test_a_batch_is_shared_by_a_number_of_devices_that_divides_it_and_the_slice(
     assert mesh.size == used
     assert mesh.axis_names == ("data",)
     assert devices.describe(mesh) == f"{used} x imaginary"
+
+
+def test_a_large_array_is_cut_where_the_devices_divide_it():
+    mesh = devices.data_mesh(4, [Device("gpu", id=i) for i in range(4)])
+    least = devices.LEAST_SHARED
+    cut = lambda *shape: tuple(devices.share(mesh, jax.ShapeDtypeStruct(shape, jnp.float32)).spec)  # noqa: E731
+    assert cut(4, least) == ("data",)
+    assert cut(3, 8, least) == (None, "data")
+    assert cut(3, 5, 4 * least) == (None, None, "data")
+    assert cut(3, least + 1) == ()
+    assert cut(4, least // 4 - 1) == ()
+    assert cut() == ()
+    alone = devices.data_mesh(1, [Device("gpu", id=0)])
+    assert tuple(devices.share(alone, jax.ShapeDtypeStruct((4, least), jnp.float32)).spec) == ()
 
 
 def test_devices_that_stay_idle_are_said(caplog):
@@ -201,26 +216,29 @@ def test_a_cpu_divides_its_work_only_where_it_leaves_the_cache():
 STEPS, DISPATCHES = 3, 2
 
 
-def trained(workdir: Path, n_devices: int, parts: int, kind: str = "adamw") -> dict[str, Any]:
+def trained(workdir: Path, n_devices: int, parts: int, kind: str = "adamw", least: int = 2**17) -> dict[str, Any]:
     """Train as `train` does, on so many devices with the batch in so many parts; float64, to tell bugs from rounding.
+
+    Arrays of `least` numbers and more are shared.
 
     (In float32 the gradient of the keys' bias, which softmax does not see, is rounding noise that Adam makes large.)
     """
     devices.compute_dtype = lambda amp: jnp.float64
     devices.data_mesh = partial(data_mesh, devices=jax.devices()[:n_devices])
+    devices.LEAST_SHARED = least
     setup = Setup.of(Workdir(workdir))
     params = setup.draw()
     setup = replace(setup, draw=lambda: jax.tree.map(lambda x: x.astype(jnp.float64), params))
     config = replace(setup.config, optimizer=replace(setup.config.optimizer, accumulation_steps=parts, kind=kind))
     tx = optimizer.transform(config.optimizer, 1e-2, setup.mesh)
-    step = partial(updates, config=config, graphdef=setup.graphdef, tx=tx, mesh=setup.mesh)
-    everywhere = devices.replicated(setup.mesh)
     state, count = setup.fresh_state(tx), np.int32(STEPS)
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=everywhere).lower(state, setup.on_device, count).compile()
+    step = compiled_updates(config, setup.graphdef, tx, setup.mesh, state)
+    compiled = step.lower(state, setup.on_device, count).compile()
     losses: list[float] = []
     for _ in range(DISPATCHES):
         state, history = compiled(state, setup.on_device, count)
         losses += np.asarray(history["loss"])[:STEPS].tolist()  # awaited: two dispatches in flight can deadlock
+    kept = [math.prod(x.sharding.shard_shape(x.shape)) / x.size for x in jax.tree.leaves(state.opt_state) if x.ndim]
     batch = jax.jit(partial(devices.shared, setup.mesh))(jnp.zeros((config.data.batch_size, 2)))
     return {
         "losses": losses,
@@ -228,6 +246,7 @@ def trained(workdir: Path, n_devices: int, parts: int, kind: str = "adamw") -> d
         "params": {jax.tree_util.keystr(k): x.tolist() for k, x in jax.tree_util.tree_leaves_with_path(state.params)},
         "operations": compiled.cost_analysis()["flops"],
         "collectives": [name for name in ("all-reduce", "all-gather") if f" {name}(" in compiled.as_text()],
+        "kept": sorted(set(kept)),
         "rows": [shard.data.shape[0] for shard in batch.addressable_shards],
     }
 
@@ -239,6 +258,8 @@ CASES = {
     "eight, in two parts": (8, 2),
     "one, Muon": (1, 1, "muon"),
     "eight, Muon": (8, 1, "muon"),
+    "eight, in shares": (8, 1, "adamw", 1),
+    "eight, Muon, in shares": (8, 1, "muon", 1),
 }
 ALONE = {name: "one, Muon" if "Muon" in name else "one" for name in CASES}
 
@@ -303,6 +324,18 @@ def test_eight_devices_share_what_muon_makes_orthogonal(found):
     assert found["one, Muon"]["collectives"] == []
     assert found["eight, Muon"]["collectives"] == ["all-reduce", "all-gather"]
     assert found["eight, Muon"]["losses"] != found["eight"]["losses"]
+
+
+@pytest.mark.slow
+def test_eight_devices_keep_an_eighth_of_adams_moments_each_and_find_the_same(found):
+    """Arrays that eight does not divide are whole, and so is Muon's momentum of the layers' matrices."""
+    whole, shares = found["eight"], found["eight, in shares"]
+    assert (whole["kept"], shares["kept"]) == ([1], [0.125])
+    assert found["eight, Muon, in shares"]["kept"] == [0.125, 1]
+    assert shares["collectives"] == ["all-reduce", "all-gather"]
+    np.testing.assert_allclose(shares["losses"], whole["losses"], rtol=1e-14)
+    for path, expected in whole["params"].items():
+        np.testing.assert_allclose(shares["params"][path], expected, rtol=1e-10, atol=1e-13, err_msg=path)
 
 
 @pytest.mark.slow

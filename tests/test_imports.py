@@ -33,7 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "attention": {"bits", "devices", "dropout", "products"},
     "model": {"attention", "bits", "dropout", "config", "products"},
     "muon": {"devices", "products"},
-    "optimizer": {"config", "muon"},
+    "shares": {"devices"},
+    "optimizer": {"config", "muon", "shares"},
     "step": {"batches", "devices", "dropout"},
     "events": set(),
     "flops": {"config"},
@@ -67,7 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"plots", "events", "terminal"},
     "flags": {"config"},
     # where the pieces meet
-    "assembly": {"batches", "config", "devices", "garbage", "model", "optimizer", "pace", "step", "workdir"},
+    "assembly": {"batches", "config", "devices", "garbage", "model", "optimizer", "pace", "shares", "step", "workdir"},
     "stages": EVERYONE - {"api", "compile", "profile", "progress", "selftest", "stages"},
     "selftest": {"assembly", "checkpoint", "config", "corpus", "optimizer", "stages", "step", "workdir"},
     "compile": {"assembly", "config", "devices", "generate", "model", "optimizer", "step"},
