@@ -146,15 +146,18 @@ def share(mesh: Mesh, x: Any) -> NamedSharding:
 
 
 def in_shares(mesh: Mesh | None, tree: Any) -> Any:
-    """Inside jit, let each device work on its part of every array of a tree, as `share` says; None: leave it alone."""
-    if mesh is None:
-        return tree
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, share(mesh, x)), tree)
+    """Inside jit, let each device work on its part of every array that `share` cuts; None: leave the tree alone."""
+    return tree if mesh is None else jax.tree.map(lambda x: _laid(x, share(mesh, x), mesh), tree)
 
 
 def whole(mesh: Mesh | None, tree: Any) -> Any:
-    """Inside jit, let every device have every array of a tree; None: leave it alone."""
-    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, replicated(mesh))
+    """Inside jit, let every device have the whole of every array that `share` cuts; None: leave the tree alone."""
+    return tree if mesh is None else jax.tree.map(lambda x: _laid(x, replicated(mesh), mesh), tree)
+
+
+def _laid(x: jax.Array, how: NamedSharding, mesh: Mesh) -> jax.Array:
+    # What is never cut is whole already, and to say so of every small array makes a start longer.
+    return x if share(mesh, x).is_fully_replicated else jax.lax.with_sharding_constraint(x, how)
 
 
 def lying(shardings: Any, tree: Any) -> Any:
@@ -207,7 +210,8 @@ def divided(f: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
         # Zeros make up for rows that are lacking.
         even = jax.tree.map(lambda x: jnp.pad(x, ((0, -len(x) % mesh.size), *((0, 0),) * (x.ndim - 1))), tree)
         made = jax.shard_map(f, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))(even)
-        return jax.tree.map(lambda x, y: y if len(x) % mesh.size == 0 else whole(mesh, y)[: len(x)], tree, made)
+        everywhere = lambda y: jax.lax.with_sharding_constraint(y, replicated(mesh))  # noqa: E731
+        return jax.tree.map(lambda x, y: y if len(x) % mesh.size == 0 else everywhere(y)[: len(x)], tree, made)
 
     return shared_out
 
