@@ -208,11 +208,11 @@ def commit(folder: str) -> str:
 
 def report(rows: Sequence[Row], facts: dict[str, Any]) -> str:
     """Return the whole as Markdown."""
-    head = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "commits")
+    head = ", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("commits", "accelerated"))
     peers = "".join(f"\n- {kind} at {at}: {NOTES[kind]}" for kind, at in facts.get("commits", {}).items())
-    devices = dict.fromkeys(row["device"] for row in rows if "device" in row)
-    head += "".join(f", {device}" for device in devices)
-    batches = ", ".join(f"{name} {setup_of(name, bool(devices)).data.batch_size}" for name in SETUPS)
+    head += "".join(f", {device}" for device in dict.fromkeys(row["device"] for row in rows if "device" in row))
+    own = facts.get("accelerated", False)
+    batches = ", ".join(f"{name} {setup_of(name, own).data.batch_size}" for name in SETUPS)
     return "\n".join([f"Machine: {head}. Sequences a batch: {batches}.\n{peers}", *tables(rows)]) + "\n"
 
 
@@ -231,7 +231,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(words)
     folders = {kind: str(Path(getattr(args, kind)).resolve()) for kind in NOTES if getattr(args, kind)}
-    facts = {**machine(), "commits": {kind: commit(folder) for kind, folder in folders.items()}}
+    commits = {kind: commit(folder) for kind, folder in folders.items()}
+    facts = {**machine(), "accelerated": args.accelerated, "commits": commits}
     rows: list[Row] = []
     wanted = args.measures.split(","), args.setups.split(",")
     task = {"seconds": args.seconds, "count": args.count, "accelerated": args.accelerated}

@@ -12,7 +12,6 @@ from chargpt_jax.flops import peak_flops, training_flops
 from chargpt_jax.model import create
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere the table is looked up by a product")
 def test_a_step_is_three_times_the_products_that_xla_counts_in_a_forward_pass():
     """XLA counts a loop's body once, so one layer; one block of queries, so that no score is left out."""
     config = ModelConfig(
