@@ -22,6 +22,7 @@ from chargpt_jax.attention import SAVED, cached_attention, causal_attention
 from chargpt_jax.bits import derive, draw, seeds_of, unit
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.dropout import Dropout, dropout
+from chargpt_jax.precision import between_products, rounded_product, widened
 from chargpt_jax.products import product, rows_of
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -29,11 +30,6 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 MASKED = -1e9
 """The logit of an id that no character has: its probability is exactly 0."""
-
-
-def widened(dtype: Any) -> Any:
-    """Return the dtype of what must not lose precision: float32, or `dtype` where that is wider."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def uniform(fan_in: int) -> nnx.Initializer:
@@ -70,14 +66,17 @@ class Linear(nnx.Linear):
     """A Linear layer whose product runs in `dtype` and whose bias is added in float32."""
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Map inputs [..., fan_in] to [..., fan_out], of `dtype`."""
+        """Map inputs [..., fan_in], of `dtype` or wider, to [..., fan_out] of theirs."""
         dtype: Any = self.dtype
         # All positions on one axis: for a gradient summed over two, a CPU would first write a transposed copy.
-        rows = inputs.astype(dtype).reshape(-1, inputs.shape[-1])
-        y = product("rc,cf->rf", rows, self.kernel[...].astype(dtype), dtype).reshape(*inputs.shape[:-1], -1)
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        if inputs.dtype == dtype:
+            y = product("rc,cf->rf", rows, self.kernel[...].astype(dtype), dtype)
+        else:
+            y = rounded_product("rc,cf->rf", rows, self.kernel[...], dtype)
         # A bias added in bfloat16 has its gradient, a sum over every position, in bfloat16: that sum stalls.
         bias: Any = self.bias
-        return (y + bias[...]).astype(dtype)
+        return (y.reshape(*inputs.shape[:-1], -1) + bias[...]).astype(inputs.dtype)
 
 
 def linear(fan_in: int, fan_out: int, dtype: Any, rngs: nnx.Rngs) -> Linear:
@@ -142,11 +141,11 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention, then the MLP, each on a normalised copy of the residual stream."""
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: Any, between: Any, rngs: nnx.Rngs):
         self.dropout = Dropout(config.dropout, config.dropout_bits)
-        self.ln_1 = layer_norm(config.n_embd, dtype, rngs)
+        self.ln_1 = layer_norm(config.n_embd, between, rngs)
         self.attn = Attention(config, dtype, rngs)
-        self.ln_2 = layer_norm(config.n_embd, dtype, rngs)
+        self.ln_2 = layer_norm(config.n_embd, between, rngs)
         self.mlp = MLP(config, dtype, rngs)
 
     def __call__(
@@ -166,16 +165,17 @@ class GPT(nnx.Module):
         self.config = config = dataclasses.replace(config)  # a copy: what is compiled must not change under its feet
         self.dtype = dtype
         self.platform = platform
+        between = between_products(dtype, platform)
 
         @nnx.vmap
         def stack(key: jax.Array) -> Block:
-            return Block(config, dtype, rngs_of(key, 12))  # two for each norm and each Linear
+            return Block(config, dtype, between, rngs_of(key, 12))  # two for each norm and each Linear
 
         # The tied table takes the initialisation of the ancestor's head, a Linear of fan-in C.
         init = uniform(config.n_embd)
         self.wte = nnx.Embed(config.vocab_size, config.n_embd, embedding_init=init, dtype=widened(dtype), rngs=rngs)
         self.blocks = stack(jax.random.split(rngs.params(), config.n_layer))
-        self.ln_f = layer_norm(config.n_embd, dtype, rngs)
+        self.ln_f = layer_norm(config.n_embd, between, rngs)
 
     def __call__(self, tokens: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
         """Predict the token after each token.
@@ -249,7 +249,12 @@ class GPT(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Map the last block's output [B, T, C] to logits, float32 [B, T, V]; ids not in use get `MASKED`."""
-        logits = product("btc,vc->btv", self.ln_f(x), self.wte.embedding[...].astype(self.dtype))
+        x, table = self.ln_f(x), self.wte.embedding[...]
+        if x.dtype == self.dtype:
+            logits = product("btc,vc->btv", x, table.astype(self.dtype))
+        else:
+            rows = x.reshape(-1, x.shape[-1])
+            logits = rounded_product("rc,vc->rv", rows, table, self.dtype).reshape(*x.shape[:-1], -1)
         if not self.config.mask_unused_ids:
             return logits
         ids = jnp.arange(self.config.vocab_size)

@@ -1,0 +1,107 @@
+"""Narrow products of wide numbers, and where what is between products stays wide."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chargpt_jax.config import ModelConfig
+from chargpt_jax.devices import BFLOAT16_ON_CPU
+from chargpt_jax.model import create
+from chargpt_jax.precision import between_products, rounded_product, widened
+
+NARROW = [
+    pytest.param(
+        jnp.bfloat16,
+        marks=pytest.mark.skipif(
+            jax.default_backend() == "cpu" and jax.__version_info__ < BFLOAT16_ON_CPU,
+            reason="this JAX cannot multiply bfloat16 on a CPU",
+        ),
+    ),
+    jnp.float16,
+]
+"""The dtypes to round to."""
+
+CONFIG = ModelConfig(vocab_size=11, used_ids=11, block_size=16, n_layer=2, n_embd=8, n_head=2, n_head_dim=4, n_ff=16)
+
+
+def drawn(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def exactly(axes, a, b, dtype):
+    """Return the float64 product of two arrays that are rounded to a dtype."""
+    return np.einsum(axes, *(np.asarray(x.astype(dtype), np.float64) for x in (a, b)))
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize(("axes", "turned"), [("rc,cf->rf", False), ("rc,vc->rv", True)])
+@settings(deadline=None, max_examples=12)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 20), others=st.integers(1, 20))
+def test_a_product_and_its_gradients_are_those_of_rounded_numbers(dtype, axes, turned, rows, columns, others):
+    """Whatever the shapes: odd rows, and either array the wider one, go other ways."""
+    a, weight = drawn(rows, columns), drawn(rows, others, seed=2)
+    b = drawn(*((others, columns) if turned else (columns, others)), seed=1)
+
+    @jax.jit
+    def ours(a, b, weight):
+        result, back = jax.vjp(lambda a, b: rounded_product(axes, a, b, dtype), a, b)
+        return result, *back(weight)
+
+    left, right, out = axes[:2], axes[3:5], axes[-2:]
+    results = ours(a, b, weight)
+    assert {x.dtype for x in results} == {jnp.dtype(jnp.float32)}
+    expected = (
+        exactly(axes, a, b, dtype),
+        exactly(f"{out},{right}->{left}", weight, b, dtype),
+        exactly(f"{left},{out}->{right}", a, weight, dtype),
+    )
+    for result, right_one in zip(results, expected, strict=True):
+        np.testing.assert_allclose(result, right_one, rtol=1e-5, atol=1e-5)
+
+
+def multiplied(function, *args):
+    """Return the kinds of matrix products in a lowered function: what they take, and give."""
+    text = jax.jit(function).lower(*args).as_text()
+    products = re.findall(r"dot_general .*: \(tensor<(\S+)>, tensor<(\S+)>\) -> tensor<(\S+)>", text)
+    assert len(products) == text.count("dot_general ")
+    return {tuple(shape.split("x")[-1] for shape in found) for found in products}
+
+
+def test_no_gradient_is_multiplied_wide_with_what_was_rounded():
+    a, b = drawn(6, 4), drawn(4, 10, seed=1)
+    graph = jax.grad(lambda a, b: jnp.sum(jnp.sin(rounded_product("rc,cf->rf", a, b, jnp.bfloat16))), (0, 1))
+    assert multiplied(graph, a, b) == {("bf16", "bf16", "f32")}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_only_a_cpu_keeps_wide_what_is_between_narrow_products(platform):
+    wide = platform == "cpu"
+    for dtype in (jnp.bfloat16, jnp.float16):
+        assert between_products(dtype, platform) == (jnp.float32 if wide else dtype)
+    assert between_products(jnp.float32, platform) == jnp.float32
+    assert between_products(jnp.float64, platform) == jnp.float64
+    assert (widened(jnp.bfloat16), widened(jnp.float32), widened(jnp.float64)) == (
+        jnp.float32,
+        jnp.float32,
+        jnp.float64,
+    )
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_models_products_take_narrow_numbers_everywhere_but_in_a_cpus_attention(platform):
+    graphdef, params = create(CONFIG, 0, jnp.bfloat16, platform)
+    tokens = jnp.ones((2, 8), jnp.int32)
+    found = multiplied(lambda params: nnx.merge(graphdef, params).features(tokens), params)
+    narrow = {kind for kind in found if kind[0] == kind[1] == "bf16"}
+    if platform == "cpu":
+        assert narrow == {("bf16", "bf16", "f32")}
+        assert found - narrow == {("f32", "f32", "f32")}
+    else:
+        assert narrow == found
+        assert ("bf16", "bf16", "bf16") in found
