@@ -1,7 +1,7 @@
 """How soon nanoGPT's loss is reached: its documented CPU recipe against ours, both judged by one evaluator.
 
     python -m benchmarks.time_to_loss --nanogpt=DIR --text_file=tinyshakespeare.txt [--rounds=3] [--out=FOLDER]
-        [--flag=--config.scheduler.max_steps=700 ...]
+        [--flag=--config.scheduler.max_steps=700 ...] [--more=--config.amp.dtype=bfloat16 ...]
 
 nanoGPT's train.py runs as its README says for a CPU, in a temporary copy of the checkout; ours is
 `--mode=train --config=nanogpt_cpu` with the flags given, of which the defaults below keep the number of parameters. The
@@ -170,9 +170,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--text_file", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--flag", action="append", help="of ours; several make a recipe")
+    parser.add_argument("--more", action="append", default=[], help="a flag of ours besides the recipe's")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(words)
-    flags, facts, rows = args.flag or OURS, {**machine(), "nanoGPT": commit(str(args.nanogpt))}, []
+    flags, facts, rows = [*(args.flag or OURS), *args.more], {**machine(), "nanoGPT": commit(str(args.nanogpt))}, []
     for turn in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
             rows.append({"who": "nanoGPT", "round": turn, **nanogpt(args.nanogpt, args.text_file, Path(folder))})
