@@ -15,6 +15,7 @@ import pytest
 from chargpt_jax import assembly, pace, stages
 from chargpt_jax.checkpoint import Checkpoints
 from chargpt_jax.config import UserError, load_config
+from chargpt_jax.devices import BFLOAT16_ON_CPU
 from chargpt_jax.events import (
     Compiled,
     Ended,
@@ -530,3 +531,12 @@ def test_float16_trains_and_resumes_bit_for_bit_with_its_loss_scale(text, tmp_pa
     config = small_config(text)
     config.amp.dtype, config.scheduler.max_steps = "float16", 12
     assert "loss_scale" in " ".join(resumed(config, tmp_path))
+
+
+@pytest.mark.skipif(jax.__version_info__ < BFLOAT16_ON_CPU, reason="this JAX cannot multiply bfloat16 on a CPU")
+def test_bfloat16_trains_and_resumes_bit_for_bit(text, tmp_path):
+    config = small_config(text)
+    config.amp.dtype, config.scheduler.max_steps = "bfloat16", 12
+    resumed(config, tmp_path)
+    losses = [line["loss"] for line in logged(tmp_path / "cut") if line["event"] == "step"]
+    assert losses[-1] < losses[0] - 0.3
