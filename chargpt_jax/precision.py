@@ -25,13 +25,15 @@ def widened(dtype: Any) -> Any:
 def between_products(dtype: Any, platform: str | None = None) -> Any:
     """Return the dtype of what goes from one matrix product to the next, where those run in `dtype`.
 
-    TPU, GPU: `dtype`. CPU: float32, or `dtype` where that is wider.
+    TPU, GPU: `dtype`. CPU: float32, or `dtype` where that is wider. JAX's devices are not started to find out what
+    makes no difference.
 
     Args:
         dtype: of the matrix products.
         platform: that the program is made for, 'cpu' or another; None: JAX's default.
     """
-    return widened(dtype) if on_cpu(platform) else dtype
+    wide = widened(dtype)
+    return wide if dtype == wide or on_cpu(platform) else dtype
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))

@@ -1,6 +1,9 @@
 """Narrow products of wide numbers, and where what is between products stays wide."""
 
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +94,17 @@ def test_only_a_cpu_keeps_wide_what_is_between_narrow_products(platform):
         jnp.float32,
         jnp.float64,
     )
+
+
+def test_to_make_a_wide_model_starts_no_devices():
+    """A process may still fork then, or say how many devices a CPU counts as."""
+    code = (
+        "import jax; from chargpt_jax.model import create; from chargpt_jax.config import ModelConfig;"
+        "jax.eval_shape(lambda: create(ModelConfig(vocab_size=9, used_ids=9, n_layer=1), 0)[1]);"
+        "jax.config.update('jax_num_cpu_devices', 3); assert len(jax.devices('cpu')) == 3"
+    )
+    said = {name: text for name, text in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200, env=said)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
