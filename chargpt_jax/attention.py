@@ -234,8 +234,12 @@ def cached_attention(
 
     def up_to(width: int) -> jax.Array:
         scores = scores_of(q, _Cached(keys, layer, width)) * q.shape[-1] ** -0.5
-        scores = jnp.where(jnp.arange(width) > position[:, None, None], -jnp.inf, scores)
-        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        ahead = jnp.arange(width) > position[:, None, None]
+        masked = jnp.where(ahead, -jnp.inf, scores)
+        top = jnp.max(masked, axis=-1, keepdims=True)
+        # The same weights either way. A CPU makes the scores of one sequence again, whose keys are near now, and takes
+        # exp of several numbers at once where nothing is masked in between; of more sequences it keeps the scores.
+        weights = jnp.where(ahead, 0, jnp.exp(scores - top)) if q.shape[0] == 1 else jnp.exp(masked - top)
         outputs = outputs_of(weights.astype(values.dtype), _Cached(values, layer, width))
         return (outputs / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
 
