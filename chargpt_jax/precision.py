@@ -58,11 +58,11 @@ def _rounded(axes: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     return product(axes, a.astype(dtype), b.astype(dtype), a.dtype)
 
 
-def _multiplied(axes: str, a: jax.Array, b: jax.Array, dtype: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _result(axes: str, a: jax.Array, b: jax.Array, dtype: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _rounded(axes, a, b, dtype), (a, b)
 
 
-def _turned(
+def _gradients(
     axes: str, dtype: Any, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     (a, b), (left, right, out) = saved, re.split(",|->", axes)
@@ -84,4 +84,4 @@ def _summed_over_rows(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     return _rounded("hrn,hrm->nm", a, b, dtype)
 
 
-rounded_product.defvjp(_multiplied, _turned)
+rounded_product.defvjp(_result, _gradients)
