@@ -150,7 +150,7 @@ class Checkpoints:
         _remove(staging)
         os.makedirs(staging)
         arrays = _arrays(state)
-        with _quiet():
+        with _quiet(), _until_settled(staging):
             self._orbax.save(staging / ARRAYS, args=ocp.args.StandardSave(arrays))
         full = {
             "format": FORMAT,
@@ -163,7 +163,8 @@ class Checkpoints:
             **record,
         }
         manifest.write(staging / RECORD, json.dumps(full).encode())
-        self._look(staging, arrays)  # orbax can take a refusal of the system for success, and leave a part out
+        with _until_settled(staging):  # orbax can take a refusal of the system for success, and leave a part out
+            self._look(staging, arrays)
         manifest.seal(staging)
 
     def _put(self, staging: Path, target: Path) -> None:
@@ -425,6 +426,34 @@ def _quiet() -> Iterator[None]:
         logger.disabled = before
 
 
+@contextlib.contextmanager
+def _until_settled(folder: Path) -> Iterator[None]:
+    """Raise what is raised once nothing in a folder has changed for a tenth of a second, or after two seconds.
+
+    Where the system refuses one file, orbax's threads go on with others: what is removed meanwhile they make anew.
+    """
+    try:
+        yield
+    except Exception:
+        before = None
+        for _ in range(20):
+            now = _contents(folder)
+            if now is not None and now == before:
+                break
+            before = now
+            time.sleep(0.1)
+        raise
+
+
+def _contents(folder: Path) -> dict[Path, tuple[int, int]] | None:
+    """Return the size and time of change of all that is in a folder, or None where it changes while it is read."""
+    try:
+        found = {path: path.stat() for path in folder.rglob("*")}
+    except OSError:
+        return None
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
+
+
 @functools.cache
 def _expect_late_callbacks() -> None:
     """Keep quiet about what else orbax was writing when the system refused: the first refusal is raised and told."""
@@ -440,7 +469,7 @@ def _expect_late_callbacks() -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, as far as the system lets us; orbax's threads may write on for a moment after a refusal."""
+    """Remove a folder, as far as the system lets us within a second."""
     for _ in range(20):
         with contextlib.suppress(OSError):
             shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -11,7 +13,7 @@ import pytest
 
 from benchmarks.stored import RECORD, Store, bits, filled, state_at
 from chargpt_jax import checkpoint, manifest
-from chargpt_jax.checkpoint import FORMAT, UNVALIDATED, Checkpoints, NoCheckpoint
+from chargpt_jax.checkpoint import FORMAT, UNVALIDATED, Checkpoints, NoCheckpoint, SaveFailed
 
 
 @pytest.fixture
@@ -257,6 +259,27 @@ def test_a_sound_step_of_the_same_number_is_replaced(copy):
     assert copy.record(3)["loss"] == 0.5
     copy.sweep()
     assert sorted(path.name for path in copy.folder.iterdir()) == ["1", "2", "3"]
+
+
+def test_what_orbax_still_writes_after_a_refusal_is_removed_as_well(copy, monkeypatch):
+    writers = []
+
+    def refuse(path, **_):
+        def write_on():
+            for number in range(10):
+                (path / "deep").mkdir(parents=True, exist_ok=True)
+                (path / "deep" / str(number)).write_bytes(b"late")
+                time.sleep(0.03)
+
+        writers.append(threading.Thread(target=write_on))
+        writers[0].start()
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(copy._orbax, "save", refuse)
+    with pytest.raises(SaveFailed, match="the checkpoint of step 3 is still good: make room on the disk"):
+        copy.save(state_at(4), RECORD, 0.5)
+    writers[0].join()
+    assert not list(copy.folder.glob(".*"))
 
 
 def test_only_a_sweep_removes_what_dead_runs_left(copy):
