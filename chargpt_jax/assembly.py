@@ -106,12 +106,10 @@ def _batch(state: TrainState, tokens: jax.Array, config: Config, mesh: Mesh) -> 
     return jax.lax.with_sharding_constraint(batch, devices.replicated(mesh))
 
 
-_create_state = jax.jit(create_state, static_argnames=("tx", "seed", "dtype"))
-
-
 def fresh_state(params: Any, tx: optax.GradientTransformation, seed: int, dtype: Any, mesh: Mesh) -> TrainState:
     """Return the state before the first update as `layout` has it, in memory of its own (updates are made in place)."""
-    state = _create_state(params, tx=tx, seed=seed, dtype=dtype)
+    make = partial(create_state, tx=tx, seed=seed, dtype=dtype)
+    state = jax.jit(make, compiler_options=devices.compiler_options(mesh))(params)
     return jax.device_put(state, layout(state, mesh))
 
 
@@ -158,7 +156,7 @@ class Setup:
         mesh = devices.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps)
         train, _ = batches.split(tokens, config.data.train_split, config.model.block_size)
         on_device = jax.device_put(train, devices.replicated(mesh))
-        graphdef, shapes, draw = plan(config.model, config.seed, dtype)
+        graphdef, shapes, draw = plan(config.model, config.seed, dtype, compiler_options=devices.compiler_options(mesh))
         return cls(config, tokens, len(train), vocabulary, graphdef, shapes, draw, dtype, mesh, on_device)
 
     @property

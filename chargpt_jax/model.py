@@ -300,12 +300,17 @@ def create(
 
 
 def plan(
-    config: ModelConfig, seed: int, dtype: Any = jnp.float32, platform: str | None = None
+    config: ModelConfig,
+    seed: int,
+    dtype: Any = jnp.float32,
+    platform: str | None = None,
+    compiler_options: dict[str, Any] | None = None,
 ) -> tuple[nnx.GraphDef, dict[str, Any], Callable[[], dict[str, Any]]]:
     """Build a model, but leave the drawing of its parameters, and the compilation of that, for later.
 
     Args:
         config, seed, dtype, platform: as for `create`.
+        compiler_options: what XLA is told when it compiles the drawing.
 
     Returns:
         The static description, the parameters' shapes, and the function that draws them.
@@ -314,7 +319,7 @@ def plan(
     lowered = _built(config, dtype, platform).lower(key)
     graphdef, shapes = lowered.out_info
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
-    compiled = functools.cache(lowered.compile)
+    compiled = functools.cache(functools.partial(lowered.compile, compiler_options))
     return graphdef, shapes, lambda: compiled()(key)[1]
 
 

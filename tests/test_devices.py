@@ -194,12 +194,11 @@ def test_xla_is_told_by_platform_how_to_compile_and_only_what_it_knows(monkeypat
     assert devices.compiler_options(SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))) is None
     gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
     assert devices.compiler_options(gpu) == {"xla_gpu_deterministic_ops": True}
-    monkeypatch.setattr(devices, "ON_CPU", {"xla_cpu_an_option_of_the_future": False})
-    devices._known.cache_clear()
-    try:
-        assert devices.compiler_options(mesh) is None
-    finally:
-        devices._known.cache_clear()
+    future, old = {"xla_cpu_an_option_of_the_future": False}, {"xla_cpu_enable_fast_math": False}
+    monkeypatch.setattr(devices, "ON_CPU", future)
+    assert devices.compiler_options(mesh) is None
+    monkeypatch.setattr(devices, "ON_CPU", future | old)
+    assert devices.compiler_options(mesh) == old
 
 
 def test_a_cpu_divides_its_work_only_where_it_leaves_the_cache():

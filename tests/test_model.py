@@ -11,7 +11,7 @@ from flax import nnx
 
 from chargpt_jax.attention import causal_attention
 from chargpt_jax.config import ModelConfig
-from chargpt_jax.devices import BFLOAT16_ON_CPU
+from chargpt_jax.devices import BFLOAT16_ON_CPU, compiler_options, data_mesh
 from chargpt_jax.dropout import Dropout, seeds_for
 from chargpt_jax.metrics import surprisal_and_entropy
 from chargpt_jax.model import MASKED, Keys, count_parameters, create, plan, rotary, rotate
@@ -39,8 +39,10 @@ def tokens():
     return jnp.asarray(np.random.default_rng(1).integers(1, CONFIG.used_ids, (2, CONFIG.block_size)), jnp.int32)
 
 
-def test_a_planned_model_is_the_one_that_is_created_at_once(made, tokens):
-    graphdef, shapes, draw = plan(CONFIG, 0)
+@pytest.mark.parametrize("as_an_update_is_compiled", [False, True])
+def test_a_planned_model_is_the_one_that_is_created_at_once(made, tokens, as_an_update_is_compiled):
+    options = compiler_options(data_mesh(1)) if as_an_update_is_compiled else None
+    graphdef, shapes, draw = plan(CONFIG, 0, compiler_options=options)
     params = draw()
     planned, created = (jax.jit(nnx.merge(half, params).__call__)(tokens) for half in (graphdef, made[0]))
     np.testing.assert_array_equal(planned, created)
