@@ -9,7 +9,7 @@ beside ours. The parity suite, tests/test_parity.py, holds bounds on what these 
 
 import math
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
 from functools import cache, partial
@@ -25,7 +25,7 @@ from flax import nnx
 from chargpt_jax.config import LRFinderConfig, ModelConfig, OptimizerConfig, SchedulerConfig
 from chargpt_jax.events import LRFinderResult
 from chargpt_jax.generate import advance, begin, bucket
-from chargpt_jax.lr_finder import LossOf, search, trainer_loss
+from chargpt_jax.lr_finder import LossesOf, search, trainer_losses
 from chargpt_jax.metrics import surprise_surprise
 from chargpt_jax.model import create
 from chargpt_jax.optimizer import adamw, warmup_cosine
@@ -45,6 +45,8 @@ SCHEDULER = SchedulerConfig(max_steps=UPDATES, warmup_epochs=1.0, min_lr_factor=
 ZOOMS = LRFinderConfig(start_lr=1e-5, end_lr=1.0, num_zooms=3, steps_per_zoom=8)
 
 Arrays = Mapping[str, np.ndarray]
+LossOf = Callable[[int, int, float], float]
+"""(zoom, step, rate) -> the loss before this rate's update, as PyTorch's range test asks for it."""
 Figures = Mapping[str, Arrays]
 """The name of a quantity -> its arrays by name."""
 
@@ -258,9 +260,14 @@ def analytic_loss(zoom: int, step: int, rate: float) -> float:
     return valley + 0.02 * math.sin(3.0 * step + zoom)
 
 
-def our_zooms(loss_of: LossOf, config: LRFinderConfig) -> Arrays:
+def one_by_one(loss_of: LossOf) -> LossesOf:
+    """Return the losses at a zoom's rates, as our search asks for them, each by itself."""
+    return lambda zoom, rates: (loss_of(zoom, step, rate) for step, rate in enumerate(rates))
+
+
+def our_zooms(losses_of: LossesOf, config: LRFinderConfig) -> Arrays:
     """Run our range test; return all that it found, an array a quantity."""
-    result = list(search(loss_of, config))[-1]
+    result = list(search(losses_of, config))[-1]
     assert isinstance(result, LRFinderResult)
     assert result.learning_rate == result.zooms[-1].best
     found = {}
@@ -282,8 +289,8 @@ def their_zooms(loss_of: LossOf, config: LRFinderConfig) -> Arrays:
     return found | {"best": np.asarray(zooms[-1].best)}
 
 
-def our_probe(config: LRFinderConfig) -> LossOf:
-    """Return the loss of our model in training, in float64; call it inside x64."""
+def our_probe(config: LRFinderConfig) -> LossesOf:
+    """Return the losses of our model in training, in float64; call it inside x64."""
     graphdef, params = our_model("float64")
 
     @jax.jit
@@ -294,11 +301,11 @@ def our_probe(config: LRFinderConfig) -> LossOf:
     def start(zoom: int) -> tuple[Any, int]:
         return create_state(params, adamw(OPTIMIZER, 0.0), 0), zoom * config.steps_per_zoom
 
-    def step(place: tuple[Any, int], rate: float) -> tuple[tuple[Any, int], jax.Array]:
-        state, loss = update(place[0], jnp.float64(rate), batch(place[1]))
-        return (state, place[1] + 1), loss
+    def train(place: tuple[Any, int], rates: Sequence[float]) -> tuple[tuple[Any, int], list[jax.Array]]:
+        state, loss = update(place[0], jnp.float64(rates[0]), batch(place[1]))
+        return (state, place[1] + 1), [loss]
 
-    return trainer_loss(start, step)
+    return trainer_losses(start, train)
 
 
 def their_probe(config: LRFinderConfig) -> LossOf:

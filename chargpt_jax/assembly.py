@@ -1,7 +1,7 @@
 """A run's corpus, model and devices put together, and what is compiled of them.
 
 Three functions are compiled, each traced once whatever the lengths of epochs and dispatches: many updates a dispatch,
-one probe of the range test, one validation batch.
+many updates of the range test, one validation batch.
 """
 
 import dataclasses
@@ -47,11 +47,44 @@ def updates(
     Returns:
         The state after them, and train_step's scalars, float32 [MOST_STEPS] each, of which `count` are filled.
     """
-    step = partial(train_step, graphdef=graphdef, tx=tx, parts=config.optimizer.accumulation_steps, mesh=mesh)
+    return _updated(state, tokens, count, lambda i: tx, config, graphdef, mesh)
+
+
+def probe(
+    state: TrainState,
+    tokens: jax.Array,
+    rates: jax.Array,
+    count: jax.Array,
+    *,
+    config: Config,
+    graphdef: nnx.GraphDef,
+    mesh: Mesh,
+) -> tuple[TrainState, jax.Array]:
+    """Make `count` updates with the first of some learning rates, float32 [MOST_STEPS].
+
+    Returns:
+        The state after them, and the loss before each, float32 [MOST_STEPS], of which `count` are filled.
+    """
+    tx_of = lambda i: optimizer.transform(config.optimizer, rates[i], mesh)  # noqa: E731
+    state, history = _updated(state, tokens, count, tx_of, config, graphdef, mesh)
+    return state, history["loss"]
+
+
+def _updated(
+    state: TrainState,
+    tokens: jax.Array,
+    count: jax.Array,
+    tx_of: Callable[[jax.Array], optax.GradientTransformation],
+    config: Config,
+    graphdef: nnx.GraphDef,
+    mesh: Mesh,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Make `count` updates, the i-th with the optimizer tx_of(i)."""
+    step = partial(train_step, graphdef=graphdef, parts=config.optimizer.accumulation_steps, mesh=mesh)
 
     def body(i: jax.Array, carry: Any) -> Any:
         state, history = carry
-        state, scalars = step(state, _batch(state, tokens, config, mesh))
+        state, scalars = step(state, _batch(state, tokens, config, mesh), tx=tx_of(i))
         return state, {name: history[name].at[i].set(value) for name, value in scalars.items()}
 
     history = {name: jnp.zeros(MOST_STEPS) for name in ("loss", "grad_norm")}
@@ -79,17 +112,6 @@ def layout(state: TrainState, mesh: Mesh) -> TrainState:
     """Return how a training state, of arrays or shapes, lies: whole on every device, but for what an update shares."""
     everywhere = jax.tree.map(lambda _: devices.replicated(mesh), state)
     return dataclasses.replace(everywhere, opt_state=shares.layout(state.opt_state, mesh))
-
-
-def probe(
-    state: TrainState, tokens: jax.Array, rate: jax.Array, *, config: Config, graphdef: nnx.GraphDef, mesh: Mesh
-) -> tuple[TrainState, jax.Array]:
-    """Make one update with a given learning rate, float32 scalar; return the state and the loss before it."""
-    tx = optimizer.transform(config.optimizer, rate, mesh)
-    batch = _batch(state, tokens, config, mesh)
-    parts = config.optimizer.accumulation_steps
-    state, scalars = train_step(state, batch, graphdef=graphdef, tx=tx, parts=parts, mesh=mesh)
-    return state, scalars["loss"]
 
 
 def validation_nats(
@@ -182,7 +204,7 @@ class Setup:
             return fresh.result(), lowered
 
     def prober(self, tx: optax.GradientTransformation) -> Any:
-        """Return `probe` under jit; it takes (state, tokens, rate) and reuses the state's memory."""
+        """Return `probe` under jit; it takes (state, tokens, rates, count) and reuses the state's memory."""
         return compiled_probe(self.config, self.graphdef, self.mesh, self.state_shapes(tx))
 
     def state_shapes(self, tx: optax.GradientTransformation) -> TrainState:

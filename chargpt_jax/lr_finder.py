@@ -2,10 +2,10 @@
 
 Every zoom trains a few steps from the initial parameters with a fresh optimizer and ever larger rates, looks at where
 the loss fell, and hands a narrower range to the next. The search itself knows nothing of JAX: it asks a function for
-the loss at (zoom, step, rate), so it can be tested on any loss.
+the losses at a zoom's rates, so it can be tested on any loss.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,13 @@ import numpy as np
 from chargpt_jax.config import LRFinderConfig, UserError
 from chargpt_jax.events import LRFinderResult, LRFinderStep, Zoom
 
-LossOf = Callable[[int, int, float], float]
-"""(zoom, step, rate) -> the loss before this rate's update, in nats; a step of 0 starts from the initial state."""
+LossesOf = Callable[[int, Sequence[float]], Iterable[float]]
+"""(zoom, rates) -> the losses before each rate's update, in nats, one after the other from the initial state."""
 
 Range = tuple[float, float]
 
 
-def search(loss_of: LossOf, config: LRFinderConfig) -> Iterator[LRFinderStep | Zoom | LRFinderResult]:
+def search(losses_of: LossesOf, config: LRFinderConfig) -> Iterator[LRFinderStep | Zoom | LRFinderResult]:
     """Run the range test; the last event is its result.
 
     Raises:
@@ -29,12 +29,12 @@ def search(loss_of: LossOf, config: LRFinderConfig) -> Iterator[LRFinderStep | Z
     for number in range(config.num_zooms):
         lrs: list[float] = []
         losses: list[float] = []
-        for step, rate in enumerate(log_spaced(span, config.steps_per_zoom)):
-            loss = loss_of(number, step, float(rate))
+        rates = log_spaced(span, config.steps_per_zoom).tolist()
+        for step, (rate, loss) in enumerate(zip(rates, losses_of(number, rates), strict=True)):
             done = number * config.steps_per_zoom + step + 1
-            yield LRFinderStep(done, config.num_zooms * config.steps_per_zoom, number + 1, float(rate), loss)
+            yield LRFinderStep(done, config.num_zooms * config.steps_per_zoom, number + 1, rate, loss)
             if loss < min(losses, default=float("inf")):
-                lrs.append(float(rate))
+                lrs.append(rate)
                 losses.append(loss)
         if len(lrs) < 2:
             continue
@@ -116,20 +116,20 @@ def zoom_in(proposed: Range, current: Range, zoom_factor: float) -> Range:
     return float(low), float(high)
 
 
-def trainer_loss(start: Callable[[int], Any], step: Callable[[Any, float], tuple[Any, Any]]) -> LossOf:
+def trainer_losses(start: Callable[[int], Any], train: Callable[[Any, Sequence[float]], tuple[Any, Any]]) -> LossesOf:
     """Make the loss function of a real training run.
 
     Args:
         start: zoom -> the initial state, its optimizer fresh, its data going on where the last zoom's ended.
-        step: (state, rate) -> the state after an update with this rate, and the loss before it.
+        train: (state, rates) -> the state after updates with the first of these rates, as many as are made at once
+            and at least one, and the losses before each.
     """
-    state: Any = None
 
-    def loss_of(zoom: int, number: int, rate: float) -> float:
-        nonlocal state
-        if number == 0:
-            state = start(zoom)
-        state, loss = step(state, rate)
-        return float(loss)
+    def losses_of(zoom: int, rates: Sequence[float]) -> Iterator[float]:
+        state, done = start(zoom), 0
+        while done < len(rates):
+            state, losses = train(state, rates[done:])
+            done += len(losses)
+            yield from map(float, losses)
 
-    return loss_of
+    return losses_of

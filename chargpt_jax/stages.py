@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ from chargpt_jax.corpus import load_corpus
 from chargpt_jax.events import Compiled, Ended, Event, LRFinderResult, Prepared, Saved, Steps, TrainStarted, Validated
 from chargpt_jax.flops import peak_flops, training_flops
 from chargpt_jax.lock import Lock, writer
-from chargpt_jax.lr_finder import search, trainer_loss
+from chargpt_jax.lr_finder import search, trainer_losses
 from chargpt_jax.metrics import bits_per_character
 from chargpt_jax.model import count_parameters
-from chargpt_jax.pace import Ending, Pace, Stop
+from chargpt_jax.pace import MOST_STEPS, Ending, Pace, Stop
 from chargpt_jax.step import TrainState
 from chargpt_jax.tokenizer import CharTokenizer
 from chargpt_jax.workdir import Log, Workdir, excused
@@ -136,14 +136,22 @@ def _find_lr(folder: Workdir, warn: Callable[[str], None], lock: Lock, ending: E
     setup = Setup.of(folder)
     finder = setup.config.lr_finder
     tx = optimizer.transform(setup.config.optimizer, 0.0)
-    compiled = setup.prober(tx)
+    compiled, pace = setup.prober(tx), Pace(setup.config)
 
     def start(zoom: int) -> TrainState:
         state = setup.fresh_state(tx)
         return dataclasses.replace(state, step=state.step + zoom * finder.steps_per_zoom)
 
-    loss_of = trainer_loss(start, lambda state, rate: compiled(state, setup.on_device, np.float32(rate)))
-    for event in search(loss_of, finder):
+    def train(state: TrainState, rates: Sequence[float]) -> tuple[TrainState, np.ndarray]:
+        count = min(pace.steps, len(rates), pace.fitting(ending.spare()))
+        began, padded = time.perf_counter(), np.zeros(MOST_STEPS, np.float32)
+        padded[:count] = rates[:count]
+        state, losses = compiled(state, setup.on_device, padded, np.int32(count))
+        losses = np.asarray(losses)[:count]
+        pace.took(time.perf_counter() - began, count)
+        return state, losses
+
+    for event in search(trainer_losses(start, train), finder):
         lock.alive()
         if ending.near():
             return

@@ -1,7 +1,7 @@
 """The range test on losses made of NumPy alone: against the reference, and its laws."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -10,11 +10,19 @@ from hypothesis import strategies as st
 
 from chargpt_jax.config import LRFinderConfig, UserError
 from chargpt_jax.events import LRFinderResult, LRFinderStep, Zoom
-from chargpt_jax.lr_finder import LossOf, log_spaced, search, steepest_rate, trainer_loss, zoom_in
+from chargpt_jax.lr_finder import LossesOf, log_spaced, search, steepest_rate, trainer_losses, zoom_in
 from tests import reference
+
+LossOf = Callable[[int, int, float], float]
+"""(zoom, step, rate) -> the loss before this rate's update, as the reference asks for it."""
 
 METHODS = ("steepest", "lowest", "balanced")
 few = settings(max_examples=80, deadline=None)
+
+
+def one_by_one(loss_of: LossOf) -> LossesOf:
+    """Return the losses at a zoom's rates, each by itself."""
+    return lambda zoom, rates: (loss_of(zoom, step, rate) for step, rate in enumerate(rates))
 
 
 def bowl(seed: int, broken: float = 0.0, blank: tuple[int, ...] = ()) -> LossOf:
@@ -44,7 +52,7 @@ CASES: dict[str, Callable[[], LossOf]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_search_is_the_references(case, method):
     config = LRFinderConfig(method=method)
-    *events, result = search(CASES[case](), config)
+    *events, result = search(one_by_one(CASES[case]()), config)
     best, zooms = reference.range_test(CASES[case](), method=method)
     assert result.learning_rate == pytest.approx(best, rel=1e-12)
     assert len(result.zooms) == len(zooms)
@@ -61,14 +69,14 @@ def test_the_search_is_the_references(case, method):
 
 def test_other_sizes_of_the_search_are_the_references():
     settings = {"start_lr": 1e-6, "end_lr": 1.0, "num_zooms": 3, "steps_per_zoom": 25, "zoom_factor": 0.3}
-    *_, result = search(bowl(6), LRFinderConfig(method="balanced", **settings))
+    *_, result = search(one_by_one(bowl(6)), LRFinderConfig(method="balanced", **settings))
     best, _ = reference.range_test(bowl(6), method="balanced", **settings)
     assert result.learning_rate == pytest.approx(best, rel=1e-12)
 
 
 def test_events_come_in_order_and_the_last_one_is_the_result():
     config = LRFinderConfig(num_zooms=3, steps_per_zoom=4)
-    events = list(search(bowl(0, blank=(1,)), config))
+    events = list(search(one_by_one(bowl(0, blank=(1,))), config))
     kinds = [type(event) for event in events]
     assert kinds == [*[LRFinderStep] * 4, Zoom, *[LRFinderStep] * 4, *[LRFinderStep] * 4, Zoom, LRFinderResult]
     steps = [event for event in events if isinstance(event, LRFinderStep)]
@@ -81,7 +89,8 @@ def test_events_come_in_order_and_the_last_one_is_the_result():
 
 
 def test_a_skipped_zoom_leaves_the_range_as_it_was():
-    steps = [event for event in search(bowl(0, blank=(1,)), LRFinderConfig()) if isinstance(event, LRFinderStep)]
+    events = search(one_by_one(bowl(0, blank=(1,))), LRFinderConfig())
+    steps = [event for event in events if isinstance(event, LRFinderStep)]
     rates = [[event.learning_rate for event in steps if event.zoom == zoom] for zoom in (1, 2, 3)]
     assert rates[1] == rates[2]
     assert rates[0] != rates[1]
@@ -90,7 +99,7 @@ def test_a_skipped_zoom_leaves_the_range_as_it_was():
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 3.0])
 def test_where_no_loss_falls_the_user_is_told_the_remedy(loss):
     config = LRFinderConfig(num_zooms=2, steps_per_zoom=3)
-    events = search(lambda zoom, step, rate: loss, config)
+    events = search(one_by_one(lambda zoom, step, rate: loss), config)
     for _ in range(6):
         assert isinstance(next(events), LRFinderStep)
     with pytest.raises(UserError, match=r"between 1e-10 and 10 lowers the loss: widen .* or set optimizer"):
@@ -108,9 +117,9 @@ def test_any_losses_give_what_the_reference_gives(losses, method):
         best, zooms = reference.range_test(loss_of, method=method, **sizes)
     except ValueError:
         with pytest.raises(UserError):
-            list(search(loss_of, LRFinderConfig(method=method, **sizes)))
+            list(search(one_by_one(loss_of), LRFinderConfig(method=method, **sizes)))
         return
-    *_, result = search(loss_of, LRFinderConfig(method=method, **sizes))
+    *_, result = search(one_by_one(loss_of), LRFinderConfig(method=method, **sizes))
     assert result.learning_rate == pytest.approx(best, rel=1e-9)
     assert [zoom.number - 1 for zoom in result.zooms] == [zoom["zoom"] for zoom in zooms]
     for zoom in result.zooms:
@@ -159,7 +168,8 @@ def test_rates_are_evenly_spaced_in_the_logarithm_with_both_ends():
 # The loss function of a training run
 
 
-def test_every_zoom_starts_from_a_fresh_state_and_carries_it_through_the_zoom():
+@pytest.mark.parametrize("at_once", [1, 3, 4, 256])
+def test_every_zoom_starts_from_a_fresh_state_and_carries_it_through_the_zoom(at_once):
     starts: list[int] = []
     seen: list[tuple[int, int, float]] = []
 
@@ -167,13 +177,14 @@ def test_every_zoom_starts_from_a_fresh_state_and_carries_it_through_the_zoom():
         starts.append(zoom)
         return zoom, 0
 
-    def step(state: tuple[int, int], rate: float) -> tuple[tuple[int, int], np.float32]:
+    def train(state: tuple[int, int], rates: Sequence[float]) -> tuple[tuple[int, int], np.ndarray]:
         zoom, updates = state
-        seen.append((zoom, updates, rate))
-        return (zoom, updates + 1), np.float32(5 - updates)
+        rates = rates[:at_once]
+        seen.extend((zoom, updates + i, rate) for i, rate in enumerate(rates))
+        return (zoom, updates + len(rates)), np.float32(5 - updates - np.arange(len(rates)))
 
     config = LRFinderConfig(num_zooms=3, steps_per_zoom=4)
-    events = [e for e in search(trainer_loss(start, step), config) if isinstance(e, LRFinderStep)]
+    events = [e for e in search(trainer_losses(start, train), config) if isinstance(e, LRFinderStep)]
     assert starts == [0, 1, 2]
     assert [(zoom, updates) for zoom, updates, _ in seen] == [(z, n) for z in range(3) for n in range(4)]
     assert [rate for *_, rate in seen] == [event.learning_rate for event in events]

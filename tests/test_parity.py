@@ -217,7 +217,7 @@ def test_equal_falls_are_steepest_in_the_middle():
 )
 def test_the_range_test_on_a_formula_is_the_ancestors(method, change):
     config = dataclasses.replace(LRFinderConfig(method=method), **change)
-    found = fidelity.our_zooms(fidelity.analytic_loss, config)
+    found = fidelity.our_zooms(fidelity.one_by_one(fidelity.analytic_loss), config)
     assert difference(found, fidelity.their_zooms(fidelity.analytic_loss, config))[1] <= 1e-12
 
 
@@ -227,7 +227,7 @@ def test_a_zoom_without_two_improvements_is_skipped_alike():
     def loss(zoom: int, step: int, rate: float) -> float:
         return math.nan if zoom == 1 else fidelity.analytic_loss(zoom, step, rate)
 
-    found = list(lr_finder.search(loss, LRFinderConfig()))[-1].zooms
+    found = list(lr_finder.search(fidelity.one_by_one(loss), LRFinderConfig()))[-1].zooms
     expected = original.range_test(loss, **dataclasses.asdict(LRFinderConfig()))
     assert [zoom.number for zoom in found] == [1, 3, 4, 5]
     np.testing.assert_allclose([zoom.best for zoom in found], [zoom.best for zoom in expected], rtol=1e-12)
@@ -236,7 +236,7 @@ def test_a_zoom_without_two_improvements_is_skipped_alike():
 def test_where_no_rate_helps_both_find_nothing():
     assert original.range_test(lambda *_: 1.0, **dataclasses.asdict(LRFinderConfig())) == []
     with pytest.raises(UserError, match="lowers the loss"):
-        list(lr_finder.search(lambda *_: 1.0, LRFinderConfig()))
+        list(lr_finder.search(fidelity.one_by_one(lambda *_: 1.0), LRFinderConfig()))
 
 
 def test_the_range_test_of_the_model_is_the_ancestors():
