@@ -213,9 +213,10 @@ def cached_attention(
     q: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    layer: jax.Array,
+    layer: jax.Array | int,
     position: jax.Array,
     platform: str | None = None,
+    width: int | None = None,
 ) -> jax.Array:
     """Attend from one query a sequence to the keys up to its position.
 
@@ -223,9 +224,10 @@ def cached_attention(
         q: [B, H, D].
         keys, values: [L, B, H, D, S], the whole cache, of which places 0 to position are filled. (A CPU reads it
             fastest along S.)
-        layer: int32 scalar, which of the L.
+        layer: which of the L, an int32 scalar or a number.
         position: int32 [B].
         platform: that the program is made for, 'cpu' or another; None: JAX's default.
+        width: how many places are read; None: as many of `read_widths` as hold every position.
 
     Returns:
         [B, H, D], of q's dtype.
@@ -243,6 +245,8 @@ def cached_attention(
         outputs = outputs_of(weights.astype(values.dtype), _Cached(values, layer, width))
         return (outputs / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
 
+    if width is not None:
+        return up_to(width)
     widths = read_widths(keys.shape[-1])
     number = jnp.sum(jnp.max(position) >= jnp.array(widths[:-1], jnp.int32))
     return jax.lax.switch(number, [partial(up_to, width) for width in widths])
@@ -252,7 +256,7 @@ class _Cached(NamedTuple):
     """The first `width` places of one layer of a cache [L, B, H, D, S], and its parts."""
 
     cache: jax.Array
-    layer: jax.Array
+    layer: jax.Array | int
     width: int
 
     def whole(self) -> jax.Array:

@@ -197,8 +197,7 @@ def _advance(
         left, p = carry
         p = write(p)
         window, last = _window(p.tokens, p.length, width)
-        logits = model.logits(model.features(window)[rows, last][:, None])[:, 0]
-        return left - 1, replace(p, logits=logits)
+        return left - 1, replace(p, logits=model.predict(window, last))
 
     carry = (count, progress)
     fits = lambda c: (c[0] > 0) & (jnp.max(c[1].length) < model.config.block_size)  # noqa: E731

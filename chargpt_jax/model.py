@@ -119,11 +119,14 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
         """Map x [B, T, C] to [B, T, C]; also returns what `attend` keeps."""
-        B, T, _ = x.shape
+        y, kept = attend(*self.project(x, rope))
+        return self.proj(y.swapaxes(1, 2).reshape(*x.shape[:2], -1)), kept
+
+    def project(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the queries, keys and values of x [B, T, C], [B, H, T, D] each, with their positions in them."""
         parts = jnp.split(self.qkv(x), 3, axis=-1)
-        q, k, v = (part.reshape(B, T, *self.heads).swapaxes(1, 2) for part in parts)  # [B, H, T, D]
-        y, kept = attend(rotate(q, *rope), rotate(k, *rope), v)
-        return self.proj(y.swapaxes(1, 2).reshape(B, T, -1)), kept
+        q, k, v = (part.reshape(*x.shape[:2], *self.heads).swapaxes(1, 2) for part in parts)
+        return rotate(q, *rope), rotate(k, *rope), v
 
 
 class MLP(nnx.Module):
@@ -189,8 +192,11 @@ class GPT(nnx.Module):
         """
         return self.logits(self.features(tokens, seeds))
 
-    def features(self, tokens: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
-        """Return the last block's output, [B, T, C], from which `logits` predicts; arguments as for a call."""
+    def features(self, tokens: jax.Array, seeds: jax.Array | None = None, layers: int | None = None) -> jax.Array:
+        """Return the last block's output, [B, T, C], from which `logits` predicts; arguments as for a call.
+
+        Where `layers` says so only the first so many blocks are run.
+        """
         rope = rotary(jnp.arange(tokens.shape[1]), self.config.n_head_dim)
 
         def layer(block: Block, x: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
@@ -198,7 +204,33 @@ class GPT(nnx.Module):
             weights = own if own is None else derive(own, 0)
             return block(x, rope, lambda q, k, v: (self._attend(q, k, v, weights), None), own)[0], None
 
-        return self._scan(layer, self.embed(tokens), remat=self.config.remat)[0]
+        return self._scan(layer, self.embed(tokens), self.config.remat, layers)[0]
+
+    def predict(self, tokens: jax.Array, last: jax.Array) -> jax.Array:
+        """Predict the token after one place of each sequence: what a call gives there, in less work.
+
+        Nothing of the last layer but its keys and values is made for the other places.
+
+        Args:
+            tokens: int32 [B, T].
+            last: int32 [B], the places.
+
+        Returns:
+            Logits, float32 [B, V].
+        """
+        T, D, number = tokens.shape[1], self.config.n_head_dim, self.config.n_layer - 1
+        x = self.features(tokens, layers=number)
+        graphdef, stacked = nnx.split(self.blocks)
+        block = nnx.merge(graphdef, jax.tree.map(lambda stack: stack[number], stacked))
+        _, k, v = block.attn.project(block.ln_1(x), rotary(jnp.arange(T), D))
+        keys, values = k.swapaxes(2, 3)[None], v.swapaxes(2, 3)[None]  # a cache of one layer
+
+        def attend(q: jax.Array, *_: jax.Array) -> tuple[jax.Array, None]:
+            y = cached_attention(q[:, :, 0], keys, values, 0, last, self.platform, width=T)
+            return y[:, :, None], None
+
+        own = x[jnp.arange(len(last)), last][:, None]
+        return self.logits(block(own, rotary(last[:, None, None], D), attend)[0])[:, 0]
 
     def prefill(self, tokens: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Read int32 [B, T] without dropout; return the last block's output [B, T, C] and all keys and values.
@@ -264,9 +296,13 @@ class GPT(nnx.Module):
         how = Dropout(self.config.dropout, self.config.dropout_bits)
         return causal_attention(q, k, v, seeds, how, self.config.attention_block, self.platform)
 
-    def _scan(self, layer: Callable[..., Any], carry: Any, remat: bool = False) -> tuple[Any, Any]:
-        """Run layer(block, carry, number) -> (carry, kept) through the stack of blocks."""
+    def _scan(
+        self, layer: Callable[..., Any], carry: Any, remat: bool = False, layers: int | None = None
+    ) -> tuple[Any, Any]:
+        """Run layer(block, carry, number) -> (carry, kept) through the stack of blocks, or the first `layers` of it."""
         graphdef, stacked = nnx.split(self.blocks)
+        if layers is not None:
+            stacked = jax.tree.map(lambda stack: stack[:layers], stacked)
 
         def body(carry: Any, xs: Any) -> tuple[Any, Any]:
             return layer(nnx.merge(graphdef, xs[0]), carry, xs[1])
@@ -278,7 +314,7 @@ class GPT(nnx.Module):
                 policies.save_only_these_names(SAVED), policies.dots_with_no_batch_dims_saveable
             )
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        return jax.lax.scan(body, carry, (stacked, jnp.arange(self.config.n_layer)))
+        return jax.lax.scan(body, carry, (stacked, jnp.arange(self.config.n_layer if layers is None else layers)))
 
 
 def create(

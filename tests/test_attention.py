@@ -204,6 +204,20 @@ def test_sums_written_out_are_the_products(capacity, dtype):
     np.testing.assert_allclose(ours.astype(float), theirs.astype(float), rtol=exact, atol=exact / 10)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_cache_may_be_read_in_the_width_that_is_asked_for(platform):
+    rng = np.random.default_rng(0)
+    q, *cache = (jnp.asarray(rng.normal(size=shape)) for shape in [(2, 2, 6), *[(3, 2, 2, 6, 512)] * 2])
+    position = jnp.array([3, 100])
+    expected = cached_attention(q, *cache, 1, position, platform)
+    for width in (101, 256, 512):
+        found = cached_attention(q, *cache, 1, position, platform, width)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    narrow = cached_attention(q, *cache, 1, position, platform, 64)
+    np.testing.assert_allclose(narrow[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert np.abs(narrow[1] - expected[1]).max() > 1e-3  # no more than 64 places were read
+
+
 def test_a_cpu_copies_neither_keys_nor_values_out_of_the_cache():
     B, H, D, S = 3, 2, 16, 512
     with jax.default_device(jax.devices("cpu")[0]):  # which there is beside any accelerator

@@ -165,6 +165,18 @@ def test_prefill_and_decode_equal_the_whole(made, tokens):
         np.testing.assert_allclose(logits, whole[:, t], atol=3e-6)
 
 
+@pytest.mark.parametrize("n_layer", [1, 2, 3])
+def test_what_is_predicted_at_one_place_is_what_a_call_predicts_there(n_layer, tokens):
+    config = dataclasses.replace(CONFIG, n_layer=n_layer)
+    graphdef, params = create(config, 0)
+    whole = run(config, params, tokens)
+    predict = jax.jit(lambda p, t, last: nnx.merge(graphdef, p).predict(t, last))
+    for last in ([0, CONFIG.block_size - 1], [7, 7], [CONFIG.block_size - 1, 3]):
+        logits = predict(params, tokens, jnp.array(last))
+        assert logits.dtype == jnp.float32
+        np.testing.assert_allclose(logits, whole[jnp.arange(2), jnp.array(last)], atol=3e-6)
+
+
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-10)])
 def test_logits_are_those_of_the_float64_reference(dtype, tolerance, masked):
