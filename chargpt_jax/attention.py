@@ -232,16 +232,17 @@ def cached_attention(
     Returns:
         [B, H, D], of q's dtype.
     """
-    scores_of, outputs_of = (_summed_scores, _summed_outputs) if on_cpu(platform) else (_scores_of, _outputs_of)
+    cpu = on_cpu(platform)
+    scores_of, outputs_of = (_summed_scores, _summed_outputs) if cpu else (_scores_of, _outputs_of)
+    # Of several sequences XLA's library for CPUs takes the largest scores; where it does not, XLA would make them anew
+    # for this, which is dear where heads are wide.
+    stretched = cpu and q.shape[0] == 1 and q.shape[-1] <= 32
+    largest = _stretched_max if stretched else partial(jnp.max, axis=-1, keepdims=True)
 
     def up_to(width: int) -> jax.Array:
         scores = scores_of(q, _Cached(keys, layer, width)) * q.shape[-1] ** -0.5
-        ahead = jnp.arange(width) > position[:, None, None]
-        masked = jnp.where(ahead, -jnp.inf, scores)
-        top = jnp.max(masked, axis=-1, keepdims=True)
-        # The same weights either way. A CPU makes the scores of one sequence again, whose keys are near now, and takes
-        # exp of several numbers at once where nothing is masked in between; of more sequences it keeps the scores.
-        weights = jnp.where(ahead, 0, jnp.exp(scores - top)) if q.shape[0] == 1 else jnp.exp(masked - top)
+        masked = jnp.where(jnp.arange(width) > position[:, None, None], -jnp.inf, scores)
+        weights = jnp.exp(masked - largest(masked))
         outputs = outputs_of(weights.astype(values.dtype), _Cached(values, layer, width))
         return (outputs / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
 
@@ -297,11 +298,23 @@ def _summed_scores(q: jax.Array, keys: _Cached) -> jax.Array:
 
 def _summed_outputs(weights: jax.Array, values: _Cached) -> jax.Array:
     wide = jnp.promote_types(weights.dtype, jnp.float32)
-    # As many stretches as divide the width, up to 8, each of a few vectors at least; what is left of it is multiplied.
-    length = values.width // next(n for n in (8, 4, 2, 1) if values.width % (32 * n) == 0 or n == 1)
-    parts = jnp.split(weights, values.width // length, axis=-1)
+    parts = _stretches(weights)
+    length = parts[0].shape[-1]
     terms = (w[:, :, None].astype(wide) * v.astype(wide) for w, v in zip(parts, values.stretches(length), strict=True))
     return reduce(jnp.add, terms) @ jnp.ones(length, wide)
+
+
+def _stretched_max(scores: jax.Array) -> jax.Array:
+    """Return the largest of each row of [B, H, S], [B, H, 1]: of up to 32 numbers a row, XLA takes several at once."""
+    while len(parts := _stretches(scores)) > 1:
+        scores = reduce(jnp.maximum, parts)
+    return jnp.max(scores, axis=-1, keepdims=True)
+
+
+def _stretches(x: jax.Array) -> list[jax.Array]:
+    """Cut [B, H, S] along S into equal parts: as many as give each a few vectors, 32 numbers or more, up to 16."""
+    count = max(n for n in range(1, 17) if n == 1 or x.shape[-1] % (32 * n) == 0)
+    return jnp.split(x, count, axis=-1)
 
 
 def read_widths(capacity: int) -> list[int]:

@@ -204,6 +204,21 @@ def test_sums_written_out_are_the_products(capacity, dtype):
     np.testing.assert_allclose(ours.astype(float), theirs.astype(float), rtol=exact, atol=exact / 10)
 
 
+@pytest.mark.parametrize("capacity", [100, 1024])
+@pytest.mark.parametrize("width", [6, 33])
+def test_one_sequence_alone_gets_what_it_gets_among_others(width, capacity):
+    rng = np.random.default_rng(0)
+    shapes = [(2, 3, width), *[(2, 2, 3, width, capacity)] * 2]
+    q, *cache = (jnp.asarray(4 * rng.normal(size=shape), jnp.float32) for shape in shapes)
+    position = jnp.array([0, 4 * capacity // 5])
+    attend = jax.jit(partial(cached_attention, platform="cpu"))
+    both = attend(q, *cache, 1, position)
+    for row in range(2):
+        own = slice(row, row + 1)
+        alone = attend(q[own], *(x[:, own] for x in cache), 1, position[own])
+        np.testing.assert_allclose(alone, both[own], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_a_cache_may_be_read_in_the_width_that_is_asked_for(platform):
     rng = np.random.default_rng(0)
