@@ -45,10 +45,10 @@ SCHEDULER = SchedulerConfig(max_steps=UPDATES, warmup_epochs=1.0, min_lr_factor=
 ZOOMS = LRFinderConfig(start_lr=1e-5, end_lr=1.0, num_zooms=3, steps_per_zoom=8)
 
 Arrays = Mapping[str, np.ndarray]
-LossOf = Callable[[int, int, float], float]
-"""(zoom, step, rate) -> the loss before this rate's update, as PyTorch's range test asks for it."""
 Figures = Mapping[str, Arrays]
 """The name of a quantity -> its arrays by name."""
+LossOf = Callable[[int, int, float], float]
+"""(zoom, step, rate) -> the loss before this rate's update, as PyTorch's range test asks for it."""
 
 
 @dataclass(frozen=True)

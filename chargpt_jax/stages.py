@@ -142,7 +142,7 @@ def _find_lr(folder: Workdir, warn: Callable[[str], None], lock: Lock, ending: E
         state = setup.fresh_state(tx)
         return dataclasses.replace(state, step=state.step + zoom * finder.steps_per_zoom)
 
-    def train(state: TrainState, rates: Sequence[float]) -> tuple[TrainState, np.ndarray]:
+    def probe(state: TrainState, rates: Sequence[float]) -> tuple[TrainState, np.ndarray]:
         count = min(pace.steps, len(rates), pace.fitting(ending.spare()))
         began, padded = time.perf_counter(), np.zeros(MOST_STEPS, np.float32)
         padded[:count] = rates[:count]
@@ -151,7 +151,7 @@ def _find_lr(folder: Workdir, warn: Callable[[str], None], lock: Lock, ending: E
         pace.took(time.perf_counter() - began, count)
         return state, losses
 
-    for event in search(trainer_losses(start, train), finder):
+    for event in search(trainer_losses(start, probe), finder):
         lock.alive()
         if ending.near():
             return
