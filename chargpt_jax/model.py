@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from chargpt_jax.attention import SAVED, cached_attention, causal_attention
+from chargpt_jax.attention import SAVED, causal_attention
 from chargpt_jax.bits import derive, draw, seeds_of, unit
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.dropout import Dropout, dropout
+from chargpt_jax.kv_cache import cached_attention
 from chargpt_jax.precision import between_products, rounded_product, widened
 from chargpt_jax.products import product, rows_of
 
