@@ -3,7 +3,7 @@
 A cache is keys or values, [L, B, H, D, S]: those of a place lie apart, so that a CPU reads along S.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial, reduce
 from typing import NamedTuple
 
@@ -38,24 +38,49 @@ def cached_attention(
         [B, H, D], of q's dtype.
     """
     cpu = on_cpu(platform)
-    scores_of, outputs_of = (_summed_scores, _summed_outputs) if cpu else (_scores_of, _outputs_of)
-    # Of several sequences XLA's library for CPUs takes the largest scores; where it does not, XLA would make them anew
-    # for this, which is dear where heads are wide.
-    stretched = cpu and q.shape[0] == 1 and q.shape[-1] <= 32
-    largest = _stretched_max if stretched else partial(jnp.max, axis=-1, keepdims=True)
+    ways = (_summed_scores, _summed_outputs, _summed) if cpu else (_scores_of, _outputs_of, _sum)
+    scores_of, outputs_of, total_of = ways
 
-    def up_to(width: int) -> jax.Array:
+    def sums(width: int, shifted: bool) -> tuple[jax.Array, jax.Array]:
+        """Return the sum of the weights, [B, H, 1], and of the values times them, [B, H, D]."""
         scores = scores_of(q, _Cached(keys, layer, width)) * q.shape[-1] ** -0.5
-        masked = jnp.where(jnp.arange(width) > position[:, None, None], -jnp.inf, scores)
-        weights = jnp.exp(masked - largest(masked))
-        outputs = outputs_of(weights.astype(values.dtype), _Cached(values, layer, width))
-        return (outputs / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
+        scores = jnp.where(jnp.arange(width) > position[:, None, None], -jnp.inf, scores)
+        if shifted:
+            scores -= jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores)
+        return total_of(weights), outputs_of(weights, _Cached(values, layer, width))
 
-    if width is not None:
-        return up_to(width)
-    widths = read_widths(keys.shape[-1])
+    widths = read_widths(keys.shape[-1]) if width is None else [width]
     number = jnp.sum(jnp.max(position) >= jnp.array(widths[:-1], jnp.int32))
-    return jax.lax.switch(number, [partial(up_to, width) for width in widths])
+    total, outputs = jax.lax.switch(number, [partial(sums, width, not cpu) for width in widths])
+    if cpu:
+        total, outputs = _unless_out_of_range(total, outputs, partial(sums, widths[-1], shifted=True))
+    return (outputs / total).astype(q.dtype)
+
+
+def _unless_out_of_range(
+    total: jax.Array, outputs: jax.Array, shifted: Callable[[], tuple[jax.Array, jax.Array]]
+) -> tuple[jax.Array, jax.Array]:
+    """Return sums made of exp(score), or of exp(score - the largest) for the queries where the former say nothing.
+
+    Whatever is taken from all scores, their softmax is the same. To take the largest a CPU would have to go through
+    the keys twice, so it does where it must: where a sum leaves the middle of its dtype's range (in float32 where the
+    largest score is beyond some 40), since there single weights may have left the whole of it.
+    """
+    most = float(jnp.finfo(total.dtype).max) ** 0.5
+    sound = (total > 1 / most) & (total < most)
+
+    def again() -> tuple[jax.Array, jax.Array]:
+        return jax.tree.map(partial(jnp.where, sound), (total, outputs), shifted())
+
+    return jax.lax.cond(jnp.all(sound), lambda: (total, outputs), again)
+
+
+def with_place(cache: jax.Array, new: jax.Array, layer: jax.Array | int, position: jax.Array) -> jax.Array:
+    """Return a cache [L, B, H, D, S] with new keys or values, [B, H, D], at the sequences' positions, int32 [B]."""
+    if len(position) == 1:  # a slice, which XLA replaces in fewer kernels than it scatters rows
+        return jax.lax.dynamic_update_slice(cache, new[None, ..., None], (layer, 0, 0, 0, position[0]))
+    return cache.at[layer, jnp.arange(len(position)), :, :, position].set(new)
 
 
 class _Cached(NamedTuple):
@@ -88,11 +113,15 @@ def _scores_of(q: jax.Array, keys: _Cached) -> jax.Array:
 
 
 def _outputs_of(weights: jax.Array, values: _Cached) -> jax.Array:
-    return product("bhs,bhds->bhd", weights, values.whole())
+    return product("bhs,bhds->bhd", weights.astype(values.cache.dtype), values.whole())
+
+
+def _sum(weights: jax.Array) -> jax.Array:
+    return jnp.sum(weights, axis=-1, keepdims=True)
 
 
 # A CPU would copy what it multiplies out of the cache, and call a product for each head of each sequence. With the sums
-# written out, one pass over the cache makes all scores, and another all outputs: a third of the time in large batches.
+# written out, one pass over the keys makes all weights, and one over the values all outputs.
 
 
 def _summed_scores(q: jax.Array, keys: _Cached) -> jax.Array:
@@ -102,18 +131,15 @@ def _summed_scores(q: jax.Array, keys: _Cached) -> jax.Array:
 
 
 def _summed_outputs(weights: jax.Array, values: _Cached) -> jax.Array:
-    wide = jnp.promote_types(weights.dtype, jnp.float32)
     parts = _stretches(weights)
     length = parts[0].shape[-1]
-    terms = (w[:, :, None].astype(wide) * v.astype(wide) for w, v in zip(parts, values.stretches(length), strict=True))
-    return reduce(jnp.add, terms) @ jnp.ones(length, wide)
+    terms = (w[:, :, None] * v.astype(w.dtype) for w, v in zip(parts, values.stretches(length), strict=True))
+    return reduce(jnp.add, terms) @ jnp.ones(length, weights.dtype)
 
 
-def _stretched_max(scores: jax.Array) -> jax.Array:
-    """Return the largest of each row of [B, H, S], [B, H, 1]: of up to 32 numbers a row, XLA takes several at once."""
-    while len(parts := _stretches(scores)) > 1:
-        scores = reduce(jnp.maximum, parts)
-    return jnp.max(scores, axis=-1, keepdims=True)
+def _summed(weights: jax.Array) -> jax.Array:
+    parts = _stretches(weights)
+    return reduce(jnp.add, parts) @ jnp.ones((parts[0].shape[-1], 1), weights.dtype)
 
 
 def _stretches(x: jax.Array) -> list[jax.Array]:

@@ -22,7 +22,7 @@ from chargpt_jax.attention import SAVED, causal_attention
 from chargpt_jax.bits import derive, draw, seeds_of, unit
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.dropout import Dropout, dropout
-from chargpt_jax.kv_cache import cached_attention
+from chargpt_jax.kv_cache import cached_attention, with_place
 from chargpt_jax.precision import between_products, rounded_product, widened
 from chargpt_jax.products import product, rows_of
 
@@ -259,15 +259,14 @@ class GPT(nnx.Module):
             Logits, float32 [B, V], and the cache with this position filled.
         """
         cos, sin = rotary(position[:, None, None], self.config.n_head_dim)  # [B, 1, 1, D / 2]
-        rows = jnp.arange(tokens.shape[0])
 
         def layer(block: Block, carry: tuple[jax.Array, Any], number: jax.Array) -> tuple[tuple[jax.Array, Any], None]:
             x, (keys, values) = carry
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
                 # Written into the whole stack, so that the loop updates it in place.
-                new_keys = keys.at[number, rows, :, :, position].set(k[:, :, 0])
-                new_values = values.at[number, rows, :, :, position].set(v[:, :, 0])
+                new_keys = with_place(keys, k[:, :, 0], number, position)
+                new_values = with_place(values, v[:, :, 0], number, position)
                 y = cached_attention(q[:, :, 0], new_keys, new_values, number, position, self.platform)
                 return y[:, :, None], (new_keys, new_values)
 

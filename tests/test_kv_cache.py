@@ -9,7 +9,7 @@ import pytest
 
 from chargpt_jax.attention import causal_attention
 from chargpt_jax.dropout import Dropout
-from chargpt_jax.kv_cache import cached_attention, read_widths
+from chargpt_jax.kv_cache import cached_attention, read_widths, with_place
 from tests.pairing import x64
 from tests.test_attention import inputs
 
@@ -59,6 +59,53 @@ def test_one_sequence_alone_gets_what_it_gets_among_others(width, capacity):
         own = slice(row, row + 1)
         alone = attend(q[own], *(x[:, own] for x in cache), 1, position[own])
         np.testing.assert_allclose(alone, both[own], rtol=1e-5, atol=1e-6)
+
+
+def around(middle, rows=2):
+    """Return q and a cache of 256 places whose scores lie within a few of what is asked for, of each row."""
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(rows, 3, 8))
+    k, v = rng.normal(size=(2, 1, rows, 3, 8, 256))
+    middle = np.broadcast_to(middle, rows)[:, None, None]
+    along = np.einsum("bhd,lbhds->lbhs", q, k) * 8**-0.5 - middle - rng.normal(size=(1, rows, 3, 256))
+    k -= np.einsum("bhd,lbhs->lbhds", q * 8**0.5 / np.sum(q**2, axis=-1, keepdims=True), along)
+    return tuple(jnp.asarray(x, jnp.float32) for x in (q, k, v))
+
+
+@pytest.mark.parametrize("middle", [0, 38, -40, 60, -60, 88, -104, 3000, -3000])
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_scores_may_be_of_any_size(middle, platform):
+    q, k, v = around(middle)
+    position = jnp.array([255, 20])
+    found = cached_attention(q, k, v, 0, position, platform)
+    scores = np.einsum("bhd,bhds->bhs", *(np.asarray(x, np.float64) for x in (q, k[0]))) * 8**-0.5
+    scores[np.broadcast_to(np.arange(256) > np.asarray(position)[:, None, None], scores.shape)] = -np.inf
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    expected = np.einsum("bhs,bhds->bhd", weights / weights.sum(axis=-1, keepdims=True), np.asarray(v[0], np.float64))
+    assert np.abs(scores[..., :20] - middle).max() < 6
+    exact = 1e-6 * max(10, abs(middle))  # a score is rounded before its weight is made
+    np.testing.assert_allclose(found, expected, rtol=exact, atol=exact)
+
+
+@pytest.mark.parametrize("other", [60, -60, 3000])
+def test_a_sequence_gets_the_same_bits_whatever_the_size_of_anothers_scores(other):
+    attend = jax.jit(partial(cached_attention, platform="cpu"))
+    results = []
+    for middle in (0, other):
+        q, k, v = around([1, middle])
+        results.append(np.asarray(attend(q, k, v, 0, jnp.array([200, 200]))))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    assert np.isfinite(results[1]).all()
+
+
+def test_a_place_of_a_cache_is_filled_and_no_other():
+    for rows in (1, 3):
+        cache = jnp.arange(2.0 * rows * 2 * 4 * 9).reshape(2, rows, 2, 4, 9)
+        new, position = -jnp.ones((rows, 2, 4)), jnp.array([4, 0, 8])[:rows]
+        expected = np.array(cache)
+        for row in range(rows):
+            expected[1, row, :, :, position[row]] = -1
+        np.testing.assert_array_equal(with_place(cache, new, 1, position), expected)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
