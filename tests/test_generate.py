@@ -93,6 +93,16 @@ def test_writing_in_pieces_equals_writing_at_once():
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_text_does_not_depend_on_how_far_ahead_noise_is_drawn(monkeypatch):
+    texts = []
+    for most in (2**20, 3 * 2 * CONFIG.vocab_size, 1):
+        monkeypatch.setattr("chargpt_jax.generate.MOST_DRAWN", most)
+        jax.clear_caches()
+        texts.append(np.asarray(generate(prompts(3, 9), 40).tokens))
+    np.testing.assert_array_equal(texts[0], texts[1])
+    np.testing.assert_array_equal(texts[0], texts[2])
+
+
 def test_the_same_seed_repeats_and_another_differs():
     rows = prompts(6)
     first, again, other = (generate(rows, 15, key=jax.random.key(k)).tokens for k in (1, 1, 2))
