@@ -79,7 +79,8 @@ def _unless_out_of_range(
 def with_place(cache: jax.Array, new: jax.Array, layer: jax.Array | int, position: jax.Array) -> jax.Array:
     """Return a cache [L, B, H, D, S] with new keys or values, [B, H, D], at the sequences' positions, int32 [B]."""
     if len(position) == 1:  # a slice, which XLA replaces in fewer kernels than it scatters rows
-        return jax.lax.dynamic_update_slice(cache, new[None, ..., None], (layer, 0, 0, 0, position[0]))
+        start = (jnp.asarray(layer, int), 0, 0, 0, position[0].astype(int))
+        return jax.lax.dynamic_update_slice(cache, new[None, ..., None], start)
     return cache.at[layer, jnp.arange(len(position)), :, :, position].set(new)
 
 
@@ -105,7 +106,7 @@ class _Cached(NamedTuple):
     def _part(self, d: int, s: int, channels: int, places: int) -> jax.Array:
         """Return [B, H, channels, places]."""
         sizes = (1, *self.cache.shape[1:3], channels, places)
-        return jax.lax.dynamic_slice(self.cache, (self.layer, 0, 0, d, s), sizes)[0]
+        return jax.lax.dynamic_slice(self.cache, (jnp.asarray(self.layer, int), 0, 0, d, s), sizes)[0]
 
 
 def _scores_of(q: jax.Array, keys: _Cached) -> jax.Array:

@@ -25,6 +25,7 @@ from chargpt_jax.dropout import Dropout, dropout
 from chargpt_jax.kv_cache import cached_attention, with_place
 from chargpt_jax.precision import between_products, rounded_product, widened
 from chargpt_jax.products import product, rows_of
+from chargpt_jax.stack import OfStack, leaves_in_stack
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """From q, k and v, [B, H, T, D] each, to the heads' outputs [B, H, T, D] and whatever is to be kept of the layer."""
@@ -70,11 +71,13 @@ class Linear(nnx.Linear):
         """Map inputs [..., fan_in], of `dtype` or wider, to [..., fan_out] of theirs."""
         dtype: Any = self.dtype
         # All positions on one axis: for a gradient summed over two, a CPU would first write a transposed copy.
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        if inputs.dtype == dtype:
-            y = product("rc,cf->rf", rows, self.kernel[...].astype(dtype), dtype)
+        rows, kernel = inputs.reshape(-1, inputs.shape[-1]), self.kernel[...]
+        if isinstance(kernel, OfStack):
+            y = kernel.times(rows)
+        elif inputs.dtype == dtype:
+            y = product("rc,cf->rf", rows, kernel.astype(dtype), dtype)
         else:
-            y = rounded_product("rc,cf->rf", rows, self.kernel[...], dtype)
+            y = rounded_product("rc,cf->rf", rows, kernel, dtype)
         # A bias added in bfloat16 has its gradient, a sum over every position, in bfloat16: that sum stalls.
         bias: Any = self.bias
         return (y.reshape(*inputs.shape[:-1], -1) + bias[...]).astype(inputs.dtype)
@@ -272,7 +275,11 @@ class GPT(nnx.Module):
 
             return block(x, (cos, sin), attend), None
 
-        (x, cache), _ = self._scan(layer, (self.embed(tokens[:, None]), cache))
+        carry = self.embed(tokens[:, None]), cache
+        if leaves_in_stack(len(tokens), self.dtype, self.platform):
+            x, cache = self._loop(layer, carry)
+        else:
+            (x, cache), _ = self._scan(layer, carry)
         return self.logits(x)[:, 0], cache
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -315,6 +322,16 @@ class GPT(nnx.Module):
             )
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         return jax.lax.scan(body, carry, (stacked, jnp.arange(self.config.n_layer if layers is None else layers)))
+
+    def _loop(self, layer: Callable[..., Any], carry: Any) -> Any:
+        """Run layer as `_scan` does, for its carry alone, with the blocks' matrices left in their stack."""
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def body(number: jax.Array, carry: Any) -> Any:
+            own = lambda stack: OfStack(stack, number) if stack.ndim == 3 else stack[number]  # noqa: E731
+            return layer(nnx.merge(graphdef, jax.tree.map(own, stacked)), carry, number)[0]
+
+        return jax.lax.fori_loop(0, self.config.n_layer, body, carry)
 
 
 def create(

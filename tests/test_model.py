@@ -165,6 +165,28 @@ def test_prefill_and_decode_equal_the_whole(made, tokens):
         np.testing.assert_allclose(logits, whole[:, t], atol=3e-6)
 
 
+@pytest.mark.parametrize(("dtype", "exact"), [(jnp.float32, 3e-6), (jnp.float64, 1e-13), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_sequence_alone_is_decoded_as_among_others(dtype, exact, platform, tokens):
+    """Matrices stay in their stack for one row, where others are cut out for it; either is the whole model."""
+    if dtype == jnp.bfloat16 and jax.__version_info__ < BFLOAT16_ON_CPU:
+        pytest.skip("this JAX cannot multiply bfloat16 on a CPU")
+    with x64(dtype == jnp.float64):
+        graphdef, params = create(CONFIG, 0, dtype, platform)
+        params = jax.tree.map(lambda x: x.astype(jnp.promote_types(dtype, jnp.float32)), params)
+        whole = run(CONFIG, params, tokens, dtype=dtype)
+        _, cache = jax.jit(lambda p, t: nnx.merge(graphdef, p).prefill(t))(params, tokens)
+        decode = jax.jit(lambda p, t, at, cache: nnx.merge(graphdef, p).decode(t, at, cache)[0])
+        for t in (0, 9, CONFIG.block_size - 1):
+            both = decode(params, tokens[:, t], jnp.array([t, t], jnp.int32), cache)
+            for row in range(2):
+                own = slice(row, row + 1)
+                at = jnp.array([t], jnp.int32)
+                alone = decode(params, tokens[own, t], at, jax.tree.map(lambda x: x[:, own], cache))  # noqa: B023
+                np.testing.assert_allclose(alone, both[own], rtol=exact, atol=exact)
+                np.testing.assert_allclose(alone, whole[own, t], rtol=exact, atol=exact)
+
+
 @pytest.mark.parametrize("n_layer", [1, 2, 3])
 def test_what_is_predicted_at_one_place_is_what_a_call_predicts_there(n_layer, tokens):
     config = dataclasses.replace(CONFIG, n_layer=n_layer)

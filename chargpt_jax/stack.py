@@ -1,0 +1,55 @@
+"""A layer's matrix that stays in the stack of all layers, for the product of one row.
+
+A loop over layers cuts each matrix out of its stack, and XLA writes a copy, since its products take whole arrays. Where
+many rows are multiplied by it that is nothing. For one row it takes longer than the product: on a CPU two thirds of a
+character's time in a model of ten million parameters.
+"""
+
+import math
+from functools import reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from chargpt_jax.devices import on_cpu
+from chargpt_jax.products import product
+
+MOST_TERMS = 16
+"""How many products of two numbers are summed in one kernel; the sums of so many are then added by another."""
+
+
+class OfStack:
+    """Matrix `number`, an int32 scalar, of a stack [L, C, F]."""
+
+    def __init__(self, stack: jax.Array, number: jax.Array):
+        """Name the matrix, without taking it out."""
+        self.stack, self.number = stack, number
+
+    def __getitem__(self, _: Any) -> "OfStack":
+        """Return the matrix itself, since a parameter's value is asked for as parameter[...]."""
+        return self
+
+    def times(self, row: jax.Array) -> jax.Array:
+        """Multiply a row [1, C] of the stack's dtype by the matrix: [1, F].
+
+        The sums are written out, so that the kernel that adds reads the matrix where it is.
+        """
+        L, C, F = self.stack.shape
+        terms = math.gcd(C, MOST_TERMS)
+        parts, x = self.stack.reshape(L, -1, terms, F), row.reshape(-1, terms, 1)
+        number, size = jnp.asarray(self.number, int), (1, C // terms, 1, F)
+        matrix = (jax.lax.dynamic_slice(parts, (number, 0, i, 0), size)[0, :, 0] for i in range(terms))
+        sums = reduce(jnp.add, (x[:, i] * rows for i, rows in enumerate(matrix)))
+        return product("nc,cf->nf", jnp.ones((1, len(sums)), sums.dtype), sums)
+
+
+def leaves_in_stack(rows: int, dtype: Any, platform: str | None) -> bool:
+    """Say whether matrices are left in their stack: by a CPU, for one row, where products are float32 or wider.
+
+    Args:
+        rows: how many are multiplied by each matrix.
+        dtype: of the products.
+        platform: that the program is made for, 'cpu' or another; None: JAX's default.
+    """
+    return rows == 1 and jnp.finfo(dtype).bits >= 32 and on_cpu(platform)

@@ -1,0 +1,48 @@
+"""The product of one row by a matrix that stays in its stack."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chargpt_jax.products import product
+from chargpt_jax.stack import OfStack, leaves_in_stack
+from tests.pairing import x64
+
+
+@pytest.mark.parametrize("C", [1, 7, 16, 24, 100, 384])
+@pytest.mark.parametrize(("dtype", "exact"), [(jnp.float32, 1e-5), (jnp.float64, 1e-13)])
+def test_a_row_is_multiplied_by_the_matrix_of_that_number(C, dtype, exact):
+    with x64(dtype == jnp.float64):
+        rng = np.random.default_rng(0)
+        stack, row = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((3, C, 5), (1, C)))
+        times = jax.jit(lambda row, stack, number: OfStack(stack, number).times(row))
+        for number in range(3):
+            found = times(row, stack, jnp.int32(number))
+            assert found.dtype == dtype
+            expected = np.asarray(row, np.float64) @ np.asarray(stack[number], np.float64)
+            np.testing.assert_allclose(found, expected, rtol=exact, atol=exact)
+
+
+def test_a_cpu_writes_no_copy_of_the_matrix():
+    def left(row, stack):
+        return jax.lax.fori_loop(0, 4, lambda number, x: x + OfStack(stack, number).times(x), row)
+
+    def cut(row, stack):
+        return jax.lax.scan(lambda x, matrix: (x + product("nc,cf->nf", x, matrix), None), row, stack)[0]
+
+    with jax.default_device(jax.devices("cpu")[0]):  # which there is beside any accelerator
+        args = jnp.ones((1, 384)), jnp.ones((4, 384, 384))
+        written = [jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes for f in (left, cut)]
+        np.testing.assert_allclose(jax.jit(left)(*args), jax.jit(cut)(*args), rtol=1e-5)
+    assert written[0] < 384 * 384 * 4 / 4
+    assert written[1] >= 384 * 384 * 4
+
+
+def test_matrices_are_left_in_their_stack_by_a_cpu_for_one_row_in_float32_or_wider():
+    assert leaves_in_stack(1, jnp.float32, "cpu")
+    assert leaves_in_stack(1, jnp.float64, "cpu")
+    assert not leaves_in_stack(2, jnp.float32, "cpu")
+    assert not leaves_in_stack(1, jnp.bfloat16, "cpu")
+    assert not leaves_in_stack(1, jnp.float16, "cpu")
+    assert not leaves_in_stack(1, jnp.float32, "tpu")
