@@ -11,7 +11,7 @@ characters are read anew for every character, with positions from the window's s
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from chargpt_jax.config import MOST_TEMPERATURE, UserError
+from chargpt_jax.kv_cache import one_after_the_other
 from chargpt_jax.metrics import surprisal_and_entropy, token_metrics
 
 MOST_PLACES, MOST_DRAWN = 16, 2**20
@@ -180,18 +181,52 @@ def _advance(
     use_top_p: bool,
 ) -> Progress:
     """Write on rows that have these numbers, int32 [b], in the whole batch."""
-    model = nnx.merge(graphdef, params)
+    model, parameters = nnx.merge(graphdef, params), sum(leaf.size for leaf in jax.tree.leaves(params))
+    sampler = partial(_filter, top_k=top_k, top_p=top_p, use_top_k=use_top_k, use_top_p=use_top_p)
+    write = partial(_write, model, key=key, count=count, temperature=temperature, filtered=sampler)
+    if not one_after_the_other(progress.cache, parameters, model.platform):
+        return write(progress, numbers, place=lambda layer: layer)
+
+    # All layers of all rows on one axis, so that a row's are updated where they are.
+    b, shape = len(numbers), progress.cache[0].shape
+    flat = replace(progress, cache=jax.tree.map(lambda x: x.reshape(-1, 1, *shape[2:]), progress.cache))
+
+    def one(row: jax.Array, p: Progress) -> Progress:
+        own = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1)  # noqa: E731
+        back = lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, row, 0)  # noqa: E731
+        bare = lambda p: replace(p, cache=cast(Any, ()))  # noqa: E731
+        alone = replace(jax.tree.map(own, bare(p)), cache=p.cache)
+        done = write(alone, own(numbers), place=lambda layer: layer * b + row)
+        return replace(jax.tree.map(back, bare(p), bare(done)), cache=done.cache)
+
+    done = jax.lax.fori_loop(0, b, one, flat)
+    return replace(done, cache=jax.tree.map(lambda x: x.reshape(shape), done.cache))
+
+
+def _write(
+    model: Any,
+    progress: Progress,
+    numbers: jax.Array,
+    *,
+    place: Callable[[jax.Array], jax.Array],
+    key: jax.Array,
+    count: jax.Array,
+    temperature: jax.Array,
+    filtered: Callable[[jax.Array], jax.Array],
+) -> Progress:
+    """Write on all rows by a character in turn; `place` as for the model's decode."""
     rows = jnp.arange(progress.tokens.shape[0])
     width = min(model.config.block_size, progress.tokens.shape[1])
+    places_at_once = max(1, min(MOST_PLACES, MOST_DRAWN // progress.logits.size))
 
     def draw(row: jax.Array, place: jax.Array) -> jax.Array:
         at = jax.random.fold_in(jax.random.fold_in(key, row), place)
         return jax.random.gumbel(at, progress.logits.shape[1:], progress.logits.dtype)
 
     def write(p: Progress, noise: jax.Array) -> Progress:
-        filtered = _filter(p.logits / jnp.where(temperature > 0, temperature, 1), top_k, top_p, use_top_k, use_top_p)
         # The largest of logits with Gumbel's noise is a draw from their softmax, the one of jax.random.categorical.
-        token = jnp.argmax(jnp.where(temperature > 0, filtered + noise, p.logits), axis=-1).astype(jnp.int32)
+        noisy = filtered(p.logits / jnp.where(temperature > 0, temperature, 1)) + noise
+        token = jnp.argmax(jnp.where(temperature > 0, noisy, p.logits), axis=-1).astype(jnp.int32)
         surprisal, entropy = surprisal_and_entropy(p.logits, token)
         return replace(
             p,
@@ -202,14 +237,12 @@ def _advance(
         )
 
     def cached(p: Progress) -> Progress:
-        logits, cache = model.decode(p.tokens[rows, p.length - 1], p.length - 1, p.cache)
+        logits, cache = model.decode(p.tokens[rows, p.length - 1], p.length - 1, p.cache, place)
         return replace(p, logits=logits, cache=cache)
 
     def recomputed(p: Progress) -> Progress:
         window, last = _window(p.tokens, p.length, width)
         return replace(p, logits=model.predict(window, last))
-
-    places_at_once = max(1, min(MOST_PLACES, MOST_DRAWN // progress.logits.size))
 
     def go_on(predict: Callable[[Progress], Progress], unfinished: Callable[[Carry], jax.Array], carry: Carry) -> Carry:
         """Write and predict in turn; noise is drawn for some places ahead."""

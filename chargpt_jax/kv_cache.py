@@ -76,6 +76,21 @@ def _unless_out_of_range(
     return jax.lax.cond(jnp.all(sound), lambda: (total, outputs), again)
 
 
+def one_after_the_other(cache: tuple[jax.Array, jax.Array], parameters: int, platform: str | None = None) -> bool:
+    """Say whether several texts are each written to its end before the next, and not all by a character in turn.
+
+    A CPU does so where a text's keys and values are more numbers than the parameters, all of which a character needs:
+    in turn, every text's would come from memory again for every character, where those of one stay in the CPU's cache.
+
+    Args:
+        cache: keys and values, [L, B, H, D, S] each.
+        parameters: how many the model has.
+        platform: that the program is made for, 'cpu' or another; None: JAX's default.
+    """
+    B = cache[0].shape[1]
+    return B > 1 and sum(x.size for x in cache) > B * parameters and on_cpu(platform)
+
+
 def with_place(cache: jax.Array, new: jax.Array, layer: jax.Array | int, position: jax.Array) -> jax.Array:
     """Return a cache [L, B, H, D, S] with new keys or values, [B, H, D], at the sequences' positions, int32 [B]."""
     if len(position) == 1:  # a slice, which XLA replaces in fewer kernels than it scatters rows

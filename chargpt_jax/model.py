@@ -249,7 +249,11 @@ class GPT(nnx.Module):
         return self._scan(layer, self.embed(tokens))
 
     def decode(
-        self, tokens: jax.Array, position: jax.Array, cache: tuple[jax.Array, jax.Array]
+        self,
+        tokens: jax.Array,
+        position: jax.Array,
+        cache: tuple[jax.Array, jax.Array],
+        place: Callable[[jax.Array], jax.Array] = lambda layer: layer,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Predict the token after one token a sequence.
 
@@ -257,6 +261,8 @@ class GPT(nnx.Module):
             tokens: int32 [B].
             position: int32 [B], each token's place in its sequence, less than S.
             cache: keys and values, [L, B, H, D, S] each, filled up to the position.
+            place: from a layer's number, an int32 scalar, to where it is on the cache's first axis, which may be
+                longer than L.
 
         Returns:
             Logits, float32 [B, V], and the cache with this position filled.
@@ -268,9 +274,10 @@ class GPT(nnx.Module):
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
                 # Written into the whole stack, so that the loop updates it in place.
-                new_keys = with_place(keys, k[:, :, 0], number, position)
-                new_values = with_place(values, v[:, :, 0], number, position)
-                y = cached_attention(q[:, :, 0], new_keys, new_values, number, position, self.platform)
+                at = place(number)
+                new_keys = with_place(keys, k[:, :, 0], at, position)
+                new_values = with_place(values, v[:, :, 0], at, position)
+                y = cached_attention(q[:, :, 0], new_keys, new_values, at, position, self.platform)
                 return y[:, :, None], (new_keys, new_values)
 
             return block(x, (cos, sin), attend), None

@@ -23,7 +23,8 @@ from chargpt_jax import devices, optimizer
 from chargpt_jax.assembly import Setup, compiled_updates
 from chargpt_jax.config import AmpConfig, ModelConfig, UserError
 from chargpt_jax.generate import advance, begin
-from chargpt_jax.model import create
+from chargpt_jax.kv_cache import one_after_the_other
+from chargpt_jax.model import count_parameters, create
 from chargpt_jax.stages import prepare
 from chargpt_jax.workdir import Workdir
 from tests.corpus_text import write_words
@@ -352,6 +353,17 @@ def test_eight_devices_write_what_one_writes(found):
 
 
 @pytest.mark.slow
+def test_two_devices_that_write_text_after_text_write_what_one_writes(found):
+    one, two = found["written, text after text"]
+    assert (one["devices"], two["devices"]) == (1, 2)
+    assert one["apart"]
+    assert two["apart"]
+    assert not found["written"][0]["apart"]
+    assert one["tokens"] == two["tokens"]
+    np.testing.assert_allclose(one["surprisal"], two["surprisal"], rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_part_of_a_batch_is_split_over_eight_devices_as_well(found):
     """Each device takes a row of each part: nothing is gathered, and nothing is computed twice."""
     assert found["eight, in two parts"]["collectives"] == ["all-reduce"]
@@ -359,22 +371,26 @@ def test_a_part_of_a_batch_is_split_over_eight_devices_as_well(found):
     assert found["eight, in two parts"]["operations"] < 0.7 * found["eight"]["operations"]
 
 
-def written(n_devices: int) -> dict[str, Any]:
+def written(n_devices: int, *, vocab_size: int = 64, n_embd: int = 8, block_size: int = 12) -> dict[str, Any]:
     """Write on eight prompts of different lengths, inside the window and past it, on so many devices."""
-    shape = {"n_embd": 8, "n_head": 2, "n_head_dim": 4, "n_ff": 16, "n_layer": 2}
-    graphdef, params = create(ModelConfig(vocab_size=64, used_ids=30, block_size=12, **shape), 0)
-    tokens = np.random.default_rng(0).integers(1, 30, (8, 40)).astype(np.int32)
+    shape = {"n_head": 2, "n_head_dim": 4, "n_ff": 16, "n_layer": 2, "used_ids": 30}
+    config = ModelConfig(vocab_size=vocab_size, n_embd=n_embd, block_size=block_size, **shape)
+    graphdef, params = create(config, 0)
+    N, count = block_size + 28, block_size + 8
+    tokens = np.random.default_rng(0).integers(1, 30, (8, N)).astype(np.int32)
     lengths, mesh = np.arange(3, 11, dtype=np.int32), data_mesh(8, jax.devices()[:n_devices])
-    tokens *= np.arange(40) < lengths[:, None]
+    tokens *= np.arange(N) < lengths[:, None]
     params = jax.device_put(params, devices.replicated(mesh))
     progress = begin(params, tokens, lengths, graphdef=graphdef, width=10, mesh=mesh)
-    how = (jax.random.key(3), np.int32(20), np.float32(1), np.int32(0), np.float32(1))
+    apart = one_after_the_other(progress.cache, count_parameters(params), "cpu")
+    how = (jax.random.key(3), np.int32(count), np.float32(1), np.int32(0), np.float32(1))
     filters = {"use_top_k": False, "use_top_p": False}
     done = advance(params, progress, *how, graphdef=graphdef, mesh=mesh, **filters)
     return {
         "tokens": np.asarray(done.tokens).tolist(),
         "surprisal": np.nan_to_num(np.asarray(done.surprisal)).tolist(),
         "devices": len(done.tokens.sharding.device_set),
+        "apart": apart,
     }
 
 
@@ -387,4 +403,6 @@ def summed() -> list[Any]:
 
 if __name__ == "__main__":
     found_here = {name: trained(Path(sys.argv[1]), *case) for name, case in CASES.items()}
-    print(json.dumps({**found_here, "summed": summed(), "written": [written(1), written(8)]}))
+    small = {"vocab_size": 32, "n_embd": 4, "block_size": 40}  # whose keys and values outweigh the parameters
+    apart = {"written, text after text": [written(1, **small), written(2, **small)]}
+    print(json.dumps({**found_here, "summed": summed(), "written": [written(1), written(8)], **apart}))

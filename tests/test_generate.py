@@ -60,8 +60,17 @@ def uncached(row, count, number, temperature=1.0):
     return row, surprisal, entropy
 
 
+@pytest.fixture(params=[False, True], ids=["in turn", "text after text"])
+def order(request, monkeypatch):
+    """Have texts written by a character in turn, or one after the other."""
+    monkeypatch.setattr("chargpt_jax.generate.one_after_the_other", lambda *_: request.param)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
-def test_a_batch_of_different_lengths_equals_the_uncached_model_inside_and_past_the_window(temperature):
+def test_a_batch_of_different_lengths_equals_the_uncached_model_inside_and_past_the_window(temperature, order):
     rows = prompts(3, 11, 23, 30)  # the last is longer than the window
     p = generate(rows, 20, temperature=temperature)
     for i, row in enumerate(rows):
@@ -80,13 +89,13 @@ def test_greedy_text_and_metrics_are_those_of_the_float64_reference():
     np.testing.assert_allclose(p.entropy[0, 10:35], entropy, atol=1e-4)
 
 
-def test_the_first_row_does_not_depend_on_its_neighbours():
+def test_the_first_row_does_not_depend_on_its_neighbours(order):
     first, second = prompts(5, 19)
     alone, together = generate([first], 12), generate([first, second], 12)
     assert np.asarray(alone.tokens[0, :17]).tolist() == np.asarray(together.tokens[0, :17]).tolist()
 
 
-def test_writing_in_pieces_equals_writing_at_once():
+def test_writing_in_pieces_equals_writing_at_once(order):
     rows = prompts(4, 9)
     once, pieces = generate(rows, 30), generate(rows, 30, pieces=[1, 7, 10, 12])
     for ours, theirs in ((pieces.tokens, once.tokens), (pieces.surprisal, once.surprisal)):

@@ -9,7 +9,7 @@ import pytest
 
 from chargpt_jax.attention import causal_attention
 from chargpt_jax.dropout import Dropout
-from chargpt_jax.kv_cache import cached_attention, read_widths, with_place
+from chargpt_jax.kv_cache import cached_attention, one_after_the_other, read_widths, with_place
 from tests.pairing import x64
 from tests.test_attention import inputs
 
@@ -134,6 +134,17 @@ def test_a_cpu_copies_neither_keys_nor_values_out_of_the_cache():
     of_a_layer = B * H * D * S * 4
     assert temporaries["cpu"].temp_size_in_bytes < of_a_layer / 2
     assert temporaries["tpu"].temp_size_in_bytes > of_a_layer
+
+
+def test_texts_are_written_one_after_the_other_by_a_cpu_where_their_cache_outweighs_the_parameters():
+    def cache(rows):
+        return tuple(jax.ShapeDtypeStruct((2, rows, 3, 4, 10), jnp.float32) for _ in range(2))  # 480 numbers a row
+
+    assert one_after_the_other(cache(2), 479, "cpu")
+    assert one_after_the_other(cache(7), 479, "cpu")
+    assert not one_after_the_other(cache(7), 480, "cpu")
+    assert not one_after_the_other(cache(1), 479, "cpu")
+    assert not one_after_the_other(cache(2), 479, "tpu")
 
 
 @pytest.mark.parametrize("capacity", [1, 63, 64, 65, 100, 512, 513, 2048])
