@@ -18,6 +18,10 @@ from chargpt_jax.products import product
 MOST_TERMS = 16
 """How many products of two numbers are summed in one kernel; the sums of so many are then added by another."""
 
+ROWS = 1 if jax.__version_info__ >= (0, 10, 2) else 2
+"""How many equal rows of ones add them: by one alone XLA up to jax 0.10.1 makes them anew, a number at a time, seven
+times as slowly in a model of ten million parameters; by two later ones take a seventh longer in a small model."""
+
 
 class OfStack:
     """Matrix `number`, an int32 scalar, of a stack [L, C, F]."""
@@ -41,7 +45,7 @@ class OfStack:
         number, size = jnp.asarray(self.number, int), (1, C // terms, 1, F)
         matrix = (jax.lax.dynamic_slice(parts, (number, 0, i, 0), size)[0, :, 0] for i in range(terms))
         sums = reduce(jnp.add, (x[:, i] * rows for i, rows in enumerate(matrix)))
-        return product("nc,cf->nf", jnp.ones((1, len(sums)), sums.dtype), sums)
+        return product("nc,cf->nf", jnp.ones((ROWS, len(sums)), sums.dtype), sums)[:1]
 
 
 def leaves_in_stack(rows: int, dtype: Any, platform: str | None) -> bool:

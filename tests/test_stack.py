@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chargpt_jax.products import product
 from chargpt_jax.stack import OfStack, leaves_in_stack
 from tests.pairing import x64
 
@@ -25,18 +24,12 @@ def test_a_row_is_multiplied_by_the_matrix_of_that_number(C, dtype, exact):
 
 
 def test_a_cpu_writes_no_copy_of_the_matrix():
-    def left(row, stack):
+    def loop(row, stack):
         return jax.lax.fori_loop(0, 4, lambda number, x: x + OfStack(stack, number).times(x), row)
 
-    def cut(row, stack):
-        return jax.lax.scan(lambda x, matrix: (x + product("nc,cf->nf", x, matrix), None), row, stack)[0]
-
     with jax.default_device(jax.devices("cpu")[0]):  # which there is beside any accelerator
-        args = jnp.ones((1, 384)), jnp.ones((4, 384, 384))
-        written = [jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes for f in (left, cut)]
-        np.testing.assert_allclose(jax.jit(left)(*args), jax.jit(cut)(*args), rtol=1e-5)
-    assert written[0] < 384 * 384 * 4 / 4
-    assert written[1] >= 384 * 384 * 4
+        compiled = jax.jit(loop).lower(jnp.ones((1, 384)), jnp.ones((4, 384, 384))).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 384 * 384 * 4 / 4
 
 
 def test_matrices_are_left_in_their_stack_by_a_cpu_for_one_row_in_float32_or_wider():
