@@ -1,7 +1,8 @@
 """Writing on: prefill, cached decoding, sampling, all in one compiled loop; and scoring a given text.
 
 Rows of a batch may have prompts of different lengths: each row sits at the left of its buffer and keeps its own
-position, so no row sees padding and a row's text does not depend on its neighbours.
+position, so no row sees padding and a row's text does not depend on its neighbours. They are written by a character in
+turn, or one after the other where that is quicker.
 
 Inside the first `block_size` characters each new one costs one pass of one token against the cache. Past them no
 cache is exact: a window's deeper keys were computed with context that has left it. There the last `block_size`
@@ -183,9 +184,9 @@ def _advance(
     """Write on rows that have these numbers, int32 [b], in the whole batch."""
     model, parameters = nnx.merge(graphdef, params), sum(leaf.size for leaf in jax.tree.leaves(params))
     sampler = partial(_filter, top_k=top_k, top_p=top_p, use_top_k=use_top_k, use_top_p=use_top_p)
-    write = partial(_write, model, key=key, count=count, temperature=temperature, filtered=sampler)
+    write_on = partial(_write_on, model, key=key, count=count, temperature=temperature, filtered=sampler)
     if not one_after_the_other(progress.cache, parameters, model.platform):
-        return write(progress, numbers, place=lambda layer: layer)
+        return write_on(progress, numbers, place=lambda layer: layer)
 
     # All layers of all rows on one axis, so that a row's are updated where they are.
     b, shape = len(numbers), progress.cache[0].shape
@@ -196,14 +197,14 @@ def _advance(
         back = lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, row, 0)  # noqa: E731
         bare = lambda p: replace(p, cache=cast(Any, ()))  # noqa: E731
         alone = replace(jax.tree.map(own, bare(p)), cache=p.cache)
-        done = write(alone, own(numbers), place=lambda layer: layer * b + row)
+        done = write_on(alone, own(numbers), place=lambda layer: layer * b + row)
         return replace(jax.tree.map(back, bare(p), bare(done)), cache=done.cache)
 
     done = jax.lax.fori_loop(0, b, one, flat)
     return replace(done, cache=jax.tree.map(lambda x: x.reshape(shape), done.cache))
 
 
-def _write(
+def _write_on(
     model: Any,
     progress: Progress,
     numbers: jax.Array,
