@@ -24,6 +24,7 @@ from jax.sharding import Mesh, PartitionSpec
 from chargpt_jax.config import MOST_TEMPERATURE, UserError
 from chargpt_jax.kv_cache import one_after_the_other
 from chargpt_jax.metrics import surprisal_and_entropy, token_metrics
+from chargpt_jax.model import count_parameters
 
 MOST_PLACES, MOST_DRAWN = 16, 2**20
 """For so many places at most, of so many numbers in all, the noise of drawing is made at once.
@@ -182,10 +183,10 @@ def _advance(
     use_top_p: bool,
 ) -> Progress:
     """Write on rows that have these numbers, int32 [b], in the whole batch."""
-    model, parameters = nnx.merge(graphdef, params), sum(leaf.size for leaf in jax.tree.leaves(params))
+    model = nnx.merge(graphdef, params)
     sampler = partial(_filter, top_k=top_k, top_p=top_p, use_top_k=use_top_k, use_top_p=use_top_p)
     write_on = partial(_write_on, model, key=key, count=count, temperature=temperature, filtered=sampler)
-    if not one_after_the_other(progress.cache, parameters, model.platform):
+    if not one_after_the_other(progress.cache, count_parameters(params), model.platform):
         return write_on(progress, numbers, place=lambda layer: layer)
 
     # All layers of all rows on one axis, so that a row's are updated where they are.

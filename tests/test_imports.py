@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # checkpoint -> generation -> metrics -> pictures
     "metrics": {"tokenizer"},
-    "generate": {"config", "kv_cache", "metrics"},
+    "generate": {"config", "kv_cache", "metrics", "model"},
     "terminal": set(),
     "theme": set(),
     "subline": {"theme"},
