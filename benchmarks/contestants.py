@@ -125,11 +125,10 @@ class Ours:
         width = min(prompt, self.config.model.block_size)
 
         def write(length: int) -> None:
-            progress = begin(
-                params, tokens, np.full(batch, prompt, np.int32), graphdef=graphdef, width=width, mesh=mesh
-            )
+            options = {"graphdef": graphdef, "mesh": mesh, "once": True}  # as Model.generate does without on_text
+            progress = begin(params, tokens, np.full(batch, prompt, np.int32), width=width, **options)
+            options |= {"use_top_k": False, "use_top_p": False}
             how = (np.float32(1), np.int32(0), np.float32(1))
-            options = {"graphdef": graphdef, "use_top_k": False, "use_top_p": False, "mesh": mesh}
             progress = advance(params, progress, jax.random.key(0), np.int32(length), *how, **options)
             np.asarray(progress.tokens)
 

@@ -104,8 +104,9 @@ class Model:
         width = min(block_size, bucket(longest), tokens.shape[1])
         mesh = devices.data_mesh(len(rows), tell=False)
         params = jax.device_put(self.params, devices.replicated(mesh))
-        progress = begin(params, tokens, lengths, graphdef=self.graphdef, width=width, mesh=mesh)
-        piece = max_new_tokens if on_text is None else 16
+        once = on_text is None
+        progress = begin(params, tokens, lengths, graphdef=self.graphdef, width=width, mesh=mesh, once=once)
+        piece = max_new_tokens if once else 16
         for done in range(0, max_new_tokens, piece):
             count = min(piece, max_new_tokens - done)
             progress = advance(
@@ -120,6 +121,7 @@ class Model:
                 use_top_k=top_k is not None,
                 use_top_p=top_p is not None,
                 mesh=mesh,
+                once=once,
             )
             if on_text is not None:
                 for i, row in enumerate(np.asarray(progress.tokens)):

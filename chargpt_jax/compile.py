@@ -21,7 +21,7 @@ from jax.sharding import SingleDeviceSharding
 from chargpt_jax import devices, optimizer
 from chargpt_jax.assembly import compiled_updates, laid_out, state_shapes, validation_nats
 from chargpt_jax.config import Config, UserError
-from chargpt_jax.generate import advance, begin, bucket
+from chargpt_jax.generate import advancing, begin, bucket
 from chargpt_jax.model import create
 
 ALONE = "TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v4-8"
@@ -122,7 +122,8 @@ def _writing(config: Config, device: Any, graphdef: Any, params: Any) -> Iterato
     top_p = temperature = jax.ShapeDtypeStruct((), jnp.float32)
     args = (params, progress, jax.eval_shape(jax.random.key, 0), _ints(), temperature, _ints(), top_p)
     filters = {"use_top_k": how.top_k is not None, "use_top_p": how.top_p is not None}
-    yield Program("decoding", advance, args, {"graphdef": graphdef, **filters}, used)
+    static = {"graphdef": graphdef, **filters, "kernels": True}
+    yield Program("decoding", advancing(device.platform, last=False).compiled, args, static, used)
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

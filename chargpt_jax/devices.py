@@ -238,11 +238,21 @@ ON_GPU: dict[str, Any] = {"xla_gpu_deterministic_ops": True}
 race, so that a run that goes on after a crash, compiled anew, has the bits that it would have had."""
 
 
+WRITING_ON_CPU: dict[str, Any] = {"xla_cpu_prefer_vector_width": 512}
+"""What XLA is told when it compiles the writing of text for a CPU, where it knows of it: to take the widest vectors,
+where the CPU has them, and not half of them. Elsewhere there is nothing to tell."""
+
+
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     """Return what XLA is told when it compiles for a mesh, in the terms of jax.jit's compiler_options."""
     platform = mesh.devices.flat[0].platform
     options = ON_CPU if platform == "cpu" else ON_GPU if platform in GPUS else {}
     return dict(_known(tuple(options.items()))) or None
+
+
+def writing_options(platform: str) -> dict[str, Any] | None:
+    """Return what XLA is told when it compiles the writing of text for a platform, in the terms of jax.jit."""
+    return dict(_known(tuple(WRITING_ON_CPU.items()))) or None if platform == "cpu" else None
 
 
 @functools.cache

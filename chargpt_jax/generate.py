@@ -11,7 +11,7 @@ characters are read anew for every character, with positions from the window's s
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import flax.struct
@@ -20,17 +20,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import ArrayLike
 
+from chargpt_jax import devices
 from chargpt_jax.config import MOST_TEMPERATURE, UserError
-from chargpt_jax.kv_cache import one_after_the_other
+from chargpt_jax.kv_blocks import Blocks
+from chargpt_jax.kv_cache import Rows
 from chargpt_jax.metrics import surprisal_and_entropy, token_metrics
-from chargpt_jax.model import count_parameters
+from chargpt_jax.model import Cache, count_parameters
+from chargpt_jax.one_kernel import WithKernels, in_one_kernel, kernels_allowed, writes_alone
 
 MOST_PLACES, MOST_DRAWN = 16, 2**20
 """For so many places at most, of so many numbers in all, the noise of drawing is made at once.
 
 Made place by place it took an eighth of a small model's time on a CPU.
 """
+
+MOST_IN_KERNEL = 1024
+"""Characters of a vocabulary up to which drawing is part of a kernel; of more XLA leaves some work to a library."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,8 @@ class Progress:
     """int32 [B]."""
     logits: jax.Array
     """float32 [B, V], for the next token."""
-    cache: tuple[jax.Array, jax.Array]
-    """Keys and values, [L, B, H, D, S] each; of use while every length is below block_size."""
+    cache: Cache | None
+    """Keys and values; of use while every length is below block_size. None: no more is to be written."""
     surprisal: jax.Array
     """float32 [B, N], nats; NaN where undefined."""
     entropy: jax.Array
@@ -88,13 +95,11 @@ def bucket(length: int) -> int:
 
 ROWS: Any = PartitionSpec("data")
 ROWS_OF_LAYERS: Any = PartitionSpec(None, "data")
-SHARED = Progress(
-    tokens=ROWS, length=ROWS, logits=ROWS, cache=(ROWS_OF_LAYERS, ROWS_OF_LAYERS), surprisal=ROWS, entropy=ROWS
-)
+SHARED = Progress(tokens=ROWS, length=ROWS, logits=ROWS, cache=ROWS_OF_LAYERS, surprisal=ROWS, entropy=ROWS)
 """How the devices of a mesh share a batch: each takes some rows, and none waits for another."""
 
 
-@partial(jax.jit, static_argnames=("graphdef", "width", "mesh"))
+@partial(jax.jit, static_argnames=("graphdef", "width", "mesh", "once"))
 def begin(
     params: Any,
     tokens: jax.Array,
@@ -103,6 +108,7 @@ def begin(
     graphdef: nnx.GraphDef,
     width: int,
     mesh: Mesh | None = None,
+    once: bool = False,
 ) -> Progress:
     """Read the prompts.
 
@@ -113,59 +119,88 @@ def begin(
         graphdef: the model's static half.
         width: how much of the buffer holds every prompt, or block_size where that is less.
         mesh: the devices that share the rows; None: one does it all.
+        once: all the rest is written by one call of `advance`, which is told so too. Where texts are written alone
+            room is then made for the keys and values of one, not of all.
     """
-    read = partial(_begin, graphdef=graphdef, width=width)
+    read = partial(_begin, graphdef=graphdef, width=width, once=once)
     if mesh is not None:
         specs = (PartitionSpec(), ROWS, ROWS)
         read = jax.shard_map(read, mesh=mesh, in_specs=specs, out_specs=SHARED, check_vma=False)
     return read(params, tokens, length)
 
 
-def _begin(params: Any, tokens: jax.Array, length: jax.Array, *, graphdef: nnx.GraphDef, width: int) -> Progress:
+def _begin(
+    params: Any, tokens: jax.Array, length: jax.Array, *, graphdef: nnx.GraphDef, width: int, once: bool
+) -> Progress:
     model = nnx.merge(graphdef, params)
-    N, capacity = tokens.shape[1], min(model.config.block_size, tokens.shape[1])
+    N = tokens.shape[1]
+    capacity = min(model.config.block_size, N)
     window, last = _window(tokens, length, width)
-    x, cache = model.prefill(window)
+    x, (keys, values) = model.prefill(window)
     logits = model.logits(x)
     surprisal, entropy = token_metrics(logits, window)
     wide = lambda a: jnp.pad(a, ((0, 0), (0, N - width)), constant_values=jnp.nan)  # noqa: E731
-    room = [(0, 0)] * 4 + [(0, capacity - width)]
+    texts, kept = len(length), 2 * keys[:, 0, :, :, 0].size * capacity
+    alone = writes_alone(texts, kept, count_parameters(params), jnp.finfo(model.dtype).bits, model.platform)
     return Progress(
         tokens=tokens,
         length=length,
         logits=logits[jnp.arange(len(length)), last],
-        cache=jax.tree.map(lambda a: jnp.pad(a, room), cache),
+        cache=Blocks.of(keys, values, width if once else capacity) if alone else Rows.of(keys, values, capacity),
         surprisal=wide(surprisal),
         entropy=wide(entropy),
     )
 
 
-@partial(jax.jit, static_argnames=("graphdef", "use_top_k", "use_top_p", "mesh"), donate_argnames=("progress",))
 def advance(
     params: Any,
     progress: Progress,
     key: jax.Array,
-    count: jax.Array,
-    temperature: jax.Array,
-    top_k: jax.Array,
-    top_p: jax.Array,
+    count: ArrayLike,
+    temperature: ArrayLike,
+    top_k: ArrayLike,
+    top_p: ArrayLike,
     *,
     graphdef: nnx.GraphDef,
     use_top_k: bool,
     use_top_p: bool,
     mesh: Mesh | None = None,
+    once: bool = False,
 ) -> Progress:
     """Write `count` more tokens (an int32 scalar, so that any count shares a compilation) on every row.
 
     The token at place t of row b is drawn with fold_in(fold_in(key, b), t): advancing in one go or in pieces, cached
-    or not, on one device or many, gives the same text.
+    or not, on one device or many, gives the same text. `progress` is donated. `once` as for `begin`; nothing can be
+    written after that.
     """
-    go_on = partial(_advance, graphdef=graphdef, use_top_k=use_top_k, use_top_p=use_top_p)
-    if mesh is not None:
-        specs = (PartitionSpec(), SHARED, ROWS, *(PartitionSpec(),) * 5)
-        go_on = jax.shard_map(go_on, mesh=mesh, in_specs=specs, out_specs=SHARED, check_vma=False)
-    numbers = jnp.arange(progress.tokens.shape[0])
-    return go_on(params, progress, numbers, key, count, temperature, top_k, top_p)
+    how = {"graphdef": graphdef, "use_top_k": use_top_k, "use_top_p": use_top_p, "mesh": mesh}
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    go_on = advancing(platform, once and isinstance(progress.cache, Blocks))
+    return go_on(params, progress, key, count, temperature, top_k, top_p, **how)
+
+
+@cache
+def advancing(platform: str, last: bool) -> WithKernels:
+    """Return what `advance` compiles and calls.
+
+    Args:
+        platform: 'cpu' or another.
+        last: the keys and values, Blocks, are not given back.
+    """
+
+    def go_on(
+        params: Any, progress: Progress, *how: jax.Array, kernels: bool, mesh: Mesh | None = None, **static: Any
+    ) -> Progress:
+        write_on: Callable[..., Progress] = partial(_advance, **static, last=last)
+        if mesh is not None:
+            specs = (PartitionSpec(), SHARED, ROWS, *(PartitionSpec(),) * len(how))
+            write_on = jax.shard_map(write_on, mesh=mesh, in_specs=specs, out_specs=SHARED, check_vma=False)
+        with kernels_allowed(kernels):
+            return write_on(params, progress, jnp.arange(progress.tokens.shape[0]), *how)
+
+    static = ("graphdef", "use_top_k", "use_top_p", "mesh", "kernels")
+    options, donated = devices.writing_options(platform), () if last else 1
+    return WithKernels(jax.jit(go_on, static_argnames=static, donate_argnums=donated, compiler_options=options))
 
 
 def _advance(
@@ -181,28 +216,39 @@ def _advance(
     graphdef: nnx.GraphDef,
     use_top_k: bool,
     use_top_p: bool,
+    last: bool,
 ) -> Progress:
     """Write on rows that have these numbers, int32 [b], in the whole batch."""
     model = nnx.merge(graphdef, params)
-    sampler = partial(_filter, top_k=top_k, top_p=top_p, use_top_k=use_top_k, use_top_p=use_top_p)
-    write_on = partial(_write_on, model, key=key, count=count, temperature=temperature, filtered=sampler)
-    if not one_after_the_other(progress.cache, count_parameters(params), model.platform):
-        return write_on(progress, numbers, place=lambda layer: layer)
+    sort = partial(_filter, top_k=top_k, top_p=top_p, use_top_k=use_top_k, use_top_p=use_top_p)
+    filtered = sort if use_top_k or use_top_p else None
+    write_on: Callable[..., Progress] = partial(
+        _write_on, model, key=key, count=count, temperature=temperature, filtered=filtered
+    )
+    if isinstance(progress.cache, Blocks):
+        return _one_after_the_other(write_on, progress, progress.cache, numbers, _capacity(model, progress), last)
+    return write_on(progress, numbers, place=lambda layer: layer)
 
-    # All layers of all rows on one axis, so that a row's are updated where they are.
-    b, shape = len(numbers), progress.cache[0].shape
-    flat = replace(progress, cache=jax.tree.map(lambda x: x.reshape(-1, 1, *shape[2:]), progress.cache))
 
-    def one(row: jax.Array, p: Progress) -> Progress:
+def _one_after_the_other(
+    write_on: Callable[..., Progress], progress: Progress, cache: Blocks, numbers: jax.Array, capacity: int, last: bool
+) -> Progress:
+    """Write each row to its end before the next; `last`: with room for the keys and values of one, which are let go."""
+    b = len(numbers)
+
+    def one(row: jax.Array, carry: tuple[Progress, Blocks | None]) -> tuple[Progress, Blocks | None]:
+        rows, kept = carry
         own = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1)  # noqa: E731
         back = lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, row, 0)  # noqa: E731
-        bare = lambda p: replace(p, cache=cast(Any, ()))  # noqa: E731
-        alone = replace(jax.tree.map(own, bare(p)), cache=p.cache)
-        done = write_on(alone, own(numbers), place=lambda layer: layer * b + row)
-        return replace(jax.tree.map(back, bare(p), bare(done)), cache=done.cache)
+        place = lambda layer: layer if last or b == 1 else layer * b + row  # noqa: E731
+        mine = cache.only(row).enlarged(capacity) if kept is None else kept
+        done = write_on(replace(jax.tree.map(own, rows), cache=mine), own(numbers), place=place)
+        return jax.tree.map(back, rows, replace(done, cache=None)), None if last else cast(Blocks, done.cache)
 
-    done = jax.lax.fori_loop(0, b, one, flat)
-    return replace(done, cache=jax.tree.map(lambda x: x.reshape(shape), done.cache))
+    # All layers of all rows on one axis, so that a row's are updated where they are.
+    together = None if last else jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cache)
+    done, kept = jax.lax.fori_loop(0, b, one, (replace(progress, cache=None), together))
+    return replace(done, cache=None if last else jax.tree.map(lambda x, old: x.reshape(old.shape), kept, cache))
 
 
 def _write_on(
@@ -214,11 +260,17 @@ def _write_on(
     key: jax.Array,
     count: jax.Array,
     temperature: jax.Array,
-    filtered: Callable[[jax.Array], jax.Array],
+    filtered: Callable[[jax.Array], jax.Array] | None,
 ) -> Progress:
-    """Write on all rows by a character in turn; `place` as for the model's decode."""
+    """Write on all rows by a character in turn.
+
+    Args:
+        place: as for the model's decode.
+        filtered: puts at -inf what may not be drawn, of logits [B, V], by sorting them; None: draw among all.
+    """
     rows = jnp.arange(progress.tokens.shape[0])
-    width = min(model.config.block_size, progress.tokens.shape[1])
+    width = _capacity(model, progress)
+    in_kernel = isinstance(progress.cache, Blocks) and filtered is None and progress.logits.size <= MOST_IN_KERNEL
     places_at_once = max(1, min(MOST_PLACES, MOST_DRAWN // progress.logits.size))
 
     def draw(row: jax.Array, place: jax.Array) -> jax.Array:
@@ -227,7 +279,8 @@ def _write_on(
 
     def write(p: Progress, noise: jax.Array) -> Progress:
         # The largest of logits with Gumbel's noise is a draw from their softmax, the one of jax.random.categorical.
-        noisy = filtered(p.logits / jnp.where(temperature > 0, temperature, 1)) + noise
+        scaled = p.logits / jnp.where(temperature > 0, temperature, 1)
+        noisy = noise + (scaled if filtered is None else filtered(scaled))
         token = jnp.argmax(jnp.where(temperature > 0, noisy, p.logits), axis=-1).astype(jnp.int32)
         surprisal, entropy = surprisal_and_entropy(p.logits, token)
         return replace(
@@ -258,13 +311,21 @@ def _write_on(
                 return number + 1, (left - 1, predict(write(p, noise[number])))
 
             some_left = lambda c: (c[0] < places_at_once) & unfinished(c[1])  # noqa: E731
-            return jax.lax.while_loop(some_left, one, (jnp.int32(0), carry))[1]
+            write_some: Callable[..., Any] = partial(jax.lax.while_loop, some_left, one)
+            if predict is cached and in_kernel:
+                write_some = in_one_kernel(write_some)
+            return write_some((jnp.int32(0), carry))[1]
 
         return jax.lax.while_loop(unfinished, some, carry)
 
     fits = lambda c: (c[0] > 0) & (jnp.max(c[1].length) < model.config.block_size)  # noqa: E731
     carry = go_on(cached, fits, (count, progress))
     return go_on(recomputed, lambda c: c[0] > 0, carry)[1]
+
+
+def _capacity(model: Any, progress: Progress) -> int:
+    """Return for how many places of each row keys and values are ever kept."""
+    return min(model.config.block_size, progress.tokens.shape[1])
 
 
 def _window(tokens: jax.Array, length: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:

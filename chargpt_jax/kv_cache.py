@@ -1,17 +1,42 @@
-"""One query a sequence against the keys and values that are kept of it: attention when writing.
+"""One query a sequence against the keys and values that are kept of it: attention when texts are written in turn.
 
-A cache is keys or values, [L, B, H, D, S]: those of a place lie apart, so that a CPU reads along S.
+Keys and values are [L, B, H, D, S] each: those of a place lie apart, so that a CPU reads along S.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial, reduce
 from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from chargpt_jax.devices import on_cpu
 from chargpt_jax.products import product
+
+
+@flax.struct.dataclass
+class Rows:
+    """Keys and values of every layer of a batch of texts, which are written by a character in turn."""
+
+    keys: jax.Array
+    """[L, B, H, D, S]."""
+    values: jax.Array
+    """The same."""
+
+    @classmethod
+    def of(cls, keys: jax.Array, values: jax.Array, capacity: int) -> "Rows":
+        """Make room for `capacity` places, of which the first T have keys and values, [L, B, H, D, T] each."""
+        room = [(0, 0)] * 4 + [(0, capacity - keys.shape[-1])]
+        return cls(jnp.pad(keys, room), jnp.pad(values, room))
+
+    def put(self, k: jax.Array, v: jax.Array, layer: jax.Array, position: jax.Array) -> "Rows":
+        """Return these with new keys and values, [B, H, D] each, at the positions, int32 [B]."""
+        return Rows(with_place(self.keys, k, layer, position), with_place(self.values, v, layer, position))
+
+    def attend(self, q: jax.Array, layer: jax.Array, position: jax.Array, platform: str | None = None) -> jax.Array:
+        """Attend as `cached_attention` does."""
+        return cached_attention(q, self.keys, self.values, layer, position, platform)
 
 
 def cached_attention(
@@ -67,8 +92,7 @@ def _unless_out_of_range(
     the keys twice, so it does where it must: where a sum leaves the middle of its dtype's range (in float32 where the
     largest score is beyond some 40), since there single weights may have left the whole of it.
     """
-    most = float(jnp.finfo(total.dtype).max) ** 0.5
-    sound = (total > 1 / most) & (total < most)
+    sound = in_range(total)
 
     def again() -> tuple[jax.Array, jax.Array]:
         return jax.tree.map(partial(jnp.where, sound), (total, outputs), shifted())
@@ -76,19 +100,10 @@ def _unless_out_of_range(
     return jax.lax.cond(jnp.all(sound), lambda: (total, outputs), again)
 
 
-def one_after_the_other(cache: tuple[jax.Array, jax.Array], parameters: int, platform: str | None = None) -> bool:
-    """Say whether several texts are each written to its end before the next, and not all by a character in turn.
-
-    A CPU does so where a text's keys and values are more numbers than the parameters, all of which a character needs:
-    in turn, every text's would come from memory again for every character, where those of one stay in the CPU's cache.
-
-    Args:
-        cache: keys and values, [L, B, H, D, S] each.
-        parameters: how many the model has.
-        platform: that the program is made for, 'cpu' or another; None: JAX's default.
-    """
-    B = cache[0].shape[1]
-    return B > 1 and sum(x.size for x in cache) > B * parameters and on_cpu(platform)
+def in_range(total: jax.Array) -> jax.Array:
+    """Say of each sum of weights exp(score) whether it lies in the middle of its dtype's range."""
+    most = float(jnp.finfo(total.dtype).max) ** 0.5
+    return (total > 1 / most) & (total < most)
 
 
 def with_place(cache: jax.Array, new: jax.Array, layer: jax.Array | int, position: jax.Array) -> jax.Array:

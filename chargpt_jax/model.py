@@ -22,13 +22,18 @@ from chargpt_jax.attention import SAVED, causal_attention
 from chargpt_jax.bits import derive, draw, seeds_of, unit
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.dropout import Dropout, dropout
-from chargpt_jax.kv_cache import cached_attention, with_place
+from chargpt_jax.kv_blocks import Blocks
+from chargpt_jax.kv_cache import Rows, cached_attention
+from chargpt_jax.one_kernel import in_one_kernel
 from chargpt_jax.precision import between_products, rounded_product, widened
 from chargpt_jax.products import product, rows_of
 from chargpt_jax.stack import OfStack, leaves_in_stack
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """From q, k and v, [B, H, T, D] each, to the heads' outputs [B, H, T, D] and whatever is to be kept of the layer."""
+
+Cache = Rows | Blocks
+"""The keys and values that are kept of texts under way."""
 
 MASKED = -1e9
 """The logit of an id that no character has: its probability is exactly 0."""
@@ -239,7 +244,7 @@ class GPT(nnx.Module):
     def prefill(self, tokens: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Read int32 [B, T] without dropout; return the last block's output [B, T, C] and all keys and values.
 
-        Keys and values are [L, B, H, D, T] each: the cache that `decode` continues.
+        Keys and values are [L, B, H, D, T] each, of which Rows and Blocks make the cache that `decode` continues.
         """
         rope = rotary(jnp.arange(tokens.shape[1]), self.config.n_head_dim)
 
@@ -252,15 +257,15 @@ class GPT(nnx.Module):
         self,
         tokens: jax.Array,
         position: jax.Array,
-        cache: tuple[jax.Array, jax.Array],
+        cache: Cache,
         place: Callable[[jax.Array], jax.Array] = lambda layer: layer,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[jax.Array, Cache]:
         """Predict the token after one token a sequence.
 
         Args:
             tokens: int32 [B].
             position: int32 [B], each token's place in its sequence, less than S.
-            cache: keys and values, [L, B, H, D, S] each, filled up to the position.
+            cache: keys and values, filled up to the position. With Blocks all layers are one kernel, and B is 1.
             place: from a layer's number, an int32 scalar, to where it is on the cache's first axis, which may be
                 longer than L.
 
@@ -270,21 +275,19 @@ class GPT(nnx.Module):
         cos, sin = rotary(position[:, None, None], self.config.n_head_dim)  # [B, 1, 1, D / 2]
 
         def layer(block: Block, carry: tuple[jax.Array, Any], number: jax.Array) -> tuple[tuple[jax.Array, Any], None]:
-            x, (keys, values) = carry
+            x, kept = carry
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
                 # Written into the whole stack, so that the loop updates it in place.
-                at = place(number)
-                new_keys = with_place(keys, k[:, :, 0], at, position)
-                new_values = with_place(values, v[:, :, 0], at, position)
-                y = cached_attention(q[:, :, 0], new_keys, new_values, at, position, self.platform)
-                return y[:, :, None], (new_keys, new_values)
+                new = kept.put(k[:, :, 0], v[:, :, 0], place(number), position)
+                return new.attend(q[:, :, 0], place(number), position, self.platform)[:, :, None], new
 
             return block(x, (cos, sin), attend), None
 
         carry = self.embed(tokens[:, None]), cache
         if leaves_in_stack(len(tokens), self.dtype, self.platform):
-            x, cache = self._loop(layer, carry)
+            loop = functools.partial(self._loop, layer)
+            x, cache = in_one_kernel(loop)(carry) if isinstance(cache, Blocks) else loop(carry)
         else:
             (x, cache), _ = self._scan(layer, carry)
         return self.logits(x)[:, 0], cache

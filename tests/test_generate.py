@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from chargpt_jax.config import ModelConfig, UserError
-from chargpt_jax.generate import Sampler, _filter, advance, begin, bucket, score_tokens
+from chargpt_jax.generate import Sampler, _filter, advance, advancing, begin, bucket, score_tokens
 from chargpt_jax.metrics import surprisal_and_entropy
 from chargpt_jax.model import create
 from tests import reference
@@ -29,17 +29,20 @@ def prompts(*lengths: int, seed: int = 1) -> list[np.ndarray]:
     return [rng.integers(1, 30, n).astype(np.int32) for n in lengths]
 
 
-def generate(rows, count, *, pieces=None, key=KEY, temperature=1.0, top_k=0, top_p=1.0, filters=(False, False)):
+def generate(
+    rows, count, *, pieces=None, key=KEY, temperature=1.0, top_k=0, top_p=1.0, filters=(False, False), once=False
+):
     longest = max(map(len, rows))
     tokens = np.zeros((len(rows), bucket(longest + count)), np.int32)
     for buffer, row in zip(tokens, rows, strict=True):
         buffer[: len(row)] = row
     lengths = np.array([len(row) for row in rows], np.int32)
     width = min(CONFIG.block_size, bucket(longest))
-    p = begin(PARAMS, tokens, lengths, graphdef=GRAPHDEF, width=width)
+    p = begin(PARAMS, tokens, lengths, graphdef=GRAPHDEF, width=width, once=once)
+    how = {"graphdef": GRAPHDEF, "use_top_k": filters[0], "use_top_p": filters[1], "once": once}
     for piece in pieces or [count]:
         numbers = (np.int32(piece), np.float32(temperature), np.int32(top_k), np.float32(top_p))
-        p = advance(PARAMS, p, key, *numbers, graphdef=GRAPHDEF, use_top_k=filters[0], use_top_p=filters[1])
+        p = advance(PARAMS, p, key, *numbers, **how)
     return p
 
 
@@ -64,7 +67,7 @@ def uncached(row, count, number, temperature=1.0):
 def order(request):
     """Have texts written by a character in turn, or one after the other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("chargpt_jax.generate.one_after_the_other", lambda *_: request.param)
+        patch.setattr("chargpt_jax.generate.writes_alone", lambda *_: request.param)
         jax.clear_caches()
         yield
     jax.clear_caches()
@@ -103,6 +106,58 @@ def test_writing_in_pieces_equals_writing_at_once(order):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("filters", [(False, False), (True, True)])
+def test_writing_once_equals_writing_with_more_to_come(order, filters):
+    rows = prompts(4, 9, 30)
+    how = {"top_k": 5, "top_p": 0.9, "filters": filters}
+    more, once = generate(rows, 30, **how), generate(rows, 30, **how, once=True)
+    for ours, theirs in ((once.tokens, more.tokens), (once.surprisal, more.surprisal), (once.entropy, more.entropy)):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+SHAPES = [  # of a model: L, H, D, C, block_size, vocab_size
+    (1, 1, 2, 2, 8, 8),
+    (1, 2, 4, 8, 100, 64),
+    (2, 1, 8, 8, 64, 16),
+    (3, 2, 4, 1, 70, 2000),
+]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_models_of_any_shape_write_alone_what_they_write_in_turn(shape, rows, monkeypatch):
+    """Over an argument of a kernel that its shape makes useless XLA would end the process."""
+    L, H, D, C, block_size, V = shape
+    sizes = {"n_layer": L, "n_head": H, "n_head_dim": D, "n_embd": C, "n_ff": 2 * C}
+    config = ModelConfig(vocab_size=V, used_ids=V - 1, block_size=block_size, **sizes)
+    graphdef, params = create(config, 0)
+    tokens = np.random.default_rng(0).integers(1, V - 1, (rows, 128)).astype(np.int32)
+    results = []
+    for alone in (True, False):
+        monkeypatch.setattr("chargpt_jax.generate.writes_alone", lambda *_: alone)  # noqa: B023
+        jax.clear_caches()
+        p = begin(params, tokens, np.full(rows, 5, np.int32), graphdef=graphdef, width=5)
+        how = (np.int32(110), np.float32(1), np.int32(0), np.float32(1))
+        results.append(advance(params, p, KEY, *how, graphdef=graphdef, use_top_k=False, use_top_p=False))
+    jax.clear_caches()
+    np.testing.assert_array_equal(results[0].tokens, results[1].tokens)
+    np.testing.assert_allclose(results[0].surprisal, results[1].surprisal, rtol=1e-5, atol=1e-5)
+
+
+def test_writing_alone_makes_no_copy_of_what_is_kept(monkeypatch):
+    monkeypatch.setattr("chargpt_jax.generate.writes_alone", lambda *_: True)
+    jax.clear_caches()
+    tokens = np.zeros((50, 64), np.int32)
+    p = begin(PARAMS, tokens, np.full(50, 5, np.int32), graphdef=GRAPHDEF, width=5)
+    how = (KEY, np.int32(3), np.float32(1), np.int32(0), np.float32(1))
+    static = {"graphdef": GRAPHDEF, "use_top_k": False, "use_top_p": False, "kernels": True}
+    with jax.default_device(jax.devices("cpu")[0]):  # which there is beside any accelerator
+        memory = advancing("cpu", False).compiled.lower(PARAMS, p, *how, **static).compile().memory_analysis()
+    jax.clear_caches()
+    assert memory.temp_size_in_bytes < p.cache.keys.nbytes / 8
+    assert memory.alias_size_in_bytes >= 2 * p.cache.keys.nbytes
+
+
 def test_text_does_not_depend_on_how_far_ahead_noise_is_drawn(monkeypatch):
     texts = []
     for most in (2**20, 3 * 2 * CONFIG.vocab_size):
@@ -130,13 +185,13 @@ def test_prompt_metrics_are_those_of_the_whole_model():
 
 def test_one_compilation_serves_every_count_temperature_and_length_of_a_bucket():
     generate(prompts(6), 9)
-    before = advance._cache_size()
+    before = advancing(jax.default_backend(), False).compiled._cache_size()
     for length, count, temperature in ((3, 4, 0.3), (9, 15, 1.0), (12, 1, 0.0)):
         generate(prompts(length), count, temperature=temperature)
-    assert advance._cache_size() == before
+    assert advancing(jax.default_backend(), False).compiled._cache_size() == before
     for lengths in ((3, 4, 5, 6, 7), (9, 8, 7, 6, 5)):  # of five rows there was none before
         generate(prompts(*lengths), 9)
-    assert advance._cache_size() == before + 1
+    assert advancing(jax.default_backend(), False).compiled._cache_size() == before + 1
 
 
 def test_padding_and_unused_ids_are_never_written():

@@ -9,7 +9,7 @@ import pytest
 
 from chargpt_jax.attention import causal_attention
 from chargpt_jax.dropout import Dropout
-from chargpt_jax.kv_cache import cached_attention, one_after_the_other, read_widths, with_place
+from chargpt_jax.kv_cache import Rows, cached_attention, read_widths, with_place
 from tests.pairing import x64
 from tests.test_attention import inputs
 
@@ -98,6 +98,21 @@ def test_a_sequence_gets_the_same_bits_whatever_the_size_of_anothers_scores(othe
     assert np.isfinite(results[1]).all()
 
 
+def test_rows_are_filled_place_by_place_and_read_as_far():
+    rng = np.random.default_rng(0)
+    keys, values = (jnp.asarray(rng.normal(size=(2, 3, 2, 4, 20)), jnp.float32) for _ in range(2))
+    kept = Rows.of(keys[..., :7], values[..., :7], 20)
+    q = jnp.asarray(rng.normal(size=(3, 2, 4)), jnp.float32)
+    for t in range(7, 20):
+        at = jnp.full(3, t)
+        for layer in range(2):
+            kept = kept.put(keys[layer, ..., t], values[layer, ..., t], layer, at)
+        found = kept.attend(q, 1, at, "cpu")
+        np.testing.assert_allclose(found, cached_attention(q, keys, values, 1, at, "cpu"), rtol=1e-6)
+    np.testing.assert_array_equal(kept.keys, keys)
+    np.testing.assert_array_equal(kept.values, values)
+
+
 def test_a_place_of_a_cache_is_filled_and_no_other():
     for rows in (1, 3):
         cache = jnp.arange(2.0 * rows * 2 * 4 * 9).reshape(2, rows, 2, 4, 9)
@@ -134,17 +149,6 @@ def test_a_cpu_copies_neither_keys_nor_values_out_of_the_cache():
     of_a_layer = B * H * D * S * 4
     assert temporaries["cpu"].temp_size_in_bytes < of_a_layer / 2
     assert temporaries["tpu"].temp_size_in_bytes > of_a_layer
-
-
-def test_texts_are_written_one_after_the_other_by_a_cpu_where_their_cache_outweighs_the_parameters():
-    def cache(rows):
-        return tuple(jax.ShapeDtypeStruct((2, rows, 3, 4, 10), jnp.float32) for _ in range(2))  # 480 numbers a row
-
-    assert one_after_the_other(cache(2), 479, "cpu")
-    assert one_after_the_other(cache(7), 479, "cpu")
-    assert not one_after_the_other(cache(7), 480, "cpu")
-    assert not one_after_the_other(cache(1), 479, "cpu")
-    assert not one_after_the_other(cache(2), 479, "tpu")
 
 
 @pytest.mark.parametrize("capacity", [1, 63, 64, 65, 100, 512, 513, 2048])

@@ -13,6 +13,8 @@ from chargpt_jax.attention import causal_attention
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.devices import BFLOAT16_ON_CPU, compiler_options, data_mesh
 from chargpt_jax.dropout import Dropout, seeds_for
+from chargpt_jax.kv_blocks import Blocks
+from chargpt_jax.kv_cache import Rows
 from chargpt_jax.metrics import surprisal_and_entropy
 from chargpt_jax.model import MASKED, Keys, count_parameters, create, plan, rotary, rotate
 from chargpt_jax.step import nats
@@ -159,7 +161,8 @@ def test_prefill_and_decode_equal_the_whole(made, tokens):
     whole = run(CONFIG, params, tokens)
     prefill = jax.jit(lambda p, t: nnx.merge(graphdef, p).prefill(t))
     decode = jax.jit(lambda p, t, at, cache: nnx.merge(graphdef, p).decode(t, at, cache))
-    _, cache = prefill(params, tokens.at[:, 9:].set(0))  # what is right of a prompt does not matter
+    _, kept = prefill(params, tokens.at[:, 9:].set(0))  # what is right of a prompt does not matter
+    cache = Rows.of(*kept, CONFIG.block_size)
     for t in range(9, CONFIG.block_size):
         logits, cache = decode(params, tokens[:, t], jnp.array([t, t]), cache)
         np.testing.assert_allclose(logits, whole[:, t], atol=3e-6)
@@ -167,22 +170,27 @@ def test_prefill_and_decode_equal_the_whole(made, tokens):
 
 @pytest.mark.parametrize(("dtype", "exact"), [(jnp.float32, 3e-6), (jnp.float64, 1e-13), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_a_sequence_alone_is_decoded_as_among_others(dtype, exact, platform, tokens):
+@pytest.mark.parametrize("kind", [Rows, Blocks])
+def test_a_sequence_alone_is_decoded_as_among_others(kind, dtype, exact, platform, tokens):
     """Matrices stay in their stack for one row, where others are cut out for it; either is the whole model."""
+    if kind == Blocks and platform != "cpu":
+        pytest.skip("blocks are for a CPU")
     if dtype == jnp.bfloat16 and jax.__version_info__ < BFLOAT16_ON_CPU:
         pytest.skip("this JAX cannot multiply bfloat16 on a CPU")
     with x64(dtype == jnp.float64):
         graphdef, params = create(CONFIG, 0, dtype, platform)
         params = jax.tree.map(lambda x: x.astype(jnp.promote_types(dtype, jnp.float32)), params)
         whole = run(CONFIG, params, tokens, dtype=dtype)
-        _, cache = jax.jit(lambda p, t: nnx.merge(graphdef, p).prefill(t))(params, tokens)
+        _, kept = jax.jit(lambda p, t: nnx.merge(graphdef, p).prefill(t))(params, tokens)
+        cache, one = Rows.of(*kept, CONFIG.block_size), kind.of(*kept, CONFIG.block_size)
         decode = jax.jit(lambda p, t, at, cache: nnx.merge(graphdef, p).decode(t, at, cache)[0])
         for t in (0, 9, CONFIG.block_size - 1):
             both = decode(params, tokens[:, t], jnp.array([t, t], jnp.int32), cache)
             for row in range(2):
                 own = slice(row, row + 1)
                 at = jnp.array([t], jnp.int32)
-                alone = decode(params, tokens[own, t], at, jax.tree.map(lambda x: x[:, own], cache))  # noqa: B023
+                mine = jax.tree.map(lambda x: x[:, row] if kind == Blocks else x[:, own], one)  # noqa: B023
+                alone = decode(params, tokens[own, t], at, mine)
                 np.testing.assert_allclose(alone, both[own], rtol=exact, atol=exact)
                 np.testing.assert_allclose(alone, whole[own, t], rtol=exact, atol=exact)
 
