@@ -238,9 +238,12 @@ ON_GPU: dict[str, Any] = {"xla_gpu_deterministic_ops": True}
 race, so that a run that goes on after a crash, compiled anew, has the bits that it would have had."""
 
 
-WRITING_ON_CPU: dict[str, Any] = {"xla_cpu_prefer_vector_width": 512}
-"""What XLA is told when it compiles the writing of text for a CPU, where it knows of it: to take the widest vectors,
-where the CPU has them, and not half of them. Elsewhere there is nothing to tell."""
+WRITING_ON_CPU: dict[str, Any] = {"xla_cpu_prefer_vector_width": 512, "xla_backend_optimization_level": 1}
+"""What XLA is told when it compiles the writing of text for a CPU, where it knows of it. Elsewhere nothing is told.
+
+To take the widest vectors, where the CPU has them, and not half of them. And to unroll less: loops over the few dozen
+numbers of a small model it would unroll whole, one number after the other, and then find no vectors in them.
+"""
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """The keys and values of texts that are written alone, and attention to them inside one kernel.
 
-They lie by blocks of 64 places: what a query needs is one stretch of memory, read from its start to the query's own
+They lie by blocks of 32 places: what a query needs is one stretch of memory, read from its start to the query's own
 block, and a loop over blocks costs nothing in one kernel.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from chargpt_jax.kv_cache import in_range
 
-BLOCK, LANES = 64, 16
+BLOCK, LANES = 32, 16
 """Places in a block, and how many sums are kept of each channel: the numbers in a vector of the widest CPUs.
 
 Of fewer places XLA makes no loop over vectors, and of more most are read for nothing at the start of a text.
@@ -26,7 +26,7 @@ class Blocks:
     """Keys and values of every layer of a text, or of several: then layer l of text b of B is at l B + b."""
 
     keys: jax.Array
-    """[L B, S / 64, H, D, 64], or [L, B, S / 64, H, D, 64] while nothing is written. Places yet to come hold 0."""
+    """[L B, S / 32, H, D, 32], or [L, B, S / 32, H, D, 32] while nothing is written. Places yet to come hold 0."""
     values: jax.Array
     """The same."""
 
@@ -49,7 +49,7 @@ class Blocks:
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 4) + ((0, room), *((0, 0),) * 3)), self)
 
     def only(self, text: jax.Array) -> "Blocks":
-        """Return those of one text, [L, S / 64, H, D, 64], of [L, B, S / 64, H, D, 64]."""
+        """Return those of one text, [L, S / 32, H, D, 32], of [L, B, S / 32, H, D, 32]."""
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, text, 1, keepdims=False), self)
 
     def put(self, k: jax.Array, v: jax.Array, layer: jax.Array, position: jax.Array) -> "Blocks":
@@ -106,7 +106,7 @@ class _Query(NamedTuple):
         return largest
 
     def _scores(self, number: jax.Array) -> jax.Array:
-        """Return those of a block's places, [H, 64]; beyond the last place, -inf."""
+        """Return those of a block's places, [H, 32]; beyond the last place, -inf."""
         k = self._block(self.blocks.keys, number)
         sums = reduce(jnp.add, (self.q[:, d, None] * k[:, d] for d in range(k.shape[1])))
         return jnp.where(number * BLOCK + jnp.arange(BLOCK) > self.last, -jnp.inf, sums)
@@ -117,5 +117,5 @@ class _Query(NamedTuple):
         return jax.lax.while_loop(lambda c: c[0] * BLOCK <= self.last, step, (jnp.zeros((), int), start))[1]
 
     def _block(self, x: jax.Array, number: jax.Array) -> jax.Array:
-        """Return [H, D, 64]."""
+        """Return [H, D, 32]."""
         return jax.lax.dynamic_slice(x, (self.layer, number, 0, 0, 0), (1, 1, *x.shape[2:]))[0, 0].astype(self.q.dtype)
