@@ -97,7 +97,7 @@ def writing(config: Config, pieces: int, rounds: int) -> list[dict[str, Any]]:
     times: list[list[float]] = [[] for _ in range(pieces)]
     for _ in range(rounds + 1):
         progress = begin(params, tokens, np.array([1], np.int32), graphdef=graphdef, width=1)
-        cache = sum(x.nbytes for x in progress.cache)
+        cache = sum(x.nbytes for x in jax.tree.leaves(progress.cache))
         for piece in range(pieces):
             began = time.perf_counter()
             progress = advance(params, progress, jax.random.key(0), np.int32(count), *how, **options)

@@ -142,11 +142,12 @@ def _begin(
     wide = lambda a: jnp.pad(a, ((0, 0), (0, N - width)), constant_values=jnp.nan)  # noqa: E731
     texts, kept = len(length), 2 * keys[:, 0, :, :, 0].size * capacity
     alone = writes_alone(texts, kept, count_parameters(params), jnp.finfo(model.dtype).bits, model.platform)
+    cache: Cache = (Blocks if alone else Rows).of(keys, values)
     return Progress(
         tokens=tokens,
         length=length,
         logits=logits[jnp.arange(len(length)), last],
-        cache=Blocks.of(keys, values, width if once else capacity) if alone else Rows.of(keys, values, capacity),
+        cache=cache if once and alone else cache.enlarged(capacity),
         surprisal=wide(surprisal),
         entropy=wide(entropy),
     )
@@ -311,15 +312,13 @@ def _write_on(
                 return number + 1, (left - 1, predict(write(p, noise[number])))
 
             some_left = lambda c: (c[0] < places_at_once) & unfinished(c[1])  # noqa: E731
-            write_some: Callable[..., Any] = partial(jax.lax.while_loop, some_left, one)
-            if predict is cached and in_kernel:
-                write_some = in_one_kernel(write_some)
-            return write_some((jnp.int32(0), carry))[1]
+            return jax.lax.while_loop(some_left, one, (jnp.int32(0), carry))[1]
 
         return jax.lax.while_loop(unfinished, some, carry)
 
     fits = lambda c: (c[0] > 0) & (jnp.max(c[1].length) < model.config.block_size)  # noqa: E731
-    carry = go_on(cached, fits, (count, progress))
+    inside = partial(go_on, cached, fits)
+    carry = (in_one_kernel(inside) if in_kernel else inside)((count, progress))
     return go_on(recomputed, lambda c: c[0] > 0, carry)[1]
 
 

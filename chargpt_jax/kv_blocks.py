@@ -31,14 +31,14 @@ class Blocks:
     """The same."""
 
     @classmethod
-    def of(cls, keys: jax.Array, values: jax.Array, capacity: int) -> "Blocks":
-        """Make room for `capacity` places, of which the first T have keys and values, [L, B, H, D, T] each."""
+    def of(cls, keys: jax.Array, values: jax.Array) -> "Blocks":
+        """Keep the keys and values of the first T places, [L, B, H, D, T] each."""
 
         def blocks(x: jax.Array) -> jax.Array:
             x = jnp.pad(x, ((0, 0),) * 4 + ((0, -x.shape[-1] % BLOCK),))
             return jnp.moveaxis(x.reshape(*x.shape[:-1], -1, BLOCK), 4, 2)
 
-        return cls(blocks(keys), blocks(values)).enlarged(capacity)
+        return cls(blocks(keys), blocks(values))
 
     def enlarged(self, capacity: int) -> "Blocks":
         """Return these with room for `capacity` places, which may not be fewer than there are.

@@ -25,10 +25,14 @@ class Rows:
     """The same."""
 
     @classmethod
-    def of(cls, keys: jax.Array, values: jax.Array, capacity: int) -> "Rows":
-        """Make room for `capacity` places, of which the first T have keys and values, [L, B, H, D, T] each."""
-        room = [(0, 0)] * 4 + [(0, capacity - keys.shape[-1])]
-        return cls(jnp.pad(keys, room), jnp.pad(values, room))
+    def of(cls, keys: jax.Array, values: jax.Array) -> "Rows":
+        """Keep the keys and values of the first T places, [L, B, H, D, T] each."""
+        return cls(keys, values)
+
+    def enlarged(self, capacity: int) -> "Rows":
+        """Return these with room for `capacity` places, which may not be fewer than there are."""
+        room = [(0, 0)] * 4 + [(0, capacity - self.keys.shape[-1])]
+        return jax.tree.map(lambda x: jnp.pad(x, room), self)
 
     def put(self, k: jax.Array, v: jax.Array, layer: jax.Array, position: jax.Array) -> "Rows":
         """Return these with new keys and values, [B, H, D] each, at the positions, int32 [B]."""

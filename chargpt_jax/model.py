@@ -27,7 +27,7 @@ from chargpt_jax.kv_cache import Rows, cached_attention
 from chargpt_jax.one_kernel import in_one_kernel
 from chargpt_jax.precision import between_products, rounded_product, widened
 from chargpt_jax.products import product, rows_of
-from chargpt_jax.stack import OfStack, leaves_in_stack
+from chargpt_jax.stack import IN_KERNEL, MOST_TERMS, OfStack, leaves_in_stack
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """From q, k and v, [B, H, T, D] each, to the heads' outputs [B, H, T, D] and whatever is to be kept of the layer."""
@@ -286,8 +286,10 @@ class GPT(nnx.Module):
 
         carry = self.embed(tokens[:, None]), cache
         if leaves_in_stack(len(tokens), self.dtype, self.platform):
-            loop = functools.partial(self._loop, layer)
-            x, cache = in_one_kernel(loop)(carry) if isinstance(cache, Blocks) else loop(carry)
+            if isinstance(cache, Blocks):
+                x, cache = in_one_kernel(functools.partial(self._loop, layer, IN_KERNEL))(carry)
+            else:
+                x, cache = self._loop(layer, MOST_TERMS, carry)
         else:
             (x, cache), _ = self._scan(layer, carry)
         return self.logits(x)[:, 0], cache
@@ -333,12 +335,12 @@ class GPT(nnx.Module):
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         return jax.lax.scan(body, carry, (stacked, jnp.arange(self.config.n_layer if layers is None else layers)))
 
-    def _loop(self, layer: Callable[..., Any], carry: Any) -> Any:
+    def _loop(self, layer: Callable[..., Any], terms: int, carry: Any) -> Any:
         """Run layer as `_scan` does, for its carry alone, with the blocks' matrices left in their stack."""
         graphdef, stacked = nnx.split(self.blocks)
 
         def body(number: jax.Array, carry: Any) -> Any:
-            own = lambda stack: OfStack(stack, number) if stack.ndim == 3 else stack[number]  # noqa: E731
+            own = lambda stack: OfStack(stack, number, terms) if stack.ndim == 3 else stack[number]  # noqa: E731
             return layer(nnx.merge(graphdef, jax.tree.map(own, stacked)), carry, number)[0]
 
         return jax.lax.fori_loop(0, self.config.n_layer, body, carry)

@@ -15,8 +15,11 @@ import jax.numpy as jnp
 from chargpt_jax.devices import on_cpu
 from chargpt_jax.products import product
 
-MOST_TERMS = 16
-"""How many products of two numbers are summed in one kernel; the sums of so many are then added by another."""
+MOST_TERMS, IN_KERNEL = 16, 4
+"""How many products of two numbers are summed in one kernel; the sums of so many are then added by another.
+
+Where all is one kernel it costs nothing to begin another sum, and to read fewer rows at once is quicker.
+"""
 
 ROWS = 1 if jax.__version_info__ >= (0, 10, 2) else 2
 """How many equal rows of ones add them: by one alone XLA up to jax 0.10.1 makes them anew, a number at a time, seven
@@ -26,9 +29,9 @@ times as slowly in a model of ten million parameters; by two later ones take a s
 class OfStack:
     """Matrix `number`, an int32 scalar, of a stack [L, C, F]."""
 
-    def __init__(self, stack: jax.Array, number: jax.Array):
-        """Name the matrix, without taking it out."""
-        self.stack, self.number = stack, number
+    def __init__(self, stack: jax.Array, number: jax.Array, terms: int = MOST_TERMS):
+        """Name the matrix, without taking it out; `terms` as MOST_TERMS has them, at most."""
+        self.stack, self.number, self.terms = stack, number, terms
 
     def __getitem__(self, _: Any) -> "OfStack":
         """Return the matrix itself, since a parameter's value is asked for as parameter[...]."""
@@ -40,7 +43,7 @@ class OfStack:
         The sums are written out, so that the kernel that adds reads the matrix where it is.
         """
         L, C, F = self.stack.shape
-        terms = math.gcd(C, MOST_TERMS)
+        terms = math.gcd(C, self.terms)
         parts, x = self.stack.reshape(L, -1, terms, F), row.reshape(-1, terms, 1)
         number, size = jnp.asarray(self.number, int), (1, C // terms, 1, F)
         matrix = (jax.lax.dynamic_slice(parts, (number, 0, i, 0), size)[0, :, 0] for i in range(terms))

@@ -17,7 +17,7 @@ def both(seed=0, texts=2, places=200, dtype=jnp.float32, shape=(3, 8)):
     rng = np.random.default_rng(seed)
     q = jnp.asarray(rng.normal(size=(texts, *shape)), dtype)
     kept = [jnp.asarray(rng.normal(size=(3, texts, *shape, places)), dtype) for _ in range(2)]
-    blocks = Blocks.of(*kept, places)
+    blocks = Blocks.of(*kept).enlarged(places)
     return q, Rows(*kept), jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
 
 
@@ -57,7 +57,7 @@ def test_what_lies_beyond_the_position_is_not_read():
 @pytest.mark.parametrize("middle", [0, 38, -40, 60, -60, 88, -104, 3000, -3000])
 def test_scores_may_be_of_any_size(middle):
     q, k, v = around(middle, rows=1)
-    blocks = jax.tree.map(lambda x: x[:, 0], Blocks.of(k, v, 256))
+    blocks = jax.tree.map(lambda x: x[:, 0], Blocks.of(k, v).enlarged(256))
     attend = in_one_kernel(lambda blocks, q, position: blocks.attend(q, 0, position))
     found = jax.jit(attend)(blocks, q, jnp.array([255]))
     scores = np.einsum("hd,hds->hs", *(np.asarray(x, np.float64) for x in (q[0], k[0, 0]))) * 8**-0.5
@@ -73,8 +73,8 @@ def test_scores_may_be_of_any_size(middle):
 def test_blocks_are_filled_place_by_place_and_nowhere_else(capacity):
     rng = np.random.default_rng(0)
     keys, values = (jnp.asarray(rng.normal(size=(2, 1, 3, 4, capacity)), jnp.float32) for _ in range(2))
-    filled = jax.tree.map(lambda x: x[:, 0], Blocks.of(keys, values, capacity))
-    kept = jax.tree.map(lambda x: x[:, 0], Blocks.of(keys[..., :7], values[..., :7], capacity))
+    filled = jax.tree.map(lambda x: x[:, 0], Blocks.of(keys, values).enlarged(capacity))
+    kept = jax.tree.map(lambda x: x[:, 0], Blocks.of(keys[..., :7], values[..., :7]).enlarged(capacity))
     put = jax.jit(Blocks.put)
     for t in range(7, capacity):
         for layer in range(2):

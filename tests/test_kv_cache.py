@@ -101,7 +101,7 @@ def test_a_sequence_gets_the_same_bits_whatever_the_size_of_anothers_scores(othe
 def test_rows_are_filled_place_by_place_and_read_as_far():
     rng = np.random.default_rng(0)
     keys, values = (jnp.asarray(rng.normal(size=(2, 3, 2, 4, 20)), jnp.float32) for _ in range(2))
-    kept = Rows.of(keys[..., :7], values[..., :7], 20)
+    kept = Rows.of(keys[..., :7], values[..., :7]).enlarged(20)
     q = jnp.asarray(rng.normal(size=(3, 2, 4)), jnp.float32)
     for t in range(7, 20):
         at = jnp.full(3, t)

@@ -162,7 +162,7 @@ def test_prefill_and_decode_equal_the_whole(made, tokens):
     prefill = jax.jit(lambda p, t: nnx.merge(graphdef, p).prefill(t))
     decode = jax.jit(lambda p, t, at, cache: nnx.merge(graphdef, p).decode(t, at, cache))
     _, kept = prefill(params, tokens.at[:, 9:].set(0))  # what is right of a prompt does not matter
-    cache = Rows.of(*kept, CONFIG.block_size)
+    cache = Rows.of(*kept).enlarged(CONFIG.block_size)
     for t in range(9, CONFIG.block_size):
         logits, cache = decode(params, tokens[:, t], jnp.array([t, t]), cache)
         np.testing.assert_allclose(logits, whole[:, t], atol=3e-6)
@@ -182,7 +182,7 @@ def test_a_sequence_alone_is_decoded_as_among_others(kind, dtype, exact, platfor
         params = jax.tree.map(lambda x: x.astype(jnp.promote_types(dtype, jnp.float32)), params)
         whole = run(CONFIG, params, tokens, dtype=dtype)
         _, kept = jax.jit(lambda p, t: nnx.merge(graphdef, p).prefill(t))(params, tokens)
-        cache, one = Rows.of(*kept, CONFIG.block_size), kind.of(*kept, CONFIG.block_size)
+        cache, one = Rows.of(*kept).enlarged(CONFIG.block_size), kind.of(*kept).enlarged(CONFIG.block_size)
         decode = jax.jit(lambda p, t, at, cache: nnx.merge(graphdef, p).decode(t, at, cache)[0])
         for t in (0, 9, CONFIG.block_size - 1):
             both = decode(params, tokens[:, t], jnp.array([t, t], jnp.int32), cache)
