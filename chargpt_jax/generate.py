@@ -237,18 +237,20 @@ def _one_after_the_other(
     """Write each row to its end before the next; `last`: with room for the keys and values of one, which are let go."""
     b = len(numbers)
 
-    def one(row: jax.Array, carry: tuple[Progress, Blocks | None]) -> tuple[Progress, Blocks | None]:
+    def one(row: jax.Array, carry: tuple[Progress, Blocks]) -> tuple[Progress, Blocks]:
         rows, kept = carry
         own = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1)  # noqa: E731
         back = lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, row, 0)  # noqa: E731
         place = lambda layer: layer if last or b == 1 else layer * b + row  # noqa: E731
-        mine = cache.only(row).enlarged(capacity) if kept is None else kept
+        mine = kept.begun_with(cache.only(row)) if last else kept
         done = write_on(replace(jax.tree.map(own, rows), cache=mine), own(numbers), place=place)
-        return jax.tree.map(back, rows, replace(done, cache=None)), None if last else cast(Blocks, done.cache)
+        return jax.tree.map(back, rows, replace(done, cache=None)), cast(Blocks, done.cache)
 
-    # All layers of all rows on one axis, so that a row's are updated where they are.
-    together = None if last else jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cache)
-    done, kept = jax.lax.fori_loop(0, b, one, (replace(progress, cache=None), together))
+    if last:
+        room = cache.only(jnp.zeros((), int)).enlarged(capacity)
+    else:  # all layers of all rows on one axis, so that a row's are updated where they are
+        room = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cache)
+    done, kept = jax.lax.fori_loop(0, b, one, (replace(progress, cache=None), room))
     return replace(done, cache=None if last else jax.tree.map(lambda x, old: x.reshape(old.shape), kept, cache))
 
 

@@ -26,7 +26,7 @@ class Blocks:
     """Keys and values of every layer of a text, or of several: then layer l of text b of B is at l B + b."""
 
     keys: jax.Array
-    """[L B, S / 32, H, D, 32], or [L, B, S / 32, H, D, 32] while nothing is written. Places yet to come hold 0."""
+    """[L B, S / 32, H, D, 32], or [L, B, S / 32, H, D, 32] while nothing is written."""
     values: jax.Array
     """The same."""
 
@@ -51,6 +51,13 @@ class Blocks:
     def only(self, text: jax.Array) -> "Blocks":
         """Return those of one text, [L, S / 32, H, D, 32], of [L, B, S / 32, H, D, 32]."""
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, text, 1, keepdims=False), self)
+
+    def begun_with(self, start: "Blocks") -> "Blocks":
+        """Return these with another text's in the place of the first.
+
+        What is left behind them of a text before is not cleared: it weighs nothing until it is replaced.
+        """
+        return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice(x, new, (0,) * 5), self, start)
 
     def put(self, k: jax.Array, v: jax.Array, layer: jax.Array, position: jax.Array) -> "Blocks":
         """Return these with a new key and value, [1, H, D] each, at the position, int32 [1]."""
