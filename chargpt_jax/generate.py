@@ -134,7 +134,7 @@ def _begin(
 ) -> Progress:
     model = nnx.merge(graphdef, params)
     N = tokens.shape[1]
-    capacity = min(model.config.block_size, N)
+    capacity = _capacity(model, tokens)
     window, last = _window(tokens, length, width)
     x, (keys, values) = model.prefill(window)
     logits = model.logits(x)
@@ -227,7 +227,8 @@ def _advance(
         _write_on, model, key=key, count=count, temperature=temperature, filtered=filtered
     )
     if isinstance(progress.cache, Blocks):
-        return _one_after_the_other(write_on, progress, progress.cache, numbers, _capacity(model, progress), last)
+        capacity = _capacity(model, progress.tokens)
+        return _one_after_the_other(write_on, progress, progress.cache, numbers, capacity, last)
     return write_on(progress, numbers, place=lambda layer: layer)
 
 
@@ -272,7 +273,7 @@ def _write_on(
         filtered: puts at -inf what may not be drawn, of logits [B, V], by sorting them; None: draw among all.
     """
     rows = jnp.arange(progress.tokens.shape[0])
-    width = _capacity(model, progress)
+    width = _capacity(model, progress.tokens)
     in_kernel = isinstance(progress.cache, Blocks) and filtered is None and progress.logits.size <= MOST_IN_KERNEL
     places_at_once = max(1, min(MOST_PLACES, MOST_DRAWN // progress.logits.size))
 
@@ -324,9 +325,9 @@ def _write_on(
     return go_on(recomputed, lambda c: c[0] > 0, carry)[1]
 
 
-def _capacity(model: Any, progress: Progress) -> int:
-    """Return for how many places of each row keys and values are ever kept."""
-    return min(model.config.block_size, progress.tokens.shape[1])
+def _capacity(model: Any, tokens: jax.Array) -> int:
+    """Return for how many places of each row, int32 [B, N] in all, keys and values are ever kept."""
+    return min(model.config.block_size, tokens.shape[1])
 
 
 def _window(tokens: jax.Array, length: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
