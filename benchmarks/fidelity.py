@@ -29,6 +29,7 @@ from chargpt_jax.lr_finder import LossesOf, search, trainer_losses
 from chargpt_jax.metrics import surprise_surprise
 from chargpt_jax.model import create
 from chargpt_jax.optimizer import adamw, warmup_cosine
+from chargpt_jax.sampling import Sampler
 from chargpt_jax.step import create_state, train_step
 from chargpt_jax.tokenizer import CharTokenizer
 from tests import original, reference
@@ -220,9 +221,7 @@ def written(precision: str, count: int = 30, temperature: float = 1.0) -> tuple[
         tokens[:, :n_prompt] = given
         width = min(CONFIG.block_size, bucket(n_prompt))
         progress = begin(params, tokens, np.full(rows, n_prompt, np.int32), graphdef=graphdef, width=width)
-        numbers = (np.int32(count), np.float32(temperature), np.int32(0), np.float32(1))
-        how = {"graphdef": graphdef, "use_top_k": False, "use_top_p": False}
-        progress = advance(params, progress, jax.random.key(4), *numbers, **how)
+        progress = advance(params, progress, count, Sampler(temperature).with_key(jax.random.key(4)), graphdef=graphdef)
         end = n_prompt + count
         surprisal, entropy = np.asarray(progress.surprisal)[:, :end], np.asarray(progress.entropy)[:, :end]
         s2 = surprise_surprise(surprisal, entropy, SIZES["vocab_size"])

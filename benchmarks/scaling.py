@@ -25,6 +25,7 @@ from chargpt_jax.assembly import compiled_updates, fresh_state
 from chargpt_jax.config import Config
 from chargpt_jax.generate import advance, begin
 from chargpt_jax.model import create
+from chargpt_jax.sampling import Sampler
 
 SIZES = {
     "model.block_size": (64, 128, 256, 512, 1024, 2048),
@@ -92,15 +93,14 @@ def writing(config: Config, pieces: int, rounds: int) -> list[dict[str, Any]]:
     graphdef, params = create(config.model, 0)
     tokens, count = np.zeros((1, window), np.int32), (window - 1) // pieces
     tokens[0, 0] = 1
-    how = (np.float32(1), np.int32(0), np.float32(1))
-    options = {"graphdef": graphdef, "use_top_k": False, "use_top_p": False}
+    drawing = Sampler().with_key(jax.random.key(0))
     times: list[list[float]] = [[] for _ in range(pieces)]
     for _ in range(rounds + 1):
         progress = begin(params, tokens, np.array([1], np.int32), graphdef=graphdef, width=1)
         cache = sum(x.nbytes for x in jax.tree.leaves(progress.cache))
         for piece in range(pieces):
             began = time.perf_counter()
-            progress = advance(params, progress, jax.random.key(0), np.int32(count), *how, **options)
+            progress = advance(params, progress, count, drawing, graphdef=graphdef)
             np.asarray(progress.tokens)
             times[piece].append((time.perf_counter() - began) / count)
     return [

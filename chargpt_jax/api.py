@@ -24,12 +24,13 @@ from chargpt_jax.checkpoint import Checkpoints, NoCheckpoint
 from chargpt_jax.config import MOST_STEPS, MOST_TEXT, Config, UserError, from_dict, shown
 from chargpt_jax.events import Ended, Event
 from chargpt_jax.flops import training_flops
-from chargpt_jax.generate import Progress, Sampler, advance, begin, bucket, score_tokens
+from chargpt_jax.generate import Progress, advance, begin, bucket, score_tokens
 from chargpt_jax.interchange import import_original
 from chargpt_jax.lr_finder import result_from
 from chargpt_jax.metrics import bits_per_character, perplexity
 from chargpt_jax.model import count_parameters, create
 from chargpt_jax.samples import Sample, Samples
+from chargpt_jax.sampling import Sampler
 from chargpt_jax.stages import Stop, find_lr, prepare, train
 from chargpt_jax.tokenizer import CharTokenizer
 from chargpt_jax.workdir import Workdir, excused
@@ -39,9 +40,6 @@ MOST_AT_ONCE = 32 * MOST_TEXT
 
 MOST_SAMPLES_JSON = 512 << 20
 """Bytes of a file of samples that is drawn into a report: some hundred for each character."""
-
-LEAST_TEMPERATURE = 1e-6
-"""Below it the likeliest character is as good as certain, and is taken: a division by less would overflow."""
 
 
 class Model:
@@ -80,7 +78,7 @@ class Model:
             UserError: for an argument that makes no sense, in one sentence.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        Sampler(temperature, top_k, top_p)  # refuses what makes no sense
+        sampler = Sampler(temperature, top_k, top_p)
         if not 1 <= max_new_tokens <= MOST_TEXT:
             raise UserError(
                 f"max_new_tokens is {shown(max_new_tokens)}, but it must be between 1 and {MOST_TEXT:,}: try 500."
@@ -106,23 +104,10 @@ class Model:
         params = jax.device_put(self.params, devices.replicated(mesh))
         once = on_text is None
         progress = begin(params, tokens, lengths, graphdef=self.graphdef, width=width, mesh=mesh, once=once)
-        piece = max_new_tokens if once else 16
+        piece, drawing = max_new_tokens if once else 16, sampler.with_key(jax.random.key(seed))
         for done in range(0, max_new_tokens, piece):
             count = min(piece, max_new_tokens - done)
-            progress = advance(
-                params,
-                progress,
-                jax.random.key(seed),
-                np.int32(count),
-                np.float32(temperature if temperature >= LEAST_TEMPERATURE else 0.0),
-                np.int32(min(top_k or 0, self.config.model.vocab_size)),
-                np.float32(max(top_p or 1.0, 1e-30)),  # float32 would make 0 of less, which holds nothing
-                graphdef=self.graphdef,
-                use_top_k=top_k is not None,
-                use_top_p=top_p is not None,
-                mesh=mesh,
-                once=once,
-            )
+            progress = advance(params, progress, count, drawing, graphdef=self.graphdef, mesh=mesh, once=once)
             if on_text is not None:
                 for i, row in enumerate(np.asarray(progress.tokens)):
                     start = lengths[i] + done

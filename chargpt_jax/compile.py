@@ -1,7 +1,7 @@
 """Ahead-of-time compile of a config's steps for a TPU that need not be there.
 
-The functions are those of a real run (`updates` and `validation_nats` of assembly.py, `begin` and `advance` of
-generate.py), traced on shapes instead of arrays and compiled by libtpu for the devices of a named slice. This shows
+The functions are those of a real run (`updates` and `validation_nats` of assembly.py, `begin`, `inside` and `past`
+of generate.py), traced on shapes instead of arrays and compiled by libtpu for the devices of a named slice. This shows
 that they compile and what memory they take; it cannot show that they run, or how fast.
 """
 
@@ -21,8 +21,9 @@ from jax.sharding import SingleDeviceSharding
 from chargpt_jax import devices, optimizer
 from chargpt_jax.assembly import compiled_updates, laid_out, state_shapes, validation_nats
 from chargpt_jax.config import Config, UserError
-from chargpt_jax.generate import advancing, begin, bucket
+from chargpt_jax.generate import begin, bucket, inside, past
 from chargpt_jax.model import create
+from chargpt_jax.sampling import Sampler
 
 ALONE = "TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v4-8"
 """Environment that keeps libtpu from asking the network which machine this is, and from complaining about it."""
@@ -111,7 +112,7 @@ def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, para
 
 
 def _writing(config: Config, device: Any, graphdef: Any, params: Any) -> Iterator[Program]:
-    """Give the two programs that go on from the config's sample prompts."""
+    """Give the programs that go on from the config's sample prompts; what is past the window, where they go there."""
     here, how, used = SingleDeviceSharding(device), config.sample, f"1 x {device.device_kind}"
     params, rows, longest = devices.lying(here, params), len(how.prompts), max(map(len, how.prompts))
     length = bucket(longest + how.max_new_tokens)
@@ -119,11 +120,13 @@ def _writing(config: Config, device: Any, graphdef: Any, params: Any) -> Iterato
     prompts = (params, _ints(rows, length), _ints(rows))
     yield Program("prefill", begin, prompts, {"graphdef": graphdef, "width": width}, used)
     progress = devices.lying(here, jax.eval_shape(partial(begin, graphdef=graphdef, width=width), *prompts))
-    top_p = temperature = jax.ShapeDtypeStruct((), jnp.float32)
-    args = (params, progress, jax.eval_shape(jax.random.key, 0), _ints(), temperature, _ints(), top_p)
-    filters = {"use_top_k": how.top_k is not None, "use_top_p": how.top_p is not None}
-    static = {"graphdef": graphdef, **filters, "kernels": True}
-    yield Program("decoding", advancing(device.platform, last=False).compiled, args, static, used)
+    drawing = jax.eval_shape(Sampler(how.temperature, how.top_k, how.top_p).with_key, jax.eval_shape(jax.random.key, 0))
+    static, write = {"graphdef": graphdef}, inside(device.platform, last=False).compiled
+    args = (params, (_ints(rows), progress), drawing)
+    yield Program("decoding", write, args, static | {"kernels": True}, used)
+    if longest + how.max_new_tokens > config.model.block_size:
+        args = (params, (_ints(rows), dataclasses.replace(progress, cache=None)), drawing)
+        yield Program("past the window", past(device.platform, alone=False), args, static, used)
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

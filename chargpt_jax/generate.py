@@ -10,7 +10,7 @@ characters are read anew for every character, with positions from the window's s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, cast
 
@@ -20,15 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from jax.typing import ArrayLike
 
 from chargpt_jax import devices
-from chargpt_jax.config import MOST_TEMPERATURE, UserError
+from chargpt_jax.config import UserError
 from chargpt_jax.kv_blocks import Blocks
 from chargpt_jax.kv_cache import Rows
 from chargpt_jax.metrics import surprisal_and_entropy, token_metrics
 from chargpt_jax.model import Cache, count_parameters
 from chargpt_jax.one_kernel import WithKernels, in_one_kernel, kernels_allowed, writes_alone
+from chargpt_jax.sampling import Drawing
 
 MOST_PLACES, MOST_DRAWN = 16, 2**20
 """For so many places at most, of so many numbers in all, the noise of drawing is made at once.
@@ -38,32 +38,6 @@ Made place by place it took an eighth of a small model's time on a CPU.
 
 MOST_IN_KERNEL = 1024
 """Characters of a vocabulary up to which drawing is part of a kernel; of more XLA leaves some work to a library."""
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How the next character is drawn from the model's distribution: temperature, then top_k, then top_p."""
-
-    temperature: float = 1.0
-    """0 takes the likeliest character."""
-    top_k: int | None = None
-    """Draw among the k likeliest; None: among all."""
-    top_p: float | None = None
-    """Draw among the fewest of the likeliest whose mass is at least p; None: among all."""
-
-    def __post_init__(self) -> None:
-        """Refuse values without a meaning, in one sentence each."""
-        if not 0 <= self.temperature <= MOST_TEMPERATURE:
-            raise UserError(
-                f"temperature is {self.temperature}, but it must be between 0 (greedy) and {MOST_TEMPERATURE:g}: "
-                "try 0.8."
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}, but it must be at least 1: leave it out to draw among all.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(
-                f"top_p is {self.top_p}, but it must be above 0 and at most 1: leave it out to draw among all."
-            )
 
 
 @flax.struct.dataclass
@@ -85,7 +59,7 @@ class Progress:
 
 
 Carry = tuple[jax.Array, Progress]
-"""How many characters are left to write, an int32 scalar, and the texts so far."""
+"""How many characters each text lacks, int32 [B], and the texts so far."""
 
 
 def bucket(length: int) -> int:
@@ -156,136 +130,159 @@ def _begin(
 def advance(
     params: Any,
     progress: Progress,
-    key: jax.Array,
-    count: ArrayLike,
-    temperature: ArrayLike,
-    top_k: ArrayLike,
-    top_p: ArrayLike,
+    count: int,
+    drawing: Drawing,
     *,
     graphdef: nnx.GraphDef,
-    use_top_k: bool,
-    use_top_p: bool,
     mesh: Mesh | None = None,
     once: bool = False,
 ) -> Progress:
-    """Write `count` more tokens (an int32 scalar, so that any count shares a compilation) on every row.
+    """Write `count` more tokens on every row; any count shares a compilation.
 
-    The token at place t of row b is drawn with fold_in(fold_in(key, b), t): advancing in one go or in pieces, cached
-    or not, on one device or many, gives the same text. `progress` is donated. `once` as for `begin`; nothing can be
-    written after that.
+    Advancing in one go or in pieces, cached or not, on one device or many, gives the same text. `progress` is donated.
+    `once` as for `begin`; nothing can be written after that.
+
+    What lies past the window is another program's, compiled when it is first needed: most texts end inside.
     """
-    how = {"graphdef": graphdef, "use_top_k": use_top_k, "use_top_p": use_top_p, "mesh": mesh}
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    go_on = advancing(platform, once and isinstance(progress.cache, Blocks))
-    return go_on(params, progress, key, count, temperature, top_k, top_p, **how)
+    how = {"graphdef": graphdef, "mesh": mesh}
+    alone, lacking = isinstance(progress.cache, Blocks), np.full(len(progress.length), count, np.int32)
+    left, progress = inside(platform, alone and once)(params, (lacking, progress), drawing, **how)
+    if np.any(left):
+        without = left, replace(progress, cache=None)
+        progress = replace(past(platform, alone)(params, without, drawing, **how)[1], cache=progress.cache)
+    return progress
 
 
 @cache
-def advancing(platform: str, last: bool) -> WithKernels:
-    """Return what `advance` compiles and calls.
+def inside(platform: str, last: bool) -> WithKernels:
+    """Return the program that writes until texts end, or the window does.
 
     Args:
         platform: 'cpu' or another.
         last: the keys and values, Blocks, are not given back.
     """
 
-    def go_on(
-        params: Any, progress: Progress, *how: jax.Array, kernels: bool, mesh: Mesh | None = None, **static: Any
-    ) -> Progress:
-        write_on: Callable[..., Progress] = partial(_advance, **static, last=last)
-        if mesh is not None:
-            specs = (PartitionSpec(), SHARED, ROWS, *(PartitionSpec(),) * len(how))
-            write_on = jax.shard_map(write_on, mesh=mesh, in_specs=specs, out_specs=SHARED, check_vma=False)
+    def write_inside(*args: Any, kernels: bool, **how: Any) -> Carry:
         with kernels_allowed(kernels):
-            return write_on(params, progress, jnp.arange(progress.tokens.shape[0]), *how)
+            return _on_each_device(partial(_inside, last=last), *args, **how)
 
-    static = ("graphdef", "use_top_k", "use_top_p", "mesh", "kernels")
-    options, donated = devices.writing_options(platform), () if last else 1
-    return WithKernels(jax.jit(go_on, static_argnames=static, donate_argnums=donated, compiler_options=options))
+    return WithKernels(_compiled(write_inside, platform, () if last else 1, "kernels"))
 
 
-def _advance(
+@cache
+def past(platform: str, alone: bool) -> Callable[..., Carry]:
+    """Return the program that writes on without a cache: each text by itself where so told, else all in turn."""
+
+    def write_past(*args: Any, **how: Any) -> Carry:
+        return _on_each_device(partial(_past, alone=alone), *args, **how)
+
+    return _compiled(write_past, platform, 1)
+
+
+def _compiled(write: Callable[..., Carry], platform: str, donated: Any, *static: str) -> Callable[..., Carry]:
+    options, static = devices.writing_options(platform), ("graphdef", "mesh", *static)
+    return jax.jit(write, static_argnames=static, donate_argnums=donated, compiler_options=options)
+
+
+def _on_each_device(
+    write: Callable[..., Carry],
     params: Any,
-    progress: Progress,
-    numbers: jax.Array,
-    key: jax.Array,
-    count: jax.Array,
-    temperature: jax.Array,
-    top_k: jax.Array,
-    top_p: jax.Array,
+    carry: Carry,
+    drawing: Drawing,
     *,
     graphdef: nnx.GraphDef,
-    use_top_k: bool,
-    use_top_p: bool,
-    last: bool,
-) -> Progress:
-    """Write on rows that have these numbers, int32 [b], in the whole batch."""
-    model = nnx.merge(graphdef, params)
-    sort = partial(_filter, top_k=top_k, top_p=top_p, use_top_k=use_top_k, use_top_p=use_top_p)
-    filtered = sort if use_top_k or use_top_p else None
-    write_on: Callable[..., Progress] = partial(
-        _write_on, model, key=key, count=count, temperature=temperature, filtered=filtered
-    )
-    if isinstance(progress.cache, Blocks):
-        capacity = _capacity(model, progress.tokens)
-        return _one_after_the_other(write_on, progress, progress.cache, numbers, capacity, last)
-    return write_on(progress, numbers, place=lambda layer: layer)
+    mesh: Mesh | None = None,
+) -> Carry:
+    """Let the devices of a mesh write on some rows each, by write(model, carry, the rows' numbers, drawing)."""
+
+    def write_on(params: Any, carry: Carry, numbers: jax.Array, drawing: Drawing) -> Carry:
+        return write(nnx.merge(graphdef, params), carry, numbers, drawing)
+
+    if mesh is not None:
+        shared = (ROWS, SHARED)
+        specs = (PartitionSpec(), shared, ROWS, PartitionSpec())
+        write_on = jax.shard_map(write_on, mesh=mesh, in_specs=specs, out_specs=shared, check_vma=False)
+    return write_on(params, carry, jnp.arange(len(carry[0])), drawing)
 
 
-def _one_after_the_other(
-    write_on: Callable[..., Progress], progress: Progress, cache: Blocks, numbers: jax.Array, capacity: int, last: bool
-) -> Progress:
-    """Write each row to its end before the next; `last`: with room for the keys and values of one, which are let go."""
-    b = len(numbers)
+def _inside(model: Any, carry: Carry, numbers: jax.Array, drawing: Drawing, *, last: bool) -> Carry:
+    """Write with a cache, in turn until one text fills its window, or one text after the other until each does."""
 
-    def one(row: jax.Array, carry: tuple[Progress, Blocks]) -> tuple[Progress, Blocks]:
-        rows, kept = carry
-        own = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1)  # noqa: E731
-        back = lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, row, 0)  # noqa: E731
-        place = lambda layer: layer if last or b == 1 else layer * b + row  # noqa: E731
-        mine = kept.begun_with(cache.only(row)) if last else kept
-        done = write_on(replace(jax.tree.map(own, rows), cache=mine), own(numbers), place=place)
-        return jax.tree.map(back, rows, replace(done, cache=None)), cast(Blocks, done.cache)
+    def write(decode: Callable[..., tuple[jax.Array, Cache]], carry: Carry, numbers: jax.Array) -> Carry:
+        def predicted(p: Progress) -> Progress:
+            logits, cache = decode(p.tokens[jnp.arange(len(numbers)), p.length - 1], p.length - 1, p.cache)
+            return replace(p, logits=logits, cache=cache)
 
-    if last:
-        room = cache.only(jnp.zeros((), int)).enlarged(capacity)
+        def unfinished(carry: Carry) -> jax.Array:
+            return jnp.any(carry[0] > 0) & (jnp.max(carry[1].length) < model.config.block_size)
+
+        go_on = partial(_write_on, predicted, unfinished, drawing, numbers)
+        alone, few = isinstance(carry[1].cache, Blocks), carry[1].logits.size <= MOST_IN_KERNEL
+        return (in_one_kernel(go_on) if alone and few and not drawing.sorts else go_on)(carry)
+
+    (left, progress), b = carry, len(numbers)
+    kept = progress.cache
+    if not isinstance(kept, Blocks):
+        return write(model.decode, carry, numbers)
+
+    def one(row: jax.Array, carry: Carry, number: jax.Array, room: Blocks) -> tuple[Carry, Blocks]:
+        place = None if last or b == 1 else lambda layer: layer * b + row
+        mine = room.begun_with(kept.only(row)) if last else room
+        left, done = write(partial(model.decode, place=place), (carry[0], replace(carry[1], cache=mine)), number)
+        return (left, replace(done, cache=None)), cast(Blocks, done.cache)
+
+    if last:  # room for the keys and values of one, which are let go
+        room = kept.only(jnp.zeros((), int)).enlarged(_capacity(model, progress.tokens))
     else:  # all layers of all rows on one axis, so that a row's are updated where they are
-        room = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cache)
-    done, kept = jax.lax.fori_loop(0, b, one, (replace(progress, cache=None), room))
-    return replace(done, cache=None if last else jax.tree.map(lambda x, old: x.reshape(old.shape), kept, cache))
+        room = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
+    (left, progress), room = _row_after_row(one, (left, replace(progress, cache=None)), numbers, room)
+    return left, replace(progress, cache=None if last else jax.tree.map(lambda x, to: x.reshape(to.shape), room, kept))
+
+
+def _past(model: Any, carry: Carry, numbers: jax.Array, drawing: Drawing, *, alone: bool) -> Carry:
+    """Read the last window anew for every character."""
+    width = _capacity(model, carry[1].tokens)
+
+    def predicted(p: Progress) -> Progress:
+        return replace(p, logits=model.predict(*_window(p.tokens, p.length, width)))
+
+    def write(carry: Carry, numbers: jax.Array) -> Carry:
+        return _write_on(predicted, lambda carry: jnp.any(carry[0] > 0), drawing, numbers, carry)
+
+    if not alone:
+        return write(carry, numbers)
+    return _row_after_row(lambda _, own, number, kept: (write(own, number), kept), carry, numbers, None)[0]
+
+
+def _row_after_row(
+    write: Callable[..., tuple[Carry, Any]], carry: Carry, numbers: jax.Array, kept: Any
+) -> tuple[Carry, Any]:
+    """Call write(row, its carry, its number in the whole batch, kept) -> (carry, kept) for one row after the other."""
+
+    def one(row: jax.Array, whole: tuple[Carry, Any]) -> tuple[Carry, Any]:
+        carry, kept = whole
+        own = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1)  # noqa: E731
+        back = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, 0)  # noqa: E731
+        done, kept = write(row, jax.tree.map(own, carry), own(numbers), kept)
+        return jax.tree.map(back, carry, done), kept
+
+    return jax.lax.fori_loop(0, len(numbers), one, (carry, kept))
 
 
 def _write_on(
-    model: Any,
-    progress: Progress,
+    predicted: Callable[[Progress], Progress],
+    unfinished: Callable[[Carry], jax.Array],
+    drawing: Drawing,
     numbers: jax.Array,
-    *,
-    place: Callable[[jax.Array], jax.Array],
-    key: jax.Array,
-    count: jax.Array,
-    temperature: jax.Array,
-    filtered: Callable[[jax.Array], jax.Array] | None,
-) -> Progress:
-    """Write on all rows by a character in turn.
+    carry: Carry,
+) -> Carry:
+    """Write a character of each text and predict the next, in turn; noise is drawn for some places ahead."""
+    logits, rows = carry[1].logits, jnp.arange(len(numbers))
+    places_at_once = max(1, min(MOST_PLACES, MOST_DRAWN // logits.size))
 
-    Args:
-        place: as for the model's decode.
-        filtered: puts at -inf what may not be drawn, of logits [B, V], by sorting them; None: draw among all.
-    """
-    rows = jnp.arange(progress.tokens.shape[0])
-    width = _capacity(model, progress.tokens)
-    in_kernel = isinstance(progress.cache, Blocks) and filtered is None and progress.logits.size <= MOST_IN_KERNEL
-    places_at_once = max(1, min(MOST_PLACES, MOST_DRAWN // progress.logits.size))
-
-    def draw(row: jax.Array, place: jax.Array) -> jax.Array:
-        at = jax.random.fold_in(jax.random.fold_in(key, row), place)
-        return jax.random.gumbel(at, progress.logits.shape[1:], progress.logits.dtype)
-
-    def write(p: Progress, noise: jax.Array) -> Progress:
-        # The largest of logits with Gumbel's noise is a draw from their softmax, the one of jax.random.categorical.
-        scaled = p.logits / jnp.where(temperature > 0, temperature, 1)
-        noisy = noise + (scaled if filtered is None else filtered(scaled))
-        token = jnp.argmax(jnp.where(temperature > 0, noisy, p.logits), axis=-1).astype(jnp.int32)
+    def written(p: Progress, noise: jax.Array) -> Progress:
+        token = drawing.tokens(p.logits, noise)
         surprisal, entropy = surprisal_and_entropy(p.logits, token)
         return replace(
             p,
@@ -295,34 +292,17 @@ def _write_on(
             length=p.length + 1,
         )
 
-    def cached(p: Progress) -> Progress:
-        logits, cache = model.decode(p.tokens[rows, p.length - 1], p.length - 1, p.cache, place)
-        return replace(p, logits=logits, cache=cache)
+    def some(carry: Carry) -> Carry:
+        noise = drawing.noise(numbers, carry[1].length + jnp.arange(places_at_once)[:, None], logits)
 
-    def recomputed(p: Progress) -> Progress:
-        window, last = _window(p.tokens, p.length, width)
-        return replace(p, logits=model.predict(window, last))
+        def one(number_and_carry: tuple[jax.Array, Carry]) -> tuple[jax.Array, Carry]:
+            number, (left, p) = number_and_carry
+            return number + 1, (left - 1, predicted(written(p, noise[number])))
 
-    def go_on(predict: Callable[[Progress], Progress], unfinished: Callable[[Carry], jax.Array], carry: Carry) -> Carry:
-        """Write and predict in turn; noise is drawn for some places ahead."""
+        some_left = lambda c: (c[0] < places_at_once) & unfinished(c[1])  # noqa: E731
+        return jax.lax.while_loop(some_left, one, (jnp.int32(0), carry))[1]
 
-        def some(carry: Carry) -> Carry:
-            places = carry[1].length + jnp.arange(places_at_once)[:, None]
-            noise = jax.vmap(jax.vmap(draw), (None, 0))(numbers, places)
-
-            def one(number_and_carry: tuple[jax.Array, Carry]) -> tuple[jax.Array, Carry]:
-                number, (left, p) = number_and_carry
-                return number + 1, (left - 1, predict(write(p, noise[number])))
-
-            some_left = lambda c: (c[0] < places_at_once) & unfinished(c[1])  # noqa: E731
-            return jax.lax.while_loop(some_left, one, (jnp.int32(0), carry))[1]
-
-        return jax.lax.while_loop(unfinished, some, carry)
-
-    fits = lambda c: (c[0] > 0) & (jnp.max(c[1].length) < model.config.block_size)  # noqa: E731
-    inside = partial(go_on, cached, fits)
-    carry = (in_one_kernel(inside) if in_kernel else inside)((count, progress))
-    return go_on(recomputed, lambda c: c[0] > 0, carry)[1]
+    return jax.lax.while_loop(unfinished, some, carry)
 
 
 def _capacity(model: Any, tokens: jax.Array) -> int:
@@ -335,21 +315,6 @@ def _window(tokens: jax.Array, length: jax.Array, width: int) -> tuple[jax.Array
     start = jnp.maximum(0, length - width)
     window = jax.vmap(lambda row, s: jax.lax.dynamic_slice(row, (s,), (width,)))(tokens, start)
     return window, length - start - 1
-
-
-def _filter(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, use_top_k: bool, use_top_p: bool) -> jax.Array:
-    """Put all but the allowed tokens of logits [B, V] at -inf."""
-    if use_top_k:
-        ranked = jnp.sort(logits, axis=-1)
-        least = ranked[:, jnp.maximum(logits.shape[-1] - top_k, 0)]
-        logits = jnp.where(logits < least[:, None], -jnp.inf, logits)
-    if use_top_p:
-        ranked = -jnp.sort(-logits, axis=-1)
-        p = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(p, axis=-1) - p  # the likeliest always stays: nothing comes before it
-        least = jnp.min(jnp.where(before < top_p, ranked, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return logits
 
 
 @partial(jax.jit, static_argnames=("graphdef",))

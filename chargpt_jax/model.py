@@ -258,7 +258,7 @@ class GPT(nnx.Module):
         tokens: jax.Array,
         position: jax.Array,
         cache: Cache,
-        place: Callable[[jax.Array], jax.Array] = lambda layer: layer,
+        place: Callable[[jax.Array], jax.Array] | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Predict the token after one token a sequence.
 
@@ -267,7 +267,7 @@ class GPT(nnx.Module):
             position: int32 [B], each token's place in its sequence, less than S.
             cache: keys and values, filled up to the position. With Blocks all layers are one kernel, and B is 1.
             place: from a layer's number, an int32 scalar, to where it is on the cache's first axis, which may be
-                longer than L.
+                longer than L; None: there it has its own number.
 
         Returns:
             Logits, float32 [B, V], and the cache with this position filled.
@@ -279,8 +279,9 @@ class GPT(nnx.Module):
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
                 # Written into the whole stack, so that the loop updates it in place.
-                new = kept.put(k[:, :, 0], v[:, :, 0], place(number), position)
-                return new.attend(q[:, :, 0], place(number), position, self.platform)[:, :, None], new
+                at = number if place is None else place(number)
+                new = kept.put(k[:, :, 0], v[:, :, 0], at, position)
+                return new.attend(q[:, :, 0], at, position, self.platform)[:, :, None], new
 
             return block(x, (cos, sin), attend), None
 

@@ -18,7 +18,7 @@ TINY = {"seconds": 0.0, "count": 8}
     [
         ("training", {"tokens_per_second", "peak_mib", "own_mib"}),
         ("start", {"empty_seconds", "filled_seconds", "empty_mib", "filled_mib"}),
-        ("generation", {"inside 1", "inside 32", "past 1"}),
+        ("generation", {"inside 1", "inside 32", "past 1", "inside 1 first"}),
     ],
 )
 def test_every_measure_of_ours_is_taken_in_processes_of_their_own(measure, figures):

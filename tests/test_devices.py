@@ -25,6 +25,7 @@ from chargpt_jax.config import AmpConfig, ModelConfig, UserError
 from chargpt_jax.generate import advance, begin
 from chargpt_jax.kv_blocks import Blocks
 from chargpt_jax.model import create
+from chargpt_jax.sampling import Sampler
 from chargpt_jax.stages import prepare
 from chargpt_jax.workdir import Workdir
 from tests.corpus_text import write_words
@@ -383,9 +384,8 @@ def written(n_devices: int, *, vocab_size: int = 64, n_embd: int = 8, block_size
     params = jax.device_put(params, devices.replicated(mesh))
     progress = begin(params, tokens, lengths, graphdef=graphdef, width=10, mesh=mesh)
     apart = isinstance(progress.cache, Blocks)
-    how = (jax.random.key(3), np.int32(count), np.float32(1), np.int32(0), np.float32(1))
-    filters = {"use_top_k": False, "use_top_p": False}
-    done = advance(params, progress, *how, graphdef=graphdef, mesh=mesh, **filters)
+    drawing = Sampler().with_key(jax.random.key(3))
+    done = advance(params, progress, count, drawing, graphdef=graphdef, mesh=mesh)
     return {
         "tokens": np.asarray(done.tokens).tolist(),
         "surprisal": np.nan_to_num(np.asarray(done.surprisal)).tolist(),

@@ -7,9 +7,10 @@ import pytest
 from flax import nnx
 
 from chargpt_jax.config import ModelConfig, UserError
-from chargpt_jax.generate import Sampler, _filter, advance, advancing, begin, bucket, score_tokens
+from chargpt_jax.generate import advance, begin, bucket, inside, past, score_tokens
 from chargpt_jax.metrics import surprisal_and_entropy
 from chargpt_jax.model import create
+from chargpt_jax.sampling import Sampler
 from tests import reference
 from tests.pairing import from_reference
 
@@ -29,9 +30,7 @@ def prompts(*lengths: int, seed: int = 1) -> list[np.ndarray]:
     return [rng.integers(1, 30, n).astype(np.int32) for n in lengths]
 
 
-def generate(
-    rows, count, *, pieces=None, key=KEY, temperature=1.0, top_k=0, top_p=1.0, filters=(False, False), once=False
-):
+def generate(rows, count, *, pieces=None, key=KEY, once=False, **sampler):
     longest = max(map(len, rows))
     tokens = np.zeros((len(rows), bucket(longest + count)), np.int32)
     for buffer, row in zip(tokens, rows, strict=True):
@@ -39,10 +38,8 @@ def generate(
     lengths = np.array([len(row) for row in rows], np.int32)
     width = min(CONFIG.block_size, bucket(longest))
     p = begin(PARAMS, tokens, lengths, graphdef=GRAPHDEF, width=width, once=once)
-    how = {"graphdef": GRAPHDEF, "use_top_k": filters[0], "use_top_p": filters[1], "once": once}
     for piece in pieces or [count]:
-        numbers = (np.int32(piece), np.float32(temperature), np.int32(top_k), np.float32(top_p))
-        p = advance(PARAMS, p, key, *numbers, **how)
+        p = advance(PARAMS, p, piece, Sampler(**sampler).with_key(key), graphdef=GRAPHDEF, once=once)
     return p
 
 
@@ -106,11 +103,10 @@ def test_writing_in_pieces_equals_writing_at_once(order):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("filters", [(False, False), (True, True)])
-def test_writing_once_equals_writing_with_more_to_come(order, filters):
+@pytest.mark.parametrize("sampler", [{}, {"top_k": 5, "top_p": 0.9}], ids=["all", "filtered"])
+def test_writing_once_equals_writing_with_more_to_come(order, sampler):
     rows = prompts(4, 9, 30)
-    how = {"top_k": 5, "top_p": 0.9, "filters": filters}
-    more, once = generate(rows, 30, **how), generate(rows, 30, **how, once=True)
+    more, once = generate(rows, 30, **sampler), generate(rows, 30, **sampler, once=True)
     for ours, theirs in ((once.tokens, more.tokens), (once.surprisal, more.surprisal), (once.entropy, more.entropy)):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -132,8 +128,7 @@ def test_models_of_any_shape_write_alone_what_they_write_in_turn(rows, shape, mo
         monkeypatch.setattr("chargpt_jax.generate.writes_alone", lambda *_: alone)  # noqa: B023
         jax.clear_caches()
         p = begin(params, tokens, np.full(rows, 5, np.int32), graphdef=graphdef, width=5)
-        how = (np.int32(110), np.float32(1), np.int32(0), np.float32(1))
-        results.append(advance(params, p, KEY, *how, graphdef=graphdef, use_top_k=False, use_top_p=False))
+        results.append(advance(params, p, 110, Sampler().with_key(KEY), graphdef=graphdef))
     jax.clear_caches()
     np.testing.assert_array_equal(results[0].tokens, results[1].tokens)
     np.testing.assert_allclose(results[0].surprisal, results[1].surprisal, rtol=1e-5, atol=1e-5)
@@ -144,10 +139,10 @@ def test_writing_alone_makes_no_copy_of_what_is_kept(monkeypatch):
     jax.clear_caches()
     tokens = np.zeros((50, 64), np.int32)
     p = begin(PARAMS, tokens, np.full(50, 5, np.int32), graphdef=GRAPHDEF, width=5)
-    how = (KEY, np.int32(3), np.float32(1), np.int32(0), np.float32(1))
-    static = {"graphdef": GRAPHDEF, "use_top_k": False, "use_top_p": False, "kernels": True}
+    args = PARAMS, (np.full(50, 3, np.int32), p), Sampler().with_key(KEY)
     with jax.default_device(jax.devices("cpu")[0]):  # which there is beside any accelerator
-        memory = advancing("cpu", False).compiled.lower(PARAMS, p, *how, **static).compile().memory_analysis()
+        lowered = inside("cpu", False).compiled.lower(*args, graphdef=GRAPHDEF, kernels=True)
+        memory = lowered.compile().memory_analysis()
     jax.clear_caches()
     assert memory.temp_size_in_bytes < p.cache.keys.nbytes / 8
     assert memory.alias_size_in_bytes >= 2 * p.cache.keys.nbytes
@@ -179,14 +174,23 @@ def test_prompt_metrics_are_those_of_the_whole_model():
 
 
 def test_one_compilation_serves_every_count_temperature_and_length_of_a_bucket():
+    platform = jax.default_backend()
+
+    def compiled() -> list[int]:
+        alone = [past(platform, each) for each in (True, False)]
+        return [program._cache_size() for program in (inside(platform, False).compiled, *alone)]
+
     generate(prompts(6), 9)
-    before = advancing(jax.default_backend(), False).compiled._cache_size()
+    before = compiled()
     for length, count, temperature in ((3, 4, 0.3), (9, 15, 1.0), (12, 1, 0.0)):
         generate(prompts(length), count, temperature=temperature)
-    assert advancing(jax.default_backend(), False).compiled._cache_size() == before
+    assert compiled() == before
     for lengths in ((3, 4, 5, 6, 7), (9, 8, 7, 6, 5)):  # of five rows there was none before
         generate(prompts(*lengths), 9)
-    assert advancing(jax.default_backend(), False).compiled._cache_size() == before + 1
+    assert compiled() == [before[0] + 1, *before[1:]]  # what ends inside the window needs no other program
+    for count in (20, 30, 40):
+        generate(prompts(3, 4, 5, 6, 7), count)
+    assert sum(compiled()) == sum(before) + 2
 
 
 def test_padding_and_unused_ids_are_never_written():
@@ -196,25 +200,9 @@ def test_padding_and_unused_ids_are_never_written():
     assert written.max() < 30
 
 
-LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "kept"),
-    [
-        *[(1, None, 1), (2, None, 2), (4, None, 4), (9, None, 4), (None, 0.4, 1), (None, 0.5, 1), (None, 0.6, 2)],
-        *[(None, 0.76, 3), (None, 1.0, 4), (None, 1e-6, 1), (2, 0.7, 2), (2, 0.6, 1), (3, 0.99, 3)],
-    ],
-)
-def test_filters_keep_the_likeliest(top_k, top_p, kept):
-    """After top_k the rest is weighed anew: of 0.5 and 0.25 the first alone holds 2/3."""
-    out = _filter(LOGITS, jnp.int32(top_k or 0), jnp.float32(top_p or 1), top_k is not None, top_p is not None)
-    assert np.isfinite(out[0]).tolist() == [True] * kept + [False] * (4 - kept)
-
-
 def test_top_k_of_one_is_greedy():
     rows = prompts(6)
-    ours = generate(rows, 12, top_k=1, filters=(True, False))
+    ours = generate(rows, 12, top_k=1)
     np.testing.assert_array_equal(ours.tokens, generate(rows, 12, temperature=0.0).tokens)
 
 
@@ -229,15 +217,6 @@ def test_draws_follow_the_models_distribution():
     counts = np.bincount(np.asarray(p.tokens[:, 5]), minlength=64)
     sigma = np.sqrt(n * probability * (1 - probability))
     assert np.all(np.abs(counts - n * probability) <= 5 * sigma + 1e-9)
-
-
-@pytest.mark.parametrize(
-    "bad", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
-)
-def test_a_sampler_without_meaning_is_refused(bad):
-    (name,) = bad
-    with pytest.raises(UserError, match=f"^{name} is .*, but it must be"):
-        Sampler(**bad)
 
 
 def test_scores_inside_the_window_are_those_of_the_whole_model():

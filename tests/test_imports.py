@@ -64,7 +64,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # checkpoint -> generation -> metrics -> pictures
     "metrics": {"tokenizer"},
-    "generate": {"config", "devices", "kv_blocks", "kv_cache", "metrics", "model", "one_kernel"},
+    "generate": {"config", "devices", "kv_blocks", "kv_cache", "metrics", "model", "one_kernel", "sampling"},
+    "sampling": {"config"},
     "terminal": set(),
     "theme": set(),
     "subline": {"theme"},
@@ -79,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "assembly": {"batches", "config", "devices", "garbage", "model", "optimizer", "pace", "shares", "step", "workdir"},
     "stages": EVERYONE - {"api", "compile", "profile", "progress", "selftest", "stages"},
     "selftest": {"assembly", "checkpoint", "config", "corpus", "optimizer", "stages", "step", "workdir"},
-    "compile": {"assembly", "config", "devices", "generate", "model", "optimizer", "step"},
+    "compile": {"assembly", "config", "devices", "generate", "model", "optimizer", "sampling", "step"},
     "api": EVERYONE - {"api"},
     "main": {"config", "flags", "garbage", "terminal"},
     "__init__": set(),
