@@ -27,8 +27,9 @@ import orbax.checkpoint as ocp
 from benchmarks.contestants import setup_of
 from benchmarks.peers import machine
 from benchmarks.stored import RECORD, Store, bits, faults, filled, refuse, state_at
-from chargpt_jax import checkpoint, manifest
+from chargpt_jax import manifest
 from chargpt_jax.checkpoint import SaveFailed
+from chargpt_jax.named_arrays import on_host
 
 
 def seconds(f: Callable[[], object]) -> float:
@@ -46,7 +47,7 @@ def costs(setup: str, saves: int, folder: Path) -> dict[str, list[float]]:
     for number in range(saves + 1):
         state = states[number % 2].replace(step=np.int32(number + 1))
         alone = folder / f"{setup}-{number}"
-        plain = checkpoint._arrays(state)
+        plain = on_host(state)
         theirs = seconds(lambda at=alone, arrays=plain: orbax.save(at, args=ocp.args.StandardSave(arrays)))  # type: ignore[misc]
         ours = seconds(lambda state=state: store.save(state, RECORD, 1.0))  # type: ignore[misc]
         checked = seconds(lambda step=number + 1: manifest.verify(store.folder / str(step)))  # type: ignore[misc]

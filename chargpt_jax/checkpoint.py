@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from chargpt_jax import manifest
 from chargpt_jax.config import UserError, from_dict
 from chargpt_jax.manifest import Damaged
+from chargpt_jax.named_arrays import Arrays, check_same, described, digest, named, on_host, placed, plain
 from chargpt_jax.step import TrainState
 
 FORMAT = 2
@@ -70,7 +70,6 @@ REMEDIES = {
 """What a user can do about the system's reasons for not writing."""
 
 T = TypeVar("T")
-Arrays = dict[str, np.ndarray]
 
 
 class NoCheckpoint(Exception):
@@ -149,7 +148,7 @@ class Checkpoints:
     def _write(self, staging: Path, state: TrainState, record: dict[str, Any], loss: float) -> None:
         _remove(staging)
         os.makedirs(staging)
-        arrays = _arrays(state)
+        arrays = on_host(state)
         with _quiet(), _until_settled(staging):
             self._orbax.save(staging / ARRAYS, args=ocp.args.StandardSave(arrays))
         full = {
@@ -158,8 +157,8 @@ class Checkpoints:
             "loss": float(loss),
             "versions": _versions(),
             "config_sha256": _sha256_of_json(record.get("config")),
-            "arrays": _described(dict(_leaves(state))),
-            "digest": _digest(arrays),
+            "arrays": described(dict(named(state))),
+            "digest": digest(arrays),
             **record,
         }
         manifest.write(staging / RECORD, json.dumps(full).encode())
@@ -284,8 +283,8 @@ class Checkpoints:
         def use(step: int, record: dict[str, Any]) -> TrainState:
             like = like_of(record)
             arrays = self._read(self.folder / str(step), record, like)
-            placed = [_placed(arrays[name], leaf) for name, leaf in _leaves(like)]
-            return jax.tree.unflatten(jax.tree.structure(like), placed)
+            leaves = [placed(arrays[name], leaf) for name, leaf in named(like)]
+            return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
         return self._first(which, use)
 
@@ -379,14 +378,14 @@ class Checkpoints:
         Raises:
             Damaged: where they are not.
         """
-        leaves = dict(_leaves(like))
-        _check_same(RECORD, record["arrays"], _described(leaves))
-        wanted = {name: _plain(leaf) for name, leaf in leaves.items()}
+        leaves = dict(named(like))
+        check_same(RECORD, record["arrays"], described(leaves))
+        wanted = {name: plain(leaf) for name, leaf in leaves.items()}
         self._look(folder, wanted)
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in wanted.items()}
         with _unreadable(), _quiet():
             arrays = self._orbax.restore(folder / ARRAYS, args=ocp.args.StandardRestore(shapes))
-        if _digest(arrays) != record["digest"]:
+        if digest(arrays) != record["digest"]:
             raise Damaged(ARRAYS, "holds other numbers than were saved")
         return arrays
 
@@ -399,7 +398,7 @@ class Checkpoints:
         _check_room(folder / ARRAYS, wanted)
         with _unreadable(), _quiet():
             found = self._orbax.metadata(folder / ARRAYS).item_metadata.tree
-            _check_same(ARRAYS, _described(found), _described(wanted))
+            check_same(ARRAYS, described(found), described(wanted))
             _check_chunks(found)
 
 
@@ -493,58 +492,6 @@ def _check_vocabulary(vocabulary: list[Any]) -> None:
 def _rank(step: int, record: dict[str, Any]) -> tuple[float, int]:
     """Sort by validation loss, then earlier first; but of those without one the newest first."""
     return (record["loss"], step) if record["loss"] < UNVALIDATED else (UNVALIDATED, -step)
-
-
-def _leaves(state: TrainState) -> list[tuple[str, Any]]:
-    """Return a state's arrays with their names: 'params.wte.embedding'."""
-    pairs = jax.tree_util.tree_leaves_with_path(state)
-    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in pairs]
-
-
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _plain(leaf: Any) -> Any:
-    """Return an array's shape and dtype as they are written; of a typed key, those of its bits."""
-    return jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-
-
-def _arrays(state: TrainState) -> Arrays:
-    """Return a state's arrays on the host, keys as their bits."""
-    leaves = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in _leaves(state)}
-    return {name: np.asarray(array) for name, array in jax.device_get(leaves).items()}
-
-
-def _placed(array: np.ndarray, leaf: Any) -> jax.Array:
-    """Put an array on the devices of `leaf`, as a key where that is one."""
-    return jax.device_put(jax.random.wrap_key_data(jnp.asarray(array)) if _is_key(leaf) else array, leaf.sharding)
-
-
-def _described(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return {name: [dtype, shape]} as JSON holds it."""
-    return {name: [str(x.dtype), list(x.shape)] for name, x in arrays.items()}
-
-
-def _digest(arrays: Arrays) -> str:
-    """Return the sha256 of names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name}\0{array.dtype.name}\0{arrays[name].shape}\0".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _check_same(file: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            there, here = (_spelled(side.get(name)) for side in (found, wanted))
-            raise Damaged(file, f"holds {there} as {name[:100]!a}, where the model has {here}")
-
-
-def _spelled(array: Any) -> str:
-    return "nothing" if array is None else f"{array[0]} {array[1]}"[:100]
 
 
 def _check_room(folder: Path, wanted: Mapping[str, Any]) -> None:

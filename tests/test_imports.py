@@ -52,7 +52,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lock": {"config"},
     "devices": {"config"},
     "manifest": set(),
-    "checkpoint": {"config", "manifest", "step"},
+    "named_arrays": {"manifest", "step"},
+    "checkpoint": {"config", "manifest", "named_arrays", "step"},
     # files of others
     "array_file": {"config"},
     "torch_file": {"array_file", "config"},

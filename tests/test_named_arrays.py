@@ -1,0 +1,45 @@
+"""A state's arrays by name: there and back, told apart, and compared with what is wanted."""
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.stored import state_at
+from chargpt_jax.manifest import Damaged
+from chargpt_jax.named_arrays import check_same, described, digest, named, on_host, placed, plain
+
+
+def test_a_state_is_what_its_arrays_on_the_host_make_of_it():
+    state = state_at(3)
+    arrays, leaves = on_host(state), named(state)
+    assert arrays.keys() == {name for name, _ in leaves}
+    assert "params.wte.embedding" in arrays
+    for name, leaf in leaves:
+        assert (arrays[name].shape, arrays[name].dtype) == (plain(leaf).shape, plain(leaf).dtype)
+        back = placed(arrays[name], leaf)
+        assert back.dtype == leaf.dtype
+        assert back.sharding == leaf.sharding
+        bits = jax.random.key_data if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray
+        np.testing.assert_array_equal(bits(back), bits(leaf))
+
+
+def test_the_digest_tells_names_dtypes_shapes_and_bytes_apart():
+    one = np.arange(6, dtype=np.float32)
+    arrays = [{"a": one}, {"b": one}, {"a": one.reshape(2, 3)}, {"a": one.view(np.int32)}, {"a": one + 1}]
+    assert len({digest(x) for x in arrays}) == len(arrays)
+    assert digest({"a": one, "b": one[:1]}) == digest({"b": one[:1], "a": one})
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({}, "holds nothing as 'a', where the model has float32 [6]"),
+        ({"a": np.zeros(6)}, "holds float64 [6] as 'a', where the model has float32 [6]"),
+        ({"a": np.zeros((2, 3), np.float32)}, r"holds float32 [2, 3] as 'a', where the model has float32 [6]"),
+        ({"a": np.zeros(6, np.float32), "b": np.zeros(1)}, "holds float64 [1] as 'b', where the model has nothing"),
+    ],
+)
+def test_other_arrays_than_wanted_are_refused_by_name(found, said):
+    with pytest.raises(Damaged) as refusal:
+        check_same("arrays", described(found), described({"a": np.zeros(6, np.float32)}))
+    assert said in str(refusal.value)
