@@ -4,7 +4,9 @@
 
 Ours alone. Each row changes one size of configs/small.py with one sequence a batch; its exponent is the slope of a
 line through the logarithms of size and cost. Memory is what the compiler sets aside for temporaries, and what the cache
-of keys and values takes. Sizes take turns, round by round; figures are medians.
+of keys and values takes. Beside the time of a character stands how long it takes to read as many bytes as there are
+keys and values before it: what no attention to all of them can go below. Sizes take turns, round by round; figures are
+medians.
 """
 
 import argparse
@@ -12,10 +14,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.contestants import corpus, setup_of
@@ -25,6 +29,7 @@ from chargpt_jax.assembly import compiled_updates, fresh_state
 from chargpt_jax.config import Config
 from chargpt_jax.generate import advance, begin
 from chargpt_jax.model import create
+from chargpt_jax.one_kernel import in_one_kernel
 from chargpt_jax.sampling import Sampler
 
 SIZES = {
@@ -94,19 +99,49 @@ def writing(config: Config, pieces: int, rounds: int) -> list[dict[str, Any]]:
     tokens, count = np.zeros((1, window), np.int32), (window - 1) // pieces
     tokens[0, 0] = 1
     drawing = Sampler().with_key(jax.random.key(0))
-    times: list[list[float]] = [[] for _ in range(pieces)]
+    progress = begin(params, tokens, np.array([1], np.int32), graphdef=graphdef, width=1)
+    cache = sum(x.nbytes for x in jax.tree.leaves(progress.cache))
+    places = [1 + piece * count for piece in range(pieces)]
+    reads = [reading(cache * (place + count // 2) // window) for place in places]
+    times: list[list[tuple[float, float]]] = [[] for _ in places]
     for _ in range(rounds + 1):
         progress = begin(params, tokens, np.array([1], np.int32), graphdef=graphdef, width=1)
-        cache = sum(x.nbytes for x in jax.tree.leaves(progress.cache))
-        for piece in range(pieces):
+        for piece, read in enumerate(reads):
             began = time.perf_counter()
             progress = advance(params, progress, count, drawing, graphdef=graphdef)
             np.asarray(progress.tokens)
-            times[piece].append((time.perf_counter() - began) / count)
+            times[piece].append(((time.perf_counter() - began) / count, read()))
+    medians = [[statistics.median(column) for column in zip(*t[1:], strict=True)] for t in times]
     return [
-        {"window": window, "place": 1 + i * count, "seconds": statistics.median(t[1:]), "cache": cache}
-        for i, t in enumerate(times)
+        {"window": window, "place": place, "seconds": seconds, "reading": alone, "cache": cache}
+        for place, (seconds, alone) in zip(places, medians, strict=True)
     ]
+
+
+def reading(size: int, times: int = 100) -> Callable[[], float]:
+    """Return what takes the seconds in which one core reads so many bytes in one kernel, which only adds them up.
+
+    It reads them over and over, so that they lie in the nearest cache that holds them.
+    """
+    numbers, total = jnp.ones((max(1, size // 8192), 16, 128), jnp.float32), jnp.zeros(128, jnp.float32)
+
+    def added(numbers: jax.Array, total: jax.Array) -> jax.Array:
+        def add(i: jax.Array, total: jax.Array) -> jax.Array:
+            row = jax.lax.dynamic_index_in_dim(numbers, i, keepdims=False)
+            return total + reduce(jnp.add, (row[j] for j in range(len(row))))
+
+        once = lambda _, total: jax.lax.fori_loop(0, len(numbers), add, total)  # noqa: E731
+        return jax.lax.fori_loop(0, times, once, total)
+
+    add_up = jax.jit(in_one_kernel(added), compiler_options=devices.writing_options(jax.default_backend()))
+    add_up(numbers, total).block_until_ready()
+
+    def read() -> float:
+        began = time.perf_counter()
+        add_up(numbers, total).block_until_ready()
+        return (time.perf_counter() - began) / times
+
+    return read
 
 
 def report(trained: Sequence[dict[str, Any]], written: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
@@ -121,10 +156,12 @@ def report(trained: Sequence[dict[str, Any]], written: Sequence[dict[str, Any]],
         own = [row for row in trained if row["field"] == field]
         slopes = (exponent([r["size"] for r in own], [r[what] for r in own]) for what in ("seconds", "temporaries"))
         lines.append("| {} | {:.2f} | {:.2f} |".format(field, *slopes))
-    lines += ["\n| writing, B=1, window | from place | ms a character | cache, MB |\n|---:|---:|---:|---:|"]
+    columns = "window | from place | ms a character | reading its keys and values alone, ms | the rest, ms | cache, MB"
+    lines += [f"\n| writing, B=1, {columns} |\n|---:|---:|---:|---:|---:|---:|"]
     for row in written:
-        shown = f"{row['place']} | {number(1e3 * row['seconds'])} | {number(row['cache'] / 1e6)}"
-        lines.append(f"| {row['window']} | {shown} |")
+        shares = row["seconds"], row["reading"], row["seconds"] - row["reading"]
+        shown = " | ".join(number(1e3 * share) for share in shares)
+        lines.append(f"| {row['window']} | {row['place']} | {shown} | {number(row['cache'] / 1e6)} |")
     return "\n".join(lines) + "\n"
 
 

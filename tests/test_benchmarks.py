@@ -89,6 +89,7 @@ def test_scaling_prints_a_row_for_every_size_and_an_exponent_for_every_field(cap
     rows = json.loads((tmp_path / "scaling.json").read_text())
     assert len(rows["training"]) == 2
     assert [row["place"] for row in rows["writing"]] == [1, 8, 15, 22]
+    assert all(row["reading"] > 0 for row in rows["writing"])
 
 
 def test_an_exponent_is_the_power_that_costs_follow():
