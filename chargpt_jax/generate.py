@@ -148,7 +148,7 @@ def advance(
     how = {"graphdef": graphdef, "mesh": mesh}
     alone, lacking = isinstance(progress.cache, Blocks), np.full(len(progress.length), count, np.int32)
     left, progress = inside(platform, alone and once)(params, (lacking, progress), drawing, **how)
-    if np.any(left):
+    if np.asarray(left).any():
         without = left, replace(progress, cache=None)
         progress = replace(past(platform, alone)(params, without, drawing, **how)[1], cache=progress.cache)
     return progress

@@ -46,7 +46,7 @@ class WithKernels:
 
     def __call__(self, *args: Any, **static: Any) -> Any:
         """Call it with kernels, or without."""
-        what = frozenset(static.items())
+        what = frozenset(static.items()) if self._refused else None  # a hash of the whole model takes a while
         if what not in self._refused:
             try:
                 return self.compiled(*args, **static, kernels=True)
@@ -54,7 +54,7 @@ class WithKernels:
                 if not str(error).startswith(("UNIMPLEMENTED", "INTERNAL")):
                     raise
             logging.getLogger(__name__).warning("this XLA makes no kernel of a whole step, so writing takes longer")
-            self._refused.add(what)
+            self._refused.add(frozenset(static.items()))
         return self.compiled(*args, **static, kernels=False)
 
 
