@@ -92,22 +92,20 @@ class _Query(NamedTuple):
         """Return the sum of the weights exp(score - shift), [H], and of the values times them, [H, D]."""
         H, D = self.q.shape
 
-        def add(number: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def of(number: jax.Array) -> tuple[jax.Array, jax.Array]:
             scores = self._scores(number)
             weights = jnp.exp(scores if shift is None else scores - shift)
             lanes = (jnp.split(x, BLOCK // LANES, axis=-1) for x in (weights, self._block(self.blocks.values, number)))
             terms = (w[:, None] * v for w, v in zip(*lanes, strict=True))
-            return sums[0] + weights, sums[1] + reduce(jnp.add, terms)
+            return weights, reduce(jnp.add, terms)
 
-        start = jnp.zeros((H, BLOCK), self.q.dtype), jnp.zeros((H, D, LANES), self.q.dtype)
-        total, outputs = self._through(add, start)
+        total, outputs = self._over(of, jnp.add)
         ones = jnp.ones(BLOCK, self.q.dtype)
         return total @ ones, (outputs.reshape(-1, LANES) @ ones[:LANES]).reshape(H, D)
 
     def largest_scores(self) -> jax.Array:
         """Return [H, 1]."""
-        start = jnp.full((len(self.q), BLOCK), -jnp.inf, self.q.dtype)
-        largest = self._through(lambda number, found: jnp.maximum(found, self._scores(number)), start)
+        largest = self._over(self._scores, jnp.maximum)
         while largest.shape[-1] > 1:  # a reduction might be left to a library, which one kernel can't hold
             largest = jnp.maximum(*jnp.split(largest, 2, axis=-1))
         return largest
@@ -118,10 +116,15 @@ class _Query(NamedTuple):
         sums = reduce(jnp.add, (self.q[:, d, None] * k[:, d] for d in range(k.shape[1])))
         return jnp.where(number * BLOCK + jnp.arange(BLOCK) > self.last, -jnp.inf, sums)
 
-    def _through(self, f: Callable[[jax.Array, Any], Any], start: Any) -> Any:
-        """Call f(number, carry) for one block after the other."""
-        step = lambda c: (c[0] + 1, f(*c))  # noqa: E731
-        return jax.lax.while_loop(lambda c: c[0] * BLOCK <= self.last, step, (jnp.zeros((), int), start))[1]
+    def _over(self, of: Callable[[jax.Array], Any], join: Callable[[jax.Array, jax.Array], jax.Array]) -> Any:
+        """Join of(number), a tree of arrays, of one block after the other."""
+
+        def step(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            number, found = carry
+            return number + 1, jax.tree.map(join, found, of(number))
+
+        begun = jnp.ones((), int), of(jnp.zeros((), int))
+        return jax.lax.while_loop(lambda carry: carry[0] * BLOCK <= self.last, step, begun)[1]
 
     def _block(self, x: jax.Array, number: jax.Array) -> jax.Array:
         """Return [H, D, 32]."""
