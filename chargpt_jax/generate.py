@@ -1,4 +1,4 @@
-"""Writing on: prefill, cached decoding, sampling, all in one compiled loop; and scoring a given text.
+"""Writing on: prefill, then a compiled loop with a cache and, past the window, one without; and scoring a given text.
 
 Rows of a batch may have prompts of different lengths: each row sits at the left of its buffer and keeps its own
 position, so no row sees padding and a row's text does not depend on its neighbours. They are written by a character in
@@ -51,7 +51,7 @@ class Progress:
     logits: jax.Array
     """float32 [B, V], for the next token."""
     cache: Cache | None
-    """Keys and values; of use while every length is below block_size. None: no more is to be written."""
+    """Keys and values; of use while every length is below block_size. None: no more is to be written with them."""
     surprisal: jax.Array
     """float32 [B, N], nats; NaN where undefined."""
     entropy: jax.Array

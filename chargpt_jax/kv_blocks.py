@@ -123,7 +123,7 @@ class _Query(NamedTuple):
             number, found = carry
             return number + 1, jax.tree.map(join, found, of(number))
 
-        begun = jnp.ones((), int), of(jnp.zeros((), int))
+        begun = jnp.ones((), int), of(jnp.zeros((), int))  # nothing to join with would first be written to memory
         return jax.lax.while_loop(lambda carry: carry[0] * BLOCK <= self.last, step, begun)[1]
 
     def _block(self, x: jax.Array, number: jax.Array) -> jax.Array:
