@@ -228,7 +228,8 @@ class _Bench:
         # A server that has imported JAX, but not started it, forks in milliseconds; importing takes seconds.
         self.context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
-            self.context.set_forkserver_preload(["chargpt_jax.api", "chargpt_jax.progress", "chargpt_jax.profile"])
+            preloaded = ["chargpt_jax.api", "chargpt_jax.progress", "chargpt_jax.profile"]
+            self.context.set_forkserver_preload(preloaded)
         text, _ = load_corpus(DataConfig(source="stdlib"))
         (folder / "text.txt").write_text(text[:CHARACTERS], encoding="utf-8")
         (folder / "config.json").write_text(to_json(shrunk(config, folder / "text.txt")), encoding="utf-8")

@@ -18,9 +18,9 @@ def test_ci_runs_exactly_the_readmes_test_command():
     assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
 
-def test_every_file_of_the_package_is_in_the_table_of_files():
-    linked = set(re.findall(r"\]\(chargpt_jax/(\w+)\.py\)", README))
-    there = {path.stem for path in (ROOT / "chargpt_jax").glob("*.py")} - {"__init__"}
+def test_every_folder_of_the_package_is_in_the_table_of_folders():
+    linked = set(re.findall(r"\]\(chargpt_jax/(\w+)/?\)", README))
+    there = {path.parent.name for path in (ROOT / "chargpt_jax").glob("*/__init__.py")}
     assert linked == there
 
 
