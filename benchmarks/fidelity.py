@@ -23,6 +23,7 @@ import torch
 from flax import nnx
 
 from chargpt_jax.config import LRFinderConfig, ModelConfig, OptimizerConfig, SchedulerConfig
+from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.events import LRFinderResult
 from chargpt_jax.generate import advance, begin, bucket
 from chargpt_jax.lr_finder import LossesOf, search, trainer_losses
@@ -31,7 +32,6 @@ from chargpt_jax.model import create
 from chargpt_jax.optimizer import adamw, warmup_cosine
 from chargpt_jax.sampling import Sampler
 from chargpt_jax.step import create_state, train_step
-from chargpt_jax.tokenizer import CharTokenizer
 from tests import original, reference
 from tests.pairing import by_name, from_reference, x64
 

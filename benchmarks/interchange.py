@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chargpt_jax import interchange
 from chargpt_jax.api import Model, load
 from chargpt_jax.config import Config, ModelConfig
+from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.model import create
 from chargpt_jax.original import to_params
-from chargpt_jax.tokenizer import CharTokenizer
 from tests import reference
 
 ALPHABET = " \n\t\r" + "".join(map(chr, range(33, 127))) + "é漢😀\u0301\u200d\u2028"

@@ -18,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chargpt_jax import batches, devices, interchange, optimizer, plots, report
+from chargpt_jax import devices, interchange, optimizer, plots, report
 from chargpt_jax.assembly import Setup, state_shapes
 from chargpt_jax.checkpoint import Checkpoints, NoCheckpoint
 from chargpt_jax.config import MOST_STEPS, MOST_TEXT, Config, UserError, from_dict, shown
+from chargpt_jax.data import batches
+from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.events import Ended, Event
 from chargpt_jax.flops import training_flops
 from chargpt_jax.generate import Progress, advance, begin, bucket, score_tokens
@@ -32,7 +34,6 @@ from chargpt_jax.model import count_parameters, create
 from chargpt_jax.samples import Sample, Samples
 from chargpt_jax.sampling import Sampler
 from chargpt_jax.stages import Stop, find_lr, prepare, train
-from chargpt_jax.tokenizer import CharTokenizer
 from chargpt_jax.workdir import Workdir, excused
 
 MOST_AT_ONCE = 32 * MOST_TEXT

@@ -14,7 +14,7 @@ import numpy as np
 
 from chargpt_jax.array_file import write_safetensors
 from chargpt_jax.config import Config, UserError
-from chargpt_jax.tokenizer import PADDING, CharTokenizer
+from chargpt_jax.data.tokenizer import PADDING, CharTokenizer
 
 LAYER = {
     ("ln_1", "scale"): "input_layernorm.weight",

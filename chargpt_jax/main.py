@@ -215,7 +215,7 @@ def _generate(values: FlagValues, _: Config | None) -> int:
 
 
 def _score(values: FlagValues, _: Config | None) -> int:
-    from chargpt_jax import corpus
+    from chargpt_jax.data import corpus
     from chargpt_jax.workdir import Workdir
 
     if (values.text is None) == (values.text_file is None):
@@ -292,7 +292,8 @@ def _selftest(values: FlagValues, config: Config | None) -> int:
 
 def _api() -> Any:
     with garbage.kept():
-        from chargpt_jax import api, corpus, devices
+        from chargpt_jax import api, devices
+        from chargpt_jax.data import corpus
     devices.use_compilation_cache(corpus.default_cache() / "xla")
     return api
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chargpt_jax.tokenizer import PADDING
+from chargpt_jax.data.tokenizer import PADDING
 
 
 def surprisal_and_entropy(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:

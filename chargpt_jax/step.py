@@ -13,7 +13,7 @@ from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import Mesh
 
 from chargpt_jax import devices
-from chargpt_jax.batches import Batch
+from chargpt_jax.data.batches import Batch
 from chargpt_jax.dropout import seeds_for
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from chargpt_jax.config import MOST_JSON, MOST_STEPS, Config, UserError, differences, from_dict, read_json, to_json
-from chargpt_jax.tokenizer import CharTokenizer
+from chargpt_jax.data.tokenizer import CharTokenizer
 
 MOST_CORPUS = 4 << 30
 """Bytes of tokens.npy: a thousand million characters."""

@@ -9,10 +9,10 @@ import pytest
 from chargpt_jax import interchange
 from chargpt_jax.api import Model
 from chargpt_jax.config import Config, ModelConfig, UserError
+from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.hugging_face import padding_name
 from chargpt_jax.model import create
 from chargpt_jax.original import to_params
-from chargpt_jax.tokenizer import CharTokenizer
 from tests.test_interchange import LETTERS, changed, logits, original
 
 VOCABULARY = [*LETTERS, "\t", "\r", "\x00", "<", ">", "p", "'", "\u0301", "\u200d", "漢", "\u2028"]

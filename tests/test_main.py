@@ -20,8 +20,8 @@ import pytest
 
 from chargpt_jax import main as main_module
 from chargpt_jax import selftest, stages
-from chargpt_jax.batches import windows_per_pass
 from chargpt_jax.config import to_json
+from chargpt_jax.data.batches import windows_per_pass
 from chargpt_jax.flags import MODES
 from chargpt_jax.main import Signals, main
 from chargpt_jax.pace import Ending

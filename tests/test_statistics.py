@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch")
 
 import chargpt_jax  # noqa: E402
 from benchmarks import fidelity, statistics  # noqa: E402
-from chargpt_jax.batches import batch_at  # noqa: E402
 from chargpt_jax.config import DataConfig, differences, load_config, validate  # noqa: E402
+from chargpt_jax.data.batches import batch_at  # noqa: E402
 from chargpt_jax.dropout import seeds_for  # noqa: E402
 from chargpt_jax.events import TrainStarted, Validated  # noqa: E402
 from chargpt_jax.model import create  # noqa: E402

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from chargpt_jax.config import Config, UserError, load_config
-from chargpt_jax.tokenizer import CharTokenizer
+from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.workdir import Log, Workdir, replacing
 
 

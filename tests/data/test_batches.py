@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chargpt_jax.batches import (
+from chargpt_jax.bits import derive, seeds_of
+from chargpt_jax.config import DataConfig, UserError
+from chargpt_jax.data.batches import (
     batch_at,
     shuffled,
     split,
@@ -19,8 +21,6 @@ from chargpt_jax.batches import (
     validation_crops,
     windows_per_pass,
 )
-from chargpt_jax.bits import derive, seeds_of
-from chargpt_jax.config import DataConfig, UserError
 
 KEY = jax.random.key(3)
 

@@ -1,0 +1,1 @@
+"""Text to token ids to batches: download, repair, tokenizer, the batch of a given step."""
