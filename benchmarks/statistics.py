@@ -32,8 +32,8 @@ from chargpt_jax.config import Config, UserError, flatten, load_config
 from chargpt_jax.data.batches import steps_per_epoch
 from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.events import Validated
-from chargpt_jax.plots import BOTTOM, HEIGHT, TOP, WIDTH, Axis
-from chargpt_jax.theme import Entry, figure, label, legend, number
+from chargpt_jax.pictures.plots import BOTTOM, HEIGHT, TOP, WIDTH, Axis
+from chargpt_jax.pictures.svg import Entry, figure, label, legend, number
 from tests import original
 
 Curve = list[float]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chargpt_jax import devices, interchange, optimizer, plots, report
+from chargpt_jax import devices, interchange, optimizer
 from chargpt_jax.assembly import Setup, state_shapes
 from chargpt_jax.checkpoint import Checkpoints, NoCheckpoint
 from chargpt_jax.config import MOST_STEPS, MOST_TEXT, Config, UserError, from_dict, shown
@@ -31,6 +31,7 @@ from chargpt_jax.interchange import import_original
 from chargpt_jax.lr_finder import result_from
 from chargpt_jax.metrics import bits_per_character, perplexity
 from chargpt_jax.model import count_parameters, create
+from chargpt_jax.pictures import plots, report
 from chargpt_jax.samples import Sample, Samples
 from chargpt_jax.sampling import Sampler
 from chargpt_jax.stages import Stop, find_lr, prepare, train

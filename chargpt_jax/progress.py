@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from chargpt_jax import plots
 from chargpt_jax.events import (
     Compiled,
     Ended,
@@ -24,6 +23,7 @@ from chargpt_jax.events import (
     Validated,
     Zoom,
 )
+from chargpt_jax.pictures import plots
 from chargpt_jax.terminal import one_line
 
 MOST_TITLE = 400

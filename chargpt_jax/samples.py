@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from chargpt_jax import subline
 from chargpt_jax.metrics import surprise_surprise
+from chargpt_jax.pictures import subline
 
 
 @dataclass(frozen=True, repr=False)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from chargpt_jax import devices, optimizer, plots
+from chargpt_jax import devices, optimizer
 from chargpt_jax.assembly import Setup
 from chargpt_jax.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.config import Config, UserError, differences, from_dict, validate
@@ -31,6 +31,7 @@ from chargpt_jax.lr_finder import search, trainer_losses
 from chargpt_jax.metrics import bits_per_character
 from chargpt_jax.model import count_parameters
 from chargpt_jax.pace import MOST_STEPS, Ending, Pace, Stop
+from chargpt_jax.pictures import plots
 from chargpt_jax.step import TrainState
 from chargpt_jax.workdir import Log, Workdir, excused
 

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chargpt_jax.plots import BOTTOM, LEFT, MAX_POINTS, RIGHT, SMOOTH_FROM, TOP, Axis, loss_plot, lr_finder_plot
+from chargpt_jax.pictures.plots import (
+    BOTTOM,
+    LEFT,
+    MAX_POINTS,
+    RIGHT,
+    SMOOTH_FROM,
+    TOP,
+    Axis,
+    loss_plot,
+    lr_finder_plot,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 RATES = np.logspace(-6, 0, 13).tolist()

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chargpt_jax.plots import loss_plot
-from chargpt_jax.report import CSS, report
-from chargpt_jax.subline import subline
-from chargpt_jax.theme import DARK, LIGHT
+from chargpt_jax.pictures.plots import loss_plot
+from chargpt_jax.pictures.report import CSS, report
+from chargpt_jax.pictures.subline import subline
+from chargpt_jax.pictures.svg import DARK, LIGHT
 
 VOID = {"meta"}
 PAYLOADS = ["<script>alert(1)</script>", "</pre><b>", "</style>", "</title>", "]]>", "&lt;", "\"'><img src=x>"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from chargpt_jax.theme import Entry, clip_path, escaped, figure, label, legend, number, text_width, viridis
+from chargpt_jax.pictures.svg import Entry, clip_path, escaped, figure, label, legend, number, text_width, viridis
 
 WIDTH, HEIGHT = 720.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 672.0, 50.0, 246.0

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chargpt_jax.subline import CELL, FALL, RISE, Series, metric_series, subline
-from chargpt_jax.theme import CSS, escaped, glyph
+from chargpt_jax.pictures.subline import CELL, FALL, RISE, Series, metric_series, subline
+from chargpt_jax.pictures.svg import CSS, escaped, glyph
 
 SVG = "{http://www.w3.org/2000/svg}"
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=40)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from chargpt_jax.theme import N_COLOURS, Entry, clip_path, columns, escaped, figure, glyph, joins, legend, number
+from chargpt_jax.pictures.svg import N_COLOURS, Entry, clip_path, columns, escaped, figure, glyph, joins, legend, number
 
 CELL = 8.4
 """Width of one column, in pixels: 0.6 of the font's size, which most monospace fonts share."""

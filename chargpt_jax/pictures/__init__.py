@@ -1,0 +1,1 @@
+"""Numbers to SVG and HTML: sublines, loss and range-test plots, the report."""
