@@ -115,7 +115,7 @@ class Ours:
 
         from chargpt_jax import devices
         from chargpt_jax.generate import advance, begin, bucket
-        from chargpt_jax.model import create
+        from chargpt_jax.model.gpt import create
         from chargpt_jax.sampling import Sampler
 
         graphdef, params = create(self.config.model, 0, devices.compute_dtype(self.config.amp))

@@ -28,7 +28,7 @@ from chargpt_jax.events import LRFinderResult
 from chargpt_jax.generate import advance, begin, bucket
 from chargpt_jax.lr_finder import LossesOf, search, trainer_losses
 from chargpt_jax.metrics import surprise_surprise
-from chargpt_jax.model import create
+from chargpt_jax.model.gpt import create
 from chargpt_jax.optimizer import adamw, warmup_cosine
 from chargpt_jax.sampling import Sampler
 from chargpt_jax.step import create_state, train_step

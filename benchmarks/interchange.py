@@ -23,7 +23,7 @@ from chargpt_jax import interchange
 from chargpt_jax.api import Model, load
 from chargpt_jax.config import Config, ModelConfig
 from chargpt_jax.data.tokenizer import CharTokenizer
-from chargpt_jax.model import create
+from chargpt_jax.model.gpt import create
 from chargpt_jax.original import to_params
 from tests import reference
 

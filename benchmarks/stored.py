@@ -23,7 +23,7 @@ import numpy as np
 
 from chargpt_jax.checkpoint import Checkpoints
 from chargpt_jax.config import Config, ModelConfig, OptimizerConfig
-from chargpt_jax.model import create
+from chargpt_jax.model.gpt import create
 from chargpt_jax.optimizer import adamw
 from chargpt_jax.step import TrainState, create_state
 

@@ -21,7 +21,7 @@ from benchmarks.contestants import corpus, setup_of
 from benchmarks.peers import machine
 from chargpt_jax import devices, optimizer
 from chargpt_jax.assembly import compiled_updates, fresh_state
-from chargpt_jax.model import create
+from chargpt_jax.model.gpt import create
 
 INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', re.MULTILINE)
 

@@ -25,12 +25,12 @@ from chargpt_jax.config import MOST_STEPS, MOST_TEXT, Config, UserError, from_di
 from chargpt_jax.data import batches
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.events import Ended, Event
-from chargpt_jax.flops import training_flops
 from chargpt_jax.generate import Progress, advance, begin, bucket, score_tokens
 from chargpt_jax.interchange import import_original
 from chargpt_jax.lr_finder import result_from
 from chargpt_jax.metrics import bits_per_character, perplexity
-from chargpt_jax.model import count_parameters, create
+from chargpt_jax.model.flops import training_flops
+from chargpt_jax.model.gpt import count_parameters, create
 from chargpt_jax.pictures import plots, report
 from chargpt_jax.samples import Sample, Samples
 from chargpt_jax.sampling import Sampler

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from chargpt_jax import devices, garbage, optimizer, shares
 from chargpt_jax.config import Config
 from chargpt_jax.data import batches
-from chargpt_jax.model import plan
+from chargpt_jax.model.gpt import plan
 from chargpt_jax.pace import MOST_STEPS
 from chargpt_jax.step import TrainState, create_state, data_key, eval_step, train_step, validation_key
 from chargpt_jax.workdir import Workdir

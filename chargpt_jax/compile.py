@@ -22,7 +22,7 @@ from chargpt_jax import devices, optimizer
 from chargpt_jax.assembly import compiled_updates, laid_out, state_shapes, validation_nats
 from chargpt_jax.config import Config, UserError
 from chargpt_jax.generate import begin, bucket, inside, past
-from chargpt_jax.model import create
+from chargpt_jax.model.gpt import create
 from chargpt_jax.sampling import Sampler
 
 ALONE = "TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v4-8"

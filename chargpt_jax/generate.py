@@ -26,7 +26,7 @@ from chargpt_jax.config import UserError
 from chargpt_jax.kv_blocks import Blocks
 from chargpt_jax.kv_cache import Rows
 from chargpt_jax.metrics import surprisal_and_entropy, token_metrics
-from chargpt_jax.model import Cache, count_parameters
+from chargpt_jax.model.gpt import Cache, count_parameters
 from chargpt_jax.one_kernel import WithKernels, in_one_kernel, kernels_allowed, writes_alone
 from chargpt_jax.sampling import Drawing
 

@@ -25,11 +25,11 @@ from chargpt_jax.data import batches
 from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.events import Compiled, Ended, Event, LRFinderResult, Prepared, Saved, Steps, TrainStarted, Validated
-from chargpt_jax.flops import peak_flops, training_flops
 from chargpt_jax.lock import Lock, writer
 from chargpt_jax.lr_finder import search, trainer_losses
 from chargpt_jax.metrics import bits_per_character
-from chargpt_jax.model import count_parameters
+from chargpt_jax.model.flops import peak_flops, training_flops
+from chargpt_jax.model.gpt import count_parameters
 from chargpt_jax.pace import MOST_STEPS, Ending, Pace, Stop
 from chargpt_jax.pictures import plots
 from chargpt_jax.step import TrainState

@@ -11,8 +11,8 @@ import pytest
 import chargpt_jax
 from chargpt_jax.checkpoint import NoCheckpoint
 from chargpt_jax.config import UserError
-from chargpt_jax.flops import peak_flops
 from chargpt_jax.main import main
+from chargpt_jax.model.flops import peak_flops
 from tests.corpus_text import FLOOR, small_config, write_words
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from chargpt_jax.config import ModelConfig, UserError
 from chargpt_jax.generate import advance, begin, bucket, inside, past, score_tokens
 from chargpt_jax.metrics import surprisal_and_entropy
-from chargpt_jax.model import create
+from chargpt_jax.model.gpt import create
 from chargpt_jax.sampling import Sampler
 from tests import reference
 from tests.pairing import from_reference

@@ -11,7 +11,7 @@ from chargpt_jax.api import Model
 from chargpt_jax.config import Config, ModelConfig, UserError
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.hugging_face import padding_name
-from chargpt_jax.model import create
+from chargpt_jax.model.gpt import create
 from chargpt_jax.original import to_params
 from tests.test_interchange import LETTERS, changed, logits, original
 

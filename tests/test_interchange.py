@@ -16,7 +16,7 @@ from chargpt_jax import api, interchange
 from chargpt_jax.array_file import read_npz, read_safetensors, write_safetensors
 from chargpt_jax.config import UserError
 from chargpt_jax.main import main
-from chargpt_jax.model import create
+from chargpt_jax.model.gpt import create
 from chargpt_jax.original import from_original, from_params, read
 from tests import reference
 from tests.test_torch_file import View, save

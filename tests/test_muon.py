@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from chargpt_jax.config import ModelConfig, OptimizerConfig
-from chargpt_jax.model import create
+from chargpt_jax.model.gpt import create
 from chargpt_jax.muon import MARGIN, POLYNOMIALS, is_hidden, orthogonal, scale_by_muon
 from chargpt_jax.optimizer import adamw, transform
 from tests.pairing import x64

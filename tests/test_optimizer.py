@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from chargpt_jax.config import ModelConfig, OptimizerConfig, SchedulerConfig
-from chargpt_jax.model import create
+from chargpt_jax.model.gpt import create
 from chargpt_jax.optimizer import adamw, decay_mask, total_steps, transform, warmup_cosine
 from tests import reference
 from tests.pairing import x64

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.devices import BFLOAT16_ON_CPU
-from chargpt_jax.model import create
+from chargpt_jax.model.gpt import create
 from chargpt_jax.precision import between_products, rounded_product, widened
 
 NARROW = [
@@ -99,7 +99,7 @@ def test_only_a_cpu_keeps_wide_what_is_between_narrow_products(platform):
 def test_to_make_a_wide_model_starts_no_devices():
     """A process may still fork then, or say how many devices a CPU counts as."""
     code = (
-        "import jax; from chargpt_jax.model import create; from chargpt_jax.config import ModelConfig;"
+        "import jax; from chargpt_jax.model.gpt import create; from chargpt_jax.config import ModelConfig;"
         "jax.eval_shape(lambda: create(ModelConfig(vocab_size=9, used_ids=9, n_layer=1), 0)[1]);"
         "jax.config.update('jax_num_cpu_devices', 3); assert len(jax.devices('cpu')) == 3"
     )

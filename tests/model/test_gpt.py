@@ -16,7 +16,7 @@ from chargpt_jax.dropout import Dropout, seeds_for
 from chargpt_jax.kv_blocks import Blocks
 from chargpt_jax.kv_cache import Rows
 from chargpt_jax.metrics import surprisal_and_entropy
-from chargpt_jax.model import MASKED, Keys, count_parameters, create, plan, rotary, rotate
+from chargpt_jax.model.gpt import MASKED, Keys, count_parameters, create, plan, rotary, rotate
 from chargpt_jax.step import nats
 from tests import reference
 from tests.pairing import from_reference, x64

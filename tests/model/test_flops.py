@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from chargpt_jax.config import ModelConfig
-from chargpt_jax.flops import peak_flops, training_flops
-from chargpt_jax.model import create
+from chargpt_jax.model.flops import peak_flops, training_flops
+from chargpt_jax.model.gpt import create
 
 
 def test_a_step_is_three_times_the_products_that_xla_counts_in_a_forward_pass():

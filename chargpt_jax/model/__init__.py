@@ -1,0 +1,1 @@
+"""Token ids to logits: the transformer, its initial parameters, its FLOP count."""
