@@ -29,7 +29,7 @@ from chargpt_jax.assembly import compiled_updates, fresh_state
 from chargpt_jax.config import Config
 from chargpt_jax.generate import advance, begin
 from chargpt_jax.model.gpt import create
-from chargpt_jax.one_kernel import in_one_kernel
+from chargpt_jax.ops.cpu_kernel import in_one_kernel
 from chargpt_jax.sampling import Sampler
 
 SIZES = {

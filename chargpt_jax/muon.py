@@ -25,7 +25,7 @@ import optax
 from jax.sharding import Mesh
 
 from chargpt_jax import devices
-from chargpt_jax.products import product
+from chargpt_jax.ops.matmul import product
 
 POLYNOMIALS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),

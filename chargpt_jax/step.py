@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from chargpt_jax import devices
 from chargpt_jax.data.batches import Batch
-from chargpt_jax.dropout import seeds_for
+from chargpt_jax.ops.dropout import seeds_for
 
 
 @flax.struct.dataclass

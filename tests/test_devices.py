@@ -23,8 +23,8 @@ from chargpt_jax import devices, optimizer
 from chargpt_jax.assembly import Setup, compiled_updates
 from chargpt_jax.config import AmpConfig, ModelConfig, UserError
 from chargpt_jax.generate import advance, begin
-from chargpt_jax.kv_blocks import Blocks
 from chargpt_jax.model.gpt import create
+from chargpt_jax.ops.cpu_kv_cache import Blocks
 from chargpt_jax.sampling import Sampler
 from chargpt_jax.stages import prepare
 from chargpt_jax.workdir import Workdir

@@ -17,9 +17,9 @@ import chargpt_jax  # noqa: E402
 from benchmarks import fidelity, statistics  # noqa: E402
 from chargpt_jax.config import DataConfig, differences, load_config, validate  # noqa: E402
 from chargpt_jax.data.batches import batch_at  # noqa: E402
-from chargpt_jax.dropout import seeds_for  # noqa: E402
 from chargpt_jax.events import TrainStarted, Validated  # noqa: E402
 from chargpt_jax.model.gpt import create  # noqa: E402
+from chargpt_jax.ops.dropout import seeds_for  # noqa: E402
 from tests import original  # noqa: E402
 from tests.corpus_text import small_config, write_words  # noqa: E402
 from tests.pairing import by_name  # noqa: E402

@@ -18,16 +18,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from chargpt_jax.attention import SAVED, causal_attention
 from chargpt_jax.bits import derive, draw, seeds_of, unit
 from chargpt_jax.config import ModelConfig
-from chargpt_jax.dropout import Dropout, dropout
-from chargpt_jax.kv_blocks import Blocks
-from chargpt_jax.kv_cache import Rows, cached_attention
-from chargpt_jax.one_kernel import in_one_kernel
-from chargpt_jax.precision import between_products, rounded_product, widened
-from chargpt_jax.products import product, rows_of
-from chargpt_jax.stack import IN_KERNEL, MOST_TERMS, OfStack, leaves_in_stack
+from chargpt_jax.ops.blockwise_attention import SAVED, causal_attention
+from chargpt_jax.ops.cpu_kernel import in_one_kernel
+from chargpt_jax.ops.cpu_kv_cache import Blocks
+from chargpt_jax.ops.dropout import Dropout, dropout
+from chargpt_jax.ops.kv_cache import Rows, cached_attention
+from chargpt_jax.ops.layer_slice import IN_KERNEL, MOST_TERMS, OfStack, leaves_in_stack
+from chargpt_jax.ops.matmul import product, rows_of
+from chargpt_jax.ops.precision import between_products, rounded_product, widened
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """From q, k and v, [B, H, T, D] each, to the heads' outputs [B, H, T, D] and whatever is to be kept of the layer."""

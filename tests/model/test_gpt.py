@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from chargpt_jax.attention import causal_attention
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.devices import BFLOAT16_ON_CPU, compiler_options, data_mesh
-from chargpt_jax.dropout import Dropout, seeds_for
-from chargpt_jax.kv_blocks import Blocks
-from chargpt_jax.kv_cache import Rows
 from chargpt_jax.metrics import surprisal_and_entropy
 from chargpt_jax.model.gpt import MASKED, Keys, count_parameters, create, plan, rotary, rotate
+from chargpt_jax.ops.blockwise_attention import causal_attention
+from chargpt_jax.ops.cpu_kv_cache import Blocks
+from chargpt_jax.ops.dropout import Dropout, seeds_for
+from chargpt_jax.ops.kv_cache import Rows
 from chargpt_jax.step import nats
 from tests import reference
 from tests.pairing import from_reference, x64

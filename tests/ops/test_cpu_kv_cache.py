@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chargpt_jax.kv_blocks import BLOCK, Blocks
-from chargpt_jax.kv_cache import Rows
-from chargpt_jax.one_kernel import in_one_kernel
+from chargpt_jax.ops.cpu_kernel import in_one_kernel
+from chargpt_jax.ops.cpu_kv_cache import BLOCK, Blocks
+from chargpt_jax.ops.kv_cache import Rows
+from tests.ops.test_kv_cache import around
 from tests.pairing import x64
-from tests.test_kv_cache import around
 
 
 def both(seed=0, texts=2, places=200, dtype=jnp.float32, shape=(3, 8)):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chargpt_jax.stack import OfStack, leaves_in_stack
+from chargpt_jax.ops.layer_slice import OfStack, leaves_in_stack
 from tests.pairing import x64
 
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chargpt_jax.attention import causal_attention
-from chargpt_jax.dropout import Dropout
-from chargpt_jax.kv_cache import Rows, cached_attention, read_widths, with_place
+from chargpt_jax.ops.blockwise_attention import causal_attention
+from chargpt_jax.ops.dropout import Dropout
+from chargpt_jax.ops.kv_cache import Rows, cached_attention, read_widths, with_place
+from tests.ops.test_blockwise_attention import inputs
 from tests.pairing import x64
-from tests.test_attention import inputs
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from chargpt_jax.devices import on_cpu
-from chargpt_jax.products import product
+from chargpt_jax.ops.matmul import product
 
 
 def widened(dtype: Any) -> Any:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from chargpt_jax.devices import on_cpu
-from chargpt_jax.products import product
+from chargpt_jax.ops.matmul import product
 
 MOST_TERMS, IN_KERNEL = 16, 4
 """How many products of two numbers are summed in one kernel; the sums of so many are then added by another.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from chargpt_jax.bits import derive
-from chargpt_jax.dropout import Dropout, dropout, keep_mask, seeds_for
+from chargpt_jax.ops.dropout import Dropout, dropout, keep_mask, seeds_for
 from chargpt_jax.step import dropout_key
 
 SEEDS = seeds_for(jax.random.key(0), 64)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chargpt_jax.devices import BFLOAT16_ON_CPU
-from chargpt_jax.products import product, rows_of
+from chargpt_jax.ops.matmul import product, rows_of
 from tests.pairing import x64
 
 AXES = "btc,vc->btv"

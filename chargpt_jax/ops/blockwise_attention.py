@@ -27,8 +27,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from chargpt_jax.bits import derive
 from chargpt_jax.devices import by_parts, on_cpu
-from chargpt_jax.dropout import Dropout, keep_mask
-from chargpt_jax.products import product
+from chargpt_jax.ops.dropout import Dropout, keep_mask
+from chargpt_jax.ops.matmul import product
 
 SAVED = "attention"
 """The name under which y and l are known to a rematerialisation policy: they are dear to make again."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chargpt_jax.one_kernel import MOST_ALONE, WithKernels, in_one_kernel, kernels_allowed, writes_alone
+from chargpt_jax.ops.cpu_kernel import MOST_ALONE, WithKernels, in_one_kernel, kernels_allowed, writes_alone
 
 
 def walk(x, w):

@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from chargpt_jax.kv_cache import in_range
+from chargpt_jax.ops.kv_cache import in_range
 
 BLOCK, LANES = 32, 16
 """Places in a block, and how many sums are kept of each channel: the numbers in a vector of the widest CPUs.

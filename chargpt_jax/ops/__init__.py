@@ -1,0 +1,1 @@
+"""Operations that differ by device: plain mathematics, fast paths, and the choice between them."""
