@@ -80,7 +80,8 @@ class Ours:
 
     def __init__(self, config: Config, variant: str, folder: Path | None) -> None:
         with garbage.kept():  # as where the package imports itself
-            from chargpt_jax import assembly, devices  # noqa: F401
+            from chargpt_jax import devices
+            from chargpt_jax.training import setup  # noqa: F401
 
         devices.use_every_core()
         self.config = config
@@ -88,9 +89,9 @@ class Ours:
 
     def trainer(self) -> Update:
         """Compile the updates and return them; each call is one dispatch, of as many as training puts into it."""
-        from chargpt_jax import optimizer
-        from chargpt_jax.assembly import Setup
-        from chargpt_jax.pace import Pace
+        from chargpt_jax.training import optimizer
+        from chargpt_jax.training.pacing import Pace
+        from chargpt_jax.training.setup import Setup
 
         config = self.config
         setup = Setup.on(config, corpus(config), vocabulary=())

@@ -26,12 +26,12 @@ from chargpt_jax.config import LRFinderConfig, ModelConfig, OptimizerConfig, Sch
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.events import LRFinderResult
 from chargpt_jax.generate import advance, begin, bucket
-from chargpt_jax.lr_finder import LossesOf, search, trainer_losses
 from chargpt_jax.metrics import surprise_surprise
 from chargpt_jax.model.gpt import create
-from chargpt_jax.optimizer import adamw, warmup_cosine
 from chargpt_jax.sampling import Sampler
-from chargpt_jax.step import create_state, train_step
+from chargpt_jax.training.lr_finder import LossesOf, search, trainer_losses
+from chargpt_jax.training.optimizer import adamw, warmup_cosine
+from chargpt_jax.training.step import create_state, train_step
 from tests import original, reference
 from tests.pairing import by_name, from_reference, x64
 

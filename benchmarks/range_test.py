@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.peers import machine
-from chargpt_jax import optimizer
-from chargpt_jax.assembly import Setup
 from chargpt_jax.config import load_config
 from chargpt_jax.events import LRFinderStep
-from chargpt_jax.stages import find_lr
+from chargpt_jax.training import optimizer
+from chargpt_jax.training.setup import Setup
+from chargpt_jax.training.stages import find_lr
 from chargpt_jax.workdir import Workdir
 
 

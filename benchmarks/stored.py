@@ -24,8 +24,8 @@ import numpy as np
 from chargpt_jax.checkpoint import Checkpoints
 from chargpt_jax.config import Config, ModelConfig, OptimizerConfig
 from chargpt_jax.model.gpt import create
-from chargpt_jax.optimizer import adamw
-from chargpt_jax.step import TrainState, create_state
+from chargpt_jax.training.optimizer import adamw
+from chargpt_jax.training.step import TrainState, create_state
 
 MODEL = ModelConfig(vocab_size=64, used_ids=4, block_size=12, n_embd=8, n_head=2, n_head_dim=4, n_ff=16, n_layer=2)
 RECORD = {

@@ -19,9 +19,10 @@ from jax.profiler import ProfileData
 
 from benchmarks.contestants import corpus, setup_of
 from benchmarks.peers import machine
-from chargpt_jax import devices, optimizer
-from chargpt_jax.assembly import compiled_updates, fresh_state
+from chargpt_jax import devices
 from chargpt_jax.model.gpt import create
+from chargpt_jax.training import optimizer
+from chargpt_jax.training.setup import compiled_updates, fresh_state
 
 INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', re.MULTILINE)
 

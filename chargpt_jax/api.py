@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chargpt_jax import devices, interchange, optimizer
-from chargpt_jax.assembly import Setup, state_shapes
+from chargpt_jax import devices, interchange
 from chargpt_jax.checkpoint import Checkpoints, NoCheckpoint
 from chargpt_jax.config import MOST_STEPS, MOST_TEXT, Config, UserError, from_dict, shown
 from chargpt_jax.data import batches
@@ -27,14 +26,16 @@ from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.events import Ended, Event
 from chargpt_jax.generate import Progress, advance, begin, bucket, score_tokens
 from chargpt_jax.interchange import import_original
-from chargpt_jax.lr_finder import result_from
 from chargpt_jax.metrics import bits_per_character, perplexity
 from chargpt_jax.model.flops import training_flops
 from chargpt_jax.model.gpt import count_parameters, create
 from chargpt_jax.pictures import plots, report
 from chargpt_jax.samples import Sample, Samples
 from chargpt_jax.sampling import Sampler
-from chargpt_jax.stages import Stop, find_lr, prepare, train
+from chargpt_jax.training import optimizer
+from chargpt_jax.training.lr_finder import result_from
+from chargpt_jax.training.setup import Setup, state_shapes
+from chargpt_jax.training.stages import Stop, find_lr, prepare, train
 from chargpt_jax.workdir import Workdir, excused
 
 MOST_AT_ONCE = 32 * MOST_TEXT

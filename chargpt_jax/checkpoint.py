@@ -36,7 +36,7 @@ from chargpt_jax import manifest
 from chargpt_jax.config import UserError, from_dict
 from chargpt_jax.manifest import Damaged
 from chargpt_jax.named_arrays import Arrays, check_same, described, digest, named, on_host, placed, plain
-from chargpt_jax.step import TrainState
+from chargpt_jax.training.step import TrainState
 
 FORMAT = 2
 """Of what a step holds; a reader refuses a newer one."""

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from chargpt_jax import devices, optimizer
-from chargpt_jax.assembly import compiled_updates, laid_out, state_shapes, validation_nats
+from chargpt_jax import devices
 from chargpt_jax.config import Config, UserError
 from chargpt_jax.generate import begin, bucket, inside, past
 from chargpt_jax.model.gpt import create
 from chargpt_jax.sampling import Sampler
+from chargpt_jax.training import optimizer
+from chargpt_jax.training.setup import compiled_updates, laid_out, state_shapes, validation_nats
 
 ALONE = "TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v4-8"
 """Environment that keeps libtpu from asking the network which machine this is, and from complaining about it."""

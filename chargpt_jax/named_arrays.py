@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from chargpt_jax.manifest import Damaged
-from chargpt_jax.step import TrainState
+from chargpt_jax.training.step import TrainState
 
 Arrays = dict[str, np.ndarray]
 

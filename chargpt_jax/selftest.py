@@ -29,13 +29,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from chargpt_jax import optimizer
-from chargpt_jax.assembly import Setup
 from chargpt_jax.checkpoint import NoCheckpoint
 from chargpt_jax.config import Config, DataConfig, UserError, from_dict, to_json
 from chargpt_jax.data.corpus import load_corpus
-from chargpt_jax.stages import restored
-from chargpt_jax.step import TrainState
+from chargpt_jax.training import optimizer
+from chargpt_jax.training.setup import Setup
+from chargpt_jax.training.stages import restored
+from chargpt_jax.training.step import TrainState
 from chargpt_jax.workdir import Workdir
 
 STEPS, INTERVAL = 40, 4

@@ -19,14 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chargpt_jax import devices, optimizer
-from chargpt_jax.assembly import Setup, compiled_updates
+from chargpt_jax import devices
 from chargpt_jax.config import AmpConfig, ModelConfig, UserError
 from chargpt_jax.generate import advance, begin
 from chargpt_jax.model.gpt import create
 from chargpt_jax.ops.cpu_kv_cache import Blocks
 from chargpt_jax.sampling import Sampler
-from chargpt_jax.stages import prepare
+from chargpt_jax.training import optimizer
+from chargpt_jax.training.setup import Setup, compiled_updates
+from chargpt_jax.training.stages import prepare
 from chargpt_jax.workdir import Workdir
 from tests.corpus_text import write_words
 
@@ -134,7 +135,7 @@ def test_a_number_of_devices_that_the_user_chose_is_left_alone(chosen):
 TRAINING = """
 import os, sys
 os.sched_getaffinity = lambda _: range(4)
-from chargpt_jax import stages
+from chargpt_jax.training import stages
 from chargpt_jax.events import TrainStarted
 from tests.corpus_text import small_config
 from pathlib import Path

@@ -19,12 +19,13 @@ import jax.monitoring
 import pytest
 
 from chargpt_jax import main as main_module
-from chargpt_jax import selftest, stages
+from chargpt_jax import selftest
 from chargpt_jax.config import to_json
 from chargpt_jax.data.batches import windows_per_pass
 from chargpt_jax.flags import MODES
 from chargpt_jax.main import Signals, main
-from chargpt_jax.pace import Ending
+from chargpt_jax.training import stages
+from chargpt_jax.training.pacing import Ending
 from chargpt_jax.workdir import Workdir
 
 PREPARE = "--mode=prepare --config=tiny --config.data.source=text.txt --workdir=run"

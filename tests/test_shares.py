@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from chargpt_jax import devices, optimizer
+from chargpt_jax import devices
 from chargpt_jax.config import OptimizerConfig
 from chargpt_jax.shares import layout, shared
+from chargpt_jax.training import optimizer
 from tests.test_devices import Device
 
 PARAMS = {

@@ -17,7 +17,7 @@ from chargpt_jax.ops.blockwise_attention import causal_attention
 from chargpt_jax.ops.cpu_kv_cache import Blocks
 from chargpt_jax.ops.dropout import Dropout, seeds_for
 from chargpt_jax.ops.kv_cache import Rows
-from chargpt_jax.step import nats
+from chargpt_jax.training.step import nats
 from tests import reference
 from tests.pairing import from_reference, x64
 

@@ -12,7 +12,7 @@ import pytest
 
 from chargpt_jax.bits import derive
 from chargpt_jax.ops.dropout import Dropout, dropout, keep_mask, seeds_for
-from chargpt_jax.step import dropout_key
+from chargpt_jax.training.step import dropout_key
 
 SEEDS = seeds_for(jax.random.key(0), 64)
 N = 8192

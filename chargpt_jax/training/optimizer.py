@@ -9,8 +9,8 @@ import optax
 from jax.sharding import Mesh
 
 from chargpt_jax.config import MOST_STEPS, OptimizerConfig, SchedulerConfig, UserError
-from chargpt_jax.muon import is_hidden, scale_by_muon
 from chargpt_jax.shares import shared
+from chargpt_jax.training.muon import is_hidden, scale_by_muon
 
 EPS = 1e-8
 """What Adam adds to the root of the second moment: the ancestor's, and optax's and PyTorch's default."""

@@ -8,8 +8,8 @@ import pytest
 
 from chargpt_jax.config import ModelConfig, OptimizerConfig
 from chargpt_jax.model.gpt import create
-from chargpt_jax.muon import MARGIN, POLYNOMIALS, is_hidden, orthogonal, scale_by_muon
-from chargpt_jax.optimizer import adamw, transform
+from chargpt_jax.training.muon import MARGIN, POLYNOMIALS, is_hidden, orthogonal, scale_by_muon
+from chargpt_jax.training.optimizer import adamw, transform
 from tests.pairing import x64
 
 SHAPES = [(5, 5), (4, 9), (9, 4), (1, 6), (32, 96)]

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 
-from chargpt_jax import assembly, pace, stages
 from chargpt_jax.checkpoint import Checkpoints
 from chargpt_jax.config import UserError, load_config
 from chargpt_jax.devices import BFLOAT16_ON_CPU
@@ -29,6 +28,7 @@ from chargpt_jax.events import (
     Zoom,
 )
 from chargpt_jax.selftest import shrunk
+from chargpt_jax.training import pacing, setup, stages
 from chargpt_jax.workdir import Log, Workdir
 from tests.corpus_text import FLOOR, small_config, write_words
 
@@ -42,7 +42,7 @@ def text(tmp_path_factory):
 def several_validation_batches():
     """Validate in batches as short as training's, so that a validation can be cut between two of them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembly, "VALIDATED_AT_ONCE", 1)
+        patch.setattr(setup, "VALIDATED_AT_ONCE", 1)
         yield
 
 
@@ -195,7 +195,7 @@ def test_the_seconds_of_a_run_go_on_where_it_was_cut(text, tmp_path):
 def test_a_signal_within_a_validation_cuts_it_short_and_it_is_made_up_for(whole, text, tmp_path, monkeypatch, at):
     """Step 3 is the first that is validated here, 30 the last of all."""
     config = small_config(text)
-    batches_seen, original = 0, assembly.Setup.validator
+    batches_seen, original = 0, setup.Setup.validator
 
     def counting(self, whole=False):
         inner = original(self, whole)
@@ -210,7 +210,7 @@ def test_a_signal_within_a_validation_cuts_it_short_and_it_is_made_up_for(whole,
 
         return loss
 
-    monkeypatch.setattr(assembly.Setup, "validator", counting)
+    monkeypatch.setattr(setup.Setup, "validator", counting)
     events = list(stages.train(config, tmp_path, quiet, lambda: signal.SIGTERM if batches_seen == 2 else None))
     monkeypatch.undo()
     cut = events[-1].step
@@ -305,8 +305,8 @@ def test_every_shipped_config_resumes_bit_for_bit_after_crashes_at_random_writes
 
 def test_time_is_up_when_a_dispatch_and_two_saves_no_longer_fit(monkeypatch):
     now = 1000.0
-    monkeypatch.setattr(pace.time, "monotonic", lambda: now)
-    ending = pace.Ending(lambda: None, max_minutes=1.0)
+    monkeypatch.setattr(pacing.time, "monotonic", lambda: now)
+    ending = pacing.Ending(lambda: None, max_minutes=1.0)
     assert not ending.near(40.0)
     ending.saved(10.0)
     assert ending.spare() == 39.0
@@ -316,16 +316,16 @@ def test_time_is_up_when_a_dispatch_and_two_saves_no_longer_fit(monkeypatch):
     now -= 30
     assert ending.near()  # it stays so
     assert (ending.signal, ending.out_of_time) == (None, True)
-    assert not pace.Ending(lambda: None).near(1e9)
+    assert not pacing.Ending(lambda: None).near(1e9)
 
 
 def test_near_the_end_of_the_time_a_dispatch_holds_what_still_fits(text):
     timed = stages.Pace(small_config(text))
-    assert (timed.fitting(math.inf), timed.fitting(3.0)) == (pace.MOST_STEPS, 1)
+    assert (timed.fitting(math.inf), timed.fitting(3.0)) == (pacing.MOST_STEPS, 1)
     timed.took(1.0, 10)
     assert timed.fitting(1.3) == 10
     assert timed.fitting(0.001) == 1
-    assert timed.fitting(1e9) == pace.MOST_STEPS
+    assert timed.fitting(1e9) == pacing.MOST_STEPS
 
 
 def test_a_finished_run_has_nothing_left_to_do(whole, text):
@@ -337,7 +337,7 @@ def test_a_finished_run_has_nothing_left_to_do(whole, text):
 
 
 def test_training_compiles_once_for_dispatches_of_any_length(text, tmp_path, monkeypatch):
-    traces = traces_of(assembly, "updates", monkeypatch)
+    traces = traces_of(setup, "updates", monkeypatch)
     events = list(stages.train(small_config(text), tmp_path, quiet))
     lengths = np.diff([0] + [event.step for event in events if isinstance(event, Steps)])
     assert len(set(lengths)) > 1
@@ -345,7 +345,7 @@ def test_training_compiles_once_for_dispatches_of_any_length(text, tmp_path, mon
 
 
 def test_validation_compiles_once_for_all_of_a_run(text, tmp_path, monkeypatch):
-    traces = traces_of(assembly, "validation_nats", monkeypatch)
+    traces = traces_of(setup, "validation_nats", monkeypatch)
     events = list(stages.train(small_config(text), tmp_path, quiet))
     assert len([event for event in events if isinstance(event, Validated)]) > 1
     assert len(traces) == 1
@@ -356,7 +356,7 @@ def test_short_batches_are_validated_together_with_the_same_result(text, tmp_pat
     setup, asked, losses = stages.Setup.of(Workdir(tmp_path)), [], []
     params = jax.tree.map(np.asarray, setup.draw())
     for most in (1, 600, 10**6):  # a batch of training is 8 x 32 characters
-        monkeypatch.setattr(assembly, "VALIDATED_AT_ONCE", most)
+        monkeypatch.setattr(setup, "VALIDATED_AT_ONCE", most)
         asked.append(0)
 
         def ended():
@@ -438,7 +438,7 @@ def test_a_failure_in_drawing_while_the_updates_are_traced_is_told(text, tmp_pat
 
 
 def test_the_range_test_compiles_once(text, tmp_path, monkeypatch):
-    traces = traces_of(assembly, "probe", monkeypatch)
+    traces = traces_of(setup, "probe", monkeypatch)
     list(stages.find_lr(small_config(text), tmp_path, quiet))
     assert len(traces) == 1
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from chargpt_jax.config import LRFinderConfig, UserError
 from chargpt_jax.events import LRFinderResult, LRFinderStep, Zoom
-from chargpt_jax.lr_finder import LossesOf, log_spaced, search, steepest_rate, trainer_losses, zoom_in
+from chargpt_jax.training.lr_finder import LossesOf, log_spaced, search, steepest_rate, trainer_losses, zoom_in
 from tests import reference
 
 LossOf = Callable[[int, int, float], float]

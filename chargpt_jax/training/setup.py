@@ -18,12 +18,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from chargpt_jax import devices, garbage, optimizer, shares
+from chargpt_jax import devices, garbage, shares
 from chargpt_jax.config import Config
 from chargpt_jax.data import batches
 from chargpt_jax.model.gpt import plan
-from chargpt_jax.pace import MOST_STEPS
-from chargpt_jax.step import TrainState, create_state, data_key, eval_step, train_step, validation_key
+from chargpt_jax.training import optimizer
+from chargpt_jax.training.pacing import MOST_STEPS
+from chargpt_jax.training.step import TrainState, create_state, data_key, eval_step, train_step, validation_key
 from chargpt_jax.workdir import Workdir
 
 Validator = Callable[..., float | None]

@@ -10,7 +10,7 @@ import pytest
 
 from chargpt_jax.config import ModelConfig, OptimizerConfig, SchedulerConfig
 from chargpt_jax.model.gpt import create
-from chargpt_jax.optimizer import adamw, decay_mask, total_steps, transform, warmup_cosine
+from chargpt_jax.training.optimizer import adamw, decay_mask, total_steps, transform, warmup_cosine
 from tests import reference
 from tests.pairing import x64
 

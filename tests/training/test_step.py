@@ -13,8 +13,8 @@ from flax import nnx
 
 from chargpt_jax.config import ModelConfig, OptimizerConfig
 from chargpt_jax.model.gpt import create
-from chargpt_jax.optimizer import adamw, transform
-from chargpt_jax.step import create_state, eval_step, nats, train_step
+from chargpt_jax.training.optimizer import adamw, transform
+from chargpt_jax.training.step import create_state, eval_step, nats, train_step
 from tests import reference
 
 CONFIG = ModelConfig(

@@ -1,0 +1,1 @@
+"""The training step, optimizers, the learning-rate range test, the training loop."""
