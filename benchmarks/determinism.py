@@ -28,13 +28,13 @@ import jax
 import numpy as np
 
 from chargpt_jax import api
-from chargpt_jax.checkpoint import Checkpoints
 from chargpt_jax.config import Config
 from chargpt_jax.events import Steps
 from chargpt_jax.samples import Sample
+from chargpt_jax.storage.checkpoint import Checkpoints
+from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer, stages
 from chargpt_jax.training.setup import Setup
-from chargpt_jax.workdir import Workdir
 from tests.corpus_text import small_config
 
 UPDATES = 40

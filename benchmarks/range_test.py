@@ -20,10 +20,10 @@ import numpy as np
 from benchmarks.peers import machine
 from chargpt_jax.config import load_config
 from chargpt_jax.events import LRFinderStep
+from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.stages import find_lr
-from chargpt_jax.workdir import Workdir
 
 
 def main(words: Sequence[str] | None = None) -> None:

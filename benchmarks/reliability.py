@@ -27,9 +27,9 @@ import orbax.checkpoint as ocp
 from benchmarks.contestants import setup_of
 from benchmarks.peers import machine
 from benchmarks.stored import RECORD, Store, bits, faults, filled, refuse, state_at
-from chargpt_jax import manifest
-from chargpt_jax.checkpoint import SaveFailed
-from chargpt_jax.named_arrays import on_host
+from chargpt_jax.storage import manifest
+from chargpt_jax.storage.checkpoint import SaveFailed
+from chargpt_jax.storage.state_arrays import on_host
 
 
 def seconds(f: Callable[[], object]) -> float:

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chargpt_jax.checkpoint import Checkpoints
 from chargpt_jax.config import Config, ModelConfig, OptimizerConfig
 from chargpt_jax.model.gpt import create
+from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.training.optimizer import adamw
 from chargpt_jax.training.step import TrainState, create_state
 

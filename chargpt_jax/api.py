@@ -19,7 +19,6 @@ import numpy as np
 from flax import nnx
 
 from chargpt_jax import devices, interchange
-from chargpt_jax.checkpoint import Checkpoints, NoCheckpoint
 from chargpt_jax.config import MOST_STEPS, MOST_TEXT, Config, UserError, from_dict, shown
 from chargpt_jax.data import batches
 from chargpt_jax.data.tokenizer import CharTokenizer
@@ -32,11 +31,12 @@ from chargpt_jax.model.gpt import count_parameters, create
 from chargpt_jax.pictures import plots, report
 from chargpt_jax.samples import Sample, Samples
 from chargpt_jax.sampling import Sampler
+from chargpt_jax.storage.checkpoint import Checkpoints, NoCheckpoint
+from chargpt_jax.storage.workdir import Workdir, excused
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.lr_finder import result_from
 from chargpt_jax.training.setup import Setup, state_shapes
 from chargpt_jax.training.stages import Stop, find_lr, prepare, train
-from chargpt_jax.workdir import Workdir, excused
 
 MOST_AT_ONCE = 32 * MOST_TEXT
 """Characters of all prompts and continuations together that are held in memory, at most."""

@@ -116,7 +116,7 @@ def _main(argv: Sequence[str], signals: "Signals") -> int:
 
 
 def _stage(mode: str, config: Config, values: FlagValues, signals: "Signals", minutes: float | None) -> int:
-    from chargpt_jax.workdir import Workdir
+    from chargpt_jax.storage.workdir import Workdir
 
     folder = Workdir(values.workdir)
     folder.check_writable()
@@ -187,7 +187,7 @@ def _eval(values: FlagValues, _: Config | None) -> int:
 
 
 def _generate(values: FlagValues, _: Config | None) -> int:
-    from chargpt_jax.workdir import Workdir
+    from chargpt_jax.storage.workdir import Workdir
 
     folder = Workdir(values.workdir)
     how = folder.load_config().sample
@@ -216,7 +216,7 @@ def _generate(values: FlagValues, _: Config | None) -> int:
 
 def _score(values: FlagValues, _: Config | None) -> int:
     from chargpt_jax.data import corpus
-    from chargpt_jax.workdir import Workdir
+    from chargpt_jax.storage.workdir import Workdir
 
     if (values.text is None) == (values.text_file is None):
         raise UserError("--mode=score needs a text: give either --text or --text_file.")

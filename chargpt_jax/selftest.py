@@ -29,14 +29,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from chargpt_jax.checkpoint import NoCheckpoint
 from chargpt_jax.config import Config, DataConfig, UserError, from_dict, to_json
 from chargpt_jax.data.corpus import load_corpus
+from chargpt_jax.storage.checkpoint import NoCheckpoint
+from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.stages import restored
 from chargpt_jax.training.step import TrainState
-from chargpt_jax.workdir import Workdir
 
 STEPS, INTERVAL = 40, 4
 """Updates of a training, and between two of its checkpoints."""

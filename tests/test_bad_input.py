@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 import chargpt_jax
-from chargpt_jax import checkpoint, main
+from chargpt_jax import main
 from chargpt_jax.config import MOST_TEXT, UserError
-from chargpt_jax.workdir import Workdir
+from chargpt_jax.storage import checkpoint
+from chargpt_jax.storage.workdir import Workdir
 from tests.corpus_text import small_config, write_words
 
 SIZES = {"n_embd": 8, "n_head": 2, "n_head_dim": 4, "n_ff": 16, "dropout": 0.0}

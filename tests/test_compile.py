@@ -16,10 +16,10 @@ from jax import export
 from chargpt_jax import compile as ahead
 from chargpt_jax import devices
 from chargpt_jax.config import Config, UserError
+from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.stages import prepare
-from chargpt_jax.workdir import Workdir
 from tests.corpus_text import small_config, write_words
 
 NAMES = ["training", "validation", "prefill", "decoding"]

@@ -25,10 +25,10 @@ from chargpt_jax.generate import advance, begin
 from chargpt_jax.model.gpt import create
 from chargpt_jax.ops.cpu_kv_cache import Blocks
 from chargpt_jax.sampling import Sampler
+from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import Setup, compiled_updates
 from chargpt_jax.training.stages import prepare
-from chargpt_jax.workdir import Workdir
 from tests.corpus_text import write_words
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.reliability import operations
 from benchmarks.stored import RECORD, Store, bits, faults, filled, refuse, state_at
-from chargpt_jax.checkpoint import SaveFailed
+from chargpt_jax.storage.checkpoint import SaveFailed
 
 ROOT = Path(__file__).parents[1]
 ERRORS = [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES]
@@ -91,7 +91,7 @@ def child(code, folder):
     save = (
         "import sys; from pathlib import Path\n"
         "from benchmarks.stored import RECORD, Store, state_at\n"
-        "from chargpt_jax.checkpoint import SaveFailed\n"
+        "from chargpt_jax.storage.checkpoint import SaveFailed\n"
         f"{code}\n"
         "store = Store(Path(sys.argv[1]))\n"
         "try:\n    store.save(state_at(4), RECORD, 0.5)\n    print('saved')\n"
@@ -133,7 +133,7 @@ def mounted(options, script, folder):
 SAVE = """
 import sys; from pathlib import Path
 from benchmarks.stored import RECORD, Store, bits, state_at
-from chargpt_jax.checkpoint import SaveFailed
+from chargpt_jax.storage.checkpoint import SaveFailed
 store = Store(Path(sys.argv[1]))
 try:
     for step in range(4, 99):

@@ -24,9 +24,9 @@ from chargpt_jax.config import to_json
 from chargpt_jax.data.batches import windows_per_pass
 from chargpt_jax.flags import MODES
 from chargpt_jax.main import Signals, main
+from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import stages
 from chargpt_jax.training.pacing import Ending
-from chargpt_jax.workdir import Workdir
 
 PREPARE = "--mode=prepare --config=tiny --config.data.source=text.txt --workdir=run"
 SENTENCE = "The quick brown fox jumps over the lazy dog.\n"
@@ -492,7 +492,7 @@ def test_a_time_limit_ends_in_time_and_the_same_command_goes_on(
 
 def test_a_second_writer_is_refused_with_pid_and_host_and_touches_nothing(refused: Refused, here: Path) -> None:
     prepare(here)
-    program = "import sys; from pathlib import Path; from chargpt_jax.lock import writer\n"
+    program = "import sys; from pathlib import Path; from chargpt_jax.storage.lock import writer\n"
     program += "with writer(Path('run').absolute()): print(flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None

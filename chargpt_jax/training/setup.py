@@ -22,10 +22,10 @@ from chargpt_jax import devices, garbage, shares
 from chargpt_jax.config import Config
 from chargpt_jax.data import batches
 from chargpt_jax.model.gpt import plan
+from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.pacing import MOST_STEPS
 from chargpt_jax.training.step import TrainState, create_state, data_key, eval_step, train_step, validation_key
-from chargpt_jax.workdir import Workdir
 
 Validator = Callable[..., float | None]
 """(parameters, step, ended) -> nats per character."""

@@ -18,23 +18,23 @@ import numpy as np
 import optax
 
 from chargpt_jax import devices
-from chargpt_jax.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.config import Config, UserError, differences, from_dict, validate
 from chargpt_jax.data import batches
 from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.events import Compiled, Ended, Event, LRFinderResult, Prepared, Saved, Steps, TrainStarted, Validated
-from chargpt_jax.lock import Lock, writer
 from chargpt_jax.metrics import bits_per_character
 from chargpt_jax.model.flops import peak_flops, training_flops
 from chargpt_jax.model.gpt import count_parameters
 from chargpt_jax.pictures import plots
+from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
+from chargpt_jax.storage.lock import Lock, writer
+from chargpt_jax.storage.workdir import Log, Workdir, excused
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.lr_finder import search, trainer_losses
 from chargpt_jax.training.pacing import MOST_STEPS, Ending, Pace, Stop
 from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.step import TrainState
-from chargpt_jax.workdir import Log, Workdir, excused
 
 
 class NonFiniteLoss(Exception):

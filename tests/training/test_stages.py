@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 
-from chargpt_jax.checkpoint import Checkpoints
 from chargpt_jax.config import UserError, load_config
 from chargpt_jax.devices import BFLOAT16_ON_CPU
 from chargpt_jax.events import (
@@ -28,8 +27,9 @@ from chargpt_jax.events import (
     Zoom,
 )
 from chargpt_jax.selftest import shrunk
+from chargpt_jax.storage.checkpoint import Checkpoints
+from chargpt_jax.storage.workdir import Log, Workdir
 from chargpt_jax.training import pacing, setup, stages
-from chargpt_jax.workdir import Log, Workdir
 from tests.corpus_text import FLOOR, small_config, write_words
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from chargpt_jax.config import Config, UserError, load_config
 from chargpt_jax.data.tokenizer import CharTokenizer
-from chargpt_jax.workdir import Log, Workdir, replacing
+from chargpt_jax.storage.workdir import Log, Workdir, replacing
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from benchmarks.stored import state_at
-from chargpt_jax.manifest import Damaged
-from chargpt_jax.named_arrays import check_same, described, digest, named, on_host, placed, plain
+from chargpt_jax.storage.manifest import Damaged
+from chargpt_jax.storage.state_arrays import check_same, described, digest, named, on_host, placed, plain
 
 
 def test_a_state_is_what_its_arrays_on_the_host_make_of_it():

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.stored import RECORD, Store, bits, filled, state_at
-from chargpt_jax import manifest
-from chargpt_jax.checkpoint import FORMAT, UNVALIDATED, Checkpoints, NoCheckpoint, SaveFailed
+from chargpt_jax.storage import manifest
+from chargpt_jax.storage.checkpoint import FORMAT, UNVALIDATED, Checkpoints, NoCheckpoint, SaveFailed
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ import time
 
 import pytest
 
-from chargpt_jax import lock
 from chargpt_jax.config import UserError
+from chargpt_jax.storage import lock
 
 HOLDER = """
 import sys
 from pathlib import Path
-from chargpt_jax.lock import writer
+from chargpt_jax.storage.lock import writer
 with writer(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

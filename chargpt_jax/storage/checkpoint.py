@@ -32,10 +32,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from chargpt_jax import manifest
 from chargpt_jax.config import UserError, from_dict
-from chargpt_jax.manifest import Damaged
-from chargpt_jax.named_arrays import Arrays, check_same, described, digest, named, on_host, placed, plain
+from chargpt_jax.storage import manifest
+from chargpt_jax.storage.manifest import Damaged
+from chargpt_jax.storage.state_arrays import Arrays, check_same, described, digest, named, on_host, placed, plain
 from chargpt_jax.training.step import TrainState
 
 FORMAT = 2

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chargpt_jax.manifest import Damaged
+from chargpt_jax.storage.manifest import Damaged
 from chargpt_jax.training.step import TrainState
 
 Arrays = dict[str, np.ndarray]

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from chargpt_jax import manifest
-from chargpt_jax.manifest import Damaged, seal, verify
+from chargpt_jax.storage import manifest
+from chargpt_jax.storage.manifest import Damaged, seal, verify
 
 
 @pytest.fixture

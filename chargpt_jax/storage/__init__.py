@@ -1,0 +1,1 @@
+"""The run folder: checkpoints with checksums, the lock, atomic file writes."""
