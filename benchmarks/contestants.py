@@ -115,9 +115,9 @@ class Ours:
         import jax
 
         from chargpt_jax import devices
-        from chargpt_jax.generate import advance, begin, bucket
+        from chargpt_jax.generation.generate import advance, begin, bucket
+        from chargpt_jax.generation.sampler import Sampler
         from chargpt_jax.model.gpt import create
-        from chargpt_jax.sampling import Sampler
 
         graphdef, params = create(self.config.model, 0, devices.compute_dtype(self.config.amp))
         mesh = devices.data_mesh(batch)

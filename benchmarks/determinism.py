@@ -30,7 +30,7 @@ import numpy as np
 from chargpt_jax import api
 from chargpt_jax.config import Config
 from chargpt_jax.events import Steps
-from chargpt_jax.samples import Sample
+from chargpt_jax.generation.sample import Sample
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer, stages

@@ -25,10 +25,10 @@ from flax import nnx
 from chargpt_jax.config import LRFinderConfig, ModelConfig, OptimizerConfig, SchedulerConfig
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.events import LRFinderResult
-from chargpt_jax.generate import advance, begin, bucket
-from chargpt_jax.metrics import surprise_surprise
+from chargpt_jax.generation.generate import advance, begin, bucket
+from chargpt_jax.generation.metrics import surprise_surprise
+from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.gpt import create
-from chargpt_jax.sampling import Sampler
 from chargpt_jax.training.lr_finder import LossesOf, search, trainer_losses
 from chargpt_jax.training.optimizer import adamw, warmup_cosine
 from chargpt_jax.training.step import create_state, train_step

@@ -26,10 +26,10 @@ from benchmarks.contestants import corpus, setup_of
 from benchmarks.peers import machine, number
 from chargpt_jax import devices
 from chargpt_jax.config import Config
-from chargpt_jax.generate import advance, begin
+from chargpt_jax.generation.generate import advance, begin
+from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.gpt import create
 from chargpt_jax.ops.cpu_kernel import in_one_kernel
-from chargpt_jax.sampling import Sampler
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import compiled_updates, fresh_state
 

@@ -23,14 +23,14 @@ from chargpt_jax.config import MOST_STEPS, MOST_TEXT, Config, UserError, from_di
 from chargpt_jax.data import batches
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.events import Ended, Event
-from chargpt_jax.generate import Progress, advance, begin, bucket, score_tokens
+from chargpt_jax.generation.generate import Progress, advance, begin, bucket, score_tokens
+from chargpt_jax.generation.metrics import bits_per_character, perplexity
+from chargpt_jax.generation.sample import Sample, Samples
+from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.interchange import import_original
-from chargpt_jax.metrics import bits_per_character, perplexity
 from chargpt_jax.model.flops import training_flops
 from chargpt_jax.model.gpt import count_parameters, create
 from chargpt_jax.pictures import plots, report
-from chargpt_jax.samples import Sample, Samples
-from chargpt_jax.sampling import Sampler
 from chargpt_jax.storage.checkpoint import Checkpoints, NoCheckpoint
 from chargpt_jax.storage.workdir import Workdir, excused
 from chargpt_jax.training import optimizer

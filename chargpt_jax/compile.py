@@ -20,9 +20,9 @@ from jax.sharding import SingleDeviceSharding
 
 from chargpt_jax import devices
 from chargpt_jax.config import Config, UserError
-from chargpt_jax.generate import begin, bucket, inside, past
+from chargpt_jax.generation.generate import begin, bucket, inside, past
+from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.gpt import create
-from chargpt_jax.sampling import Sampler
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import compiled_updates, laid_out, state_shapes, validation_nats
 

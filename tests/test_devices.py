@@ -21,10 +21,10 @@ import pytest
 
 from chargpt_jax import devices
 from chargpt_jax.config import AmpConfig, ModelConfig, UserError
-from chargpt_jax.generate import advance, begin
+from chargpt_jax.generation.generate import advance, begin
+from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.gpt import create
 from chargpt_jax.ops.cpu_kv_cache import Blocks
-from chargpt_jax.sampling import Sampler
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import Setup, compiled_updates

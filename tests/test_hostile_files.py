@@ -17,7 +17,7 @@ from chargpt_jax.config import MOST_JSON, Config, UserError, from_dict, least_by
 from chargpt_jax.config import validate as validated
 from chargpt_jax.data.corpus import MOST_SCORED, load_corpus, read_text
 from chargpt_jax.data.tokenizer import CharTokenizer
-from chargpt_jax.samples import Samples
+from chargpt_jax.generation.sample import Samples
 from chargpt_jax.storage.workdir import MOST_LINE, MOST_METRICS, Log, Workdir
 from chargpt_jax.training.lr_finder import result_from
 from chargpt_jax.training.optimizer import total_steps

@@ -15,10 +15,10 @@ import pytest
 
 from chargpt_jax import progress
 from chargpt_jax.events import Prepared, Validated
+from chargpt_jax.generation.sample import Sample, Samples
 from chargpt_jax.pictures.plots import loss_plot, lr_finder_plot
 from chargpt_jax.pictures.report import POLICY, report
 from chargpt_jax.pictures.subline import MOST_MARKS, Series, subline
-from chargpt_jax.samples import Sample, Samples
 from chargpt_jax.terminal import printable
 from tests.payloads import MARK, PAYLOADS, STEERING
 

@@ -23,7 +23,7 @@ from chargpt_jax.data import batches
 from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.events import Compiled, Ended, Event, LRFinderResult, Prepared, Saved, Steps, TrainStarted, Validated
-from chargpt_jax.metrics import bits_per_character
+from chargpt_jax.generation.metrics import bits_per_character
 from chargpt_jax.model.flops import peak_flops, training_flops
 from chargpt_jax.model.gpt import count_parameters
 from chargpt_jax.pictures import plots

@@ -11,7 +11,7 @@ from flax import nnx
 
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.devices import BFLOAT16_ON_CPU, compiler_options, data_mesh
-from chargpt_jax.metrics import surprisal_and_entropy
+from chargpt_jax.generation.metrics import surprisal_and_entropy
 from chargpt_jax.model.gpt import MASKED, Keys, count_parameters, create, plan, rotary, rotate
 from chargpt_jax.ops.blockwise_attention import causal_attention
 from chargpt_jax.ops.cpu_kv_cache import Blocks

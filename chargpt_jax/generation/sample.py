@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from chargpt_jax.metrics import surprise_surprise
+from chargpt_jax.generation.metrics import surprise_surprise
 from chargpt_jax.pictures import subline
 
 

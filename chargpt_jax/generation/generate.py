@@ -23,12 +23,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from chargpt_jax import devices
 from chargpt_jax.config import UserError
-from chargpt_jax.metrics import surprisal_and_entropy, token_metrics
+from chargpt_jax.generation.metrics import surprisal_and_entropy, token_metrics
+from chargpt_jax.generation.sampler import Drawing
 from chargpt_jax.model.gpt import Cache, count_parameters
 from chargpt_jax.ops.cpu_kernel import WithKernels, in_one_kernel, kernels_allowed, writes_alone
 from chargpt_jax.ops.cpu_kv_cache import Blocks
 from chargpt_jax.ops.kv_cache import Rows
-from chargpt_jax.sampling import Drawing
 
 MOST_PLACES, MOST_DRAWN = 16, 2**20
 """For so many places at most, of so many numbers in all, the noise of drawing is made at once.

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chargpt_jax.metrics import (
+from chargpt_jax.generation.metrics import (
     bits_per_character,
     perplexity,
     surprisal_and_entropy,

@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from chargpt_jax.config import ModelConfig, UserError
-from chargpt_jax.generate import advance, begin, bucket, inside, past, score_tokens
-from chargpt_jax.metrics import surprisal_and_entropy
+from chargpt_jax.generation.generate import advance, begin, bucket, inside, past, score_tokens
+from chargpt_jax.generation.metrics import surprisal_and_entropy
+from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.gpt import create
-from chargpt_jax.sampling import Sampler
 from tests import reference
 from tests.pairing import from_reference
 
@@ -64,7 +64,7 @@ def uncached(row, count, number, temperature=1.0):
 def order(request):
     """Have texts written by a character in turn, or one after the other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("chargpt_jax.generate.writes_alone", lambda *_: request.param)
+        patch.setattr("chargpt_jax.generation.generate.writes_alone", lambda *_: request.param)
         jax.clear_caches()
         yield
     jax.clear_caches()
@@ -125,7 +125,7 @@ def test_models_of_any_shape_write_alone_what_they_write_in_turn(rows, shape, mo
     tokens = np.random.default_rng(0).integers(1, V - 1, (rows, 128)).astype(np.int32)
     results = []
     for alone in (True, False):
-        monkeypatch.setattr("chargpt_jax.generate.writes_alone", lambda *_: alone)  # noqa: B023
+        monkeypatch.setattr("chargpt_jax.generation.generate.writes_alone", lambda *_: alone)  # noqa: B023
         jax.clear_caches()
         p = begin(params, tokens, np.full(rows, 5, np.int32), graphdef=graphdef, width=5)
         results.append(advance(params, p, 110, Sampler().with_key(KEY), graphdef=graphdef))
@@ -135,7 +135,7 @@ def test_models_of_any_shape_write_alone_what_they_write_in_turn(rows, shape, mo
 
 
 def test_writing_alone_makes_no_copy_of_what_is_kept(monkeypatch):
-    monkeypatch.setattr("chargpt_jax.generate.writes_alone", lambda *_: True)
+    monkeypatch.setattr("chargpt_jax.generation.generate.writes_alone", lambda *_: True)
     jax.clear_caches()
     tokens = np.zeros((50, 64), np.int32)
     p = begin(PARAMS, tokens, np.full(50, 5, np.int32), graphdef=GRAPHDEF, width=5)
@@ -151,7 +151,7 @@ def test_writing_alone_makes_no_copy_of_what_is_kept(monkeypatch):
 def test_text_does_not_depend_on_how_far_ahead_noise_is_drawn(monkeypatch):
     texts = []
     for most in (2**20, 3 * 2 * CONFIG.vocab_size):
-        monkeypatch.setattr("chargpt_jax.generate.MOST_DRAWN", most)
+        monkeypatch.setattr("chargpt_jax.generation.generate.MOST_DRAWN", most)
         jax.clear_caches()
         texts.append(np.asarray(generate(prompts(3, 9), 40).tokens))
     np.testing.assert_array_equal(*texts)

@@ -1,0 +1,1 @@
+"""A trained model: sampling, scoring, the metrics per character."""
