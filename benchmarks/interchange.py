@@ -19,12 +19,12 @@ import torch
 from flax import nnx
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chargpt_jax import interchange
 from chargpt_jax.api import Model, load
 from chargpt_jax.config import Config, ModelConfig
 from chargpt_jax.data.tokenizer import CharTokenizer
+from chargpt_jax.interop import convert
+from chargpt_jax.interop.ancestor import to_params
 from chargpt_jax.model.gpt import create
-from chargpt_jax.original import to_params
 from tests import reference
 
 ALPHABET = " \n\t\r" + "".join(map(chr, range(33, 127))) + "é漢😀\u0301\u200d\u2028"
@@ -58,7 +58,7 @@ def distance(ours: Model, tokens: np.ndarray, theirs: torch.nn.Module) -> str:
 
 def hugging_face(ours: Model, folder: Path, tokens: np.ndarray) -> Iterator[tuple[str, str]]:
     """Compare with transformers and its tokenizer."""
-    interchange.export("hf", ours.config, ours.tokenizer, ours.params, folder, print)
+    convert.export("hf", ours.config, ours.tokenizer, ours.params, folder, print)
     theirs = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     yield f"transformers, logits of {tokens.size:,} characters", distance(ours, tokens, theirs)
@@ -81,7 +81,7 @@ def ancestor(ours: Model, folder: Path, checkout: Path, tokens: np.ndarray) -> I
     from experiment.model.gpt import GPT  # type: ignore[import-not-found]
     from safetensors.torch import load_file
 
-    interchange.export("original", ours.config, ours.tokenizer, ours.params, folder, print)
+    convert.export("original", ours.config, ours.tokenizer, ours.params, folder, print)
     config = TrainingConfig.model_validate_json((folder / "config.json").read_text(encoding="utf-8"))
     theirs = GPT(config.model).eval()
     theirs.load_state_dict(load_file(folder / "model.safetensors"))
@@ -89,7 +89,7 @@ def ancestor(ours: Model, folder: Path, checkout: Path, tokens: np.ndarray) -> I
 
     checkpoint = {"model": theirs.state_dict(), "config": config.model_dump(mode="json"), "metrics": None}
     torch.save(checkpoint, folder / "checkpoint.pt")
-    back = load(interchange.import_original(folder / "checkpoint.pt", folder / "run")).params
+    back = load(convert.import_original(folder / "checkpoint.pt", folder / "run")).params
     pairs = list(zip(*(map(np.asarray, jax.tree.leaves(tree)) for tree in (ours.params, back)), strict=True))
     moved = sum(a.tobytes() != b.tobytes() for a, b in pairs)
     yield "its .pt file of that model, imported", f"{moved} of {len(pairs)} arrays differ in a bit"

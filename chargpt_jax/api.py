@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chargpt_jax import devices, interchange
+from chargpt_jax import devices
 from chargpt_jax.config import MOST_STEPS, MOST_TEXT, Config, UserError, from_dict, shown
 from chargpt_jax.data import batches
 from chargpt_jax.data.tokenizer import CharTokenizer
@@ -27,7 +27,8 @@ from chargpt_jax.generation.generate import Progress, advance, begin, bucket, sc
 from chargpt_jax.generation.metrics import bits_per_character, perplexity
 from chargpt_jax.generation.sample import Sample, Samples
 from chargpt_jax.generation.sampler import Sampler
-from chargpt_jax.interchange import import_original
+from chargpt_jax.interop import convert
+from chargpt_jax.interop.convert import import_original
 from chargpt_jax.model.flops import training_flops
 from chargpt_jax.model.gpt import count_parameters, create
 from chargpt_jax.pictures import plots, report
@@ -281,9 +282,9 @@ def export(
     Raises:
         UserError: where the form or the place will not do, in one sentence; nothing has been written then.
     """
-    interchange.export_place(form, out)
+    convert.export_place(form, out)
     model = load(workdir, step, warn)
-    return interchange.export(form, model.config, model.tokenizer, model.params, out, warn)
+    return convert.export(form, model.config, model.tokenizer, model.params, out, warn)
 
 
 def write_samples(workdir: str | Path, warn: Callable[[str], None] = print) -> Samples:

@@ -18,12 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from chargpt_jax import devices, hugging_face
-from chargpt_jax.array_file import write_safetensors
+from chargpt_jax import devices
 from chargpt_jax.config import Config, UserError
 from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.data.tokenizer import CharTokenizer
-from chargpt_jax.original import MULTIPLES, checked, from_original, from_params, read, to_original, to_params
+from chargpt_jax.interop import hugging_face
+from chargpt_jax.interop.ancestor import MULTIPLES, checked, from_original, from_params, read, to_original, to_params
+from chargpt_jax.interop.safetensors_file import write_safetensors
 from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from chargpt_jax.config import UserError
-from chargpt_jax.torch_file import read_torch
+from chargpt_jax.interop.torch_pickle import read_torch
 
 STORAGES = {"<f4": "FloatStorage", "<f2": "HalfStorage", "<f8": "DoubleStorage", "<u2": "BFloat16Storage"}
 ORDERED_DICT = b"ccollections\nOrderedDict\n)R"

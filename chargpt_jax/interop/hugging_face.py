@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from chargpt_jax.array_file import write_safetensors
 from chargpt_jax.config import Config, UserError
 from chargpt_jax.data.tokenizer import PADDING, CharTokenizer
+from chargpt_jax.interop.safetensors_file import write_safetensors
 
 LAYER = {
     ("ln_1", "scale"): "input_layernorm.weight",

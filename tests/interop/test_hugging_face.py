@@ -6,14 +6,14 @@ import re
 import numpy as np
 import pytest
 
-from chargpt_jax import interchange
 from chargpt_jax.api import Model
 from chargpt_jax.config import Config, ModelConfig, UserError
 from chargpt_jax.data.tokenizer import CharTokenizer
-from chargpt_jax.hugging_face import padding_name
+from chargpt_jax.interop import convert
+from chargpt_jax.interop.ancestor import to_params
+from chargpt_jax.interop.hugging_face import padding_name
 from chargpt_jax.model.gpt import create
-from chargpt_jax.original import to_params
-from tests.test_interchange import LETTERS, changed, logits, original
+from tests.interop.test_convert import LETTERS, changed, logits, original
 
 VOCABULARY = [*LETTERS, "\t", "\r", "\x00", "<", ">", "p", "'", "\u0301", "\u200d", "漢", "\u2028"]
 
@@ -27,7 +27,7 @@ def model(mask: bool, vocabulary: list[str] = VOCABULARY) -> Model:
 
 
 def exported(ours: Model, folder):
-    return interchange.export("hf", ours.config, ours.tokenizer, ours.params, folder / "hf", print)
+    return convert.export("hf", ours.config, ours.tokenizer, ours.params, folder / "hf", print)
 
 
 def texts(vocabulary: list[str], count: int = 300):

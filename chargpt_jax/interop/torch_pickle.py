@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from chargpt_jax.array_file import DTYPES, Stored, as_float32, checked_shape, reading, zipped
 from chargpt_jax.config import UserError
+from chargpt_jax.interop.safetensors_file import DTYPES, Stored, as_float32, checked_shape, reading, zipped
 
 ORDERED_DICT = "collections OrderedDict"
 REBUILD_TENSOR = "torch._utils _rebuild_tensor_v2"

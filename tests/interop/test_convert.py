@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from chargpt_jax import api, interchange
-from chargpt_jax.array_file import read_npz, read_safetensors, write_safetensors
+from chargpt_jax import api
 from chargpt_jax.config import UserError
+from chargpt_jax.interop import convert
+from chargpt_jax.interop.ancestor import from_original, from_params, read
+from chargpt_jax.interop.safetensors_file import read_npz, read_safetensors, write_safetensors
 from chargpt_jax.main import main
 from chargpt_jax.model.gpt import create
-from chargpt_jax.original import from_original, from_params, read
 from tests import reference
-from tests.test_torch_file import View, save
+from tests.interop.test_torch_pickle import View, save
 
 LETTERS = [" ", "\n", *"abcdefghijk", "é", "😀"]
 CONFIG: dict[str, Any] = {
@@ -98,7 +99,7 @@ def imported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("imported")
     text = "".join(np.random.default_rng(0).choice(LETTERS[2:13], 3000))
     (folder / "text.txt").write_text(text, encoding="utf-8")
-    interchange.import_original(write(folder, original(), "pt"), folder / "run", str(folder / "text.txt"))
+    convert.import_original(write(folder, original(), "pt"), folder / "run", str(folder / "text.txt"))
     return folder / "run"
 
 
@@ -164,9 +165,9 @@ def test_a_table_that_safetensors_left_out_as_tied_is_known(tmp_path):
     del arrays["transformer.wte.weight"]
     path = write(tmp_path, arrays)
     with pytest.raises(UserError, match="lacks the array 'transformer.wte.weight'"):
-        interchange.import_original(path, tmp_path / "run")
+        convert.import_original(path, tmp_path / "run")
     write_safetensors(path, arrays, {"transformer.wte.weight": "lm_head.weight"})
-    interchange.import_original(path, tmp_path / "run")
+    convert.import_original(path, tmp_path / "run")
 
 
 def test_an_imported_run_writes_and_scores(imported):
@@ -244,7 +245,7 @@ def test_a_wrong_array_is_refused_by_its_name(tmp_path, kind, arrays, message):
     path = write(tmp_path, arrays, kind)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=message):
-        interchange.import_original(path, tmp_path / "run")
+        convert.import_original(path, tmp_path / "run")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -269,7 +270,7 @@ BAD_CONFIGS = [
 @pytest.mark.parametrize(("changes", "message"), BAD_CONFIGS, ids=range(len(BAD_CONFIGS)))
 def test_a_wrong_config_is_refused_by_its_field(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        interchange.import_original(write(tmp_path, original(), "pt", changed(changes)), tmp_path / "run")
+        convert.import_original(write(tmp_path, original(), "pt", changed(changes)), tmp_path / "run")
 
 
 def test_a_config_that_would_unfold_without_end_is_refused_at_once(tmp_path):
@@ -294,7 +295,7 @@ def test_a_cut_file_is_refused(tmp_path, kind, cut):
     path = write(tmp_path, original(), kind)
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(UserError, match="cannot be read"):
-        interchange.import_original(path, tmp_path / "run")
+        convert.import_original(path, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -393,8 +394,8 @@ def test_a_folder_in_use_is_left_alone(tmp_path, imported):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="--workdir is .* already"):
-        interchange.import_original(path, tmp_path / "used")
-    for form in interchange.FORMATS:
+        convert.import_original(path, tmp_path / "used")
+    for form in convert.FORMATS:
         with pytest.raises(UserError, match="--out is .* already"):
             api.export(imported, tmp_path / "used", form)
     with pytest.raises(UserError, match="already"):
@@ -406,7 +407,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path, imported):
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path, imported, monkeypatch):
-    monkeypatch.setattr(interchange, "write_safetensors", lambda *_: 1 / 0)
+    monkeypatch.setattr(convert, "write_safetensors", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         api.export(imported, tmp_path / "new" / "out", "original")
     assert list(tmp_path.iterdir()) == []
@@ -428,7 +429,7 @@ def test_a_bad_place_or_form_is_refused_before_a_model_is_looked_for(tmp_path):
 def test_a_model_that_the_originals_config_refuses_is_exported_with_a_warning(tmp_path, imported):
     model, said = api.load(imported), []
     model.config.model.block_size = 60
-    interchange.export("original", model.config, model.tokenizer, model.params, tmp_path / "out", said.append)
+    convert.export("original", model.config, model.tokenizer, model.params, tmp_path / "out", said.append)
     assert "block_size a multiple of 64" in said[0]
 
 
@@ -451,5 +452,5 @@ def test_views_of_one_storage_become_arrays_of_their_own(tmp_path):
     """A state dict's table and head are views of one storage."""
     table = original()["transformer.wte.weight"]
     arrays: dict[str, Any] = {**original(), "lm_head.weight": View(table.T.copy(), table.shape, (1, 64))}
-    run = interchange.import_original(write(tmp_path, arrays, "pt"), tmp_path / "run")
+    run = convert.import_original(write(tmp_path, arrays, "pt"), tmp_path / "run")
     np.testing.assert_array_equal(api.load(run).params["wte"]["embedding"], table)

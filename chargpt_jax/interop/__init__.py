@@ -1,0 +1,1 @@
+"""Import and export: the original's checkpoints, Hugging Face, safetensors."""
