@@ -21,8 +21,8 @@ if TYPE_CHECKING:
         write_report,
         write_samples,
     )
+    from chargpt_jax.cli.progress import show
     from chargpt_jax.config import Config, UserError, load_config
-    from chargpt_jax.progress import show
 
 __version__ = _metadata.version("chargpt_jax")
 

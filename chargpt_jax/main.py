@@ -31,9 +31,9 @@ from typing import Any
 from absl.flags import FlagValues
 
 from chargpt_jax import garbage
+from chargpt_jax.cli.flags import NEEDS_CONFIG, help_text, parse
+from chargpt_jax.cli.terminal import guard, one_line, printable
 from chargpt_jax.config import Config, UserError, validate
-from chargpt_jax.flags import NEEDS_CONFIG, help_text, parse
-from chargpt_jax.terminal import guard, one_line, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,7 +122,8 @@ def _stage(mode: str, config: Config, values: FlagValues, signals: "Signals", mi
     folder.check_writable()
     folder.check_config(config)
     api = _api()
-    from chargpt_jax import events, profile, progress
+    from chargpt_jax import events
+    from chargpt_jax.cli import profiler, progress
 
     out: Any = Lasting(sys.stderr if values.json else sys.stdout)
     last = None
@@ -137,7 +138,7 @@ def _stage(mode: str, config: Config, values: FlagValues, signals: "Signals", mi
         nonlocal last
         happening = stages[mode]()
         if values.profile:
-            happening = profile.profiled(happening, folder.path / "profile")
+            happening = profiler.profiled(happening, folder.path / "profile")
         for event in happening:
             last = event
             # From here to the end of training there is something to save.
@@ -268,10 +269,10 @@ def _info(values: FlagValues, _: Config | None) -> int:
 
 
 def _compile(values: FlagValues, config: Config | None) -> int:
-    from chargpt_jax import compile
+    from chargpt_jax.cli import tpu_compile
 
     assert config is not None
-    for line in compile.for_tpu(config, values.topology or "v5e:2x4"):
+    for line in tpu_compile.for_tpu(config, values.topology or "v5e:2x4"):
         print(line, flush=True)
     return 0
 
@@ -281,7 +282,7 @@ def _selftest(values: FlagValues, config: Config | None) -> int:
     for name, count in counts.items():
         if not 0 <= count <= 100_000:
             raise UserError(f"--{name} is {count}, but it must be between 0 and 100,000: leave it out, for example.")
-    from chargpt_jax import selftest
+    from chargpt_jax.cli import selftest
 
     out: Any = sys.stderr if values.json else sys.stdout
     tell = lambda text: print(text, file=out, flush=True)  # noqa: E731

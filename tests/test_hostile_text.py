@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from chargpt_jax import progress
+from chargpt_jax.cli import progress
+from chargpt_jax.cli.terminal import printable
 from chargpt_jax.events import Prepared, Validated
 from chargpt_jax.generation.sample import Sample, Samples
 from chargpt_jax.pictures.plots import loss_plot, lr_finder_plot
 from chargpt_jax.pictures.report import POLICY, report
 from chargpt_jax.pictures.subline import MOST_MARKS, Series, subline
-from chargpt_jax.terminal import printable
 from tests.payloads import MARK, PAYLOADS, STEERING
 
 SVG = "{http://www.w3.org/2000/svg}"

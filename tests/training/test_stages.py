@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from chargpt_jax.cli.selftest import shrunk
 from chargpt_jax.config import UserError, load_config
 from chargpt_jax.devices import BFLOAT16_ON_CPU
 from chargpt_jax.events import (
@@ -26,7 +27,6 @@ from chargpt_jax.events import (
     Validated,
     Zoom,
 )
-from chargpt_jax.selftest import shrunk
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.workdir import Log, Workdir
 from chargpt_jax.training import pacing, setup, stages

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from chargpt_jax.cli.terminal import one_line
 from chargpt_jax.events import (
     Compiled,
     Ended,
@@ -24,7 +25,6 @@ from chargpt_jax.events import (
     Zoom,
 )
 from chargpt_jax.pictures import plots
-from chargpt_jax.terminal import one_line
 
 MOST_TITLE = 400
 """The longest list of titles that is told; they are what a text from the web calls itself."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chargpt_jax.terminal import MOST_MARKS, MOST_MESSAGE, STAND_IN, guard, one_line, printable
+from chargpt_jax.cli.terminal import MOST_MARKS, MOST_MESSAGE, STAND_IN, guard, one_line, printable
 from tests.payloads import MARKUP, PAYLOADS, STEERING
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))

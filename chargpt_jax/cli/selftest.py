@@ -228,7 +228,7 @@ class _Bench:
         # A server that has imported JAX, but not started it, forks in milliseconds; importing takes seconds.
         self.context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
-            preloaded = ["chargpt_jax.api", "chargpt_jax.progress", "chargpt_jax.profile"]
+            preloaded = ["chargpt_jax.api", "chargpt_jax.cli.progress", "chargpt_jax.cli.profiler"]
             self.context.set_forkserver_preload(preloaded)
         text, _ = load_corpus(DataConfig(source="stdlib"))
         (folder / "text.txt").write_text(text[:CHARACTERS], encoding="utf-8")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from chargpt_jax.cli.progress import duration, numbers, sentence, show
 from chargpt_jax.events import (
     Compiled,
     Ended,
@@ -22,7 +23,6 @@ from chargpt_jax.events import (
     Validated,
     Zoom,
 )
-from chargpt_jax.progress import duration, numbers, sentence, show
 
 LAST = Steps(1000, 10.0, 2 * math.log(2), 1.5e-3, 0.7, 12_345.6, 600.0, 0.0)
 ZOOM = Zoom(1, 1e-10, 10.0, (1e-3, 1e-2), (4.0, 3.0), 3.2e-3, 1e-2, 3.2e-3)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from chargpt_jax import selftest
+from chargpt_jax.cli import selftest
 from chargpt_jax.config import load_config, validate
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

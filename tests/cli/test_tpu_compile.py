@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 from jax import export
 
-from chargpt_jax import compile as ahead
 from chargpt_jax import devices
+from chargpt_jax.cli import tpu_compile as ahead
 from chargpt_jax.config import Config, UserError
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
