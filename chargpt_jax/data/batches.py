@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chargpt_jax.bits import derive, draw, seeds_of, unit
 from chargpt_jax.config import DataConfig, UserError
+from chargpt_jax.hash_rng import derive, draw, seeds_of, unit
 
 Batch = tuple[jax.Array, jax.Array]
 """Inputs and targets, int32 [B, T] each; a target of 0 does not count."""

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from chargpt_jax.bits import derive, draw, seeds_of, unit
 from chargpt_jax.config import ModelConfig
+from chargpt_jax.hash_rng import derive, draw, seeds_of, unit
 from chargpt_jax.ops.blockwise_attention import SAVED, causal_attention
 from chargpt_jax.ops.cpu_kernel import in_one_kernel
 from chargpt_jax.ops.cpu_kv_cache import Blocks

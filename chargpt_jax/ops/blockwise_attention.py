@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from chargpt_jax.bits import derive
 from chargpt_jax.devices import by_parts, on_cpu
+from chargpt_jax.hash_rng import derive
 from chargpt_jax.ops.dropout import Dropout, keep_mask
 from chargpt_jax.ops.matmul import product
 

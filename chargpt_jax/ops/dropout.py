@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from chargpt_jax.bits import draw
+from chargpt_jax.hash_rng import draw
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from chargpt_jax import devices
-from chargpt_jax.bits import derive
+from chargpt_jax.hash_rng import derive
 from chargpt_jax.ops.blockwise_attention import causal_attention
 from chargpt_jax.ops.dropout import Dropout, keep_mask
 from tests.pairing import x64

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chargpt_jax.bits import derive
+from chargpt_jax.hash_rng import derive
 from chargpt_jax.ops.dropout import Dropout, dropout, keep_mask, seeds_for
 from chargpt_jax.training.step import dropout_key
 
