@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from chargpt_jax import garbage
 from chargpt_jax.config import Config, load_config
+from chargpt_jax.devices import startup
 
 SETUPS = {"small": 4, "nanogpt_baby": 8, "nanogpt_cpu": 12}
 """The shipped configs that are measured, and the batch sizes that a CPU gets; an accelerator gets the configs' own."""
@@ -79,11 +79,10 @@ class Ours:
     """This package, through the functions that its training calls."""
 
     def __init__(self, config: Config, variant: str, folder: Path | None) -> None:
-        with garbage.kept():  # as where the package imports itself
-            from chargpt_jax import devices
+        with startup.gc_paused():  # as where the package imports itself
             from chargpt_jax.training import setup  # noqa: F401
 
-        devices.use_every_core()
+        startup.use_every_core()
         self.config = config
         config.amp.enabled, config.amp.dtype = True, variant or "float32"
 
@@ -114,14 +113,15 @@ class Ours:
         """Return what writes so many characters, `count` at most, after prompts of one length, with their metrics."""
         import jax
 
-        from chargpt_jax import devices
+        from chargpt_jax.devices import sharding
+        from chargpt_jax.devices.platform import compute_dtype
         from chargpt_jax.generation.generate import advance, begin, bucket
         from chargpt_jax.generation.sampler import Sampler
         from chargpt_jax.model.gpt import create
 
-        graphdef, params = create(self.config.model, 0, devices.compute_dtype(self.config.amp))
-        mesh = devices.data_mesh(batch)
-        params = jax.device_put(params, devices.replicated(mesh))
+        graphdef, params = create(self.config.model, 0, compute_dtype(self.config.amp))
+        mesh = sharding.data_mesh(batch)
+        params = jax.device_put(params, sharding.replicated(mesh))
         tokens = np.zeros((batch, bucket(prompt + count)), np.int32)  # as Model.generate makes room
         tokens[:, :prompt] = corpus(self.config)[:prompt]
         width, drawing = min(prompt, self.config.model.block_size), Sampler().with_key(jax.random.key(0))

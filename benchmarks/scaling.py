@@ -24,8 +24,9 @@ import numpy as np
 
 from benchmarks.contestants import corpus, setup_of
 from benchmarks.peers import machine, number
-from chargpt_jax import devices
 from chargpt_jax.config import Config
+from chargpt_jax.devices import sharding, startup
+from chargpt_jax.devices.platform import on_cpu, writing_options
 from chargpt_jax.generation.generate import advance, begin
 from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.gpt import create
@@ -55,10 +56,10 @@ def changed(field: str, value: int) -> Config:
 def trainer(config: Config) -> tuple[Callable[[], float], int]:
     """Compile an update; return what makes one and tells its seconds, and the bytes of its temporaries."""
     graphdef, params = create(config.model, 0)
-    mesh = devices.data_mesh(config.data.batch_size)
+    mesh = sharding.data_mesh(config.data.batch_size)
     tx = optimizer.transform(config.optimizer, 1e-3, mesh)
     state = fresh_state(params, tx, 0, np.float32, mesh)
-    tokens = jax.device_put(corpus(config), devices.replicated(mesh))
+    tokens = jax.device_put(corpus(config), sharding.replicated(mesh))
     dispatch = compiled_updates(config, graphdef, tx, mesh, state).lower(state, tokens, np.int32(1)).compile()
 
     def update() -> float:
@@ -134,8 +135,8 @@ def reading(size: int, times: int = 100) -> Callable[[], float]:
         once = lambda _, total: jax.lax.fori_loop(0, len(numbers), add, total)  # noqa: E731
         return jax.lax.fori_loop(0, times, once, total)
 
-    made = in_one_kernel(added) if devices.on_cpu(None) else added
-    add_up = jax.jit(made, compiler_options=devices.writing_options(jax.default_backend()))
+    made = in_one_kernel(added) if on_cpu(None) else added
+    add_up = jax.jit(made, compiler_options=writing_options(jax.default_backend()))
     add_up(numbers, total).block_until_ready()
 
     def read() -> float:
@@ -174,7 +175,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes: whether it works, not how fast it is")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(words)
-    devices.use_every_core()
+    startup.use_every_core()
     trained = training(SMALL if args.small else SIZES, args.rounds)
     windows = (32,) if args.small else (128, 256, 512, 1024)
     written = [row for T in windows for row in writing(changed("model.block_size", T), 4, args.rounds)]

@@ -19,7 +19,7 @@ from jax.profiler import ProfileData
 
 from benchmarks.contestants import corpus, setup_of
 from benchmarks.peers import machine
-from chargpt_jax import devices
+from chargpt_jax.devices import sharding, startup
 from chargpt_jax.model.gpt import create
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import compiled_updates, fresh_state
@@ -64,13 +64,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(words)
-    devices.use_every_core()
+    startup.use_every_core()
     config = setup_of(args.setup)
     graphdef, params = create(config.model, 0)
-    mesh = devices.data_mesh(config.data.batch_size)
+    mesh = sharding.data_mesh(config.data.batch_size)
     tx = optimizer.transform(config.optimizer, 1e-3, mesh)
     state = fresh_state(params, tx, 0, np.float32, mesh)
-    tokens = jax.device_put(corpus(config), devices.replicated(mesh))
+    tokens = jax.device_put(corpus(config), sharding.replicated(mesh))
     dispatch = compiled_updates(config, graphdef, tx, mesh, state).lower(state, tokens, np.int32(1)).compile()
     origin = dict(INSTRUCTION.findall(dispatch.as_text()))
     names = set(re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = ", dispatch.as_text(), re.MULTILINE))

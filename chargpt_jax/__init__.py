@@ -67,8 +67,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    from chargpt_jax import garbage
+    from chargpt_jax.devices import startup
 
-    with garbage.kept():
+    with startup.gc_paused():
         home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
     return getattr(home, name)

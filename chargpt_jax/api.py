@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chargpt_jax import devices
 from chargpt_jax.config import MOST_STEPS, MOST_TEXT, Config, UserError, from_dict, shown
 from chargpt_jax.data import batches
 from chargpt_jax.data.tokenizer import CharTokenizer
+from chargpt_jax.devices import sharding, startup
+from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.events import Ended, Event
 from chargpt_jax.generation.generate import Progress, advance, begin, bucket, score_tokens
 from chargpt_jax.generation.metrics import bits_per_character, perplexity
@@ -104,8 +105,8 @@ class Model:
             buffer[: len(row)] = row
         lengths = np.array([len(row) for row in rows], np.int32)
         width = min(block_size, bucket(longest), tokens.shape[1])
-        mesh = devices.data_mesh(len(rows), tell=False)
-        params = jax.device_put(self.params, devices.replicated(mesh))
+        mesh = sharding.data_mesh(len(rows), tell=False)
+        params = jax.device_put(self.params, sharding.replicated(mesh))
         once = on_text is None
         progress = begin(params, tokens, lengths, graphdef=self.graphdef, width=width, mesh=mesh, once=once)
         piece, drawing = max_new_tokens if once else 16, sampler.with_key(jax.random.key(seed))
@@ -175,7 +176,7 @@ def load(workdir: str | Path, step: str | int = "best", warn: Callable[[str], No
         UserError: where the folder is not a run.
         NoCheckpoint: where it holds no such checkpoint, or none that passes verification.
     """
-    devices.use_every_core()
+    startup.use_every_core()
     folder = Workdir(workdir)
     folder.load_config()  # says so where this is no run
     if not folder.checkpoints.is_dir():
@@ -185,7 +186,7 @@ def load(workdir: str | Path, step: str | int = "best", warn: Callable[[str], No
 
     def like_of(record: dict[str, Any]) -> Any:
         config = from_dict(record["config"])
-        graphdef, like = _shapes(config, devices.compute_dtype(config.amp))
+        graphdef, like = _shapes(config, compute_dtype(config.amp))
         made[record["step"]] = config, graphdef
         return like
 
@@ -210,7 +211,7 @@ def _shapes(config: Config, dtype: Any) -> tuple[nnx.GraphDef, Any]:
     tx = optimizer.transform(config.optimizer, lambda count: 0.0 * count)
     graphdef, params = jax.eval_shape(lambda: create(config.model, 0, dtype))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return graphdef, devices.lying(here, state_shapes(params, tx, 0, dtype))
+    return graphdef, sharding.with_sharding(here, state_shapes(params, tx, 0, dtype))
 
 
 def evaluate(workdir: str | Path, step: str | int = "best", warn: Callable[[str], None] = print) -> dict[str, Any]:
@@ -229,7 +230,7 @@ def evaluate(workdir: str | Path, step: str | int = "best", warn: Callable[[str]
             f"The vocabulary of {Workdir(workdir).path} is not the one that checkpoint {model.step} was trained with: "
             "restore corpus/ as it was."
         )
-    loss = setup.validator(whole=True)(jax.device_put(model.params, devices.replicated(setup.mesh)), model.step)
+    loss = setup.validator(whole=True)(jax.device_put(model.params, sharding.replicated(setup.mesh)), model.step)
     assert loss is not None
     return {
         "loss": loss,
@@ -366,7 +367,7 @@ def info(workdir: str | Path) -> dict[str, Any]:
     folder = Workdir(workdir)
     config, sources, speed = folder.load_config(), folder.load_sources(), folder.load_speed()
     log = [line for line in folder.load_metrics() if line["event"] == "validation"]
-    _, like = _shapes(config, devices.compute_dtype(config.amp))
+    _, like = _shapes(config, compute_dtype(config.amp))
     n = int(sum(source["characters"] for source in sources))
     epoch_steps = batches.steps_per_epoch(int(config.data.train_split * n), config.model.block_size, config.data)
     best = min(log, key=lambda line: line["loss"], default=None)
@@ -384,8 +385,8 @@ def info(workdir: str | Path) -> dict[str, Any]:
         "best_step": best and best["step"],
         "best_loss": best and best["loss"],
         "best_bits_per_character": best and best["bits_per_character"],
-        "devices": devices.describe(devices.data_mesh(config.data.batch_size)),
-        "dtype": jnp.dtype(devices.compute_dtype(config.amp)).name,
+        "devices": sharding.describe(sharding.data_mesh(config.data.batch_size)),
+        "dtype": jnp.dtype(compute_dtype(config.amp)).name,
         "trained_on": speed.get("device"),
         "compile_seconds": speed.get("compile_seconds"),
         "seconds_per_step": speed.get("seconds_per_step"),

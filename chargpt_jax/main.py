@@ -30,10 +30,10 @@ from typing import Any
 
 from absl.flags import FlagValues
 
-from chargpt_jax import garbage
 from chargpt_jax.cli.flags import NEEDS_CONFIG, help_text, parse
 from chargpt_jax.cli.terminal import guard, one_line, printable
 from chargpt_jax.config import Config, UserError, validate
+from chargpt_jax.devices import startup
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -292,10 +292,10 @@ def _selftest(values: FlagValues, config: Config | None) -> int:
 
 
 def _api() -> Any:
-    with garbage.kept():
-        from chargpt_jax import api, devices
+    with startup.gc_paused():
+        from chargpt_jax import api
         from chargpt_jax.data import corpus
-    devices.use_compilation_cache(corpus.default_cache() / "xla")
+    startup.use_compilation_cache(corpus.default_cache() / "xla")
     return api
 
 

@@ -47,7 +47,7 @@ from importlib.metadata import version
 import jax
 
 import chargpt_jax
-from chargpt_jax.devices import compute_dtype
+from chargpt_jax.devices.platform import compute_dtype
 
 try:
     devices = jax.devices()

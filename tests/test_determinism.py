@@ -33,14 +33,15 @@ from benchmarks.determinism import (
     write_text,
     written,
 )
-from chargpt_jax import api, devices
+from chargpt_jax import api
+from chargpt_jax.devices.platform import BFLOAT16_ON_CPU
 
 pytestmark = pytest.mark.slow
 
 # What is not optimised is compiled in half the time, and orders sums anew as well.
 DEVICES = replace(EIGHT_DEVICES, environment={**EIGHT_DEVICES.environment, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
 SUMS = Case("sums", {"optimizer.accumulation_steps": 4, "model.attention_block": 128, "model.remat": False})
-NARROW = jax.__version_info__ >= devices.BFLOAT16_ON_CPU
+NARROW = jax.__version_info__ >= BFLOAT16_ON_CPU
 FIRST, LATER, HERE = (COLD, DEVICES), (CADENCE, ONE_THREAD), (SUMS, SEED, *([BFLOAT16] if NARROW else []))
 
 

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from chargpt_jax import devices
 from chargpt_jax.config import Config, UserError
+from chargpt_jax.devices import sharding
+from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.generation.generate import begin, bucket, inside, past
 from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.gpt import create
@@ -87,15 +88,15 @@ def programs(config: Config, on: Sequence[Any]) -> Iterator[Program]:
     """Give a run's programs: training and validation on as many of the devices as share a batch, writing on one."""
     if not config.model.vocab_size:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=128, used_ids=97))
-    dtype = devices.compute_dtype(config.amp, on[0])
+    dtype = compute_dtype(config.amp, on[0])
     graphdef, params = jax.eval_shape(partial(create, config.model, config.seed, dtype, on[0].platform))
     yield from _training(config, on, dtype, graphdef, params)
     yield from _writing(config, on[0], graphdef, params)
 
 
 def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, params: Any) -> Iterator[Program]:
-    mesh = devices.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps, list(on))
-    everywhere, used = devices.replicated(mesh), devices.describe(mesh)
+    mesh = sharding.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps, list(on))
+    everywhere, used = sharding.replicated(mesh), sharding.describe(mesh)
     # Neither the rate nor the length of an epoch, which a run finds out, changes the program's shape.
     schedule = optimizer.warmup_cosine(config.scheduler, peak=1e-3, epoch_steps=100)
     tx = optimizer.transform(config.optimizer, schedule, mesh)
@@ -103,7 +104,7 @@ def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, para
     yield Program(
         "training",
         compiled_updates(config, graphdef, tx, mesh, state),
-        (state, devices.lying(everywhere, _ints(N_TRAIN)), _ints()),
+        (state, sharding.with_sharding(everywhere, _ints(N_TRAIN)), _ints()),
         {},
         used,
     )
@@ -115,12 +116,12 @@ def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, para
 def _writing(config: Config, device: Any, graphdef: Any, params: Any) -> Iterator[Program]:
     """Give the programs that go on from the config's sample prompts; what is past the window, where they go there."""
     here, how, used = SingleDeviceSharding(device), config.sample, f"1 x {device.device_kind}"
-    params, rows, longest = devices.lying(here, params), len(how.prompts), max(map(len, how.prompts))
+    params, rows, longest = sharding.with_sharding(here, params), len(how.prompts), max(map(len, how.prompts))
     length = bucket(longest + how.max_new_tokens)
     width = min(config.model.block_size, bucket(longest), length)
     prompts = (params, _ints(rows, length), _ints(rows))
     yield Program("prefill", begin, prompts, {"graphdef": graphdef, "width": width}, used)
-    progress = devices.lying(here, jax.eval_shape(partial(begin, graphdef=graphdef, width=width), *prompts))
+    progress = sharding.with_sharding(here, jax.eval_shape(partial(begin, graphdef=graphdef, width=width), *prompts))
     drawing = jax.eval_shape(Sampler(how.temperature, how.top_k, how.top_p).with_key, jax.eval_shape(jax.random.key, 0))
     static, write = {"graphdef": graphdef}, inside(device.platform, last=False).compiled
     args = (params, (_ints(rows), progress), drawing)

@@ -21,8 +21,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from chargpt_jax import devices
 from chargpt_jax.config import UserError
+from chargpt_jax.devices.platform import writing_options
 from chargpt_jax.generation.metrics import surprisal_and_entropy, token_metrics
 from chargpt_jax.generation.sampler import Drawing
 from chargpt_jax.model.gpt import Cache, count_parameters
@@ -181,7 +181,7 @@ def past(platform: str, alone: bool) -> Callable[..., Carry]:
 
 
 def _compiled(write: Callable[..., Carry], platform: str, donated: Any, *static: str) -> Callable[..., Carry]:
-    options, static = devices.writing_options(platform), ("graphdef", "mesh", *static)
+    options, static = writing_options(platform), ("graphdef", "mesh", *static)
     return jax.jit(write, static_argnames=static, donate_argnums=donated, compiler_options=options)
 
 

@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from chargpt_jax import devices
 from chargpt_jax.config import Config, UserError
 from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.data.tokenizer import CharTokenizer
+from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.interop import hugging_face
 from chargpt_jax.interop.ancestor import MULTIPLES, checked, from_original, from_params, read, to_original, to_params
 from chargpt_jax.interop.safetensors_file import write_safetensors
@@ -87,7 +87,7 @@ def _write_run(
         "corpus_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
     }
     tx = optimizer.transform(config.optimizer, lambda count: 0.0 * count)
-    state = create_state(jax.device_put(params), tx, config.seed, devices.compute_dtype(config.amp))
+    state = create_state(jax.device_put(params), tx, config.seed, compute_dtype(config.amp))
     store = Checkpoints(folder.checkpoints)
     try:
         store.save(state, record, UNVALIDATED)

@@ -13,11 +13,11 @@ y,
     dq_t = sum_s da_ts k_s / sqrt(D)      dk_s = sum_t da_ts q_t / sqrt(D)
 
 so training memory grows with T, not with its square. A CPU takes the heads of all sequences a few at a time, so that
-what they need stays in its cache (devices.by_parts). Where no gradient is wanted l need not be kept: there a CPU makes
+what they need stays in its cache (map_chunks). Where no gradient is wanted l need not be kept: there a CPU makes
 each block's y in one go (`_attended`). Softmax is float32 or wider whatever the inputs are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from chargpt_jax.devices import by_parts, on_cpu
+from chargpt_jax.devices.platform import on_cpu
 from chargpt_jax.hash_rng import derive
 from chargpt_jax.ops.dropout import Dropout, keep_mask
 from chargpt_jax.ops.matmul import product
@@ -35,6 +35,10 @@ SAVED = "attention"
 
 AT_ONCE = 64
 """How many queries at most a CPU takes in one go: the scores of more would leave its cache."""
+
+
+WHOLE, PART = 2**20, 2**18
+"""On a CPU an array of up to WHOLE bytes is worked on at once, a larger one by PART bytes, which a core keeps close."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -74,7 +78,7 @@ def _forward(
     platform: str | None,
 ) -> tuple[jax.Array, Any]:
     arrays = (q, k, v, _of_heads(seeds, q.shape))
-    out, log = by_parts(partial(_outputs, how=how, block=block), _score_bytes(q, block), arrays, platform)
+    out, log = map_chunks(partial(_outputs, how=how, block=block), _score_bytes(q, block), arrays, platform)
     out, log = checkpoint_name(out, SAVED), checkpoint_name(log, SAVED)
     return out, (q, k, v, seeds, out, log)
 
@@ -84,7 +88,7 @@ def _backward(how: Dropout, block: int, platform: str | None, saved: Any, g: jax
     own = _of_heads(seeds, q.shape)
     dot = jnp.sum(g.astype(log.dtype) * out.astype(log.dtype), axis=-1, keepdims=True)
     arrays = (q, k, v, own, dot, log, g)
-    return *by_parts(partial(_gradients, how=how, block=block), _score_bytes(q, block), arrays, platform), None
+    return *map_chunks(partial(_gradients, how=how, block=block), _score_bytes(q, block), arrays, platform), None
 
 
 @partial(jax.jit, static_argnames=("block",))
@@ -207,3 +211,33 @@ def _drop(x: jax.Array, seeds: jax.Array | None, how: Dropout, start: int, lengt
     place = row[:, None] * jnp.uint32(length) + jnp.arange(x.shape[3], dtype=jnp.uint32)
     mask = keep_mask(seeds.reshape(-1, 2), place, how).reshape(x.shape)
     return jnp.where(mask, x * (1 / (1 - how.rate)), 0)
+
+
+def map_chunks(f: Callable[..., Any], row_bytes: int, arrays: Any, platform: str | None = None) -> Any:
+    """Call f on arrays [B, H, ...], whose B x H rows do not concern each other.
+
+    CPU: where f's temporaries would leave the cache, on some rows after the others, as arrays [rows, 1, ...]. TPU,
+    GPU: on all at once.
+
+    Args:
+        f: from arrays [B, H, ...] to a tuple of arrays [B, H, ...].
+        row_bytes: what one row takes in the largest of f's temporaries.
+        arrays: a tuple of arrays, or None.
+        platform: that the program is made for, 'cpu' or another; None: JAX's default. Said by the caller, since
+            jax.lax.platform_dependent would trace both ways, a quarter of the tracing of a training step.
+    """
+    B, H = arrays[0].shape[:2]
+    parts = chunk_count(B * H, row_bytes) if on_cpu(platform) else 1
+    if parts == 1:
+        return f(*arrays)
+    # Every parts-th row makes a part, so that each device of a mesh holds a share of every part.
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, 1, *x.shape[2:]).swapaxes(0, 1), arrays)
+    done = jax.lax.map(lambda part: f(*part), split)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, H, *x.shape[3:]), done)
+
+
+def chunk_count(rows: int, row_bytes: int) -> int:
+    """Return into how many equal parts a CPU divides its work on so many rows: as few as fit into its cache."""
+    if rows * row_bytes <= WHOLE:
+        return 1
+    return next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * row_bytes <= PART or n == rows))

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from chargpt_jax.devices import on_cpu
+from chargpt_jax.devices.platform import on_cpu
 
 MOST_ALONE = 2**19
 """Parameters up to which a lone text is written in one kernel: for more of them all cores had better share a product,

@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from chargpt_jax.devices import on_cpu
+from chargpt_jax.devices.platform import on_cpu
 from chargpt_jax.ops.matmul import product
 
 

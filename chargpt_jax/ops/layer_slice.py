@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from chargpt_jax.devices import on_cpu
+from chargpt_jax.devices.platform import on_cpu
 from chargpt_jax.ops.matmul import product
 
 MOST_TERMS, IN_KERNEL = 16, 4

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from chargpt_jax import devices
+from chargpt_jax.devices import sharding
 from chargpt_jax.ops.matmul import product
 
 POLYNOMIALS = (
@@ -85,7 +85,7 @@ def scale_by_muon(momentum: float, steps: int, mesh: Mesh | None = None) -> opta
     def update(gradient: Any, state: Momentum, params: Any = None) -> tuple[Any, Momentum]:
         mix = lambda m, g: momentum * m + (1 - momentum) * g  # noqa: E731
         mean = jax.tree.map(mix, state.mean, gradient)
-        directions = devices.divided(partial(jax.tree.map, direction), mesh)
+        directions = sharding.map_over_data(partial(jax.tree.map, direction), mesh)
         return _joined(directions(_parted(jax.tree.map(mix, mean, gradient)))), Momentum(mean)
 
     def direction(x: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from chargpt_jax.config import MOST_STEPS, OptimizerConfig, SchedulerConfig, UserError
-from chargpt_jax.shares import shared
+from chargpt_jax.devices.sharding import sharded_update
 from chargpt_jax.training.muon import is_hidden, scale_by_muon
 
 EPS = 1e-8
@@ -82,7 +82,7 @@ def adamw(
     """Build AdamW (Loshchilov and Hutter 2019) with the decay mask."""
     b1, b2 = config.betas
     update = optax.adamw(learning_rate, b1=b1, b2=b2, eps=EPS, weight_decay=config.weight_decay, mask=decay_mask)
-    return shared(update, mesh)
+    return sharded_update(update, mesh)
 
 
 def muon(
@@ -91,7 +91,7 @@ def muon(
     """Build Muon for the layers' matrices, muon_factor times as fast, and AdamW for all else; decay as AdamW's."""
     b1, b2 = config.betas
     hidden = optax.chain(scale_by_muon(config.muon_momentum, config.muon_steps, mesh), optax.scale(config.muon_factor))
-    kinds = {"muon": hidden, "adamw": shared(optax.scale_by_adam(b1=b1, b2=b2, eps=EPS), mesh)}
+    kinds = {"muon": hidden, "adamw": sharded_update(optax.scale_by_adam(b1=b1, b2=b2, eps=EPS), mesh)}
     return optax.chain(
         optax.partition(kinds, partial(jax.tree_util.tree_map_with_path, _kind)),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),

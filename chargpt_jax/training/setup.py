@@ -18,9 +18,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from chargpt_jax import devices, garbage, shares
 from chargpt_jax.config import Config
 from chargpt_jax.data import batches
+from chargpt_jax.devices import sharding, startup
+from chargpt_jax.devices.platform import compiler_options, compute_dtype
 from chargpt_jax.model.gpt import plan
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
@@ -106,35 +107,35 @@ def compiled_probe(config: Config, graphdef: nnx.GraphDef, mesh: Mesh, state: Tr
 
 
 def _in_place(f: Callable[..., Any], mesh: Mesh, state: TrainState) -> Any:
-    ends = layout(state, mesh), devices.replicated(mesh)
-    return jax.jit(f, donate_argnums=0, out_shardings=ends, compiler_options=devices.compiler_options(mesh))
+    ends = state_sharding(state, mesh), sharding.replicated(mesh)
+    return jax.jit(f, donate_argnums=0, out_shardings=ends, compiler_options=compiler_options(mesh))
 
 
-def layout(state: TrainState, mesh: Mesh) -> TrainState:
+def state_sharding(state: TrainState, mesh: Mesh) -> TrainState:
     """Return how a training state, of arrays or shapes, lies: whole on every device, but for what an update shares."""
-    everywhere = jax.tree.map(lambda _: devices.replicated(mesh), state)
-    return dataclasses.replace(everywhere, opt_state=shares.layout(state.opt_state, mesh))
+    everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), state)
+    return dataclasses.replace(everywhere, opt_state=sharding.optimizer_sharding(state.opt_state, mesh))
 
 
 def validation_nats(
     params: Any, inputs: jax.Array, targets: jax.Array, *, graphdef: nnx.GraphDef, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
     """Return the sum of losses in nats, and the characters, of one batch int32 [B, T]."""
-    return eval_step(params, devices.shared(mesh, (inputs, targets)), graphdef=graphdef)
+    return eval_step(params, sharding.shard_batch(mesh, (inputs, targets)), graphdef=graphdef)
 
 
 def _batch(state: TrainState, tokens: jax.Array, config: Config, mesh: Mesh) -> batches.Batch:
     batch = batches.batch_at(tokens, data_key(state.key), state.step, config.model.block_size, config.data)
     # Whole on every device, which takes its rows from it: shared out from the start, its loops would wait for each
     # other, and so would the count of its targets.
-    return jax.lax.with_sharding_constraint(batch, devices.replicated(mesh))
+    return jax.lax.with_sharding_constraint(batch, sharding.replicated(mesh))
 
 
 def fresh_state(params: Any, tx: optax.GradientTransformation, seed: int, dtype: Any, mesh: Mesh) -> TrainState:
-    """Return the state before the first update as `layout` has it, in memory of its own (updates are made in place)."""
+    """Return the state before the first update, sharded, in memory of its own (updates are made in place)."""
     make = partial(create_state, tx=tx, seed=seed, dtype=dtype)
-    state = jax.jit(make, compiler_options=devices.compiler_options(mesh))(params)
-    return jax.device_put(state, layout(state, mesh))
+    state = jax.jit(make, compiler_options=compiler_options(mesh))(params)
+    return jax.device_put(state, state_sharding(state, mesh))
 
 
 def state_shapes(shapes: Any, tx: optax.GradientTransformation, seed: int, dtype: Any) -> TrainState:
@@ -143,8 +144,8 @@ def state_shapes(shapes: Any, tx: optax.GradientTransformation, seed: int, dtype
 
 
 def laid_out(state: TrainState, mesh: Mesh) -> TrainState:
-    """Return a training state's shapes, said to lie as `layout` has it: what can be compiled for."""
-    return devices.lying(layout(state, mesh), state)
+    """Return a training state's shapes, said to lie as `state_sharding` has it: what can be compiled for."""
+    return sharding.with_sharding(state_sharding(state, mesh), state)
 
 
 @dataclasses.dataclass
@@ -172,15 +173,15 @@ class Setup:
         return cls.on(workdir.load_config(), workdir.load_tokens(), workdir.load_tokenizer().vocabulary)
 
     @classmethod
-    @garbage.kept()
+    @startup.gc_paused()
     def on(cls, config: Config, tokens: np.ndarray, vocabulary: tuple[str, ...]) -> "Setup":
         """Build a config's model for a corpus, int32 [N]."""
-        devices.use_every_core()
-        dtype = devices.compute_dtype(config.amp)
-        mesh = devices.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps)
+        startup.use_every_core()
+        dtype = compute_dtype(config.amp)
+        mesh = sharding.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps)
         train, _ = batches.split(tokens, config.data.train_split, config.model.block_size)
-        on_device = jax.device_put(train, devices.replicated(mesh))
-        graphdef, shapes, draw = plan(config.model, config.seed, dtype, compiler_options=devices.compiler_options(mesh))
+        on_device = jax.device_put(train, sharding.replicated(mesh))
+        graphdef, shapes, draw = plan(config.model, config.seed, dtype, compiler_options=compiler_options(mesh))
         return cls(config, tokens, len(train), vocabulary, graphdef, shapes, draw, dtype, mesh, on_device)
 
     @property
@@ -192,7 +193,7 @@ class Setup:
         """Return the state before the first update."""
         return fresh_state(self.draw(), tx, self.config.seed, self.dtype, self.mesh)
 
-    @garbage.kept()
+    @startup.gc_paused()
     def begin(self, tx: optax.GradientTransformation) -> tuple[TrainState, Any]:
         """Return the state before the first update, and `updates` traced and lowered, to be compiled.
 
@@ -222,7 +223,7 @@ class Setup:
         crops = self.config.data.random_validation and not whole
         windows_at = self._crops() if crops else self._windows()
         nats = partial(validation_nats, graphdef=self.graphdef, mesh=self.mesh)
-        nats_of = jax.jit(nats, compiler_options=devices.compiler_options(self.mesh))
+        nats_of = jax.jit(nats, compiler_options=compiler_options(self.mesh))
 
         def loss(params: Any, step: int, ended: Callable[[], bool] = lambda: False) -> float | None:
             pairs = []

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from chargpt_jax import devices
 from chargpt_jax.config import Config, UserError, differences, from_dict, validate
 from chargpt_jax.data import batches
 from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.data.tokenizer import CharTokenizer
+from chargpt_jax.devices import sharding
 from chargpt_jax.events import Compiled, Ended, Event, LRFinderResult, Prepared, Saved, Steps, TrainStarted, Validated
 from chargpt_jax.generation.metrics import bits_per_character
 from chargpt_jax.model.flops import peak_flops, training_flops
@@ -231,7 +231,7 @@ def _train(
         epoch_steps=epoch_steps,
         epochs=total / epoch_steps,
         learning_rate=config.optimizer.learning_rate,
-        device=devices.describe(setup.mesh),
+        device=sharding.describe(setup.mesh),
         dtype=jnp.dtype(setup.dtype).name,
         training=tuple((line["step"], line["loss"]) for line in log.lines if line["event"] == "step"),
         validation=tuple((line["step"], line["loss"]) for line in validations),
@@ -345,7 +345,7 @@ def _speed(compiled: Compiled, pace: Pace, setup: Setup) -> dict[str, Any]:
     achieved = compiled.flops_per_step / pace.seconds_per_step
     peak = peak_flops(device, dtype)
     return {
-        "device": devices.describe(setup.mesh),
+        "device": sharding.describe(setup.mesh),
         "compile_seconds": compiled.seconds,
         "seconds_per_step": pace.seconds_per_step,
         "flops_per_step": compiled.flops_per_step,

@@ -12,8 +12,8 @@ from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import Mesh
 
-from chargpt_jax import devices
 from chargpt_jax.data.batches import Batch
+from chargpt_jax.devices import sharding
 from chargpt_jax.ops.dropout import seeds_for
 
 
@@ -97,13 +97,13 @@ def train_step(
     count = jnp.maximum(jnp.sum(targets != 0), 1)
     seeds = seeds_for(dropout_key(state.key, state.step), inputs.shape[0])
     own = partial(gradients, graphdef=graphdef, parts=parts)
-    sums = own if mesh is None else devices.summed(own, mesh)
-    before = devices.whole(mesh, state.params)
+    sums = own if mesh is None else sharding.psum_over_data(own, mesh)
+    before = sharding.replicate(mesh, state.params)
     (loss, grads), (scale, finite) = sums((before, count, state.loss_scale), (inputs, targets, seeds))
     updates, opt_state = tx.update(grads, state.opt_state, before)
     # Each device adds to its share of the parameters, which are then brought together.
-    share = partial(devices.in_shares, mesh)
-    params = devices.whole(mesh, share(optax.apply_updates(share(before), share(updates))))
+    share = partial(sharding.shard, mesh)
+    params = sharding.replicate(mesh, share(optax.apply_updates(share(before), share(updates))))
     if scale is not None:
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
         params, opt_state = jax.tree.map(keep, (params, opt_state), (before, state.opt_state))

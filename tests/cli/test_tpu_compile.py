@@ -13,7 +13,6 @@ import pytest
 from flax import nnx
 from jax import export
 
-from chargpt_jax import devices
 from chargpt_jax.cli import tpu_compile as ahead
 from chargpt_jax.config import Config, UserError
 from chargpt_jax.storage.workdir import Workdir
@@ -52,7 +51,7 @@ def test_every_step_lowers_for_an_accelerator_without_library_calls_or_products_
     platform, dtype, monkeypatch
 ):
     # This CPU only stands in: the model is the accelerator's, and nothing runs here.
-    monkeypatch.setattr(devices, "BFLOAT16_ON_CPU", (0,))
+    monkeypatch.setattr(platform, "BFLOAT16_ON_CPU", (0,))
     made = ahead.create
     monkeypatch.setattr(ahead, "create", lambda config, seed, dtype, _: made(config, seed, dtype, platform))
     names = []

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from chargpt_jax.config import ModelConfig
-from chargpt_jax.devices import BFLOAT16_ON_CPU, compiler_options, data_mesh
+from chargpt_jax.devices.platform import BFLOAT16_ON_CPU, compiler_options
+from chargpt_jax.devices.sharding import data_mesh
 from chargpt_jax.generation.metrics import surprisal_and_entropy
 from chargpt_jax.model.gpt import MASKED, Keys, count_parameters, create, plan, rotary, rotate
 from chargpt_jax.ops.blockwise_attention import causal_attention

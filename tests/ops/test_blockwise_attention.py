@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chargpt_jax import devices
+from chargpt_jax.devices import sharding
+from chargpt_jax.devices.platform import compiler_options
 from chargpt_jax.hash_rng import derive
+from chargpt_jax.ops import blockwise_attention
 from chargpt_jax.ops.blockwise_attention import causal_attention
 from chargpt_jax.ops.dropout import Dropout, keep_mask
 from tests.pairing import x64
@@ -64,8 +66,8 @@ def test_heads_taken_a_few_at_a_time_equal_all_at_once(part, monkeypatch):
         return jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(q, k, v)
 
     whole, gradients = value()
-    monkeypatch.setattr(devices, "WHOLE", 0)
-    monkeypatch.setattr(devices, "PART", part)
+    monkeypatch.setattr(blockwise_attention, "WHOLE", 0)
+    monkeypatch.setattr(blockwise_attention, "PART", part)
     some, others = value()
     np.testing.assert_allclose(some, whole, rtol=1e-6)
     for gradient, other in zip(gradients, others, strict=True):
@@ -73,8 +75,8 @@ def test_heads_taken_a_few_at_a_time_equal_all_at_once(part, monkeypatch):
 
 
 def test_only_a_cpu_takes_a_few_heads_at_a_time(monkeypatch):
-    monkeypatch.setattr(devices, "WHOLE", 0)
-    monkeypatch.setattr(devices, "PART", 1)
+    monkeypatch.setattr(blockwise_attention, "WHOLE", 0)
+    monkeypatch.setattr(blockwise_attention, "PART", 1)
     q, k, v = inputs(13)
 
     def loops(on):
@@ -150,7 +152,7 @@ def test_no_kernel_of_a_cpu_writes_exp_over_what_it_takes_it_of(batch, heads):
     """It would take it of one score at a time: where a kernel writes what it reads, LLVM sees no way to use vectors."""
     q, k, v = inputs(128, batch=batch, heads=heads)
     step = jax.grad(lambda *x: jnp.sum(causal_attention(*x, SEEDS[:batch], Dropout(0.1), 64)), (0, 1, 2))
-    options = devices.compiler_options(devices.data_mesh(1))
+    options = compiler_options(sharding.data_mesh(1))
     text = jax.jit(step, compiler_options=options).lower(q, k, v).compile().as_text()
     kernels = [part for part in re.split(r"\n\n", text) if re.search(r"\[(?:\d+,)*64,\d+\]\S* exponential\(", part)]
     assert len(kernels) >= 4  # two blocks, forward and backward

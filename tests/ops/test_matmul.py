@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chargpt_jax.devices import BFLOAT16_ON_CPU
+from chargpt_jax.devices.platform import BFLOAT16_ON_CPU
 from chargpt_jax.ops.matmul import product, rows_of
 from tests.pairing import x64
 

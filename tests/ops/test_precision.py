@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chargpt_jax.config import ModelConfig
-from chargpt_jax.devices import BFLOAT16_ON_CPU
+from chargpt_jax.devices.platform import BFLOAT16_ON_CPU
 from chargpt_jax.model.gpt import create
 from chargpt_jax.ops.precision import between_products, rounded_product, widened
 

@@ -14,7 +14,7 @@ import pytest
 
 from chargpt_jax.cli.selftest import shrunk
 from chargpt_jax.config import UserError, load_config
-from chargpt_jax.devices import BFLOAT16_ON_CPU
+from chargpt_jax.devices.platform import BFLOAT16_ON_CPU
 from chargpt_jax.events import (
     Compiled,
     Ended,

@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from chargpt_jax import devices
 from chargpt_jax.config import OptimizerConfig
-from chargpt_jax.shares import layout, shared
+from chargpt_jax.devices import sharding
+from chargpt_jax.devices.sharding import optimizer_sharding, sharded_update
 from chargpt_jax.training import optimizer
-from tests.test_devices import Device
+from tests.devices.test_sharding import Device
 
 PARAMS = {
     "blocks": {"large": jnp.ones((2, 512, 256)), "small": jnp.ones((2, 8))},
@@ -22,10 +22,10 @@ SHARE, WHOLE = ("data",), ()
 @pytest.mark.parametrize(("kind", "hidden"), [("adamw", SHARE), ("muon", None)])
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_adams_moments_of_large_arrays_lie_in_shares_and_all_else_whole(kind, hidden, clip):
-    mesh = devices.data_mesh(2, [Device("gpu", id=i) for i in range(2)])
+    mesh = sharding.data_mesh(2, [Device("gpu", id=i) for i in range(2)])
     tx = optimizer.transform(OptimizerConfig(kind=kind, clip_norm=clip), 1e-3, mesh)
     state = jax.eval_shape(tx.init, PARAMS)
-    found = layout(state, mesh)
+    found = optimizer_sharding(state, mesh)
     assert jax.tree.structure(found) == jax.tree.structure(state)
     adam = [x for x in jax.tree.leaves(found, is_leaf=is_adam) if is_adam(x)]
     assert len(adam) == 1
@@ -49,7 +49,7 @@ def test_without_a_mesh_and_on_one_device_a_transform_is_as_it_was():
     rng = np.random.default_rng(0)
     gradient = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), PARAMS)
     expected = jax.jit(tx.update)(gradient, tx.init(PARAMS), PARAMS)
-    for mesh in (None, devices.data_mesh(1)):
-        found = jax.jit(shared(tx, mesh).update)(gradient, tx.init(PARAMS), PARAMS)
+    for mesh in (None, sharding.data_mesh(1)):
+        found = jax.jit(sharded_update(tx, mesh).update)(gradient, tx.init(PARAMS), PARAMS)
         for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
             np.testing.assert_array_equal(ours, theirs)

@@ -19,14 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chargpt_jax import devices
 from chargpt_jax.config import AmpConfig, ModelConfig, UserError
+from chargpt_jax.devices import platform, sharding, startup
+from chargpt_jax.devices.platform import BFLOAT16_ON_CPU, ON_CPU, compiler_options, compute_dtype
 from chargpt_jax.generation.generate import advance, begin
 from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.gpt import create
+from chargpt_jax.ops import blockwise_attention
 from chargpt_jax.ops.cpu_kv_cache import Blocks
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
+from chargpt_jax.training import setup as setup_module
 from chargpt_jax.training.setup import Setup, compiled_updates
 from chargpt_jax.training.stages import prepare
 from tests.corpus_text import write_words
@@ -56,62 +59,62 @@ RULE = {
 
 @pytest.mark.parametrize("device", RULE, ids=lambda device: f"{device.platform}{device.compute_capability}")
 def test_the_platform_chooses_the_dtype(device):
-    assert devices.compute_dtype(AmpConfig(), device) == RULE[device]
+    assert compute_dtype(AmpConfig(), device) == RULE[device]
 
 
 @pytest.mark.parametrize("device", RULE, ids=lambda device: f"{device.platform}{device.compute_capability}")
 def test_mixed_precision_turned_off_means_float32_whatever_the_dtype(device):
-    assert devices.compute_dtype(AmpConfig(enabled=False, dtype="bfloat16"), device) == jnp.float32
+    assert compute_dtype(AmpConfig(enabled=False, dtype="bfloat16"), device) == jnp.float32
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("platform", ["tpu", "cpu"])
 def test_a_dtype_that_is_given_is_taken_on_any_platform(name, platform, monkeypatch):
-    monkeypatch.setattr(jax, "__version_info__", devices.BFLOAT16_ON_CPU)
-    assert devices.compute_dtype(AmpConfig(dtype=name), Device(platform)) == jnp.dtype(name)
+    monkeypatch.setattr(jax, "__version_info__", BFLOAT16_ON_CPU)
+    assert compute_dtype(AmpConfig(dtype=name), Device(platform)) == jnp.dtype(name)
 
 
 def test_bfloat16_on_a_cpu_is_refused_where_jax_cannot_multiply_it(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 8, 0))
     with pytest.raises(UserError, match="cannot multiply that on a CPU: take 'float32'"):
-        devices.compute_dtype(AmpConfig(dtype="bfloat16"), Device("cpu"))
-    assert devices.compute_dtype(AmpConfig(dtype="bfloat16"), Device("tpu")) == jnp.bfloat16
+        compute_dtype(AmpConfig(dtype="bfloat16"), Device("cpu"))
+    assert compute_dtype(AmpConfig(dtype="bfloat16"), Device("tpu")) == jnp.bfloat16
 
 
 @pytest.mark.parametrize(("batch_size", "used"), [(16, 8), (8, 8), (12, 4), (6, 2), (5, 1), (1, 1)])
 def test_a_batch_is_shared_by_a_number_of_devices_that_divides_it_and_the_slice(batch_size, used):
     # 6 of 8 would divide a batch of 12, but a TPU's all-reduce needs groups that divide the slice: libtpu aborts.
-    mesh = devices.data_mesh(batch_size, [Device("gpu", id=i) for i in range(8)])
+    mesh = sharding.data_mesh(batch_size, [Device("gpu", id=i) for i in range(8)])
     assert mesh.size == used
     assert mesh.axis_names == ("data",)
-    assert devices.describe(mesh) == f"{used} x imaginary"
+    assert sharding.describe(mesh) == f"{used} x imaginary"
 
 
 def test_a_large_array_is_cut_where_the_devices_divide_it():
-    mesh = devices.data_mesh(4, [Device("gpu", id=i) for i in range(4)])
-    least = devices.LEAST_SHARED
-    cut = lambda *shape: tuple(devices.share(mesh, jax.ShapeDtypeStruct(shape, jnp.float32)).spec)  # noqa: E731
+    mesh = sharding.data_mesh(4, [Device("gpu", id=i) for i in range(4)])
+    least = sharding.LEAST_SHARED
+    cut = lambda *shape: tuple(sharding.sharded(mesh, jax.ShapeDtypeStruct(shape, jnp.float32)).spec)  # noqa: E731
     assert cut(4, least) == ("data",)
     assert cut(3, 8, least) == (None, "data")
     assert cut(3, 5, 4 * least) == (None, None, "data")
     assert cut(3, least + 1) == ()
     assert cut(4, least // 4 - 1) == ()
     assert cut() == ()
-    alone = devices.data_mesh(1, [Device("gpu", id=0)])
-    assert tuple(devices.share(alone, jax.ShapeDtypeStruct((4, least), jnp.float32)).spec) == ()
+    alone = sharding.data_mesh(1, [Device("gpu", id=0)])
+    assert tuple(sharding.sharded(alone, jax.ShapeDtypeStruct((4, least), jnp.float32)).spec) == ()
 
 
 def test_devices_that_stay_idle_are_said(caplog):
-    devices.data_mesh(16, [Device("gpu", id=i) for i in range(8)])
+    sharding.data_mesh(16, [Device("gpu", id=i) for i in range(8)])
     assert not caplog.messages
-    devices.data_mesh(12, [Device("gpu", id=i) for i in range(8)])
+    sharding.data_mesh(12, [Device("gpu", id=i) for i in range(8)])
     assert caplog.messages == ["12 sequences share 4 of 8 devices"]
 
 
 def counted(first: str = "pass", **environment: str) -> int:
     """Return how many devices a process counts that asks for every core, of four."""
-    code = "import os, jax; os.sched_getaffinity = lambda _: range(4); from chargpt_jax import devices; "
-    code += f"{first}; devices.use_every_core(); print(jax.device_count())"
+    code = "import os, jax; os.sched_getaffinity = lambda _: range(4); from chargpt_jax.devices import startup; "
+    code += f"{first}; startup.use_every_core(); print(jax.device_count())"
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **environment}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -120,7 +123,7 @@ def counted(first: str = "pass", **environment: str) -> int:
 
 def test_a_cpu_counts_as_one_device_a_core_up_to_a_limit():
     assert counted() == 4
-    assert counted("devices.MOST_CORES = 3") == 3
+    assert counted("startup.MOST_CORES = 3") == 3
 
 
 @pytest.mark.parametrize(
@@ -171,46 +174,46 @@ def cache_setting():
 
 def test_programs_are_cached_in_the_folder_that_is_named(cache_setting, monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    devices.use_compilation_cache(tmp_path)
+    startup.use_compilation_cache(tmp_path)
     assert getattr(jax.config, cache_setting) == str(tmp_path)
 
 
 def test_a_cache_that_the_user_chose_is_left_alone(cache_setting, monkeypatch, tmp_path):
     jax.config.update(cache_setting, "chosen in code")
-    devices.use_compilation_cache(tmp_path)
+    startup.use_compilation_cache(tmp_path)
     assert getattr(jax.config, cache_setting) == "chosen in code"
     jax.config.update(cache_setting, None)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "chosen by environment"))
-    devices.use_compilation_cache(tmp_path)
+    startup.use_compilation_cache(tmp_path)
     assert getattr(jax.config, cache_setting) is None
 
 
 def test_xla_is_told_by_platform_how_to_compile_and_only_what_it_knows(monkeypatch):
     mesh = SimpleNamespace(devices=np.array([jax.devices("cpu")[0]]))
-    told = devices.compiler_options(mesh)
+    told = compiler_options(mesh)
     if jax.__version_info__ >= (0, 10, 2):  # older ones need not know of it, as 0.7.2 does not
-        assert told["xla_cpu_scheduler_type"] == devices.ON_CPU["xla_cpu_scheduler_type"]
+        assert told["xla_cpu_scheduler_type"] == ON_CPU["xla_cpu_scheduler_type"]
     if jax.__version_info__[:2] == (0, 10):
-        assert told == devices.ON_CPU
-    assert told is None or told.items() <= devices.ON_CPU.items()
+        assert told == ON_CPU
+    assert told is None or told.items() <= ON_CPU.items()
     assert jax.jit(lambda x: x + 1, compiler_options=told)(1) == 2
-    assert devices.compiler_options(SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))) is None
+    assert compiler_options(SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))) is None
     gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
-    assert devices.compiler_options(gpu) == {"xla_gpu_deterministic_ops": True}
+    assert compiler_options(gpu) == {"xla_gpu_deterministic_ops": True}
     future, old = {"xla_cpu_an_option_of_the_future": False}, {"xla_cpu_enable_fast_math": False}
-    monkeypatch.setattr(devices, "ON_CPU", future)
-    assert devices.compiler_options(mesh) is None
-    monkeypatch.setattr(devices, "ON_CPU", future | old)
-    assert devices.compiler_options(mesh) == old
+    monkeypatch.setattr(platform, "ON_CPU", future)
+    assert compiler_options(mesh) is None
+    monkeypatch.setattr(platform, "ON_CPU", future | old)
+    assert compiler_options(mesh) == old
 
 
 def test_a_cpu_divides_its_work_only_where_it_leaves_the_cache():
-    assert devices.parts_of(32, devices.WHOLE // 32) == 1
+    assert blockwise_attention.chunk_count(32, blockwise_attention.WHOLE // 32) == 1
     for rows, row_bytes in ((32, 2**17), (48, 2**16), (7, 2**20), (6, 2**18)):
-        parts = devices.parts_of(rows, row_bytes)
+        parts = blockwise_attention.chunk_count(rows, row_bytes)
         assert rows % parts == 0
-        assert rows // parts * row_bytes <= max(devices.PART, row_bytes)
-        assert all(rows // n * row_bytes > devices.PART for n in range(1, parts) if rows % n == 0)
+        assert rows // parts * row_bytes <= max(blockwise_attention.PART, row_bytes)
+        assert all(rows // n * row_bytes > blockwise_attention.PART for n in range(1, parts) if rows % n == 0)
 
 
 # Eight virtual devices
@@ -225,9 +228,9 @@ def trained(workdir: Path, n_devices: int, parts: int, kind: str = "adamw", leas
 
     (In float32 the gradient of the keys' bias, which softmax does not see, is rounding noise that Adam makes large.)
     """
-    devices.compute_dtype = lambda amp: jnp.float64
-    devices.data_mesh = partial(data_mesh, devices=jax.devices()[:n_devices])
-    devices.LEAST_SHARED = least
+    setup_module.compute_dtype = lambda amp: jnp.float64
+    sharding.data_mesh = partial(data_mesh, devices=jax.devices()[:n_devices])
+    sharding.LEAST_SHARED = least
     setup = Setup.of(Workdir(workdir))
     params = setup.draw()
     setup = replace(setup, draw=lambda: jax.tree.map(lambda x: x.astype(jnp.float64), params))
@@ -241,7 +244,7 @@ def trained(workdir: Path, n_devices: int, parts: int, kind: str = "adamw", leas
         state, history = compiled(state, setup.on_device, count)
         losses += np.asarray(history["loss"])[:STEPS].tolist()  # awaited: two dispatches in flight can deadlock
     kept = [math.prod(x.sharding.shard_shape(x.shape)) / x.size for x in jax.tree.leaves(state.opt_state) if x.ndim]
-    batch = jax.jit(partial(devices.shared, setup.mesh))(jnp.zeros((config.data.batch_size, 2)))
+    batch = jax.jit(partial(sharding.shard_batch, setup.mesh))(jnp.zeros((config.data.batch_size, 2)))
     return {
         "losses": losses,
         "validation": setup.validator()(state.params, 0),
@@ -253,7 +256,7 @@ def trained(workdir: Path, n_devices: int, parts: int, kind: str = "adamw", leas
     }
 
 
-data_mesh = devices.data_mesh
+data_mesh = sharding.data_mesh
 CASES = {
     "one": (1, 1),
     "eight": (8, 1),
@@ -276,7 +279,7 @@ def found(tmp_path_factory):
     list(prepare(config, folder / "run"))
     environment = {
         **os.environ,
-        "PYTHONPATH": str(Path(devices.__file__).parents[1]),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_ENABLE_X64": "1",
@@ -382,7 +385,7 @@ def written(n_devices: int, *, vocab_size: int = 64, n_embd: int = 8, block_size
     tokens = np.random.default_rng(0).integers(1, 30, (8, N)).astype(np.int32)
     lengths, mesh = np.arange(3, 11, dtype=np.int32), data_mesh(8, jax.devices()[:n_devices])
     tokens *= np.arange(N) < lengths[:, None]
-    params = jax.device_put(params, devices.replicated(mesh))
+    params = jax.device_put(params, sharding.replicated(mesh))
     progress = begin(params, tokens, lengths, graphdef=graphdef, width=10, mesh=mesh)
     apart = isinstance(progress.cache, Blocks)
     drawing = Sampler().with_key(jax.random.key(3))
@@ -398,7 +401,8 @@ def written(n_devices: int, *, vocab_size: int = 64, n_embd: int = 8, block_size
 def summed() -> list[Any]:
     """Let eight devices look at two numbers each: three times their sum, the least, and whether none is 6."""
     rows = jnp.arange(16.0) * 2 + 4
-    both = jax.jit(devices.summed(lambda whole, x: (whole * x.sum(), (x.min(), jnp.all(x != 6))), data_mesh(16)))
+    f = lambda whole, x: (whole * x.sum(), (x.min(), jnp.all(x != 6)))  # noqa: E731
+    both = jax.jit(sharding.psum_over_data(f, data_mesh(16)))
     return jax.tree.map(lambda x: x.tolist(), both(jnp.float32(3), rows))
 
 
