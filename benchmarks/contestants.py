@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from chargpt_jax.config import Config, load_config
+from chargpt_jax.config import Config
+from chargpt_jax.config_io import load_config
 from chargpt_jax.devices import startup
 
 SETUPS = {"small": 4, "nanogpt_baby": 8, "nanogpt_cpu": 12}

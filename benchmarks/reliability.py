@@ -27,8 +27,8 @@ import orbax.checkpoint as ocp
 from benchmarks.contestants import setup_of
 from benchmarks.peers import machine
 from benchmarks.stored import RECORD, Store, bits, faults, filled, refuse, state_at
+from chargpt_jax.errors import SaveFailed
 from chargpt_jax.storage import manifest
-from chargpt_jax.storage.checkpoint import SaveFailed
 from chargpt_jax.storage.state_arrays import on_host
 
 

@@ -28,9 +28,11 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 import chargpt_jax
-from chargpt_jax.config import Config, UserError, flatten, load_config
+from chargpt_jax.config import Config
+from chargpt_jax.config_io import flatten, load_config
 from chargpt_jax.data.batches import steps_per_epoch
 from chargpt_jax.data.corpus import load_corpus
+from chargpt_jax.errors import UserError
 from chargpt_jax.events import Validated
 from chargpt_jax.pictures.plots import BOTTOM, HEIGHT, TOP, WIDTH, Axis
 from chargpt_jax.pictures.svg import Entry, figure, label, legend, number

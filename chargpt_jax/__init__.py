@@ -22,13 +22,17 @@ if TYPE_CHECKING:
         write_samples,
     )
     from chargpt_jax.cli.progress import show
-    from chargpt_jax.config import Config, UserError, load_config
+    from chargpt_jax.config import Config
+    from chargpt_jax.config_io import load_config
+    from chargpt_jax.errors import UserError
 
 __version__ = _metadata.version("chargpt_jax")
 
 _HOMES = {
-    **dict.fromkeys(("Config", "UserError", "load_config"), "config"),
-    "show": "progress",
+    "Config": "config",
+    "UserError": "errors",
+    "load_config": "config_io",
+    "show": "cli.progress",
     **dict.fromkeys(
         (
             *("Model", "Sample", "Samples", "evaluate", "find_lr", "info", "load", "prepare", "run", "train"),

@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chargpt_jax.config import MOST_STEPS, MOST_TEXT, Config, UserError, from_dict, shown
+from chargpt_jax.config import MOST_STEPS, MOST_TEXT, Config, shown
+from chargpt_jax.config_io import from_dict
 from chargpt_jax.data import batches
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.devices import sharding, startup
 from chargpt_jax.devices.platform import compute_dtype
+from chargpt_jax.errors import NoCheckpoint, UserError
 from chargpt_jax.events import Ended, Event
 from chargpt_jax.generation.generate import Progress, advance, begin, bucket, score_tokens
 from chargpt_jax.generation.metrics import bits_per_character, perplexity
@@ -33,7 +35,7 @@ from chargpt_jax.interop.convert import import_original
 from chargpt_jax.model.flops import training_flops
 from chargpt_jax.model.gpt import count_parameters, create
 from chargpt_jax.pictures import plots, report
-from chargpt_jax.storage.checkpoint import Checkpoints, NoCheckpoint
+from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.workdir import Workdir, excused
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.lr_finder import result_from

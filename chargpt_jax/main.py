@@ -32,8 +32,9 @@ from absl.flags import FlagValues
 
 from chargpt_jax.cli.flags import NEEDS_CONFIG, help_text, parse
 from chargpt_jax.cli.terminal import guard, one_line, printable
-from chargpt_jax.config import Config, UserError, validate
+from chargpt_jax.config import Config, validate
 from chargpt_jax.devices import startup
+from chargpt_jax.errors import ExpectedError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
         except UserError as error:
-            return _complain(error, 2)
+            return _complain(error, error.exit_code)
         except BrokenPipeError:
             Lasting(sys.stdout).mute()
             return 0
@@ -54,14 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:
             if signals.interrupted:  # a library may have made something else of it
                 return _complain(f"Stopped by {signals.name}{signals.advice}.", signals.code)
-            # By name, so that a mistyped command is answered without importing JAX.
-            known = {"NoCheckpoint": 3, "NonFiniteLoss": 4, "SaveFailed": 5}.get(type(error).__name__)
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 name = f"{error.filename} cannot be used" if error.filename else "The disk cannot be used"
                 return _complain(f"{name} ({error.strerror}): mend that, then give the same command again.", 2)
-            if known is None:
+            if not isinstance(error, ExpectedError):
                 raise
-            return _complain(error, known)
+            return _complain(error, error.exit_code)
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 import chargpt_jax
-from chargpt_jax.config import UserError
+from chargpt_jax.errors import NoCheckpoint, UserError
 from chargpt_jax.main import main
 from chargpt_jax.model.flops import peak_flops
-from chargpt_jax.storage.checkpoint import NoCheckpoint
 from tests.corpus_text import FLOOR, small_config, write_words
 
 

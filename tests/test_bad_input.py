@@ -19,7 +19,8 @@ import pytest
 
 import chargpt_jax
 from chargpt_jax import main
-from chargpt_jax.config import MOST_TEXT, UserError
+from chargpt_jax.config import MOST_TEXT
+from chargpt_jax.errors import UserError
 from chargpt_jax.storage import checkpoint
 from chargpt_jax.storage.workdir import Workdir
 from tests.corpus_text import small_config, write_words

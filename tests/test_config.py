@@ -10,18 +10,9 @@ from typing import Any
 
 import pytest
 
-from chargpt_jax.config import (
-    Config,
-    UserError,
-    differences,
-    find_config,
-    flatten,
-    from_dict,
-    load_config,
-    to_json,
-    unknown_field,
-    validate,
-)
+from chargpt_jax.config import Config, validate
+from chargpt_jax.config_io import differences, find_config, flatten, from_dict, load_config, to_json, unknown_field
+from chargpt_jax.errors import UserError
 
 SHIPPED = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
 MAY_DIFFER = (

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.reliability import operations
 from benchmarks.stored import RECORD, Store, bits, faults, filled, refuse, state_at
-from chargpt_jax.storage.checkpoint import SaveFailed
+from chargpt_jax.errors import SaveFailed
 
 ROOT = Path(__file__).parents[1]
 ERRORS = [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES]
@@ -133,7 +133,7 @@ def mounted(options, script, folder):
 SAVE = """
 import sys; from pathlib import Path
 from benchmarks.stored import RECORD, Store, bits, state_at
-from chargpt_jax.storage.checkpoint import SaveFailed
+from chargpt_jax.errors import SaveFailed
 store = Store(Path(sys.argv[1]))
 try:
     for step in range(4, 99):

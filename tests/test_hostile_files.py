@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chargpt_jax.config import MOST_JSON, Config, UserError, from_dict, least_bytes, load_config, read_json, to_json
+from chargpt_jax.config import Config, least_bytes
 from chargpt_jax.config import validate as validated
+from chargpt_jax.config_io import MOST_JSON, from_dict, load_config, read_json, to_json
 from chargpt_jax.data.corpus import MOST_SCORED, load_corpus, read_text
 from chargpt_jax.data.tokenizer import CharTokenizer
+from chargpt_jax.errors import UserError
 from chargpt_jax.generation.sample import Samples
 from chargpt_jax.interop.safetensors_file import read_npz
 from chargpt_jax.storage.workdir import MOST_LINE, MOST_METRICS, Log, Workdir

@@ -21,7 +21,7 @@ import pytest
 from chargpt_jax import main as main_module
 from chargpt_jax.cli import selftest
 from chargpt_jax.cli.flags import MODES
-from chargpt_jax.config import to_json
+from chargpt_jax.config_io import to_json
 from chargpt_jax.data.batches import windows_per_pass
 from chargpt_jax.main import Signals, main
 from chargpt_jax.storage.workdir import Workdir

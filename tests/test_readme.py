@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from chargpt_jax.cli.flags import MODES, define_flags
-from chargpt_jax.config import flatten, load_config
+from chargpt_jax.config_io import flatten, load_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

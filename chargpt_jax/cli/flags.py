@@ -12,16 +12,9 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from chargpt_jax.config import (
-    Config,
-    UserError,
-    find_config,
-    flatten,
-    help_lines,
-    load_config,
-    optional_fields,
-    unknown_field,
-)
+from chargpt_jax.config import Config
+from chargpt_jax.config_io import find_config, flatten, help_lines, load_config, optional_fields, unknown_field
+from chargpt_jax.errors import UserError
 
 MODES = (
     "run",

@@ -29,9 +29,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from chargpt_jax.config import Config, DataConfig, UserError, from_dict, to_json
+from chargpt_jax.config import Config, DataConfig
+from chargpt_jax.config_io import from_dict, to_json
 from chargpt_jax.data.corpus import load_corpus
-from chargpt_jax.storage.checkpoint import NoCheckpoint
+from chargpt_jax.errors import NoCheckpoint, UserError
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import Setup

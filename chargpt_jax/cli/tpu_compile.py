@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from chargpt_jax.config import Config, UserError
+from chargpt_jax.config import Config
 from chargpt_jax.devices import sharding
 from chargpt_jax.devices.platform import compute_dtype
+from chargpt_jax.errors import UserError
 from chargpt_jax.generation.generate import begin, bucket, inside, past
 from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.gpt import create

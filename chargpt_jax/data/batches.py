@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chargpt_jax.config import DataConfig, UserError
+from chargpt_jax.config import DataConfig
+from chargpt_jax.errors import UserError
 from chargpt_jax.hash_rng import derive, draw, seeds_of, unit
 
 Batch = tuple[jax.Array, jax.Array]

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from chargpt_jax.config import DataConfig, UserError
+from chargpt_jax.config import DataConfig
+from chargpt_jax.errors import UserError
 
 TRIES = 3
 """Times that one address is asked while it fails in a way that may pass."""

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from chargpt_jax.config import VOCAB_MULTIPLE, UserError
+from chargpt_jax.config import VOCAB_MULTIPLE
+from chargpt_jax.errors import UserError
 
 PADDING = 0
 """The id of '' : it stands before short sequences, is never a target, and decodes to nothing."""

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from chargpt_jax.config import AmpConfig, UserError
+from chargpt_jax.config import AmpConfig
+from chargpt_jax.errors import UserError
 
 DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 

@@ -21,8 +21,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from chargpt_jax.config import UserError
 from chargpt_jax.devices.platform import writing_options
+from chargpt_jax.errors import UserError
 from chargpt_jax.generation.metrics import surprisal_and_entropy, token_metrics
 from chargpt_jax.generation.sampler import Drawing
 from chargpt_jax.model.gpt import Cache, count_parameters

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chargpt_jax.config import MOST_TEMPERATURE, UserError
+from chargpt_jax.config import MOST_TEMPERATURE
+from chargpt_jax.errors import UserError
 
 LEAST_TEMPERATURE = 1e-6
 """Below it the likeliest character is as good as certain, and is taken: a division by less would overflow."""

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from chargpt_jax.config import Config, ModelConfig, UserError, from_dict, read_json
+from chargpt_jax.config import Config, ModelConfig
+from chargpt_jax.config_io import from_dict, read_json
 from chargpt_jax.data.tokenizer import CharTokenizer
+from chargpt_jax.errors import UserError
 from chargpt_jax.interop.safetensors_file import Stored, read_npz, read_safetensors, reading
 from chargpt_jax.interop.torch_pickle import read_torch
 

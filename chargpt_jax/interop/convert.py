@@ -18,10 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from chargpt_jax.config import Config, UserError
+from chargpt_jax.config import Config
 from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.devices.platform import compute_dtype
+from chargpt_jax.errors import UserError
 from chargpt_jax.interop import hugging_face
 from chargpt_jax.interop.ancestor import MULTIPLES, checked, from_original, from_params, read, to_original, to_params
 from chargpt_jax.interop.safetensors_file import write_safetensors

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from chargpt_jax.config import Config, UserError
+from chargpt_jax.config import Config
 from chargpt_jax.data.tokenizer import PADDING, CharTokenizer
+from chargpt_jax.errors import UserError
 from chargpt_jax.interop.safetensors_file import write_safetensors
 
 LAYER = {

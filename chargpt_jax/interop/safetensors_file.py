@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from chargpt_jax.config import UserError
+from chargpt_jax.errors import UserError
 
 DTYPES = {"float32": "<f4", "float16": "<f2", "float64": "<f8", "bfloat16": "<u2"}
 """The kinds of numbers that are read, as NumPy calls them; bfloat16, which it lacks, is the upper half of a float32."""

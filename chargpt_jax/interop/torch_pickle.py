@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from chargpt_jax.config import UserError
+from chargpt_jax.errors import UserError
 from chargpt_jax.interop.safetensors_file import DTYPES, Stored, as_float32, checked_shape, reading, zipped
 
 ORDERED_DICT = "collections OrderedDict"

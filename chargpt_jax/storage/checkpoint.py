@@ -32,7 +32,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from chargpt_jax.config import UserError, from_dict
+from chargpt_jax.config_io import from_dict
+from chargpt_jax.errors import NoCheckpoint, SaveFailed, UserError
 from chargpt_jax.storage import manifest
 from chargpt_jax.storage.manifest import Damaged
 from chargpt_jax.storage.state_arrays import Arrays, check_same, described, digest, named, on_host, placed, plain
@@ -70,14 +71,6 @@ REMEDIES = {
 """What a user can do about the system's reasons for not writing."""
 
 T = TypeVar("T")
-
-
-class NoCheckpoint(Exception):
-    """There is no checkpoint that can be used; `main` turns it into exit code 3."""
-
-
-class SaveFailed(Exception):
-    """A checkpoint could not be written; `main` turns it into exit code 5."""
 
 
 class Checkpoints:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from chargpt_jax.config import UserError
+from chargpt_jax.errors import UserError
 
 NAME = "lock.json"
 

@@ -16,8 +16,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from chargpt_jax.config import MOST_JSON, MOST_STEPS, Config, UserError, differences, from_dict, read_json, to_json
+from chargpt_jax.config import MOST_STEPS, Config
+from chargpt_jax.config_io import MOST_JSON, differences, from_dict, read_json, to_json
 from chargpt_jax.data.tokenizer import CharTokenizer
+from chargpt_jax.errors import UserError
 
 MOST_CORPUS = 4 << 30
 """Bytes of tokens.npy: a thousand million characters."""

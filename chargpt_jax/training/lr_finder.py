@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from chargpt_jax.config import LRFinderConfig, UserError
+from chargpt_jax.config import LRFinderConfig
+from chargpt_jax.errors import UserError
 from chargpt_jax.events import LRFinderResult, LRFinderStep, Zoom
 
 LossesOf = Callable[[int, Sequence[float]], Iterable[float]]

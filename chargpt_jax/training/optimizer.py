@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from chargpt_jax.config import MOST_STEPS, OptimizerConfig, SchedulerConfig, UserError
+from chargpt_jax.config import MOST_STEPS, OptimizerConfig, SchedulerConfig
 from chargpt_jax.devices.sharding import sharded_update
+from chargpt_jax.errors import UserError
 from chargpt_jax.training.muon import is_hidden, scale_by_muon
 
 EPS = 1e-8

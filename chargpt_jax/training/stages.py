@@ -17,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from chargpt_jax.config import Config, UserError, differences, from_dict, validate
+from chargpt_jax.config import Config, validate
+from chargpt_jax.config_io import differences, from_dict
 from chargpt_jax.data import batches
 from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.devices import sharding
+from chargpt_jax.errors import NonFiniteLoss, UserError
 from chargpt_jax.events import Compiled, Ended, Event, LRFinderResult, Prepared, Saved, Steps, TrainStarted, Validated
 from chargpt_jax.generation.metrics import bits_per_character
 from chargpt_jax.model.flops import peak_flops, training_flops
@@ -35,10 +37,6 @@ from chargpt_jax.training.lr_finder import search, trainer_losses
 from chargpt_jax.training.pacing import MOST_STEPS, Ending, Pace, Stop
 from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.step import TrainState
-
-
-class NonFiniteLoss(Exception):
-    """The loss is no longer a number; `main` turns it into exit code 4."""
 
 
 def prepare(config: Config, workdir: str | Path, warn: Callable[[str], None] = print) -> Iterator[Event]:

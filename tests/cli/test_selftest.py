@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from chargpt_jax.cli import selftest
-from chargpt_jax.config import load_config, validate
+from chargpt_jax.config import validate
+from chargpt_jax.config_io import load_config
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 

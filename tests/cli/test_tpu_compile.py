@@ -14,7 +14,8 @@ from flax import nnx
 from jax import export
 
 from chargpt_jax.cli import tpu_compile as ahead
-from chargpt_jax.config import Config, UserError
+from chargpt_jax.config import Config
+from chargpt_jax.errors import UserError
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import Setup

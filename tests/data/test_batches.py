@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chargpt_jax.config import DataConfig, UserError
+from chargpt_jax.config import DataConfig
 from chargpt_jax.data.batches import (
     batch_at,
     shuffled,
@@ -20,6 +20,7 @@ from chargpt_jax.data.batches import (
     validation_crops,
     windows_per_pass,
 )
+from chargpt_jax.errors import UserError
 from chargpt_jax.hash_rng import derive, seeds_of
 
 KEY = jax.random.key(3)

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chargpt_jax.config import DataConfig, UserError
+from chargpt_jax.config import DataConfig
 from chargpt_jax.data.corpus import Source, load_corpus, read_text, stdlib_text
+from chargpt_jax.errors import UserError
 
 STORY = "\n".join(f"CHAPTER {n}\n\nIt was day {n}, and nothing had happened yet." for n in range(1, 60))
 HEADER = "The Project Gutenberg EBook of A Story\n\nTitle: A Story\n   of Days\n\nAuthor: Nobody\n\n"

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from chargpt_jax.config import UserError
 from chargpt_jax.data.tokenizer import PADDING, CharTokenizer
+from chargpt_jax.errors import UserError
 
 ODD = st.sampled_from("\0\ud800\udfff\ud83d\ude00\U0001f600\U0010ffff\r\né")
 EVERY = st.characters() | ODD | st.integers(0, 0x10FFFF).map(chr)

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chargpt_jax.config import AmpConfig, ModelConfig, UserError
+from chargpt_jax.config import AmpConfig, ModelConfig
 from chargpt_jax.devices import platform, sharding, startup
 from chargpt_jax.devices.platform import BFLOAT16_ON_CPU, ON_CPU, compiler_options, compute_dtype
+from chargpt_jax.errors import UserError
 from chargpt_jax.generation.generate import advance, begin
 from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.gpt import create

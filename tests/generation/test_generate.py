@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from chargpt_jax.config import ModelConfig, UserError
+from chargpt_jax.config import ModelConfig
+from chargpt_jax.errors import UserError
 from chargpt_jax.generation.generate import advance, begin, bucket, inside, past, score_tokens
 from chargpt_jax.generation.metrics import surprisal_and_entropy
 from chargpt_jax.generation.sampler import Sampler

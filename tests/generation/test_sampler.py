@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chargpt_jax.config import UserError
+from chargpt_jax.errors import UserError
 from chargpt_jax.generation.sampler import Sampler
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))

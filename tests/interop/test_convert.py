@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from chargpt_jax import api
-from chargpt_jax.config import UserError
+from chargpt_jax.errors import UserError
 from chargpt_jax.interop import convert
 from chargpt_jax.interop.ancestor import from_original, from_params, read
 from chargpt_jax.interop.safetensors_file import read_npz, read_safetensors, write_safetensors

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from chargpt_jax.api import Model
-from chargpt_jax.config import Config, ModelConfig, UserError
+from chargpt_jax.config import Config, ModelConfig
 from chargpt_jax.data.tokenizer import CharTokenizer
+from chargpt_jax.errors import UserError
 from chargpt_jax.interop import convert
 from chargpt_jax.interop.ancestor import to_params
 from chargpt_jax.interop.hugging_face import padding_name

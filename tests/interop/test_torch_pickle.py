@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chargpt_jax.config import UserError
+from chargpt_jax.errors import UserError
 from chargpt_jax.interop.torch_pickle import read_torch
 
 STORAGES = {"<f4": "FloatStorage", "<f2": "HalfStorage", "<f8": "DoubleStorage", "<u2": "BFloat16Storage"}

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.stored import RECORD, Store, bits, filled, state_at
+from chargpt_jax.errors import NoCheckpoint, SaveFailed
 from chargpt_jax.storage import manifest
-from chargpt_jax.storage.checkpoint import FORMAT, UNVALIDATED, Checkpoints, NoCheckpoint, SaveFailed
+from chargpt_jax.storage.checkpoint import FORMAT, UNVALIDATED, Checkpoints
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from chargpt_jax.config import UserError
+from chargpt_jax.errors import UserError
 from chargpt_jax.storage import lock
 
 HOLDER = """

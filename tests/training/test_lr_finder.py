@@ -8,7 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from chargpt_jax.config import LRFinderConfig, UserError
+from chargpt_jax.config import LRFinderConfig
+from chargpt_jax.errors import UserError
 from chargpt_jax.events import LRFinderResult, LRFinderStep, Zoom
 from chargpt_jax.training.lr_finder import LossesOf, log_spaced, search, steepest_rate, trainer_losses, zoom_in
 from tests import reference

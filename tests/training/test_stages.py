@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from chargpt_jax.cli.selftest import shrunk
-from chargpt_jax.config import UserError, load_config
+from chargpt_jax.config_io import load_config
 from chargpt_jax.devices.platform import BFLOAT16_ON_CPU
+from chargpt_jax.errors import NonFiniteLoss, UserError
 from chargpt_jax.events import (
     Compiled,
     Ended,
@@ -450,7 +451,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(text, tmp_pa
     config.scheduler.min_lr_factor = 0.0
     config.train.validate_every = 1 / 40
     config.scheduler.max_steps = 200
-    with pytest.raises(stages.NonFiniteLoss, match=r"the loss is (nan|inf).*(checkpoint of step \d+ is kept)"):
+    with pytest.raises(NonFiniteLoss, match=r"the loss is (nan|inf).*(checkpoint of step \d+ is kept)"):
         list(stages.train(config, tmp_path, quiet))
     assert all(np.isfinite(x).all() for x in final(tmp_path).values())
 
