@@ -18,6 +18,11 @@ def test_ci_runs_exactly_the_readmes_test_command():
     assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
 
+def test_ci_also_runs_the_slow_tests():
+    """The README's command leaves them out (addopts in pyproject.toml)."""
+    assert "python -m pytest -n auto -m slow" in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
 def test_every_folder_of_the_package_is_in_the_table_of_folders():
     linked = set(re.findall(r"\]\(chargpt_jax/(\w+)/?\)", README))
     there = {path.parent.name for path in (ROOT / "chargpt_jax").glob("*/__init__.py")}
