@@ -1,6 +1,7 @@
-"""What the README says is so: its commands are those of CI, its files, modes and configs are the ones there are."""
+"""The README and the pages of docs/: commands, links, modes, configs, folders and files that they name exist."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,11 @@ from chargpt_jax.config_io import flatten, load_config
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_readme_has_at_most_200_lines():
+    assert len(README.splitlines()) <= 200
 
 
 def test_ci_runs_exactly_the_readmes_test_command():
@@ -29,9 +35,14 @@ def test_every_folder_of_the_package_is_in_the_table_of_folders():
     assert linked == there
 
 
-def test_links_to_files_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_to_files_and_headings(page):
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", page.read_text(encoding="utf-8")):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}, anchor
 
 
 def test_every_mode_is_described():
@@ -61,3 +72,9 @@ def test_flags_and_fields_in_commands_exist():
 def test_no_number_is_left_open():
     names = {"LR_FINDER", "XLA_FLAGS"}  # not placeholders
     assert set(re.findall(r"\b[A-Z]+_[A-Z]+\b", README)) <= names
+
+
+def test_citation_has_the_version_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {project['version']}\n" in citation
