@@ -371,7 +371,9 @@ def info(workdir: str | Path) -> dict[str, Any]:
     log = [line for line in folder.load_metrics() if line["event"] == "validation"]
     _, like = _shapes(config, compute_dtype(config.amp))
     n = int(sum(source["characters"] for source in sources))
-    epoch_steps = batches.steps_per_epoch(int(config.data.train_split * n), config.model.block_size, config.data)
+    epoch_steps = batches.steps_per_epoch(
+        int(config.data.train_split * n), config.model.block_size, config.data, config.ancestor.short_epochs
+    )
     best = min(log, key=lambda line: line["loss"], default=None)
     return {
         "sources": [source["title"] for source in sources],

@@ -55,7 +55,6 @@ class ModelConfig:
     n_ff: int = setting(128, "hidden width of the MLP", least=1)
     n_layer: int = setting(15, "transformer blocks", least=1)
     dropout: float = setting(0.0, "on attention weights, attention output and MLP output", least=0.0, below=1.0)
-    dropout_bits: str = setting("hash", "where dropout's masks come from; 'jax' is slower", choices=("hash", "jax"))
     mask_unused_ids: bool = setting(True, "give padding and ids without a character no probability")
     remat: bool = setting(True, "recompute what is cheap in the backward pass: less memory, and here less time too")
     attention_block: int = setting(64, "query positions whose scores are held at once", least=1)
@@ -82,8 +81,6 @@ class DataConfig:
     oversample: float = setting(1.0, "times the training text is covered in an epoch", above=0.0, most=1e6)
     train_split: float = setting(0.8, "leading part of the corpus that is trained on", above=0.0, below=1.0)
     padding_chance: float = setting(0.0, "chance that a training sequence begins with padding", least=0.0, most=1.0)
-    short_epochs: bool = setting(False, "as the ancestor: an epoch covers one batch_size-th of the text")
-    random_validation: bool = setting(False, "as the ancestor: validate on a few crops drawn anew each time; noisy")
 
 
 @dataclass
@@ -103,13 +100,12 @@ class OptimizerConfig:
 
 @dataclass
 class SchedulerConfig:
-    """Linear warm-up from min_lr_factor x peak, then, unless decay is off, cosine back down to it at the last step."""
+    """Linear warm-up from min_lr_factor x peak to the peak, then cosine decay to min_lr_factor x peak."""
 
     epochs: float = setting(100.0, "length of the run", above=0.0, most=1e6)
     max_steps: int | None = setting(None, "length of the run in steps; overrides epochs", least=1, below=MOST_STEPS)
     warmup_epochs: float = setting(1.0, "epochs of linear warm-up", least=0.0, most=1e6)
     min_lr_factor: float = setting(0.1, "lowest rate as a part of the peak", least=0.0, most=1.0)
-    decay: str = setting("cosine", "after the warm-up; 'none', as the ancestor: stay", choices=("cosine", "none"))
 
 
 @dataclass
@@ -162,6 +158,19 @@ class SampleConfig:
 
 
 @dataclass
+class AncestorConfig:
+    """Bugs of the original, for comparison only: docs/fidelity.md describes each."""
+
+    short_epochs: bool = setting(False, "like the original: an epoch covers 1/batch_size of the text")
+    random_validation: bool = setting(False, "like the original: validate on a few new random crops each time (noisy)")
+    decay: str = setting(
+        "cosine",
+        "schedule after the warm-up: 'cosine', or 'none' (constant at the peak, like the original)",
+        choices=("cosine", "none"),
+    )
+
+
+@dataclass
 class Config:
     """A whole run. Two runs with equal configs and corpora on equal devices learn the same bits."""
 
@@ -173,7 +182,28 @@ class Config:
     lr_finder: LRFinderConfig = field(default_factory=LRFinderConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    ancestor: AncestorConfig = field(default_factory=AncestorConfig)
     seed: int = setting(0, "every random number of a run follows from it", least=0, below=2**31)
+
+
+RENAMED = {
+    "data.short_epochs": "ancestor.short_epochs",
+    "data.random_validation": "ancestor.random_validation",
+    "scheduler.decay": "ancestor.decay",
+}
+"""Fields that had another name in earlier versions: old name to new name."""
+
+DROPOUT_BITS = "model.dropout_bits"
+"""A field that earlier versions had: 'hash', or 'jax' for dropout masks from JAX's own random bits."""
+
+
+def renamed_field(path: str) -> UserError | None:
+    """Return the error for a field of an earlier version, 'section.field'; None if `path` is no such field."""
+    if path == DROPOUT_BITS:
+        return UserError(
+            f"The config field {path} was removed, and dropout masks always come from the hash: delete it."
+        )
+    return UserError(f"The config field {path} was renamed: use {RENAMED[path]}.") if path in RENAMED else None
 
 
 def validate(config: Config) -> Config:
@@ -187,6 +217,9 @@ def validate(config: Config) -> Config:
         if not dataclasses.is_dataclass(value):
             _check_field(section.name, section, value)
             continue
+        for name in vars(value):  # assigning to a field that a dataclass no longer has raises nothing
+            if (renamed := renamed_field(f"{section.name}.{name}")) is not None:
+                raise renamed
         for item in dataclasses.fields(value):
             _check_field(f"{section.name}.{item.name}", item, getattr(value, item.name))
     model, data = config.model, config.data

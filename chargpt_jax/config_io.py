@@ -9,7 +9,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from chargpt_jax.config import Config, shown, validate
+from chargpt_jax.config import DROPOUT_BITS, RENAMED, Config, renamed_field, shown, validate
 from chargpt_jax.errors import UserError
 
 MOST_JSON = 32 << 20
@@ -65,13 +65,15 @@ def to_json(config: Config) -> str:
 def from_dict(saved: dict[str, Any]) -> Config:
     """Build a validated config from `dataclasses.asdict`'s form; fields it lacks keep their defaults.
 
+    Fields that an earlier version saved under another name are accepted.
+
     Raises:
         UserError: for an unknown section or field, naming the nearest known one.
     """
     config = Config()
     if not isinstance(saved, dict):
         raise UserError(f"A config is an object of sections, but this is a {type(saved).__name__}.")
-    for name, value in saved.items():
+    for name, value in _with_new_names(saved).items():
         if not isinstance(value, dict):
             if dataclasses.is_dataclass(getattr(config, name, None)):
                 raise UserError(
@@ -85,6 +87,33 @@ def from_dict(saved: dict[str, Any]) -> Config:
         for item, inner in value.items():
             _set(getattr(config, name, None), item, f"{name}.{item}", inner)
     return validate(config)
+
+
+def _with_new_names(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved config with the fields of earlier versions under their present names.
+
+    Raises:
+        UserError: if dropout used JAX's own random bits, which no config can choose any more.
+    """
+    new = {name: dict(value) if isinstance(value, dict) else value for name, value in saved.items()}
+
+    def pop(path: str) -> list[Any]:
+        section, _, name = path.partition(".")
+        fields = new.get(section)
+        return [fields.pop(name)] if isinstance(fields, dict) and name in fields else []
+
+    for value in pop(DROPOUT_BITS):
+        if value != "hash":
+            raise UserError(
+                f"{DROPOUT_BITS} is {shown(value)}, but this version supports only 'hash': start a new run, or use the "
+                "version that made this one."
+            )
+    for old, path in RENAMED.items():
+        section, _, name = path.partition(".")
+        for value in pop(old):
+            if isinstance(fields := new.setdefault(section, {}), dict):
+                fields.setdefault(name, value)
+    return new
 
 
 def _set(section: Any, item: str, path: str, value: Any) -> None:
@@ -112,6 +141,8 @@ def help_lines() -> list[str]:
 
 def unknown_field(path: str) -> UserError:
     """Return the error for a field that no config has, with the nearest one that it has."""
+    if (renamed := renamed_field(path)) is not None:
+        return renamed
     known = list(flatten(Config()))
     tails = {name.rpartition(".")[2]: name for name in known}
     path = path[:200]  # to compare is slow
@@ -206,6 +237,9 @@ def load_config(name: str) -> Config:
     except UserError:
         raise
     except Exception as error:
+        for old in (*RENAMED, DROPOUT_BITS):  # as in DataConfig(short_epochs=True)
+            if isinstance(error, TypeError | AttributeError) and f"'{old.partition('.')[2]}'" in str(error):
+                raise renamed_field(old) or error from None
         what = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"{path} fails with {type(error).__name__} ({what}): correct it.") from error
     finally:

@@ -222,6 +222,51 @@ def test_a_field_that_resembles_none_is_answered_with_the_sections():
     assert "the sections are model, data, optimizer" in str(unknown_field("zzz"))
 
 
+OLD_NAMES = {
+    "data.short_epochs": (True, "ancestor.short_epochs"),
+    "data.random_validation": (True, "ancestor.random_validation"),
+    "scheduler.decay": ("none", "ancestor.decay"),
+    "model.dropout_bits": ("hash", None),
+}
+"""Fields of earlier versions: a value, and the present name."""
+
+
+@pytest.mark.parametrize("name", OLD_NAMES)
+def test_old_field_name_in_code_is_answered_with_the_new_one(name, tmp_path):
+    value, new = OLD_NAMES[name]
+    section, _, item = name.partition(".")
+    sentence = f"{name} was renamed: use {new}" if new else f"{name} was removed"
+    with pytest.raises(UserError, match=sentence):
+        validate(changed(name, value))
+    kind = type(getattr(Config(), section)).__name__
+    (path := tmp_path / "old.py").write_text(
+        f"from chargpt_jax.config import *\ndef get_config():\n  return Config({section}={kind}({item}={value!r}))\n"
+    )
+    with pytest.raises(UserError, match=sentence):
+        load_config(str(path))
+    path.write_text(f"from chargpt_jax.config import *\ndef get_config():\n  return Config().{name}\n")
+    with pytest.raises(UserError, match=sentence):
+        load_config(str(path))
+
+
+def test_saved_config_with_old_field_names_is_mapped():
+    saved: dict[str, Any] = {"seed": 7}
+    for name, (value, _) in OLD_NAMES.items():
+        section, _, item = name.partition(".")
+        saved.setdefault(section, {})[item] = value
+    before = json.dumps(saved)
+    config = from_dict(saved)
+    expected = Config(seed=7)
+    expected.ancestor.short_epochs, expected.ancestor.random_validation, expected.ancestor.decay = True, True, "none"
+    assert config == expected
+    assert json.dumps(saved) == before
+
+
+def test_saved_config_with_dropout_bits_jax_is_refused():
+    with pytest.raises(UserError, match=r"^model\.dropout_bits is 'jax', but this version supports only 'hash'"):
+        from_dict({"model": {"dropout_bits": "jax"}})
+
+
 @pytest.mark.parametrize("given", [{"seed": {"x": 1}}, {"model": 3}, {"model": None}, []])
 def test_a_damaged_file_is_the_users_mistake_not_a_crash(given):
     with pytest.raises(UserError):

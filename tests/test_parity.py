@@ -165,15 +165,17 @@ def test_a_short_epoch_is_as_long_as_the_ancestors_loader(n, block_size, batch_s
     sampler = RandomSampler(
         crops, replacement=True, num_samples=math.ceil(len(crops) * oversample / batch_size / block_size)
     )
-    data = DataConfig(batch_size=batch_size, oversample=oversample, short_epochs=True)
-    assert steps_per_epoch(n, block_size, data) == len(DataLoader(crops, batch_size, sampler=sampler))
+    data = DataConfig(batch_size=batch_size, oversample=oversample)
+    assert steps_per_epoch(n, block_size, data, short_epochs=True) == len(
+        DataLoader(crops, batch_size, sampler=sampler)
+    )
 
 
 @pytest.mark.parametrize("warmup", [1.0, 2.5, 9.0])
 def test_a_warm_up_without_decay_is_the_ancestors(warmup):
-    config = SchedulerConfig(max_steps=50, warmup_epochs=warmup, min_lr_factor=0.1, decay="none")
+    config = SchedulerConfig(max_steps=50, warmup_epochs=warmup, min_lr_factor=0.1)
     with x64(True):
-        found = np.asarray(warmup_cosine(config, 1e-2, 10)(jnp.arange(50)))
+        found = np.asarray(warmup_cosine(config, 1e-2, 10, "none")(jnp.arange(50)))
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2)
     schedule, expected = LinearLR(optimizer, start_factor=0.1, total_iters=int(10 * warmup)), []
     for _ in range(50):

@@ -51,12 +51,12 @@ def windows_per_pass(n_tokens: int, block_size: int) -> int:
     return max(1, (n_tokens - 1) // block_size - 1)
 
 
-def steps_per_epoch(n_tokens: int, block_size: int, data: DataConfig) -> int:
+def steps_per_epoch(n_tokens: int, block_size: int, data: DataConfig, short_epochs: bool = False) -> int:
     """Count the updates in which the training text is covered `oversample` times; at least 1.
 
-    With `short_epochs` that number is divided by the batch size once more, rounded as the ancestor does.
+    With `short_epochs` that number is divided by the batch size once more, and rounded like the original's.
     """
-    if data.short_epochs:
+    if short_epochs:
         return math.ceil(_crops_per_epoch(n_tokens, block_size, data.batch_size, data.oversample) / data.batch_size)
     return max(1, math.ceil(windows_per_pass(n_tokens, block_size) * data.oversample / data.batch_size))
 

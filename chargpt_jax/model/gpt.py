@@ -154,7 +154,7 @@ class Block(nnx.Module):
     """One layer: attention, then the MLP, each on a normalised copy of the residual stream."""
 
     def __init__(self, config: ModelConfig, dtype: Any, between: Any, rngs: nnx.Rngs):
-        self.dropout = Dropout(config.dropout, config.dropout_bits)
+        self.dropout = Dropout(config.dropout)
         self.ln_1 = layer_norm(config.n_embd, between, rngs)
         self.attn = Attention(config, dtype, rngs)
         self.ln_2 = layer_norm(config.n_embd, between, rngs)
@@ -313,7 +313,7 @@ class GPT(nnx.Module):
         return jnp.where((ids > 0) & (ids < self.config.used_ids), logits, MASKED)
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
-        how = Dropout(self.config.dropout, self.config.dropout_bits)
+        how = Dropout(self.config.dropout)
         return causal_attention(q, k, v, seeds, how, self.config.attention_block, self.platform)
 
     def _scan(

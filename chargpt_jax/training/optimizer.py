@@ -33,16 +33,16 @@ def total_steps(config: SchedulerConfig, epoch_steps: int) -> int:
     return steps
 
 
-def warmup_cosine(config: SchedulerConfig, peak: float, epoch_steps: int) -> optax.Schedule:
+def warmup_cosine(config: SchedulerConfig, peak: float, epoch_steps: int, decay: str = "cosine") -> optax.Schedule:
     """Return the learning rate of each update, counted from 0.
 
     Linear from min_lr_factor x peak at update 0 to the peak after warmup_epochs, then a half cosine that reaches
     min_lr_factor x peak at the last update; in a run shorter than its warm-up, the last update reaches the peak. With
-    decay 'none' the rate stays at the peak, and the warm-up is as long as it says.
+    decay 'none', like the original, the rate stays at the peak, and the warm-up keeps its length.
     """
     last = total_steps(config, epoch_steps) - 1
     warmup = round(config.warmup_epochs * epoch_steps)
-    if config.decay == "none":
+    if decay == "none":
         rate = optax.constant_schedule(peak)
     else:
         warmup = min(warmup, last)

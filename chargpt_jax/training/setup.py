@@ -187,7 +187,9 @@ class Setup:
     @property
     def epoch_steps(self) -> int:
         """Updates in an epoch."""
-        return batches.steps_per_epoch(self.n_train, self.config.model.block_size, self.config.data)
+        return batches.steps_per_epoch(
+            self.n_train, self.config.model.block_size, self.config.data, self.config.ancestor.short_epochs
+        )
 
     def fresh_state(self, tx: optax.GradientTransformation) -> TrainState:
         """Return the state before the first update."""
@@ -220,7 +222,7 @@ class Setup:
         The step matters only where the config asks for random crops, and `whole` does not overrule it. A third
         argument is asked before every batch; where it says yes the loss is None.
         """
-        crops = self.config.data.random_validation and not whole
+        crops = self.config.ancestor.random_validation and not whole
         windows_at = self._crops() if crops else self._windows()
         nats = partial(validation_nats, graphdef=self.graphdef, mesh=self.mesh)
         nats_of = jax.jit(nats, compiler_options=compiler_options(self.mesh))

@@ -108,7 +108,7 @@ def _check_length(config: Config, folder: Workdir, n_train: int) -> None:
     """Refuse a schedule that ends before updates that were made already: it may grow, but not shrink below them."""
     with contextlib.closing(Checkpoints(folder.checkpoints)) as store:
         made = max(store.steps(), default=0)
-    epoch_steps = batches.steps_per_epoch(n_train, config.model.block_size, config.data)
+    epoch_steps = batches.steps_per_epoch(n_train, config.model.block_size, config.data, config.ancestor.short_epochs)
     total = optimizer.total_steps(config.scheduler, epoch_steps)
     if made > total:
         name = "epochs" if config.scheduler.max_steps is None else "max_steps"
@@ -209,7 +209,9 @@ def _train(
 ) -> Iterator[Event]:
     config, epoch_steps = setup.config, setup.epoch_steps
     assert config.optimizer.learning_rate is not None
-    schedule = optimizer.warmup_cosine(config.scheduler, config.optimizer.learning_rate, epoch_steps)
+    schedule = optimizer.warmup_cosine(
+        config.scheduler, config.optimizer.learning_rate, epoch_steps, config.ancestor.decay
+    )
     tx, rate_at = optimizer.transform(config.optimizer, schedule, setup.mesh), jax.jit(schedule)
     total = optimizer.total_steps(config.scheduler, epoch_steps)
     every = max(1, round(config.train.validate_every * epoch_steps))

@@ -72,6 +72,15 @@ def test_a_step_says_what_it_is(store):
     assert set(listed) == there - {manifest.NAME}
 
 
+def test_config_with_old_field_names_is_verified_as_saved(store):
+    config = {"data": {"short_epochs": True}, "scheduler": {"decay": "none"}, "model": {"dropout_bits": "hash"}}
+    folder = store.save(state_at(5), {**RECORD, "config": config}, 1.0)
+    assert store.load("latest", lambda record: state_at(1))[1]["config"] == config
+    change_record(folder, config={**config, "seed": 1})
+    with pytest.raises(NoCheckpoint, match="config that is not the one it was saved with"):
+        store.load("latest", lambda record: state_at(1))
+
+
 def test_arrays_come_back_on_the_devices_that_are_wanted(store):
     store.save(state_at(5), RECORD, 1.0)
     like = jax.tree.map(

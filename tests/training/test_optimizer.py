@@ -71,8 +71,8 @@ def test_under_x64_the_schedule_is_computed_in_float64(epochs, warmup, epoch_ste
 @pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0, 30.0])
 def test_without_decay_the_rate_rises_as_it_would_and_stays_at_the_peak(warmup):
     """A warm-up that is longer than the run is cut off, not hurried."""
-    config = SchedulerConfig(max_steps=40, warmup_epochs=warmup, min_lr_factor=0.1, decay="none")
-    rates = np.asarray(warmup_cosine(config, 0.01, 10)(jnp.arange(50)))
+    config = SchedulerConfig(max_steps=40, warmup_epochs=warmup, min_lr_factor=0.1)
+    rates = np.asarray(warmup_cosine(config, 0.01, 10, "none")(jnp.arange(50)))
     line = np.minimum(np.arange(50) / max(1, 10 * warmup), 1) if warmup else np.ones(50)
     np.testing.assert_allclose(rates, 0.001 + 0.009 * line, rtol=1e-6)
 

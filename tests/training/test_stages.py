@@ -385,8 +385,8 @@ def test_the_ancestors_ways_can_be_switched_on(text, tmp_path):
     """Its short epochs, its warm-up without a cosine, its open vocabulary, and its validation on random crops."""
     config = small_config(text)
     config.model.mask_unused_ids = False
-    config.data.short_epochs, config.data.random_validation = True, True
-    config.scheduler.decay, config.scheduler.max_steps, config.scheduler.epochs = "none", None, 3.0
+    config.ancestor.short_epochs, config.ancestor.random_validation = True, True
+    config.ancestor.decay, config.scheduler.max_steps, config.scheduler.epochs = "none", None, 3.0
     config.scheduler.warmup_epochs, config.train.validate_every = 1.0, 1.0
     config.data.batch_size = 4
     events = list(stages.train(config, tmp_path, quiet))
