@@ -260,9 +260,9 @@ def run(
         complete = not isinstance(event, Ended) or event.complete
         yield event
     if complete:
-        with excused("The samples", warn):
+        with excused("the samples", warn):
             write_samples(workdir, warn)
-        with excused("The report", warn):
+        with excused("the report", warn):
             write_report(workdir)
 
 

@@ -20,7 +20,7 @@ from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.sample import Samples
 from chargpt_jax.interop.safetensors_file import read_npz
-from chargpt_jax.storage.workdir import MOST_LINE, MOST_METRICS, Log, Workdir
+from chargpt_jax.storage.workdir import MAX_LINE, MAX_METRICS, Log, Workdir
 from chargpt_jax.training.lr_finder import result_from
 from chargpt_jax.training.optimizer import total_steps
 
@@ -104,7 +104,7 @@ def test_a_sparse_file_of_terabytes_is_not_read(folder):
         os.truncate(path, len(claim) + 4 * 10**12)
     except OSError:
         pytest.skip("this disk has no sparse files of that size")
-    with pytest.raises(UserError, match="its header tells of 1,000,000,000,000 characters"):
+    with pytest.raises(UserError, match="its header states 1,000,000,000,000 characters"):
         folder.load_tokens()
 
 
@@ -271,7 +271,7 @@ GARBAGE = [
     b'{"event": "step", "step": 3, "loss": null}',
     b'{"event": "validation", "step": 3, "loss": 1.0}',
     b'{"event": "validation", "step": 3, "loss": 1.0, "bits_per_character": [], "seconds": 1}',
-    b"x" * (3 * MOST_LINE),
+    b"x" * (3 * MAX_LINE),
     b'{"event": "step", "step": 3',
 ]
 
@@ -291,12 +291,12 @@ def test_a_gradient_that_overflowed_under_loss_scaling_stays_in_the_log(folder):
 
 def test_a_log_of_absurd_size_or_no_file_is_refused(folder):
     folder.metrics.touch()
-    os.truncate(folder.metrics, MOST_METRICS + 1)
-    with pytest.raises(UserError, match="no file of up to 1024 MiB"):
+    os.truncate(folder.metrics, MAX_METRICS + 1)
+    with pytest.raises(UserError, match="a file of at most 1024 MiB"):
         folder.load_metrics()
     folder.metrics.unlink()
     folder.metrics.mkdir()
-    with pytest.raises(UserError, match="no file of up to"):
+    with pytest.raises(UserError, match="a file of at most"):
         folder.load_metrics()
 
 
@@ -374,17 +374,17 @@ def test_a_text_is_read_up_to_the_largest_size_and_no_further(tmp_path):
 def test_a_place_that_is_a_link_to_nothing_is_refused(tmp_path):
     folder = Workdir(tmp_path / "run")
     folder.path.symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match="is a link to nothing"):
+    with pytest.raises(UserError, match="is a broken symbolic link"):
         folder.check_writable()
     folder.path.unlink()
     folder.path.mkdir()
     for part in (folder.corpus, folder.checkpoints, folder.samples):
         part.symlink_to(tmp_path / "gone")
-        with pytest.raises(UserError, match="is a link to nothing"):
+        with pytest.raises(UserError, match="is a broken symbolic link"):
             folder.check_writable()
         part.unlink()
         part.touch()
-        with pytest.raises(UserError, match="a run keeps a folder there"):
+        with pytest.raises(UserError, match="but must be a folder"):
             folder.check_writable()
         part.unlink()
     folder.check_writable()

@@ -338,7 +338,7 @@ def test_a_text_must_suit_the_config(refused: Refused, here: Path, override: str
 @pytest.mark.parametrize("mode", ["run", "prepare", "find_lr", "train"])
 @pytest.mark.parametrize(
     ("workdir", "said"),
-    [("text.txt", "that is a file"), ("text.txt/deeper", "cannot be written"), ("~nobody-of-that-name/run", "home")],
+    [("text.txt", "that is a file"), ("text.txt/deeper", "is not writable"), ("~nobody-of-that-name/run", "home")],
 )
 def test_a_place_that_cannot_be_a_folder_is_refused(refused: Refused, mode: str, workdir: str, said: str) -> None:
     message = refused(f"--config=tiny --mode={mode} --workdir={workdir}")
@@ -349,7 +349,7 @@ def test_a_place_that_cannot_be_a_folder_is_refused(refused: Refused, mode: str,
 @pytest.mark.parametrize("workdir", ["run", "deep/down/run"])
 def test_a_read_only_place_is_refused(refused: Refused, monkeypatch: pytest.MonkeyPatch, workdir: str) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode, **_: not mode & os.W_OK)  # root may write anywhere
-    assert "cannot be written: choose another place" in refused(f"--config=tiny --workdir={workdir}")
+    assert "is not writable: choose another folder" in refused(f"--config=tiny --workdir={workdir}")
 
 
 def test_a_run_made_with_another_config_is_not_touched(refused: Refused, here: Path) -> None:

@@ -7,7 +7,6 @@ writes: a caller looks at the page first and then gives it to `keep`. What a pag
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+from chargpt_jax import atomic
 from chargpt_jax.config import DataConfig
 from chargpt_jax.errors import UserError
 
@@ -92,8 +92,8 @@ def keep(page: Page, cache: Path, warn: Callable[[str], None]) -> None:
     record = {"url": page.url, "sha256": hashlib.sha256(page.data).hexdigest(), "charset": page.charset}
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        _replace(cache / f"{page.key}.txt", page.data)
-        _replace(cache / f"{page.key}.json", json.dumps(record, indent=2).encode())
+        atomic.write_file(cache / f"{page.key}.txt", page.data, shared=True)
+        atomic.write_file(cache / f"{page.key}.json", json.dumps(record, indent=2).encode(), shared=True)
     except OSError as error:
         warn(f"WARNING: {page.url} cannot be kept in {cache} ({error.strerror}) and will be downloaded again.")
 
@@ -198,16 +198,3 @@ def _cached(cache: Path, key: str) -> Page | None:
         if hashlib.sha256(data).hexdigest() == record["sha256"]:
             return Page(record["url"], data, record["charset"])
     return None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise

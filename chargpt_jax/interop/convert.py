@@ -8,9 +8,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from chargpt_jax import atomic
 from chargpt_jax.config import Config
 from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.data.tokenizer import CharTokenizer
@@ -150,22 +148,18 @@ def _write_original(
 
 @contextlib.contextmanager
 def new_folder(path: Path, flag: str) -> Iterator[Path]:
-    """Give a folder to fill, which appears as `path` at the end of the block, or not at all where the block fails."""
+    """Yield a folder to fill, which becomes `path` at the end of the block, or is removed if the block fails.
+
+    Raises:
+        UserError: naming the flag, if `path` is taken or no folder can be created there.
+    """
     _check_vacant(path, flag)
-    try:
-        made = next((p for p in (path.parent, *path.parent.parents) if p.exists()), path.parent)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".partial", dir=made))
-    except OSError as error:
-        raise UserError(f"{flag} is {str(path)[:80]!r}, but {error.strerror}: choose another place.") from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            partial = stack.enter_context(atomic.creating_folder(path))
+        except OSError as error:
+            raise _unusable(path, flag, error) from None
         yield partial
-        partial.chmod(0o777 & ~_umask())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            path.rmdir()
-        os.replace(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_vacant(path: Path, flag: str) -> None:
@@ -173,13 +167,10 @@ def _check_vacant(path: Path, flag: str) -> None:
         # A link, even one to nothing, could not be replaced by the folder.
         taken = path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir())))
     except OSError as error:
-        raise UserError(f"{flag} is {str(path)[:80]!r}, but {error.strerror}: choose another place.") from None
+        raise _unusable(path, flag, error) from None
     if taken:
-        raise UserError(f"{flag} is {str(path)!r}, but something is there already: give a new folder.")
+        raise UserError(f"{flag} is {str(path)!r}, which exists already: give a new folder.")
 
 
-def _umask() -> int:
-    """Return what is taken away from new files' permissions; mkdtemp takes everything."""
-    now = os.umask(0)
-    os.umask(now)
-    return now
+def _unusable(path: Path, flag: str, error: OSError) -> UserError:
+    return UserError(f"Cannot use {flag}={str(path)[:80]!r} ({error.strerror}): choose another folder.")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from chargpt_jax.errors import UserError
+from chargpt_jax.storage.npy_header import read_npy_header
 
 DTYPES = {"float32": "<f4", "float16": "<f2", "float64": "<f8", "bfloat16": "<u2"}
 """The kinds of numbers that are read, as NumPy calls them; bfloat16, which it lacks, is the upper half of a float32."""
@@ -165,9 +166,7 @@ def read_npz(path: Path) -> dict[str, Stored]:
 
 def _npy(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Stored:
     with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, by_columns, dtype = headers[version](file)
+        shape, by_columns, dtype = read_npy_header(file)
         start = file.tell()
     name, order = member.filename.removesuffix(".npy"), "F" if by_columns else "C"
     if dtype.name not in ("float16", "float32", "float64"):

@@ -32,12 +32,22 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from chargpt_jax import atomic
 from chargpt_jax.config_io import from_dict
 from chargpt_jax.errors import NoCheckpoint, SaveFailed, UserError
 from chargpt_jax.storage import manifest
 from chargpt_jax.storage.manifest import Damaged
-from chargpt_jax.storage.state_arrays import Arrays, check_same, described, digest, named, on_host, placed, plain
-from chargpt_jax.training.step import TrainState
+from chargpt_jax.storage.state_arrays import (
+    Arrays,
+    StateT,
+    check_same,
+    described,
+    digest,
+    named,
+    on_host,
+    placed,
+    stored_shape,
+)
 
 FORMAT = 2
 """Of what a step holds; a reader refuses a newer one."""
@@ -109,7 +119,7 @@ class Checkpoints:
             for path in self.folder.glob(f"{leftover}*"):
                 _remove(path)
 
-    def save(self, state: TrainState, record: dict[str, Any], loss: float) -> Path:
+    def save(self, state: StateT, record: dict[str, Any], loss: float) -> Path:
         """Save a state, and wait until it is on the disk; then delete the steps that need not be kept.
 
         Args:
@@ -138,7 +148,7 @@ class Checkpoints:
             self._delete_old()
         return target
 
-    def _write(self, staging: Path, state: TrainState, record: dict[str, Any], loss: float) -> None:
+    def _write(self, staging: Path, state: StateT, record: dict[str, Any], loss: float) -> None:
         _remove(staging)
         os.makedirs(staging)
         arrays = on_host(state)
@@ -154,7 +164,7 @@ class Checkpoints:
             "digest": digest(arrays),
             **record,
         }
-        manifest.write(staging / RECORD, json.dumps(full).encode())
+        atomic.create_file(staging / RECORD, json.dumps(full).encode())
         with _until_settled(staging):  # orbax can take a refusal of the system for success, and leave a part out
             self._look(staging, arrays)
         manifest.seal(staging)
@@ -164,15 +174,7 @@ class Checkpoints:
         aside = None
         if os.path.lexists(target):
             aside = self._aside(target)
-            os.rename(target, aside)
-        try:
-            os.rename(staging, target)
-        except OSError:
-            if aside:
-                with contextlib.suppress(OSError):
-                    os.rename(aside, target)
-            raise
-        manifest.sync_folder(self.folder)
+        atomic.replace_folder(staging, target, aside)
         _remove(self.folder / f"{DELETING}{target.name}")
 
     def _aside(self, target: Path) -> Path:
@@ -245,7 +247,7 @@ class Checkpoints:
         """
         return self._first(step, lambda step, record: None)[1]
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
+    def restore(self, step: int, like: StateT) -> StateT:
         """Read a state.
 
         Args:
@@ -257,9 +259,7 @@ class Checkpoints:
         """
         return self.load(step, lambda record: like)[2]
 
-    def load(
-        self, which: str | int, like_of: Callable[[dict[str, Any]], TrainState]
-    ) -> tuple[int, dict[str, Any], TrainState]:
+    def load(self, which: str | int, like_of: Callable[[dict[str, Any]], StateT]) -> tuple[int, dict[str, Any], StateT]:
         """Read the step that `choose` says, or the next one where reading that fails.
 
         Args:
@@ -273,7 +273,7 @@ class Checkpoints:
             NoCheckpoint: where no step can be used, with each step's reason.
         """
 
-        def use(step: int, record: dict[str, Any]) -> TrainState:
+        def use(step: int, record: dict[str, Any]) -> StateT:
             like = like_of(record)
             arrays = self._read(self.folder / str(step), record, like)
             leaves = [placed(arrays[name], leaf) for name, leaf in named(like)]
@@ -365,7 +365,7 @@ class Checkpoints:
             raise Damaged(RECORD, f"has a config that this version does not know ({str(error).rstrip('.')})") from None
         return record
 
-    def _read(self, folder: Path, record: dict[str, Any], like: TrainState) -> Arrays:
+    def _read(self, folder: Path, record: dict[str, Any], like: StateT) -> Arrays:
         """Read a step's arrays, once it is known that they are those of the record, and of `like`.
 
         Raises:
@@ -373,7 +373,7 @@ class Checkpoints:
         """
         leaves = dict(named(like))
         check_same(RECORD, record["arrays"], described(leaves))
-        wanted = {name: plain(leaf) for name, leaf in leaves.items()}
+        wanted = {name: stored_shape(leaf) for name, leaf in leaves.items()}
         self._look(folder, wanted)
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in wanted.items()}
         with _unreadable(), _quiet():

@@ -1,7 +1,7 @@
-"""Seal a folder with the sha256 of each of its files, and tell later whether it is still what was sealed.
+"""Write a manifest with the sha256 of each file in a folder, and later verify the folder against it.
 
-A manifest finds what a file system does not: a flipped bit, a file cut short, missing, added or swapped with another.
-It proves that nothing was damaged, not who wrote it: whoever can change a file can seal the folder anew.
+A manifest detects what a file system does not: a flipped bit, a truncated, missing, added or swapped file. It detects
+damage, not forgery: whoever can change a file can also write a new manifest.
 """
 
 import hashlib
@@ -10,25 +10,34 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
+
+from chargpt_jax import atomic
 
 NAME = "manifest.json"
-"""The file that lists the others, in the folder that it seals."""
+"""Name of the manifest, which lies in the folder whose files it lists."""
 
-MOST_FILES = 10_000
-"""Files and folders of a sealed folder; one that claims more is refused before any is read."""
+MAX_FILES = 10_000
+"""Maximum number of files and folders in a sealed folder; more are rejected before any file is read."""
 
-MOST_BYTES = 4_000_000
-"""The longest manifest: a file takes about 150 bytes of it."""
+MAX_BYTES = 4_000_000
+"""Maximum size of a manifest, bytes: it needs about 150 bytes per file."""
 
-MOST_TOTAL = 2**36
-"""Bytes of a sealed folder: reading more than 64 GiB would look like hanging."""
+MAX_TOTAL = 2**36
+"""Maximum size of a sealed folder, bytes: verifying more than 64 GiB would look like a hang."""
+
+
+class FileFacts(TypedDict):
+    """What a manifest states of one file."""
+
+    sha256: str
+    bytes: int
 
 
 class Damaged(Exception):
-    """A folder is not what was sealed: which file of it, and what is wrong with that."""
+    """A sealed folder differs from its manifest: the file, and what is wrong with it."""
 
-    def __init__(self, file: str, reason: str):
+    def __init__(self, file: str, reason: str) -> None:
         super().__init__(file, reason)
         self.file, self.reason = file, reason
 
@@ -38,28 +47,17 @@ class Damaged(Exception):
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of a folder that is complete, and wait until all of it is on the disk."""
+    """Write the manifest of a complete folder, and wait until the folder is on the disk."""
     files = {name: _described(folder / name) for name in _files(folder)}
-    write(folder / NAME, json.dumps(files, indent=1).encode() + b"\n")
-    _sync(folder)
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a new file, whole or with an error."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-    finally:
-        os.close(descriptor)
+    atomic.create_file(folder / NAME, json.dumps(files, indent=1).encode() + b"\n")
+    atomic.sync_tree(folder)
 
 
 def verify(folder: Path) -> None:
-    """Compare a folder with its manifest: sizes first, then content. Nothing outside the folder is ever opened.
+    """Compare a folder with its manifest: sizes first, then content. No file outside the folder is opened.
 
     Raises:
-        Damaged: naming the first file that is not as it was sealed.
+        Damaged: if a file differs, naming the first one.
     """
     try:
         listed = _listed(folder)
@@ -71,43 +69,43 @@ def verify(folder: Path) -> None:
                 raise Damaged(name, "is not in the manifest")
             if size != listed[name]["bytes"]:
                 raise Damaged(name, f"has {size:,} bytes, but {listed[name]['bytes']:,} were saved")
-        if sum(found.values()) > MOST_TOTAL:
-            raise Damaged(NAME, f"lists more than {MOST_TOTAL:,} bytes")
+        if sum(found.values()) > MAX_TOTAL:
+            raise Damaged(NAME, f"lists more than {MAX_TOTAL:,} bytes")
         for name in found:
             if _described(folder / name) != listed[name]:
-                raise Damaged(name, "has another sha256 than when it was saved")
+                raise Damaged(name, "sha256 differs from the saved value")
     except OSError as error:
         raise Damaged(_within(folder, error), f"cannot be read ({error.strerror or error})") from error
 
 
-def read(path: Path, most: int) -> bytes:
-    """Read a regular file of a sealed folder, of at most so many bytes.
+def read(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file of a sealed folder.
 
     Raises:
-        Damaged: where it is not one.
+        Damaged: if it is missing, unreadable, not a regular file, or larger than `max_bytes`.
     """
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise Damaged(path.name, "is not a regular file")
         with path.open("rb") as file:
-            content = file.read(most + 1)
+            content = file.read(max_bytes + 1)
     except FileNotFoundError:
         raise Damaged(path.name, "is missing") from None
     except OSError as error:
         raise Damaged(path.name, f"cannot be read ({error.strerror or error})") from error
-    if len(content) > most:
-        raise Damaged(path.name, f"has more than {most:,} bytes")
+    if len(content) > max_bytes:
+        raise Damaged(path.name, f"has more than {max_bytes:,} bytes")
     return content
 
 
-def read_json(path: Path, most: int) -> dict[str, Any]:
-    """Read a JSON object of at most so many bytes.
+def read_json(path: Path, max_bytes: int) -> dict[str, object]:
+    """Read a JSON object of a sealed folder.
 
     Raises:
-        Damaged: where the file is something else.
+        Damaged: if the file is something else, or `read` rejects it.
     """
     try:
-        value = json.loads(read(path, most))
+        value = json.loads(read(path, max_bytes))
     except (ValueError, RecursionError):
         raise Damaged(path.name, "is not JSON") from None
     if not isinstance(value, dict):
@@ -115,35 +113,25 @@ def read_json(path: Path, most: int) -> dict[str, Any]:
     return value
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    if os.name == "nt":  # there a folder cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _listed(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read the manifest, whose every entry is then known to be {sha256, bytes} of a file inside the folder."""
-    listed = read_json(folder / NAME, MOST_BYTES)
-    for name, entry in listed.items():
+def _listed(folder: Path) -> dict[str, FileFacts]:
+    """Read the manifest, and check that each entry is {sha256, bytes} of a path inside the folder."""
+    listed: dict[str, FileFacts] = {}
+    for name, entry in read_json(folder / NAME, MAX_BYTES).items():
         parts = name.split("/")
         if not parts[0] or {"..", "."} & set(parts) or "\\" in name or os.path.isabs(name) or ":" in parts[0]:
             raise Damaged(NAME, f"names a file outside its folder ({name[:80]!a})")
         if not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"} or not isinstance(entry["bytes"], int):
             raise Damaged(NAME, f"does not give sha256 and bytes of {name[:80]!a}")
+        listed[name] = FileFacts(sha256=entry["sha256"], bytes=entry["bytes"])
     return listed
 
 
 def _files(folder: Path) -> dict[str, int]:
-    """Return {name: bytes} of all files but the manifest, by their paths from the folder with '/' between."""
+    """Return {relative path with '/': size in bytes} of all files but the manifest."""
     found = {}
     for seen, (name, entry) in enumerate(_entries(folder)):
-        if seen >= MOST_FILES:
-            raise Damaged(name, f"is one of more than {MOST_FILES:,} files")
+        if seen >= MAX_FILES:
+            raise Damaged(name, f"is one of more than {MAX_FILES:,} files")
         facts = entry.stat(follow_symlinks=False)
         if stat.S_ISLNK(facts.st_mode):
             raise Damaged(name, "is a symbolic link")
@@ -156,7 +144,7 @@ def _files(folder: Path) -> dict[str, int]:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
-    """Yield everything below a folder with its path from there; links are not followed."""
+    """Yield (relative path, entry) for everything below a folder; symbolic links are not followed."""
     if stat.S_ISLNK(os.lstat(folder).st_mode):
         raise Damaged(".", "is a symbolic link")
     ahead = [""]
@@ -169,29 +157,13 @@ def _entries(folder: Path) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
                     ahead.append(f"{below}{entry.name}/")
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _described(path: Path) -> FileFacts:
     with path.open("rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": os.fstat(file.fileno()).st_size}
 
 
-def _sync(folder: Path) -> None:
-    """Wait until every file and folder is on the disk, the outermost folder last."""
-    folders = [folder]
-    for name, entry in _entries(folder):
-        if entry.is_dir(follow_symlinks=False):
-            folders.append(folder / name)
-            continue
-        descriptor = os.open(folder / name, os.O_RDWR)  # some systems sync only what may be written
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    for below in reversed(folders):
-        sync_folder(below)
-
-
 def _within(folder: Path, error: OSError) -> str:
-    """Name the file that an error is about by its path from the folder."""
+    """Return the path, relative to the folder, of the file that an error is about."""
     try:
         return Path(str(error.filename)).relative_to(folder).as_posix()
     except ValueError:

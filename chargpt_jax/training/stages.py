@@ -159,7 +159,7 @@ def _find_lr(folder: Workdir, warn: Callable[[str], None], lock: Lock, ending: E
         if isinstance(event, LRFinderResult):
             zooms = [(zoom.lrs, zoom.losses) for zoom in event.zooms]
             steepest = [zoom.steepest for zoom in event.zooms]
-            with excused(f"{folder.lr_finder}, or its picture,", warn):
+            with excused(f"{folder.lr_finder} or its plot", warn):
                 folder.save_lr_finder(event, plots.lr_finder_plot(zooms, steepest, event.learning_rate, event.method))
             found = dataclasses.replace(setup.config.optimizer, learning_rate=event.learning_rate)
             folder.save_config(dataclasses.replace(setup.config, optimizer=found))

@@ -299,7 +299,7 @@ def test_a_write_that_fails_leaves_no_temporary_file(
         raise OSError(28, "No space left on device")
 
     server.answers["/a.txt"] = [Answer()]
-    monkeypatch.setattr(download.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     lines: list[str] = []
     load_corpus(settings_for(f"{server.url}/a.txt"), cache=cache, warn=lines.append)
     assert files_in(cache) == {}

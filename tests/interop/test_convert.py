@@ -418,9 +418,9 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, imported, monkeypatch):
 def test_a_bad_place_or_form_is_refused_before_a_model_is_looked_for(tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="something is there already"):
+    with pytest.raises(UserError, match="which exists already"):
         api.export(tmp_path / "no run", tmp_path / "used")
-    with pytest.raises(UserError, match="--out is .* too long"):
+    with pytest.raises(UserError, match="--out=.* too long"):
         api.export(tmp_path / "no run", tmp_path / ("x" * 300))
     with pytest.raises(UserError, match="--from is .* no such file"):
         api.import_original(tmp_path / "no file.pt", tmp_path / "run")

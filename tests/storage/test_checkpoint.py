@@ -163,7 +163,7 @@ def test_a_newer_format_is_refused_in_a_sentence_and_an_older_step_taken(copy):
         ({"vocabulary": ["", "\n", 3]}, "single characters in order"),
         ({"config": {**RECORD["config"], "seed": 1}}, "a config that is not the one it was saved with"),
         ({"config": None}, "has no config"),
-        ({"arrays": {}}, "holds nothing as 'key', where the model has"),
+        ({"arrays": {}}, "holds no array as 'key', but the model has"),
         ({"arrays": None}, "has no arrays"),
         ({"format": "2"}, "has format '2'"),
         ({"loss": "low"}, "has no loss"),
@@ -180,7 +180,7 @@ def test_another_model_is_refused_before_its_arrays_are_read(copy, monkeypatch):
     like = state_at(1)
     params = {**like.params, "more": jnp.zeros(3)}
     monkeypatch.setattr(copy._orbax, "restore", lambda *_, **__: pytest.fail("the arrays were read"))
-    with pytest.raises(NoCheckpoint, match=r"holds nothing as 'params.more', where the model has float32 \[3\]"):
+    with pytest.raises(NoCheckpoint, match=r"holds no array as 'params.more', but the model has float32 \[3\]"):
         copy.restore(3, like.replace(params=params))
 
 
@@ -203,7 +203,7 @@ def test_what_orbax_says_of_its_arrays_is_not_believed_either(copy, monkeypatch)
     shutil.rmtree(copy.folder / "3" / "arrays")
     shutil.copytree(arrays, copy.folder / "3" / "arrays")
     change_record(copy.folder / "3")
-    with pytest.raises(NoCheckpoint, match="arrays holds nothing as 'opt_state"):
+    with pytest.raises(NoCheckpoint, match="arrays holds no array as 'opt_state"):
         copy.restore(3, state_at(1))
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.stored import state_at
 from chargpt_jax.storage.manifest import Damaged
-from chargpt_jax.storage.state_arrays import check_same, described, digest, named, on_host, placed, plain
+from chargpt_jax.storage.state_arrays import check_same, described, digest, named, on_host, placed, stored_shape
 
 
 def test_a_state_is_what_its_arrays_on_the_host_make_of_it():
@@ -15,7 +15,7 @@ def test_a_state_is_what_its_arrays_on_the_host_make_of_it():
     assert arrays.keys() == {name for name, _ in leaves}
     assert "params.wte.embedding" in arrays
     for name, leaf in leaves:
-        assert (arrays[name].shape, arrays[name].dtype) == (plain(leaf).shape, plain(leaf).dtype)
+        assert (arrays[name].shape, arrays[name].dtype) == (stored_shape(leaf).shape, stored_shape(leaf).dtype)
         back = placed(arrays[name], leaf)
         assert back.dtype == leaf.dtype
         assert back.sharding == leaf.sharding
@@ -33,10 +33,10 @@ def test_the_digest_tells_names_dtypes_shapes_and_bytes_apart():
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        ({}, "holds nothing as 'a', where the model has float32 [6]"),
-        ({"a": np.zeros(6)}, "holds float64 [6] as 'a', where the model has float32 [6]"),
-        ({"a": np.zeros((2, 3), np.float32)}, r"holds float32 [2, 3] as 'a', where the model has float32 [6]"),
-        ({"a": np.zeros(6, np.float32), "b": np.zeros(1)}, "holds float64 [1] as 'b', where the model has nothing"),
+        ({}, "holds no array as 'a', but the model has float32 [6]"),
+        ({"a": np.zeros(6)}, "holds float64 [6] as 'a', but the model has float32 [6]"),
+        ({"a": np.zeros((2, 3), np.float32)}, r"holds float32 [2, 3] as 'a', but the model has float32 [6]"),
+        ({"a": np.zeros(6, np.float32), "b": np.zeros(1)}, "holds float64 [1] as 'b', but the model has no array"),
     ],
 )
 def test_other_arrays_than_wanted_are_refused_by_name(found, said):

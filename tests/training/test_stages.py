@@ -255,8 +255,8 @@ def test_a_log_that_cannot_be_written_does_not_end_training_and_is_whole_again_l
             full = False
             monkeypatch.setattr(Workdir, "save_speed", lambda *_: None)
     log, speed = sorted(told, key=lambda line: "speed.json" in line)
-    assert "metrics.jsonl cannot be written (No space left on device): training goes on" in log
-    assert "speed.json cannot be written" in speed
+    assert "metrics.jsonl (No space left on device): training continues" in log
+    assert "speed.json (No space left on device): the run continues" in speed
     assert same_bits(final(tmp_path), final(whole[0]))
     assert logged(tmp_path) == logged(whole[0])
 

@@ -1,0 +1,117 @@
+"""Files and folders appear complete or not at all, whatever fails in between."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from chargpt_jax import atomic
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_write_file_creates_and_replaces(tmp_path, shared):
+    path = tmp_path / "é.json"
+    for content in (b"first, and rather long", b"second", b""):
+        atomic.write_file(path, content, shared=shared)
+        assert path.read_bytes() == content
+    assert os.listdir(tmp_path) == ["é.json"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+def test_replacing_that_fails_leaves_the_old_file(tmp_path, shared, kind):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+
+    def fail_halfway() -> None:
+        with atomic.replacing(path, shared=shared) as file:
+            file.write(b"half")
+            raise kind
+
+    with pytest.raises(kind):
+        fail_halfway()
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_write_file_cleans_up_if_the_rename_fails(tmp_path, monkeypatch, shared):
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        atomic.write_file(tmp_path / "x", b"new", shared=shared)
+    assert os.listdir(tmp_path) == []
+
+
+def test_replacing_removes_what_a_dead_process_left(tmp_path):
+    (tmp_path / "x.partial").write_bytes(b"left by a killed process")
+    atomic.write_file(tmp_path / "x", b"new")
+    assert os.listdir(tmp_path) == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"new"
+
+
+def test_shared_writers_of_one_path_do_not_meet(tmp_path):
+    path = tmp_path / "x"
+    with atomic.replacing(path, shared=True) as one:
+        one.write(b"first to begin, last to end")
+        atomic.write_file(path, b"in between", shared=True)
+        assert path.read_bytes() == b"in between"
+    assert path.read_bytes() == b"first to begin, last to end"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_create_file_refuses_an_existing_file(tmp_path, monkeypatch):
+    path, write = tmp_path / "x", os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:3]))  # the system may write a part only
+    atomic.create_file(path, b"0123456789")
+    with pytest.raises(FileExistsError):
+        atomic.create_file(path, b"other")
+    assert path.read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_creating_folder_appears_at_the_end(tmp_path, exists):
+    path = tmp_path / "deep" / "folder"
+    if exists:
+        path.mkdir(parents=True)
+    with atomic.creating_folder(path) as partial:
+        (partial / "file").write_text("content")
+        assert path.exists() == exists
+    assert (path / "file").read_text() == "content"
+    if os.name == "posix":
+        assert stat.S_IMODE(path.stat().st_mode) == 0o777 & ~atomic._umask()
+    assert os.listdir(path.parent) == ["folder"]
+
+
+def test_creating_folder_that_fails_leaves_nothing(tmp_path):
+    def fail_halfway() -> None:
+        with atomic.creating_folder(tmp_path / "deep" / "folder") as partial:
+            (partial / "file").write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_halfway()
+    assert os.listdir(tmp_path) == []
+
+
+def folder_with(path: Path, text: str) -> Path:
+    path.mkdir()
+    (path / "file").write_text(text)
+    return path
+
+
+def test_replace_folder_moves_the_old_one_aside(tmp_path):
+    new, path = folder_with(tmp_path / "new", "new"), folder_with(tmp_path / "path", "old")
+    atomic.replace_folder(new, path, tmp_path / "aside")
+    assert {p.parent.name: p.read_text() for p in tmp_path.glob("*/file")} == {"path": "new", "aside": "old"}
+
+
+def test_replace_folder_moves_the_old_one_back_if_it_fails(tmp_path):
+    path = folder_with(tmp_path / "path", "old")
+    with pytest.raises(FileNotFoundError):
+        atomic.replace_folder(tmp_path / "absent", path, tmp_path / "aside")
+    assert {p.parent.name: p.read_text() for p in tmp_path.glob("*/file")} == {"path": "old"}
