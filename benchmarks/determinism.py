@@ -1,10 +1,10 @@
-"""What changes a run's bits and what does not, as two tables.
+"""Which changes keep a run bit-identical and which do not, as two tables.
 
     python -m benchmarks.determinism [--keep=FILE] [--against=FILE]
 
-A small model is trained by `train`, with dropout and padding, in a fresh process for each change; then one of them
-writes and judges. --keep saves the figures of the plain run (.npz); --against adds a line that compares them with kept
-ones, of another machine or of other versions. tests/test_determinism.py holds bounds on what these functions return.
+Each change is tested in a new process: `train` trains a small model with dropout and padding. Then one of the models
+generates and scores text. --keep saves the results of the unchanged run (.npz). --against adds a row that compares them
+with saved results, from another machine or other versions. tests/test_determinism.py holds bounds on these functions.
 """
 
 import argparse
@@ -37,10 +37,10 @@ from chargpt_jax.training import optimizer, stages
 from chargpt_jax.training.setup import Setup
 from tests.corpus_text import small_config
 
-UPDATES = 40
+STEPS = 40
 PROMPTS = ("the cat", "a")
-WRITTEN = 150
-"""Characters of each text: they go past block_size, where the cache ends."""
+GENERATED = 150
+"""Characters per sample: they go beyond block_size, where the KV cache ends."""
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -49,7 +49,7 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def write_text(path: Path) -> None:
-    """Write 6,000 words drawn from 300 random ones by Zipf's law: a short training leaves much of it uncertain."""
+    """Write 6,000 words, sampled from 300 random ones by Zipf's law; a short training cannot predict most of them."""
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list(string.ascii_lowercase), n)) for n in rng.integers(1, 8, 300)]
     chances = 1 / np.arange(1, 301)
@@ -57,11 +57,11 @@ def write_text(path: Path) -> None:
 
 
 def config(source: Path, fields: Mapping[str, Any]) -> Config:
-    """Return the config of the plain run with some fields, given by their whole names, changed."""
-    # Products of 64 queries and more are quick to compile.
+    """Return the config of the unchanged run with some fields ({'section.field': value}) changed."""
+    # Attention blocks of at least 64 queries compile fast.
     made = small_config(source, block_size=128, n_embd=32, n_head=4, n_ff=128, attention_block=64)
     made.data.padding_chance, made.data.train_split = 0.2, 0.9
-    made.scheduler.max_steps, made.train.validate_every = UPDATES, 0.5
+    made.scheduler.max_steps, made.train.validate_every = STEPS, 0.5
     for name, value in fields.items():
         section, _, item = name.rpartition(".")
         setattr(getattr(made, section) if section else made, item, value)
@@ -69,18 +69,21 @@ def config(source: Path, fields: Mapping[str, Any]) -> Config:
 
 
 def train(source: Path, workdir: Path, fields: Mapping[str, Any], stop_after: int = 0) -> None:
-    """Train on a text, from a checkpoint where there is one, until so many dispatches are made; 0: to the end."""
+    """Train or resume on a text; stop after so many dispatches (0: train to the end)."""
     dispatches = 0
-    stop = lambda: signal.SIGTERM if dispatches and dispatches == stop_after else None  # noqa: E731
+
+    def stop() -> int | None:
+        return signal.SIGTERM if dispatches and dispatches == stop_after else None
+
     for event in stages.train(config(source, fields), workdir, lambda text: None, stop):
         dispatches += isinstance(event, Steps)
 
 
 def learned(workdir: Path) -> dict[str, np.ndarray]:
-    """Return what a run came to, by name.
+    """Return the results of a run, by name.
 
     'parameters ...' and 'optimizer ...' are the arrays of the last checkpoint. 'losses' and 'validation', float64
-    [updates] in nats, have NaN where none was logged.
+    [steps] in nats, are NaN at steps without a logged value.
     """
     setup, log = Setup.of(Workdir(workdir)), Workdir(workdir).load_metrics()
     store = Checkpoints(Workdir(workdir).checkpoints)
@@ -100,13 +103,13 @@ def learned(workdir: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def written(model: api.Model, prompts: Sequence[str] = PROMPTS, **how: Any) -> list[Sample]:
-    """Let a model continue prompts."""
-    return model.generate(prompts, WRITTEN, seed=1, **how)
+def generated(model: api.Model, prompts: Sequence[str] = PROMPTS, **how: Any) -> list[Sample]:
+    """Continue prompts with a model."""
+    return model.generate(prompts, GENERATED, seed=1, **how)
 
 
 def joined(model: api.Model, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-    """Return the 'text', int32 [N], and the 'surprisal', float32 [N] in nats, of samples one behind the other."""
+    """Return the 'text', int32 [N], and the 'surprisal', float32 [N] in nats, of concatenated samples."""
     text = np.concatenate([model.tokenizer.encode_text(sample.text) for sample in samples])
     return {"text": text, "surprisal": np.concatenate([sample.surprisal for sample in samples])}
 
@@ -115,7 +118,7 @@ def joined(model: api.Model, samples: Sequence[Sample]) -> dict[str, np.ndarray]
 
 
 def same_bits(one: Arrays, other: Arrays, part: str = "") -> bool:
-    """Say whether the arrays whose names begin with `part` are equal, but for what only one side logged."""
+    """Return whether arrays whose names begin with `part` are equal, except for values that only one side logged."""
     names = [name for name in one if name.startswith(part)]
     assert names
     assert one.keys() == other.keys()
@@ -124,7 +127,7 @@ def same_bits(one: Arrays, other: Arrays, part: str = "") -> bool:
 
 
 def difference(one: Arrays, other: Arrays, part: str) -> float:
-    """Return the largest difference as a part of the largest number of its array, over arrays as in `same_bits`."""
+    """Return the largest difference as a fraction of the largest value of its array, over arrays as in `same_bits`."""
     largest = 0.0
     for a, b in (_shared(one[name], other[name]) for name in one if name.startswith(part)):
         largest = max(largest, float(np.max(np.abs(a - b)) / max(np.max(np.abs(a)), 1e-300)))
@@ -132,53 +135,53 @@ def difference(one: Arrays, other: Arrays, part: str) -> float:
 
 
 def _shared(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Leave out the places at which one of two arrays has NaN; return float64, which holds every bit."""
+    """Drop the indices at which one of two arrays is NaN; return float64, which represents every value exactly."""
     one, other = one.astype(np.float64), other.astype(np.float64)
     there = ~(np.isnan(one) | np.isnan(other))
     return one[there], other[there]
 
 
-# Training, in a process for each change
+# Training, one process per change
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A run that differs from another in one thing."""
+    """A run with one change."""
 
     what: str
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Of the config."""
+    """Changed config fields."""
     environment: Mapping[str, str] = field(default_factory=dict)
     stop_after: int = 0
-    """Dispatches after which the process is stopped, and a second one goes on; 0: it is not stopped."""
+    """Dispatches after which the process is stopped and a second one resumes; 0: no stop."""
     cold: bool = False
-    """Begin with an empty compilation cache, not with the one that the others share."""
+    """Use a cold compilation cache instead of the shared one."""
     like: str | None = "nothing"
-    """What it is compared with, by its `what`; None: it is there for others to be compared with."""
+    """The `what` of the case it is compared with; None: other cases are compared with this one."""
 
 
 def virtual_devices(count: int) -> dict[str, str]:
-    """Return the environment in which a CPU counts as so many devices."""
+    """Return the environment variables with which a CPU counts as `count` devices."""
     return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
 
 
 PLAIN = Case("nothing")
-COLD = Case("nothing: a second process, which compiles anew", cold=True)
-WARM = Case("nothing: a second process, with programs from the compilation cache")
+COLD = Case("nothing: a second process, cold compilation cache", cold=True)
+WARM = Case("nothing: a second process, warm compilation cache")
 CADENCE = Case(
-    "a log line every 7 updates, validation twice as often", {"train.log_every": 7, "train.validate_every": 0.25}
+    "a log line every 7 steps, validation twice as often", {"train.log_every": 7, "train.validate_every": 0.25}
 )
 ONE_THREAD = Case("1 thread (NPROC=1)", environment={"NPROC": "1"})
-LONG = Case(f"{25 * UPDATES:,} updates", {"scheduler.max_steps": 25 * UPDATES, "train.validate_every": 5.0}, like=None)
+LONG = Case(f"{25 * STEPS:,} steps", {"scheduler.max_steps": 25 * STEPS, "train.validate_every": 5.0}, like=None)
 SEED = Case("seed=1", {"seed": 1})
 BFLOAT16 = Case("dtype='bfloat16'", {"amp.dtype": "bfloat16"})
 EIGHT_DEVICES = Case("8 devices", environment=virtual_devices(8))
 CASES = (
     COLD,
     WARM,
-    Case("1 update a dispatch", {"train.steps_per_dispatch": 1}),
-    Case("7 updates a dispatch", {"train.steps_per_dispatch": 7}),
-    Case("stopped after 15 updates, resumed by another process", {"train.steps_per_dispatch": 5}, stop_after=3),
+    Case("1 step per dispatch", {"train.steps_per_dispatch": 1}),
+    Case("7 steps per dispatch", {"train.steps_per_dispatch": 7}),
+    Case("stopped after 15 steps, resumed by another process", {"train.steps_per_dispatch": 5}, stop_after=3),
     CADENCE,
     SEED,
     ONE_THREAD,
@@ -188,22 +191,22 @@ CASES = (
     replace(LONG, what=f"1 thread, after {LONG.what}", environment=ONE_THREAD.environment, like=LONG.what),
     Case("2 devices", environment=virtual_devices(2)),
     EIGHT_DEVICES,
-    replace(EIGHT_DEVICES, what="8 devices, a second time", like=EIGHT_DEVICES.what),
+    replace(EIGHT_DEVICES, what="8 devices, repeated", like=EIGHT_DEVICES.what),
     Case("accumulation_steps=4", {"optimizer.accumulation_steps": 4}),
     Case("attention_block=128", {"model.attention_block": 128}),
     Case("remat=False", {"model.remat": False}),
     BFLOAT16,
 )
-"""In the plain run dispatches are as long as time allows, attention_block is 64 and the dtype float32."""
+"""The unchanged run: steps per dispatch chosen by time, attention_block 64, float32."""
 
 
 def in_child(case: Case, folder: Path, cache: Path) -> dict[str, np.ndarray]:
-    """Train and write in a fresh process, or in two; return the arrays of `learned` and of `joined`.
+    """Train and generate in a new process, or in two; return the arrays of `learned` and of `joined`.
 
     Args:
-        case: what is changed.
-        folder: for the run and its text; what was there is removed.
-        cache: of compiled programs.
+        case: the change.
+        folder: for the run and its text; existing content is removed.
+        cache: folder of the shared compilation cache.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -227,12 +230,12 @@ def in_child(case: Case, folder: Path, cache: Path) -> dict[str, np.ndarray]:
 
 
 def child(folder: str, fields: Mapping[str, Any], stop_after: int) -> None:
-    """Be such a process."""
+    """Run a case in this process."""
     workdir = Path(folder, "run")
     train(Path(folder, "text.txt"), workdir, fields, stop_after)
     if not stop_after:
         model = api.load(workdir, "latest")
-        save(Path(folder, "figures.npz"), learned(workdir) | joined(model, written(model)))
+        save(Path(folder, "figures.npz"), learned(workdir) | joined(model, generated(model)))
 
 
 def save(path: Path, figures: Mapping[str, Any]) -> None:
@@ -246,10 +249,10 @@ SIZES = PARTS[:1] + PARTS[2:4]
 
 def training_rows(folder: Path, cache: Path, plain: Arrays, kept: Arrays | None) -> Iterator[str]:
     """Yield the lines of the table on training."""
-    yield "| what is changed | " + " | ".join(PARTS) + " | " + " | ".join(f"{part} differ by" for part in SIZES) + " |"
+    yield "| change | " + " | ".join(PARTS) + " | " + " | ".join(f"{part}: difference" for part in SIZES) + " |"
     yield "|---|" + "---|" * len(PARTS) + "---:|" * len(SIZES)
     if kept is not None:
-        yield training_row("kept figures", kept, plain)
+        yield training_row("saved results", kept, plain)
     known = {PLAIN.what: plain}
     # An accelerator serves one process at a time.
     with ThreadPoolExecutor(2 if os.environ["JAX_PLATFORMS"] == "cpu" else 1) as pool:
@@ -261,55 +264,55 @@ def training_rows(folder: Path, cache: Path, plain: Arrays, kept: Arrays | None)
 
 
 def training_row(what: str, one: Arrays, other: Arrays) -> str:
-    """Compare two runs in a line."""
+    """Compare two runs in one table row."""
     same = ["same" if same_bits(one, other, part) else "other" for part in PARTS]
     sizes = [difference(one, other, part) for part in SIZES]
     return f"| {' | '.join([what, *same, *map(shown, sizes)])} |"
 
 
 def shown(size: float) -> str:
-    """Write a difference with one digit, and none as such."""
+    """Format a difference with one digit, and zero as 0."""
     return f"{size:.0e}" if size else "0"
 
 
-# Writing and judging, with one model
+# Generation and scoring, with one model
 
 
 def uncached(model: api.Model) -> Sample:
-    """Continue the first prompt a character a call, so that the text is read anew each time."""
+    """Continue the first prompt by one character per call, which recomputes the context each time."""
     sample = model.generate(PROMPTS[0], 1, seed=1)[0]
     surprisal = sample.surprisal
-    for _ in range(WRITTEN - 1):
+    for _ in range(GENERATED - 1):
         sample = model.generate(sample.text, 1, seed=1)[0]
         surprisal = np.append(surprisal, sample.surprisal[-1])
     return replace(sample, surprisal=surprisal)
 
 
-WRITING: Mapping[str, Callable[[api.Model], Sample]] = {
-    "nothing: a second time": lambda model: written(model)[0],
-    "in pieces, as --stream writes": lambda model: written(model, on_text=lambda number, text: None)[0],
-    "no other prompt beside it": lambda model: written(model, PROMPTS[:1])[0],
-    "a prompt longer than block_size beside it": lambda model: written(model, [PROMPTS[0], "a long text " * 20])[0],
-    "a character a call, without the cache": uncached,
-    "scored, not written": lambda model: model.score(written(model)[0].text, stride=1),
-    "its place among the prompts": lambda model: written(model, PROMPTS[::-1])[1],
+GENERATION: Mapping[str, Callable[[api.Model], Sample]] = {
+    "nothing: repeated": lambda model: generated(model)[0],
+    "in pieces, as with --stream": lambda model: generated(model, on_text=lambda number, text: None)[0],
+    "without the other prompt": lambda model: generated(model, PROMPTS[:1])[0],
+    "with a prompt longer than block_size": lambda model: generated(model, [PROMPTS[0], "a long text " * 20])[0],
+    "one character per call, without the KV cache": uncached,
+    "scored instead of generated": lambda model: model.score(generated(model)[0].text, stride=1),
+    "its index among the prompts": lambda model: generated(model, PROMPTS[::-1])[1],
 }
-"""What is changed about the first of two prompts -> its text with that."""
+"""The change to the generation from the first of two prompts -> its sample with this change."""
 
 
-def writing_rows(model: api.Model) -> Iterator[str]:
-    """Yield the lines of the table on writing."""
-    yield "| what is changed | text | surprisal | surprisal differs by |"
+def generation_rows(model: api.Model) -> Iterator[str]:
+    """Yield the lines of the table on generation."""
+    yield "| change | text | surprisal | surprisal: difference |"
     yield "|---|---|---|---:|"
-    plain = joined(model, written(model)[:1])
-    for what, change in WRITING.items():
+    plain = joined(model, generated(model)[:1])
+    for what, change in GENERATION.items():
         other = joined(model, [change(model)])
         same = ["same" if same_bits(plain, other, part) else "other" for part in ("text", "surprisal")]
         yield f"| {' | '.join([what, *same, shown(difference(plain, other, 'surprisal'))])} |"
 
 
 def circumstances() -> str:
-    """Say in a line what this was measured with."""
+    """Return devices and versions in one line."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     kinds = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
@@ -317,7 +320,7 @@ def circumstances() -> str:
 
 
 def report(folder: Path, keep: Path | None, against: Path | None) -> Iterator[str]:
-    """Measure all; yield the lines of the report as they come in."""
+    """Measure all cases; yield the lines of the report as results arrive."""
     cache = folder / "programs"
     kept = None if against is None else dict(np.load(against))
     plain = in_child(PLAIN, folder / "plain", cache)
@@ -328,18 +331,19 @@ def report(folder: Path, keep: Path | None, against: Path | None) -> Iterator[st
     jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
     workdir = folder / "plain" / "run"
     yield ""
-    yield from writing_rows(api.load(workdir, "latest"))
+    yield from generation_rows(api.load(workdir, "latest"))
     judged = api.evaluate(workdir, "latest")["loss"]
     yield ""
-    yield f"Evaluated alone, the last checkpoint's loss differs by {shown(abs(judged - plain['validation'][-1]))} nats."
+    difference = shown(abs(judged - plain["validation"][-1]))
+    yield f"The loss of the last checkpoint, evaluated separately, differs by {difference} nats."
     yield circumstances()
 
 
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.determinism")
-    parser.add_argument("--keep", type=Path, help="where to save the plain run's figures (.npz)")
-    parser.add_argument("--against", type=Path, help="figures kept elsewhere, to compare with")
+    parser.add_argument("--keep", type=Path, help="save the results of the unchanged run to this file (.npz)")
+    parser.add_argument("--against", type=Path, help="saved results to compare with (.npz)")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,10 +1,10 @@
-"""How far the package is from the PyTorch ancestor's mathematics, as a table of figures.
+"""Numerical differences between chargpt_jax and the original's mathematics in PyTorch.
 
     python -m benchmarks.fidelity
 
-Both sides start from the same random parameters and see the same tokens, without dropout, on the CPU. What everything
-is compared with is tests/original.py in float64; for the lower precisions PyTorch's own distance from that stands
-beside ours. The parity suite, tests/test_parity.py, holds bounds on what these functions return. Needs PyTorch.
+Both sides start from the same random parameters and get the same tokens, without dropout, on the CPU. The reference
+implementation is tests/original.py in float64. For the lower precisions, the table also has PyTorch's own difference
+from it. tests/test_parity.py holds bounds on the results of these functions. Needs PyTorch.
 """
 
 import math
@@ -36,20 +36,20 @@ from tests import original, reference
 from tests.pairing import by_name, from_reference, x64
 
 SIZES = {"vocab_size": 64, "n_embd": 16, "n_head": 3, "n_head_dim": 8, "n_ff": 40, "n_layer": 3}
-# The ancestor masks no id. Blocks of 10 queries do not divide the 24: the last one is shorter.
+# The original masks no id. Blocks of 10 queries do not divide the 24: the last one is shorter.
 CONFIG = ModelConfig(**SIZES, used_ids=64, block_size=24, mask_unused_ids=False, attention_block=10)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
-UPDATES, WARMUP = 50, 10
-TRAINED, KEYS = f"parameters after {UPDATES} updates", f"the keys' biases after {UPDATES} updates"
-"""The softmax does not see the keys' biases: their gradient is 0 but for rounding, which Adam makes large."""
-SCHEDULER = SchedulerConfig(max_steps=UPDATES, warmup_epochs=1.0, min_lr_factor=0.1)
+STEPS, WARMUP = 50, 10
+TRAINED, KEYS = f"parameters after {STEPS} training steps", f"the keys' biases after {STEPS} training steps"
+"""Softmax ignores the biases of the keys: their gradient is rounding noise, which Adam scales up."""
+SCHEDULER = SchedulerConfig(max_steps=STEPS, warmup_epochs=1.0, min_lr_factor=0.1)
 ZOOMS = LRFinderConfig(start_lr=1e-5, end_lr=1.0, num_zooms=3, steps_per_zoom=8)
 
 Arrays = Mapping[str, np.ndarray]
 Figures = Mapping[str, Arrays]
 """The name of a quantity -> its arrays by name."""
 LossOf = Callable[[int, int, float], float]
-"""(zoom, step, rate) -> the loss before this rate's update, as PyTorch's range test asks for it."""
+"""(zoom, step, learning rate) -> the loss before the step with this learning rate, for PyTorch's range test."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Row:
     absolute: float
     """The largest difference."""
     relative: float
-    """The largest difference, as a part of the largest number of its array."""
+    """The largest difference, as a fraction of the largest value of its array."""
 
 
 def difference(ours: Arrays, exact: Arrays) -> tuple[float, float]:
@@ -72,23 +72,23 @@ def difference(ours: Arrays, exact: Arrays) -> tuple[float, float]:
     for name, b in exact.items():
         a, b = np.asarray(ours[name], np.float64), np.asarray(b, np.float64)
         assert a.shape == b.shape, name
-        assert np.array_equal(np.isnan(a), np.isnan(b)), f"{name} is undefined at different places"
+        assert np.array_equal(np.isnan(a), np.isnan(b)), f"{name} has NaN at different indices"
         largest = float(np.nanmax(np.abs(a - b)))
         absolute, relative = max(absolute, largest), max(relative, largest / max(float(np.nanmax(np.abs(b))), 1e-300))
     return absolute, relative
 
 
-# What both sides are given
+# Common inputs
 
 
 def parameters() -> reference.Params:
-    """Return random parameters by the ancestor's names, float64 arrays of numbers that float32 can hold."""
+    """Return random parameters by the original's names: float64 arrays of values that float32 represents exactly."""
     drawn = reference.random_parameters(np.random.default_rng(0), **SIZES)
     return {name: array.astype(np.float32).astype(np.float64) for name, array in drawn.items()}
 
 
 def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the inputs and targets of a step, int32 [4, 24], with something to learn; one row begins with padding."""
+    """Return the inputs and targets of a step, int32 [4, 24]: a learnable pattern; one sequence starts with padding."""
     rng = np.random.default_rng([1, step])
     text = (rng.integers(0, 63, (4, 1)) + np.cumsum(rng.integers(1, 4, (4, 25)), axis=1)) % 63 + 1
     text[0, :5] = 0
@@ -109,12 +109,12 @@ def prompts() -> np.ndarray:
 
 
 def torch_model(dtype: torch.dtype, **settings: Any) -> original.GPT:
-    """Return the ancestor's model with the common parameters."""
+    """Return the original's model with the common parameters."""
     return original.with_parameters(parameters(), dtype, **SIZES, **settings)
 
 
 def our_model(precision: str) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """Return our model with the common parameters; call it, and use them, inside x64 for float64."""
+    """Return our model and the common parameters; for float64, call it and use them inside x64."""
     params = from_reference(parameters(), SIZES["n_layer"], np.float64 if precision == "float64" else np.float32)
     graphdef, _ = jax.eval_shape(lambda: create(CONFIG, 0, jnp.dtype(precision)))
     return graphdef, jax.tree.map(jnp.asarray, params)
@@ -124,7 +124,7 @@ def our_model(precision: str) -> tuple[nnx.GraphDef, dict[str, Any]]:
 
 
 def trained(params: Arrays) -> Figures:
-    """Return the parameters by their names, and the keys' biases apart from the rest."""
+    """Return the parameters by name, with the biases of the keys separated from the rest."""
     width = SIZES["n_head"] * SIZES["n_head_dim"]
     keys = slice(width, 2 * width)
     biases = {name: array[keys] for name, array in params.items() if name.endswith("qkv.bias")}
@@ -133,7 +133,7 @@ def trained(params: Arrays) -> Figures:
 
 
 def kept_gradients() -> optax.GradientTransformation:
-    """Make a transform that changes nothing; its state is the gradients of the last update."""
+    """Return a transform that changes nothing; its state is the gradients of the last step."""
     return optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda gradients, *_: (gradients, gradients)
     )
@@ -141,7 +141,7 @@ def kept_gradients() -> optax.GradientTransformation:
 
 @cache
 def ours(precision: str) -> Figures:
-    """Compute the figures with the package; `precision` is the matrix products' dtype by name."""
+    """Compute the figures with chargpt_jax; `precision` names the dtype of matrix multiplications."""
     with x64(precision == "float64"):
         graphdef, params = our_model(precision)
         logits = jax.jit(lambda p, tokens: nnx.merge(graphdef, p)(tokens))(params, batch(0)[0])
@@ -149,7 +149,7 @@ def ours(precision: str) -> Figures:
         tx = optax.chain(kept_gradients(), adamw(OPTIMIZER, schedule))
         step = jax.jit(partial(train_step, graphdef=graphdef, tx=tx))
         state, losses, gradients = create_state(params, tx, 0, jnp.dtype(precision)), [], {}
-        for number in range(UPDATES):
+        for number in range(STEPS):
             state, scalars = step(state, batch(number))
             losses.append(np.asarray(scalars["loss"]))
             gradients = gradients or by_name(state.opt_state[0])
@@ -157,8 +157,8 @@ def ours(precision: str) -> Figures:
             "logits": {"logits": np.asarray(logits)},
             "loss": {"loss": losses[0]},
             "gradients": gradients,
-            "learning rates": {"rates": np.asarray(schedule(jnp.arange(UPDATES, dtype=jnp.int32)))},
-            f"losses of {UPDATES} updates": {"losses": np.asarray(losses)},
+            "learning rates": {"rates": np.asarray(schedule(jnp.arange(STEPS, dtype=jnp.int32)))},
+            f"losses of {STEPS} training steps": {"losses": np.asarray(losses)},
             **trained(by_name(state.params)),
         }
 
@@ -181,14 +181,14 @@ def theirs(precision: str, **settings: Any) -> Figures:
     with cast(), torch.no_grad():
         logits = model(torch_batch(0)[0]).double().numpy()
     optimizer = original.adamw(model, OPTIMIZER.learning_rate, OPTIMIZER.weight_decay, OPTIMIZER.betas)
-    schedule = original.warmup_cosine(optimizer, WARMUP, UPDATES, SCHEDULER.min_lr_factor)
-    losses, rates = original.train(loss, optimizer, schedule, UPDATES)
+    schedule = original.warmup_cosine(optimizer, WARMUP, STEPS, SCHEDULER.min_lr_factor)
+    losses, rates = original.train(loss, optimizer, schedule, STEPS)
     return {
         "logits": {"logits": logits},
         "loss": {"loss": np.asarray(value.item())},
         "gradients": gradients,
         "learning rates": {"rates": np.asarray(rates)},
-        f"losses of {UPDATES} updates": {"losses": np.asarray(losses)},
+        f"losses of {STEPS} training steps": {"losses": np.asarray(losses)},
         **trained({name: p.detach().numpy().copy() for name, p in model.named_parameters()}),
     }
 
@@ -212,7 +212,7 @@ def training_rows() -> Iterator[Row]:
 
 @cache
 def written(precision: str, count: int = 30, temperature: float = 1.0) -> tuple[np.ndarray, Arrays]:
-    """Continue the prompts, their zeros read as tokens, past block_size; return the tokens and their metrics."""
+    """Continue the prompts beyond block_size, with zeros as tokens; return the tokens and their metrics."""
     with x64(precision == "float64"):
         graphdef, params = our_model(precision)
         given = prompts()
@@ -230,7 +230,7 @@ def written(precision: str, count: int = 30, temperature: float = 1.0) -> tuple[
 
 @cache
 def measured(precision: str, floor: float = 0.0) -> Arrays:
-    """Return PyTorch's metrics, in float64, of the tokens that we wrote in a precision."""
+    """Return PyTorch's metrics, in float64, of the tokens that we generated in a precision."""
     tokens = torch.from_numpy(written(precision)[0]).long()
     found = original.metrics(torch_model(torch.float64), tokens, prompts().shape[1], CONFIG.block_size, floor)
     return {name: a.numpy() for name, a in zip(("surprisal", "entropy", "S2"), found, strict=True)}
@@ -244,28 +244,29 @@ def generation_rows() -> Iterator[Row]:
             pair = {name: found[name]}, {name: exact[name]}
             yield Row(f"generation, {name}", "chargpt_jax", precision, *difference(*pair))
     floored, found = measured("float64", original.ENTROPY_FLOOR), written("float64")[1]
-    only = lambda arrays: {"entropy": arrays["entropy"]}  # noqa: E731
     label = "generation, entropy; PyTorch's with 1e-10 inside the logarithm"
-    yield Row(label, "chargpt_jax", "float64", *difference(only(found), only(floored)))
+    yield Row(
+        label, "chargpt_jax", "float64", *difference({"entropy": found["entropy"]}, {"entropy": floored["entropy"]})
+    )
 
 
 # The learning-rate range test
 
 
 def analytic_loss(zoom: int, step: int, rate: float) -> float:
-    """Return a loss with a valley at a rate of about 0.02, and ripples that differ between zooms and steps."""
+    """Return a loss with a minimum near learning rate 0.02, and ripples that differ between zooms and steps."""
     x = math.log10(rate)
     valley = 4.0 - 1.5 / (1.0 + math.exp(-2.0 * (x + 3.0))) + 3.0 / (1.0 + math.exp(-6.0 * (x + 0.7)))
     return valley + 0.02 * math.sin(3.0 * step + zoom)
 
 
 def one_by_one(loss_of: LossOf) -> LossesOf:
-    """Return the losses at a zoom's rates, as our search asks for them, each by itself."""
+    """Return a function for our search: the losses at the learning rates of a zoom, one by one."""
     return lambda zoom, rates: (loss_of(zoom, step, rate) for step, rate in enumerate(rates))
 
 
 def our_zooms(losses_of: LossesOf, config: LRFinderConfig) -> Arrays:
-    """Run our range test; return all that it found, an array a quantity."""
+    """Run our range test; return its results, one array per quantity."""
     result = list(search(losses_of, config))[-1]
     assert isinstance(result, LRFinderResult)
     assert result.learning_rate == result.zooms[-1].best
@@ -278,7 +279,7 @@ def our_zooms(losses_of: LossesOf, config: LRFinderConfig) -> Arrays:
 
 
 def their_zooms(loss_of: LossOf, config: LRFinderConfig) -> Arrays:
-    """Run PyTorch's range test; return the same arrays. Only for losses where no zoom is skipped."""
+    """Run PyTorch's range test; return the same arrays. Only for losses for which no zoom is skipped."""
     keys = ("start_lr", "end_lr", "num_zooms", "steps_per_zoom", "zoom_factor", "method")
     zooms, found = original.range_test(loss_of, **{key: getattr(config, key) for key in keys}), {}
     for number, zoom in enumerate(zooms, 1):
@@ -300,9 +301,9 @@ def our_probe(config: LRFinderConfig) -> LossesOf:
     def start(zoom: int) -> tuple[Any, int]:
         return create_state(params, adamw(OPTIMIZER, 0.0), 0), zoom * config.steps_per_zoom
 
-    def train(place: tuple[Any, int], rates: Sequence[float]) -> tuple[tuple[Any, int], list[jax.Array]]:
-        state, loss = update(place[0], jnp.float64(rates[0]), batch(place[1]))
-        return (state, place[1] + 1), [loss]
+    def train(at: tuple[Any, int], rates: Sequence[float]) -> tuple[tuple[Any, int], list[jax.Array]]:
+        state, loss = update(at[0], jnp.float64(rates[0]), batch(at[1]))
+        return (state, at[1] + 1), [loss]
 
     return trainer_losses(start, train)
 
@@ -345,7 +346,7 @@ def range_test_rows() -> Iterator[Row]:
 
 
 def tokenizer_row() -> Row:
-    """Encode random characters of all planes with both rules."""
+    """Encode random Unicode characters with both tokenizers."""
     codes = np.random.default_rng(5).integers(0, 0x110000, 5000)
     text = string.printable + "".join(map(chr, codes))
     found, names = CharTokenizer.from_text(text), original.vocabulary(text)

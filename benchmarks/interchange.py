@@ -1,10 +1,10 @@
-"""How far an exported model is from ours, in the code of those who load it, as a table of figures.
+"""Numerical differences between a model and its exports, loaded by other libraries.
 
     python -m benchmarks.interchange [--original DIR]
 
-A model of the notebook's shape, with random numbers everywhere, goes out in both forms and is loaded by others: the
-Hugging Face folder by transformers and tokenizers, the ancestor's arrays by the ancestor's own code where DIR is a
-checkout of z0u/mi-ni at commit 2a991f7. Needs PyTorch and transformers; the ancestor needs pydantic and jaxtyping.
+A model of the original's shape with random parameters is exported in both formats. transformers and tokenizers load the
+Hugging Face folder. With --original, the original's own code loads its arrays; DIR is a checkout of z0u/mi-ni at commit
+2a991f7. Needs PyTorch and transformers; the original needs pydantic and jaxtyping.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from chargpt_jax.model.gpt import create
 from tests import reference
 
 ALPHABET = " \n\t\r" + "".join(map(chr, range(33, 127))) + "é漢😀\u0301\u200d\u2028"
-CONTEXT, WRITTEN = 512, 400
+CONTEXT, GENERATED = 512, 400
 
 
 def model() -> Model:
-    """Return a model of the notebook's shape, none of its numbers as initialised."""
+    """Return a model of the original's shape with random parameters."""
     tokenizer = CharTokenizer(ALPHABET)
     sizes = {"n_embd": 32, "n_head": 8, "n_head_dim": 8, "n_ff": 128, "n_layer": 15, "vocab_size": tokenizer.vocab_size}
     config = ModelConfig(**sizes, block_size=CONTEXT, used_ids=tokenizer.n_ids)
@@ -43,12 +43,12 @@ def model() -> Model:
 
 
 def text(length: int) -> str:
-    """Draw characters that the model knows."""
+    """Return random characters of the vocabulary."""
     return "".join(np.random.default_rng(1).choice(list(ALPHABET), length))
 
 
 def distance(ours: Model, tokens: np.ndarray, theirs: torch.nn.Module) -> str:
-    """Return the largest difference of the logits of int32 [B, T], over the ids that a character has."""
+    """Return the largest difference of the logits for tokens int32 [B, T], over the ids of characters."""
     found = jax.jit(lambda p, t: nnx.merge(ours.graphdef, p)(t))(ours.params, tokens)
     with torch.no_grad():
         given = theirs(torch.from_numpy(tokens).long())
@@ -64,18 +64,18 @@ def hugging_face(ours: Model, folder: Path, tokens: np.ndarray) -> Iterator[tupl
     yield f"transformers, logits of {tokens.size:,} characters", distance(ours, tokens, theirs)
 
     prompt = text(20)
-    found = theirs.generate(**tokenizer(prompt, return_tensors="pt"), do_sample=False, max_new_tokens=WRITTEN)[0]
-    own = ours.generate(prompt, WRITTEN, temperature=0)[0]
+    found = theirs.generate(**tokenizer(prompt, return_tensors="pt"), do_sample=False, max_new_tokens=GENERATED)[0]
+    own = ours.generate(prompt, GENERATED, temperature=0)[0]
     same = sum(a == b for a, b in zip(tokenizer.convert_ids_to_tokens(found)[20:], own.tokens[20:], strict=True))
-    yield f"transformers, {WRITTEN} characters written greedily", f"{WRITTEN - same} differ"
+    yield f"transformers, {GENERATED} characters generated greedily", f"{GENERATED - same} differ"
 
     sample = text(100_000)
     lost = sum(a != b for a, b in zip(tokenizer.decode(tokenizer(sample)["input_ids"]), sample, strict=True))
-    yield f"its tokenizer, {len(sample):,} characters there and back", f"{lost} differ"
+    yield f"its tokenizer, {len(sample):,} characters encoded and decoded", f"{lost} differ"
 
 
-def ancestor(ours: Model, folder: Path, checkout: Path, tokens: np.ndarray) -> Iterator[tuple[str, str]]:
-    """Compare with the ancestor's own model, and bring its own checkpoint back."""
+def original(ours: Model, folder: Path, checkout: Path, tokens: np.ndarray) -> Iterator[tuple[str, str]]:
+    """Compare with the original's own model, and import its own checkpoint."""
     sys.path.insert(0, str(checkout / "src"))
     from experiment.config import TrainingConfig  # type: ignore[import-not-found]
     from experiment.model.gpt import GPT  # type: ignore[import-not-found]
@@ -85,14 +85,14 @@ def ancestor(ours: Model, folder: Path, checkout: Path, tokens: np.ndarray) -> I
     config = TrainingConfig.model_validate_json((folder / "config.json").read_text(encoding="utf-8"))
     theirs = GPT(config.model).eval()
     theirs.load_state_dict(load_file(folder / "model.safetensors"))
-    yield f"the ancestor, logits of {tokens.size:,} characters", distance(ours, tokens, theirs)
+    yield f"the original, logits of {tokens.size:,} characters", distance(ours, tokens, theirs)
 
     checkpoint = {"model": theirs.state_dict(), "config": config.model_dump(mode="json"), "metrics": None}
     torch.save(checkpoint, folder / "checkpoint.pt")
     back = load(convert.import_original(folder / "checkpoint.pt", folder / "run")).params
     pairs = list(zip(*(map(np.asarray, jax.tree.leaves(tree)) for tree in (ours.params, back)), strict=True))
     moved = sum(a.tobytes() != b.tobytes() for a, b in pairs)
-    yield "its .pt file of that model, imported", f"{moved} of {len(pairs)} arrays differ in a bit"
+    yield "its .pt file of this model, imported", f"{moved} of {len(pairs)} arrays differ in a bit"
 
 
 def main() -> None:
@@ -107,7 +107,7 @@ def main() -> None:
         for row in hugging_face(ours, Path(folder, "hf"), tokens):
             print("| {} | {} |".format(*row), flush=True)
         if checkout:
-            for row in ancestor(ours, Path(folder, "original"), checkout, tokens):
+            for row in original(ours, Path(folder, "original"), checkout, tokens):
                 print("| {} | {} |".format(*row), flush=True)
 
 

@@ -1,10 +1,10 @@
-"""What the learning-rate range test costs beyond the training steps that it makes.
+"""The cost of the learning-rate range test, compared with the same number of training steps.
 
     python -m benchmarks.range_test [--config=small] [--text_file=FILE] [--rounds=5] [--out=FOLDER]
 
-A search of a config makes lr_finder.num_zooms x steps_per_zoom steps, one dispatch each, and looks at every loss. It is
-timed from its first step's end to its last one's, and so are as many updates of training, in one dispatch, in the same
-round. Compiling, which either does once, is told apart.
+A range test runs lr_finder.num_zooms x steps_per_zoom steps and reads every loss. It is timed from the end of its first
+step to the end of its last one. The same number of training steps is timed in one dispatch, in the same round. The time
+before the first step, which includes compilation, is printed separately.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.peers import machine
+from benchmarks.baselines import machine
 from chargpt_jax.config_io import load_config
 from chargpt_jax.events import LRFinderStep
 from chargpt_jax.storage.workdir import Workdir
@@ -27,7 +27,7 @@ from chargpt_jax.training.stages import find_lr
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure, print and keep."""
+    """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="small")
     parser.add_argument("--text_file", default="stdlib")
@@ -60,8 +60,8 @@ def main(words: Sequence[str] | None = None) -> None:
         f"Machine: {', '.join(f'{name} {value}' for name, value in machine().items())}.\n\n"
         f"| {steps} steps of {args.config} | s |\n|---|---:|\n"
         f"| range test | {median['search']:.2f} |\n| training | {median['training']:.2f} |\n\n"
-        f"The range test takes {statistics.median(ratios):.3f} times as long ({min(ratios):.3f} to {max(ratios):.3f}, "
-        f"{len(ratios)} rounds); {median['first']:.1f} s before its first step's end are reading, compiling, drawing.\n"
+        f"The range test takes {statistics.median(ratios):.3f}x as long ({min(ratios):.3f} to {max(ratios):.3f}, "
+        f"{len(ratios)} rounds); {median['first']:.1f} s pass before the end of its first step.\n"
     )
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""A small store of checkpoints to damage, and ways to make the system refuse, or to die, in the middle of a save.
+"""A small checkpoint store for tests, and faults during a save: OS errors or SIGKILL at a chosen file operation.
 
-python -m benchmarks.stored FOLDER NUMBER ... saves into copies of FOLDER/store in processes that kill themselves, each
-at the file operation of that number, and prints what became of them: {number: exit status}.
+python -m benchmarks.stored FOLDER NUMBER ... saves into copies of FOLDER/store in processes that kill themselves at the
+file operation of the given index. It prints {index: exit status}.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ RECORD = {
     "vocabulary": ["", "\n", "é", "😀"],
     "corpus_sha256": "0" * 64,
 }
-HANGS = 120.0
-"""Seconds after which a process counts as hanging."""
+HANG_SECONDS = 120.0
+"""A process that takes longer counts as hanging."""
 
 
 @functools.cache
@@ -44,20 +44,20 @@ def _shapes(model: ModelConfig, dtype: Any) -> TrainState:
 
 
 def state_at(step: int, dtype: Any = jnp.float32, model: ModelConfig = MODEL) -> TrainState:
-    """Return a state whose every array is another at every step; nothing is compiled for it."""
+    """Return a state whose arrays differ for each step, without compiling anything."""
     rng, shapes = np.random.default_rng(step), _shapes(model, dtype)
     arrays = jax.tree.map(lambda x: (9 * rng.standard_normal(x.shape)).astype(x.dtype), shapes.replace(key=None))
     return jax.device_put(arrays.replace(step=np.int32(step), key=jax.random.key(7)), jax.devices()[0])
 
 
 def bits(state: TrainState) -> list[bytes]:
-    """Return all that a state holds."""
+    """Return dtype, shape and bytes of every array of a state."""
     leaves = jax.tree.leaves(dataclasses.replace(state, key=jax.random.key_data(state.key)))
     return [f"{x.dtype} {x.shape} ".encode() + np.asarray(x).tobytes() for x in leaves]
 
 
 class Store(Checkpoints):
-    """A store that keeps its warnings."""
+    """A checkpoint store that records its warnings in `heard`."""
 
     def __init__(self, folder: Path, keep_last: int = 3):
         """Open a folder."""
@@ -66,7 +66,7 @@ class Store(Checkpoints):
 
 
 def filled(folder: Path, losses: Sequence[float] = (3.0, 1.0, 2.0)) -> Store:
-    """Return a store with a step for each loss: 1, 2, 3."""
+    """Return a store with one checkpoint per loss, at steps 1, 2, 3."""
     store = Store(folder, keep_last=len(losses))
     for step, loss in enumerate(losses, start=1):
         store.save(state_at(step), RECORD, loss)
@@ -74,16 +74,16 @@ def filled(folder: Path, losses: Sequence[float] = (3.0, 1.0, 2.0)) -> Store:
 
 
 class Faults:
-    """Counts what Python asks of the file system in a folder, and acts at the operation that is chosen.
+    """Counts Python's file operations in a folder, and calls a function at a chosen one.
 
-    Opening, making, renaming, listing and removing are seen by an audit hook, whoever calls them; writing and waiting
-    for the disk are seen where the code calls `os.write` and `os.fsync`. What orbax's C++ does is not seen here.
+    An audit hook sees opening, creating, renaming, listing and removing, whoever calls them. Writes and fsyncs are seen
+    only if the code calls `os.write` and `os.fsync`. File operations in orbax's C++ code are not seen.
     """
 
     EVENTS = ("open", "os.mkdir", "os.rename", "os.listdir", "os.scandir", "os.remove", "os.rmdir", "shutil.rmtree")
 
     def __init__(self) -> None:
-        """Begin to listen; a hook cannot be taken away again."""
+        """Install the audit hook, which cannot be removed."""
         self._folder, self._at, self._act = "", -1, refuse(0)
         self._write, self._fsync = os.write, os.fsync
         self.seen: list[str] = []
@@ -102,7 +102,7 @@ class Faults:
 
     @contextmanager
     def within(self, folder: Path, at: int = -1, act: Callable[[], None] | None = None) -> Iterator[None]:
-        """Act at one operation in a folder; without `at` only see."""
+        """Call `act` at operation `at` in a folder; without `at`, only count."""
         self._folder, self._at, self._act, self.seen = str(folder), at, act or refuse(0), []
         os.write = lambda *args: (self._happen("os.write"), self._write(*args))[1]
         os.fsync = lambda *args: (self._happen("os.fsync"), self._fsync(*args))[1]
@@ -114,12 +114,12 @@ class Faults:
 
 @functools.cache
 def faults() -> Faults:
-    """Return the one that there is."""
+    """Return the only instance."""
     return Faults()
 
 
 def refuse(number: int) -> Callable[[], None]:
-    """Return what fails as the system does."""
+    """Return a function that raises the OSError of an errno."""
 
     def act() -> None:
         raise OSError(number, os.strerror(number))
@@ -128,12 +128,12 @@ def refuse(number: int) -> Callable[[], None]:
 
 
 def kill() -> None:
-    """Die at once, as kill -9 has it."""
+    """Kill this process with SIGKILL."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(words: Sequence[str]) -> None:
-    """Fork for every number: the modules are loaded once, but JAX begins to work in the children only."""
+    """Fork for every index: modules are imported once, but JAX starts only in the children."""
     folder, numbers = Path(words[0]), [int(word) for word in words[1:]]
     _shapes(MODEL, jnp.float32)
     statuses = {}
@@ -153,9 +153,9 @@ def main(words: Sequence[str]) -> None:
 
 
 def _status(child: int) -> int | str:
-    """Wait for a process; return its signal, negative, or its exit code, or 'hang'."""
+    """Wait for a process; return its exit code, its signal as a negative number, or 'hang'."""
     began = time.monotonic()
-    while time.monotonic() < began + HANGS:
+    while time.monotonic() < began + HANG_SECONDS:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)

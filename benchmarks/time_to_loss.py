@@ -1,12 +1,12 @@
-"""How soon nanoGPT's loss is reached: its documented CPU recipe against ours, both judged by one evaluator.
+"""Time to nanoGPT's final loss: its documented CPU recipe and ours, scored by one function.
 
     python -m benchmarks.time_to_loss --nanogpt=DIR --text_file=tinyshakespeare.txt [--rounds=3] [--out=FOLDER]
         [--flag=--config.scheduler.max_steps=700 ...] [--more=--config.amp.dtype=bfloat16 ...]
 
-nanoGPT's train.py runs as its README says for a CPU, in a temporary copy of the checkout; ours is
-`--mode=train --config=nanogpt_cpu` with the flags given, of which the defaults below keep the number of parameters. The
-clock runs from the start of each process to its end. Then each held-out character is predicted once by either model, in
-the same windows, by the same function. The time counts only where our final loss is not above nanoGPT's.
+nanoGPT's train.py runs as its README says for a CPU, in a temporary copy of the checkout. chargpt_jax runs
+`--mode=train --config=nanogpt_cpu` with the given flags; the defaults below keep the number of parameters. The time is
+that of the complete process. Then both models predict each character of the validation set once, in the same windows.
+The time counts only if the final loss is not above nanoGPT's.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers import commit, machine, number
+from benchmarks.baselines import commit, machine, number
 
 RECIPE = (
     "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
@@ -46,9 +46,10 @@ OURS = (
     "--config.optimizer.weight_decay=0",
     "--config.train.validate_every=9",
 )
-"""More layers with narrower MLPs, Muon for the layers' matrices, a higher rate, no decay; validated once, at the end.
-Some sixty recipes with Muon were looked at on the first nine tenths of the text, of which the last tenth judged, and
-three longer ones on the whole text; this one came near the best of them in the least time."""
+"""More layers, narrower MLPs, Muon for the weight matrices, a higher learning rate, no weight decay, one validation.
+
+About sixty recipes with Muon were compared on the first nine tenths of the text, validated on the last tenth of those,
+and three longer ones on the full text. This one was close to the best of them in the shortest time."""
 
 WINDOW, BATCH = 64, 64
 
@@ -57,15 +58,15 @@ Logits = Callable[[np.ndarray], np.ndarray]
 
 
 def loss_of(logits_of: Logits, text: np.ndarray, first: int, window: int = WINDOW) -> float:
-    """Predict each character of int32 text from place `first` on once; return nats a character.
+    """Predict each character of a text, int [N], from index `first` on, once; return nats per character.
 
-    The windows follow each other; a character is predicted from those before it in its window, the window's first one
-    from the character before.
+    The windows are consecutive. A character is predicted from those before it in its window; the first one of a window
+    from the character before it.
     """
-    places = np.arange(first, len(text))
+    positions = np.arange(first, len(text))
     total = 0.0
-    for at in range(0, len(places), window * BATCH):
-        chosen = places[at : at + window * BATCH]
+    for at in range(0, len(positions), window * BATCH):
+        chosen = positions[at : at + window * BATCH]
         rows = np.zeros((-(-len(chosen) // window), window), np.int64)
         targets = rows.copy()
         rows.ravel()[: len(chosen)], targets.ravel()[: len(chosen)] = text[chosen - 1], text[chosen]
@@ -76,14 +77,14 @@ def loss_of(logits_of: Logits, text: np.ndarray, first: int, window: int = WINDO
             + (top - np.take_along_axis(logits, targets[..., None], -1))[..., 0]
         )
         total += losses.ravel()[: len(chosen)].sum()
-    return total / len(places)
+    return total / len(positions)
 
 
 def timed(command: Sequence[str], folder: Path, **environment: str) -> float:
     """Run a command in a folder; return its seconds.
 
     Raises:
-        RuntimeError: with what it said, where it failed.
+        RuntimeError: if it fails, with its standard error.
     """
     began = time.perf_counter()
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, **environment})
@@ -121,12 +122,18 @@ def nanogpt(checkout: Path, text_file: Path, folder: Path) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     held_out = len(text) - first
     loss = loss_of(logits_of, text.astype(np.int64), first)
-    return {"seconds": seconds, "parameters": parameters, "loss": loss, "held_out": held_out, "updates": 2000}
+    return {
+        "seconds": seconds,
+        "parameters": parameters,
+        "loss": loss,
+        "validation_characters": held_out,
+        "steps": 2000,
+    }
 
 
 def ours(text_file: Path, folder: Path, flags: Sequence[str]) -> dict[str, Any]:
-    """Train with the package, from an empty compilation cache; return seconds, parameters and the loss."""
-    run = folder / "ours"
+    """Train chargpt_jax with a cold compilation cache; return seconds, parameters and the loss."""
+    run = folder / "chargpt_jax"
     command = [sys.executable, "-m", "chargpt_jax.main", "--mode=train", "--config=nanogpt_cpu", f"--workdir={run}"]
     command += [f"--config.data.source={text_file.resolve()}", *flags]
     seconds = timed(command, Path.cwd(), CHARGPT_CACHE=str(folder / "cache"))
@@ -141,43 +148,44 @@ def ours(text_file: Path, folder: Path, flags: Sequence[str]) -> dict[str, Any]:
     logits = jax.jit(lambda params, rows: nnx.merge(model.graphdef, params)(rows))
     loss = loss_of(lambda rows: logits(model.params, rows), text.astype(np.int64), int(0.9 * len(text)))
     held_out = len(text) - int(0.9 * len(text))
-    facts = {"parameters": count_parameters(model.params), "updates": model.step}
-    return {"seconds": seconds, "loss": loss, "held_out": held_out, **facts}
+    facts = {"parameters": count_parameters(model.params), "steps": model.step}
+    return {"seconds": seconds, "loss": loss, "validation_characters": held_out, **facts}
 
 
 def report(rows: Sequence[dict[str, Any]], facts: dict[str, Any], flags: Sequence[str]) -> str:
     """Return the comparison as Markdown."""
     lines = ["Machine: " + ", ".join(f"{name} {value}" for name, value in facts.items()) + "."]
-    lines += [f"\nOurs: `{' '.join(flags)}`\n", "| round | | parameters | updates | s | nats, held out |"]
+    lines += [
+        f"\nchargpt_jax: `{' '.join(flags)}`\n",
+        "| round | implementation | parameters | training steps | time, s | validation loss, nats per character |",
+    ]
     lines += ["|---:|---|---:|---:|---:|---:|"]
     for row in rows:
-        shown = f"{row['parameters']:,} | {row['updates']:,} | {number(row['seconds'])} | {row['loss']:.4f}"
+        shown = f"{row['parameters']:,} | {row['steps']:,} | {number(row['seconds'])} | {row['loss']:.4f}"
         lines.append(f"| {row['round'] + 1} | {row['who']} | {shown} |")
     pairs = list(zip(rows[::2], rows[1::2], strict=True))
     reached = all(mine["loss"] <= theirs["loss"] for theirs, mine in pairs)
     times = [mine["seconds"] / theirs["seconds"] for theirs, mine in pairs]
     span = f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
-    told = (
-        f"Ours takes {span} of nanoGPT's time to its final loss." if reached else "Ours did not reach nanoGPT's loss."
-    )
-    return "\n".join([*lines, f"\n{told}"]) + "\n"
+    outcome = f"takes {span} of nanoGPT's time to its final loss" if reached else "did not reach nanoGPT's loss"
+    return "\n".join([*lines, f"\nchargpt_jax {outcome}."]) + "\n"
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run both in turn, print and keep."""
+    """Run both, alternating; print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True, metavar="DIR")
     parser.add_argument("--text_file", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--flag", action="append", help="of ours; several make a recipe")
-    parser.add_argument("--more", action="append", default=[], help="a flag of ours besides the recipe's")
+    parser.add_argument("--flag", action="append", help="a flag of a recipe that replaces the default one")
+    parser.add_argument("--more", action="append", default=[], help="a flag in addition to the recipe")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(words)
     flags, facts, rows = [*(args.flag or OURS), *args.more], {**machine(), "nanoGPT": commit(str(args.nanogpt))}, []
     for turn in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
             rows.append({"who": "nanoGPT", "round": turn, **nanogpt(args.nanogpt, args.text_file, Path(folder))})
-            rows.append({"who": "ours", "round": turn, **ours(args.text_file, Path(folder), flags)})
+            rows.append({"who": "chargpt_jax", "round": turn, **ours(args.text_file, Path(folder), flags)})
         print(json.dumps(rows[-2:]), file=sys.stderr, flush=True)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

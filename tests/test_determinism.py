@@ -19,19 +19,19 @@ from benchmarks.determinism import (
     CADENCE,
     COLD,
     EIGHT_DEVICES,
+    GENERATION,
     ONE_THREAD,
     PARTS,
     PLAIN,
     SEED,
-    WRITING,
     Case,
     difference,
+    generated,
     in_child,
     joined,
     learned,
     same_bits,
     write_text,
-    written,
 )
 from chargpt_jax import api
 from chargpt_jax.devices.platform import BFLOAT16_ON_CPU
@@ -75,7 +75,7 @@ def runs(plain, tmp_path_factory):
         waiting = begin(FIRST)
         found = {PLAIN: trained(PLAIN, plain)}
         writer = api.load(plain / "run", "latest")
-        found[PLAIN] |= joined(writer, written(writer))
+        found[PLAIN] |= joined(writer, generated(writer))
         waiting |= begin(LATER)  # their programs are in the cache by now
         found |= {case: trained(case, tmp_path_factory.mktemp("here") / "run") for case in HERE}
         return found | {case: result.result() for case, result in waiting.items()}
@@ -112,9 +112,9 @@ def test_a_checkpoint_judged_alone_has_the_loss_of_its_training_to_the_bit(runs,
     assert api.evaluate(plain / "run", "latest")["loss"] == runs[PLAIN]["validation"][-1]
 
 
-@pytest.mark.parametrize("what", ["no other prompt beside it", "a prompt longer than block_size beside it"])
+@pytest.mark.parametrize("what", ["without the other prompt", "with a prompt longer than block_size"])
 def test_other_prompts_leave_a_text_alone_and_its_surprisal_but_for_last_digits(model, what):
-    alone, beside = (joined(model, samples) for samples in (written(model)[:1], [WRITING[what](model)]))
+    alone, beside = (joined(model, samples) for samples in (generated(model)[:1], [GENERATION[what](model)]))
     assert same_bits(alone, beside, "text")
     assert difference(alone, beside, "surprisal") < 1e-5
 

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LinearLR  # noqa: E402
 from torch.utils.data import DataLoader, RandomSampler  # noqa: E402
 
 from benchmarks import fidelity  # noqa: E402
-from benchmarks.fidelity import CONFIG, KEYS, SIZES, TRAINED, UPDATES, difference, ours, theirs  # noqa: E402
+from benchmarks.fidelity import CONFIG, KEYS, SIZES, STEPS, TRAINED, difference, ours, theirs  # noqa: E402
 from chargpt_jax.config import DataConfig, LRFinderConfig, SchedulerConfig, UserError  # noqa: E402
 from chargpt_jax.data.batches import steps_per_epoch  # noqa: E402
 from chargpt_jax.data.tokenizer import CharTokenizer  # noqa: E402
@@ -31,7 +31,7 @@ from tests.pairing import x64  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
-LOSSES = f"losses of {UPDATES} updates"
+LOSSES = f"losses of {STEPS} training steps"
 PARAMETER_NAMES = list(fidelity.parameters())
 
 

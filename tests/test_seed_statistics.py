@@ -1,4 +1,4 @@
-"""benchmarks/statistics.py: its PyTorch side is under the same rules as ours, and its figures say what they claim."""
+"""benchmarks/seed_statistics.py: its PyTorch side follows the same rules as chargpt_jax, and its figures are right."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from flax import nnx
 torch = pytest.importorskip("torch")
 
 import chargpt_jax  # noqa: E402
-from benchmarks import fidelity, statistics  # noqa: E402
+from benchmarks import fidelity, seed_statistics  # noqa: E402
 from chargpt_jax.config import DataConfig, differences, load_config, validate  # noqa: E402
 from chargpt_jax.data.batches import batch_at  # noqa: E402
 from chargpt_jax.events import TrainStarted, Validated  # noqa: E402
@@ -43,7 +43,7 @@ def same_draws_on_one_thread():
 def test_a_pass_goes_through_consecutive_windows_in_a_random_order():
     tokens, block_size = torch.arange(1000), 16
     for _ in range(20):
-        starts = [int(window[0]) for window in islice(statistics.windows(tokens, block_size), 61)]
+        starts = [int(window[0]) for window in islice(seed_statistics.windows(tokens, block_size), 61)]
         phase = min(starts) % block_size
         places = sorted((start - phase) // block_size for start in starts)
         assert [start % block_size for start in starts] == [phase] * 61
@@ -53,7 +53,7 @@ def test_a_pass_goes_through_consecutive_windows_in_a_random_order():
 
 def test_each_pass_is_cut_anew_and_no_window_runs_over_the_end():
     """Of 50 characters, a pass has two windows of 17."""
-    rows = list(islice(statistics.windows(torch.arange(50), 16), 600))
+    rows = list(islice(seed_statistics.windows(torch.arange(50), 16), 600))
     assert {len(row) for row in rows} == {17}
     assert {int(row[0]) % 16 for row in rows} == set(range(16))
     assert {int(row[-1]) for row in rows} == set(range(16, 50))
@@ -72,7 +72,7 @@ def test_both_sides_pad_by_the_same_rule_and_leave_the_text_alone():
     """In three standard deviations, 3000 draws of a chance of 0.4 are within 0.027 of it."""
     text = np.arange(1, 2000)
     tokens = torch.from_numpy(text.copy())
-    inputs, targets = next(statistics.torch_batches(tokens, 16, 3000, 0.4))
+    inputs, targets = next(seed_statistics.torch_batches(tokens, 16, 3000, 0.4))
     theirs = pad_lengths(inputs.numpy(), targets.numpy())
     data = DataConfig(batch_size=3000, padding_chance=0.4)
     drawn = jax.jit(lambda step: batch_at(jnp.asarray(text), jax.random.key(0), step, 16, data))(0)
@@ -116,7 +116,7 @@ def test_out_of_training_nothing_is_dropped():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Train a tiny model with the package; return its config, text, folder and events."""
-    folder = tmp_path_factory.mktemp("statistics")
+    folder = tmp_path_factory.mktemp("seed_statistics")
     config = small_config(write_words(folder / "words.txt", 600), mask_unused_ids=False)
     config.scheduler.max_steps, config.scheduler.epochs = None, 2.0
     config.train.validate_every = 1.0
@@ -124,16 +124,16 @@ def run(tmp_path_factory):
     return config, chargpt_jax.corpus_text(folder / "run"), folder / "run", events
 
 
-def test_from_the_same_parameters_both_sides_measure_the_same_held_out_loss(run):
+def test_from_the_same_parameters_both_sides_measure_the_same_validation_loss(run):
     config, text, workdir, _ = run
-    model, tokens = statistics.torch_model(config, text)
+    model, tokens = seed_statistics.torch_model(config, text)
     found = by_name(chargpt_jax.load(workdir).params)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.tensor(found[name]))
     n_train, block_size = int(0.8 * len(tokens)), config.model.block_size
     assert (len(tokens) - n_train) % block_size  # the last window is a short one
-    loss = statistics.held_out_loss(model.eval(), tokens, n_train, block_size)
+    loss = seed_statistics.validation_loss(model.eval(), tokens, n_train, block_size)
     assert loss == pytest.approx(chargpt_jax.evaluate(workdir)["loss"], rel=1e-5)
 
 
@@ -141,7 +141,7 @@ def test_both_sides_make_as_many_updates_and_validations(run, monkeypatch):
     config, text, _, events = run
     losses, update = [], original.update
     monkeypatch.setattr(original, "update", lambda *how: losses.append(update(*how)) or losses[-1])
-    curve = statistics.theirs(config, text, 0)
+    curve = seed_statistics.theirs(config, text, 0)
     (started,) = (event for event in events if isinstance(event, TrainStarted))
     assert len(losses) == started.total_steps
     assert len(curve) == len([event for event in events if isinstance(event, Validated)]) == 2
@@ -152,20 +152,20 @@ def test_both_sides_make_as_many_updates_and_validations(run, monkeypatch):
 
 
 def test_the_permutation_test_counts_splits():
-    assert statistics.permutation_p([1, 2], [3, 4]) == pytest.approx(2 / 6)
-    assert statistics.permutation_p([3, 4], [1, 2]) == pytest.approx(2 / 6)
-    assert statistics.permutation_p([1, 4], [2, 3]) == 1
-    assert statistics.permutation_p([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]) == pytest.approx(2 / 252)
-    assert statistics.permutation_p([0.1] * 3, [0.1] * 3) == 1
+    assert seed_statistics.permutation_p([1, 2], [3, 4]) == pytest.approx(2 / 6)
+    assert seed_statistics.permutation_p([3, 4], [1, 2]) == pytest.approx(2 / 6)
+    assert seed_statistics.permutation_p([1, 4], [2, 3]) == 1
+    assert seed_statistics.permutation_p([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]) == pytest.approx(2 / 252)
+    assert seed_statistics.permutation_p([0.1] * 3, [0.1] * 3) == 1
 
 
 def test_the_entropy_of_single_characters_is_that_of_their_shares():
-    assert statistics.unigram_entropy("abab") == pytest.approx(np.log(2))
-    assert statistics.unigram_entropy("aaab") == pytest.approx(-0.75 * np.log(0.75) - 0.25 * np.log(0.25))
+    assert seed_statistics.unigram_entropy("abab") == pytest.approx(np.log(2))
+    assert seed_statistics.unigram_entropy("aaab") == pytest.approx(-0.75 * np.log(0.75) - 0.25 * np.log(0.25))
 
 
 def test_the_table_says_how_far_apart_the_sides_are():
-    lines = list(statistics.table({"PyTorch": [[9.0, 1.0], [9.0, 3.0]], "chargpt_jax": [[9.0, 4.0], [9.0, 6.0]]}))
+    lines = list(seed_statistics.table({"PyTorch": [[9.0, 1.0], [9.0, 3.0]], "chargpt_jax": [[9.0, 4.0], [9.0, 6.0]]}))
     assert "| PyTorch | 2 | 2.0000 | 1.4142 | 1.0000 | 3.0000 |" in lines
     assert lines[-2] == "chargpt_jax - PyTorch: +3.0000 nats, standard error 1.4142."
     assert lines[-1].endswith("p = 0.333. The ranges do not overlap.")
@@ -175,7 +175,7 @@ def test_the_table_says_how_far_apart_the_sides_are():
 
 
 def test_the_config_is_small_but_for_its_size_a_fixed_rate_and_what_the_ancestor_lacks():
-    config = validate(statistics.reduced("book.txt", 7))
+    config = validate(seed_statistics.reduced("book.txt", 7))
     changed = {line.partition(":")[0] for line in differences(load_config("small"), config)}
     assert changed == {"data.source", "model.block_size", "model.n_layer", "model.mask_unused_ids", "amp.enabled"}
     assert (config.optimizer.learning_rate or 0) > 0
@@ -183,17 +183,17 @@ def test_the_config_is_small_but_for_its_size_a_fixed_rate_and_what_the_ancestor
 
 
 def test_the_command_trains_every_seed_on_both_sides_and_writes_them_down(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(statistics, "reduced", lambda text_file, epochs: run[0])
-    assert statistics.main(["--text_file=book.txt", "--seeds=2", f"--out={tmp_path / 'out'}"]) == 0
-    found = json.loads((tmp_path / "out" / "statistics.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr(seed_statistics, "reduced", lambda text_file, epochs: run[0])
+    assert seed_statistics.main(["--text_file=book.txt", "--seeds=2", f"--out={tmp_path / 'out'}"]) == 0
+    found = json.loads((tmp_path / "out" / "seed_statistics.json").read_text(encoding="utf-8"))
     assert run[0].data.source not in json.dumps(found)
     curves = found["losses_by_epoch"]
     assert {side: [curve[-1] for curve in curves[side]] for side in curves} == found["final_losses"]
     finals = [loss for losses in found["final_losses"].values() for loss in losses]
     assert len(finals) == len(set(finals)) == 4
     assert found["text"]["characters"] == len(run[1])
-    assert capsys.readouterr().out.splitlines() == list(statistics.table(curves))
-    drawn = ElementTree.fromstring((tmp_path / "out" / "statistics.svg").read_text(encoding="utf-8"))
+    assert capsys.readouterr().out.splitlines() == list(seed_statistics.table(curves))
+    drawn = ElementTree.fromstring((tmp_path / "out" / "seed_statistics.svg").read_text(encoding="utf-8"))
     assert len([circle for circle in drawn.iter() if circle.tag.endswith("circle")]) == 4
 
 
@@ -207,5 +207,5 @@ def test_the_command_trains_every_seed_on_both_sides_and_writes_them_down(run, t
 )
 def test_a_mistake_is_answered_before_any_training(flags, said, capsys):
     with pytest.raises(SystemExit, match="2"):
-        statistics.main(flags)
+        seed_statistics.main(flags)
     assert said in capsys.readouterr().err

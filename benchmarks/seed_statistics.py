@@ -1,11 +1,12 @@
-"""Whether training here and in PyTorch ends at the same losses: the ancestor's run, reduced, from several seeds.
+"""Compare final validation losses of PyTorch and chargpt_jax over several seeds, for a reduced version of the original.
 
-    python -m benchmarks.statistics --text_file=FILE [--seeds=5] [--epochs=3] [--out=FOLDER]
+    python -m benchmarks.seed_statistics --text_file=FILE [--seeds=5] [--epochs=3] [--out=FOLDER]
 
-PyTorch's side is tests/original.py with batches and a validation of its own, below; ours is `chargpt_jax.train`. They
-share the text and the config, and no random number: initialisation, order of the text, padding and dropout are drawn
-apart. Both make as many updates, and after each epoch predict every held-out character once. Prints a table, and
-writes statistics.json and statistics.svg. Needs PyTorch; where others use the machine too, set OMP_NUM_THREADS=1.
+The PyTorch side is tests/original.py, with the batches and the validation below. The other side is `chargpt_jax.train`.
+They share the text and the config, but no random numbers: initialisation, order of the text, padding and dropout are
+independent. Both run the same number of training steps, and predict every character of the validation set once after
+each epoch. Prints a table and writes seed_statistics.json and seed_statistics.svg. Needs PyTorch. On a machine with
+other load, set OMP_NUM_THREADS=1.
 """
 
 import argparse
@@ -42,15 +43,15 @@ Curve = list[float]
 """The validation loss after each epoch, nats per character."""
 
 Curves = Mapping[str, Sequence[Curve]]
-"""By the side that trained: a curve a seed."""
+"""By implementation: one curve per seed."""
 
 
 def reduced(text_file: str, epochs: int) -> Config:
-    """Return configs/small.py with fewer layers, shorter windows and a fixed rate, in float32."""
+    """Return configs/small.py with fewer layers, a shorter context and a fixed learning rate, in float32."""
     config = load_config("small")
     config.data.source = text_file
     config.model.n_layer, config.model.block_size = 4, 64
-    config.model.mask_unused_ids = False  # the ancestor masks no id
+    config.model.mask_unused_ids = False  # the original masks no id
     config.optimizer.learning_rate = 8e-3
     config.scheduler.epochs = float(epochs)
     config.amp.enabled = False
@@ -68,7 +69,7 @@ def ours(config: Config, seed: int) -> Curve:
 
 
 def theirs(config: Config, text: str, seed: int) -> Curve:
-    """Train the ancestor's model in PyTorch."""
+    """Train the original's model in PyTorch."""
     torch.manual_seed(seed)
     model, tokens = torch_model(config, text)
     data, how, schedule, block_size = config.data, config.optimizer, config.scheduler, config.model.block_size
@@ -82,12 +83,12 @@ def theirs(config: Config, text: str, seed: int) -> Curve:
     for _ in range(round(schedule.epochs)):
         model.train()
         original.train(lambda _: original.loss(model, *next(batches)), optimizer, rates, epoch_steps)
-        curve.append(held_out_loss(model.eval(), tokens, n_train, block_size))
+        curve.append(validation_loss(model.eval(), tokens, n_train, block_size))
     return curve
 
 
 def torch_model(config: Config, text: str) -> tuple[original.GPT, Tensor]:
-    """Return a fresh model of the config's sizes, and the text's ids, int64 [N]."""
+    """Return a new model with the sizes of the config, and the token ids of the text, int64 [N]."""
     names = original.vocabulary(text)
     sizes = {name: getattr(config.model, name) for name in ("n_embd", "n_head", "n_head_dim", "n_ff", "n_layer")}
     model = original.GPT(vocab_size=64 * math.ceil(len(names) / 64), dropout=config.model.dropout, **sizes)
@@ -103,7 +104,7 @@ def torch_batches(tokens: Tensor, block_size: int, batch_size: int, chance: floa
 
 
 def windows(tokens: Tensor, block_size: int) -> Iterator[Tensor]:
-    """Yield a text's windows [T + 1], pass after pass, each cut at a random phase and put into a random order."""
+    """Yield windows [T + 1] of a text, pass after pass, each with a random offset and in random order."""
     while True:
         starts = torch.arange(int(torch.randint(block_size, ())), len(tokens) - block_size, block_size)
         for start in starts[torch.randperm(len(starts))].tolist():
@@ -111,9 +112,9 @@ def windows(tokens: Tensor, block_size: int) -> Iterator[Tensor]:
 
 
 def padded(window: Tensor, chance: float) -> tuple[Tensor, Tensor]:
-    """Return copies of a window's inputs and targets; by chance, up to a third of the inputs become padding.
+    """Return copies of inputs and targets; with probability `chance`, up to a third of the inputs are padding.
 
-    The character after the padding is the first target that is kept.
+    The character after the padding is the first target that counts.
     """
     inputs, targets = window[:-1].clone(), window[1:].clone()
     if torch.rand(()) < chance:
@@ -124,8 +125,8 @@ def padded(window: Tensor, chance: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def held_out_loss(model: original.GPT, tokens: Tensor, n_train: int, block_size: int) -> float:
-    """Predict every held-out character once, in consecutive windows; return the mean loss, nats per character."""
+def validation_loss(model: original.GPT, tokens: Tensor, n_train: int, block_size: int) -> float:
+    """Predict every character of the validation set once, in consecutive windows; return the mean loss in nats."""
     nats, piece = 0.0, 32 * block_size
     for x, y in zip(tokens[n_train - 1 : -1].split(piece), tokens[n_train:].split(piece), strict=True):
         rows = F.pad(x, (0, -len(x) % block_size)).view(-1, block_size)
@@ -137,7 +138,7 @@ def held_out_loss(model: original.GPT, tokens: Tensor, n_train: int, block_size:
 
 
 def measure(config: Config, text: str, seeds: int) -> Curves:
-    """Train both sides from every seed, in turn."""
+    """Train both sides with every seed, alternating."""
     curves: dict[str, list[Curve]] = {"PyTorch": [], "chargpt_jax": []}
     for seed in range(seeds):
         for side, found in curves.items():
@@ -149,7 +150,7 @@ def measure(config: Config, text: str, seeds: int) -> Curves:
 
 
 def permutation_p(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return the share of all splits of the pooled numbers whose means are at least as far apart as a's and b's."""
+    """Return the fraction of splits of the pooled values whose means differ at least as much as those of a and b."""
     pooled = np.array([*a, *b])
     parts = pooled[list(combinations(range(len(pooled)), len(a)))].sum(axis=1)
     apart = np.abs(parts / len(a) - (pooled.sum() - parts) / len(b))
@@ -157,13 +158,13 @@ def permutation_p(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def unigram_entropy(text: str) -> float:
-    """Return the loss of who knows only how often each character comes, nats per character."""
+    """Return the entropy of the character frequencies, nats per character."""
     shares = np.unique(list(text), return_counts=True)[1] / len(text)
     return float(-np.sum(shares * np.log(shares)))
 
 
 def table(curves: Curves) -> Iterator[str]:
-    """Yield the lines of a Markdown table of the final losses, and of what is to be said of their difference."""
+    """Yield the lines of a Markdown table of the final losses, and of the test of their difference."""
     yield "| trained by | runs | mean, nats | standard deviation | lowest | highest |"
     yield "|---|---:|---:|---:|---:|---:|"
     finals = {side: np.array([curve[-1] for curve in found]) for side, found in curves.items()}
@@ -178,8 +179,8 @@ def table(curves: Curves) -> Iterator[str]:
 
 
 def record(config: Config, text: str, title: str, curves: Curves) -> dict[str, Any]:
-    """Return all that was found, and of what, for JSON."""
-    # Not data.source: where a file lies on a machine concerns no one else.
+    """Return results, text and settings, for JSON."""
+    # Not data.source: a path on this machine means nothing elsewhere.
     sections = ("model.", "data.batch", "data.start", "data.train", "data.padding", "optimizer.", "scheduler.", "amp.")
     return {
         "text": {"title": title, "characters": len(text), "unigram_entropy": unigram_entropy(text)},
@@ -197,7 +198,7 @@ COLOURS = {"PyTorch": "var(--cg-s2)", "chargpt_jax": "var(--cg-s3)"}
 
 
 def picture(curves: Curves) -> str:
-    """Draw every run's curve and, beside them and enlarged, the final losses, as SVG."""
+    """Plot the curves of all runs and, enlarged next to them, the final losses, as SVG."""
     everything = [curve for found in curves.values() for curve in found]
     x = Axis(1, len(everything[0]), 48, 372)
     y, near = loss_axis([loss for curve in everything for loss in curve]), loss_axis([c[-1] for c in everything])
@@ -218,13 +219,13 @@ def picture(curves: Curves) -> str:
 
 
 def loss_axis(losses: Sequence[float]) -> Axis:
-    """Return a vertical axis with some room above and below."""
+    """Return a vertical axis with a margin above and below."""
     room = 0.1 * (max(losses) - min(losses)) or 0.1
     return Axis(min(losses) - room, max(losses) + room, BOTTOM, TOP)
 
 
 def scale(y: Axis, left: float, right: float) -> str:
-    """Draw an axis's grid, its numbers and the line below."""
+    """Draw the grid of an axis, its labels and the line below."""
     ticks = y.ticks(5)
     digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     grid = "".join(f"M{left:g} {number(y(tick))}H{right:g}" for tick in ticks)
@@ -239,18 +240,18 @@ def curve_path(curve: Curve, x: Axis, y: Axis, colour: str) -> str:
 
 
 def strip(losses: Sequence[float], column: float, y: Axis, colour: str) -> Iterator[str]:
-    """Draw final losses as dots about a column, from left to right by seed, and their mean as a line."""
+    """Draw final losses as dots around a column, from left to right by seed, and their mean as a line."""
     yield f'<path style="stroke:{colour}" d="M{column - 36:g} {number(y(float(np.mean(losses))))}h72"/>'
-    for place, loss in zip(np.linspace(-24, 24, len(losses)), losses, strict=True):
-        yield f'<circle style="fill:{colour}" cx="{number(column + place)}" cy="{number(y(loss))}" r="3"/>'
+    for offset, loss in zip(np.linspace(-24, 24, len(losses)), losses, strict=True):
+        yield f'<circle style="fill:{colour}" cx="{number(column + offset)}" cy="{number(y(loss))}" r="3"/>'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text_file", required=True, help="the book that both sides learn, from its CHAPTER I on")
-    parser.add_argument("--seeds", type=int, default=5, help="runs on each side, at least 2")
-    parser.add_argument("--epochs", type=int, default=3, help="of a run, at least 2: the first is the warm-up")
+    parser.add_argument("--text_file", required=True, help="the training text, used from its CHAPTER I on")
+    parser.add_argument("--seeds", type=int, default=5, help="runs per side, at least 2")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs per run, at least 2: the first is the warm-up")
     parser.add_argument("--out", type=Path, default=Path("runs/statistics"), help="folder for the JSON and the SVG")
     given = parser.parse_args(argv)
     if min(given.seeds, given.epochs) < 2:
@@ -263,8 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     curves = measure(config, text, given.seeds)
     given.out.mkdir(parents=True, exist_ok=True)
     found = json.dumps(record(config, text, sources[0].title, curves), indent=1)
-    (given.out / "statistics.json").write_text(found + "\n", encoding="utf-8")
-    (given.out / "statistics.svg").write_text(picture(curves), encoding="utf-8")
+    (given.out / "seed_statistics.json").write_text(found + "\n", encoding="utf-8")
+    (given.out / "seed_statistics.svg").write_text(picture(curves), encoding="utf-8")
     print(*table(curves), sep="\n")
     return 0
 

@@ -1,10 +1,10 @@
-"""One contestant's sample in a process of its own: ours, or a peer's own model code from a checkout of the user's.
+"""Measure one implementation, chargpt_jax or a baseline, in a process of its own.
 
-    python -m benchmarks.contestants '{"contestant": "ours", "measure": "training", "setup": "small", ...}'
+    python -m benchmarks.implementations '{"implementation": "chargpt_jax", "measure": "training", "config": "small"}'
 
-benchmarks/peers.py starts these. A peer brings its model and its generate; batches are random crops of one array of
-tokens, and the optimizer is AdamW with the setup's own decay, betas and clipping, for everybody. What a peer cannot do
-as the others do is told by NOTES.
+benchmarks/baselines.py starts these processes. A baseline's model and generate function come from a checkout of its
+repository. Batches are random crops of one token array. The optimizer is AdamW with the weight decay, betas and
+clipping of the config, for all implementations. NOTES lists what a baseline does differently.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from chargpt_jax.config import Config
 from chargpt_jax.config_io import load_config
 from chargpt_jax.devices import startup
 
-SETUPS = {"small": 4, "nanogpt_baby": 8, "nanogpt_cpu": 12}
-"""The shipped configs that are measured, and the batch sizes that a CPU gets; an accelerator gets the configs' own."""
+BATCH_SIZES = {"small": 4, "nanogpt_baby": 8, "nanogpt_cpu": 12}
+"""The measured configs and their batch sizes on a CPU; an accelerator uses the configs' own batch sizes."""
 
-CONTESTANTS = {
-    "ours": ("ours", ""),
-    "ours, bfloat16": ("ours", "bfloat16"),
+IMPLEMENTATIONS = {
+    "chargpt_jax": ("chargpt_jax", ""),
+    "chargpt_jax, bfloat16": ("chargpt_jax", "bfloat16"),
     "nanoGPT": ("nanogpt", ""),
     "nanoGPT, compiled": ("nanogpt", "compiled"),
     "nanoGPT, bfloat16": ("nanogpt", "bfloat16"),
@@ -40,55 +40,55 @@ CONTESTANTS = {
     "Equinox": ("equinox", ""),
     "nanodo": ("nanodo", ""),
 }
-"""By its name in the tables: whose code, and how it is run; '' is float32 without torch.compile.
+"""By name in the tables: the code, and the variant; '' is float32 without torch.compile.
 
-On a GPU PyTorch's float32 is TF32, as nanoGPT's train.py wants it, where ours is float32."""
+On a GPU, PyTorch's float32 is TF32, as in nanoGPT's train.py; float32 of chargpt_jax stays float32."""
 
 NOTES = {
     "nanogpt": "learned positions; heads of n_embd / n_head: in small they are 4 wide, half of the attention's work",
-    "original": "the PyTorch ancestor",
-    "equinox": "the ancestor's later version in JAX",
+    "original": "the original, in PyTorch",
+    "equinox": "the original's JAX port",
     "nanodo": "learned positions, no dropout, no generation; in small its heads are 4 wide as well",
 }
 
 TRAINED_ON, PROMPT, WARM_UP = 400_000, 8, 16
 
 LOGGED_EVERY = 10
-"""Updates after which PyTorch on a GPU is asked for a loss, and so waited for: nanoGPT's log_interval."""
+"""Training steps between two reads of the loss, which wait for a GPU: nanoGPT's log_interval."""
 
-Update = Callable[[], int]
-"""Makes some updates, waits for them, and returns how many they were."""
+TrainSteps = Callable[[], int]
+"""Runs some training steps, waits for them, and returns their number."""
 
 
-def setup_of(name: str, accelerated: bool = False) -> Config:
-    """Return a shipped config with the vocabulary that its text gives and the batch size of what it is to run on."""
+def config_for(name: str, accelerated: bool = False) -> Config:
+    """Return a shipped config with the vocabulary size of its text and the batch size for the device."""
     config = load_config(name)
     config.model.vocab_size, config.model.used_ids = 128, 69 if name == "small" else 66
     config.data.padding_chance = 0.0
     if not accelerated:
-        config.data.batch_size = SETUPS.get(name, 4)
+        config.data.batch_size = BATCH_SIZES.get(name, 4)
     config.optimizer.learning_rate = 1e-3
     return config
 
 
 def corpus(config: Config) -> np.ndarray:
-    """Draw int32 [TRAINED_ON] ids that a character has: what they are does not change the time."""
+    """Return random token ids, int32 [TRAINED_ON]: their values do not change the time."""
     return np.random.default_rng(0).integers(1, config.model.used_ids, TRAINED_ON, dtype=np.int32)
 
 
-class Ours:
-    """This package, through the functions that its training calls."""
+class ChargptJax:
+    """chargpt_jax, through the functions that its training and generation call."""
 
     def __init__(self, config: Config, variant: str, folder: Path | None) -> None:
-        with startup.gc_paused():  # as where the package imports itself
+        with startup.gc_paused():  # as at the start of the command line
             from chargpt_jax.training import setup  # noqa: F401
 
         startup.use_every_core()
         self.config = config
         config.amp.enabled, config.amp.dtype = True, variant or "float32"
 
-    def trainer(self) -> Update:
-        """Compile the updates and return them; each call is one dispatch, of as many as training puts into it."""
+    def trainer(self) -> TrainSteps:
+        """Compile training; each call is one dispatch, with as many steps as in a real training."""
         from chargpt_jax.training import optimizer
         from chargpt_jax.training.pacing import Pace
         from chargpt_jax.training.setup import Setup
@@ -100,7 +100,7 @@ class Ours:
         state, lowered = setup.begin(tx)
         dispatch, pace = lowered.compile(), Pace(config)
 
-        def update() -> int:
+        def train_steps() -> int:
             nonlocal state
             began, count = time.perf_counter(), pace.steps
             state, history = dispatch(state, setup.on_device, np.int32(count))
@@ -108,10 +108,10 @@ class Ours:
             pace.took(time.perf_counter() - began, count)
             return count
 
-        return update
+        return train_steps
 
-    def writer(self, prompt: int, count: int, batch: int) -> Callable[[int], None]:
-        """Return what writes so many characters, `count` at most, after prompts of one length, with their metrics."""
+    def generator(self, prompt: int, count: int, batch: int) -> Callable[[int], None]:
+        """Return a function that generates up to `count` tokens, with metrics, after equal prompts."""
         import jax
 
         from chargpt_jax.devices import sharding
@@ -123,21 +123,21 @@ class Ours:
         graphdef, params = create(self.config.model, 0, compute_dtype(self.config.amp))
         mesh = sharding.data_mesh(batch)
         params = jax.device_put(params, sharding.replicated(mesh))
-        tokens = np.zeros((batch, bucket(prompt + count)), np.int32)  # as Model.generate makes room
+        tokens = np.zeros((batch, bucket(prompt + count)), np.int32)  # as in Model.generate
         tokens[:, :prompt] = corpus(self.config)[:prompt]
         width, drawing = min(prompt, self.config.model.block_size), Sampler().with_key(jax.random.key(0))
 
-        def write(length: int) -> None:
-            options = {"graphdef": graphdef, "mesh": mesh, "once": True}  # as Model.generate does without on_text
+        def generate(length: int) -> None:
+            options = {"graphdef": graphdef, "mesh": mesh, "once": True}  # as in Model.generate without on_text
             progress = begin(params, tokens, np.full(batch, prompt, np.int32), width=width, **options)
             progress = advance(params, progress, length, drawing, **options)
             np.asarray(progress.tokens)
 
-        return write
+        return generate
 
 
 class Torch:
-    """What both PyTorch peers share: `model`, and the loss of a batch."""
+    """Base class of the PyTorch baselines, which differ in `build` and `loss`."""
 
     def __init__(self, config: Config, variant: str, folder: Path | None) -> None:
         import torch
@@ -152,21 +152,21 @@ class Torch:
         self.run = torch.compile(self.model) if "compiled" in variant else self.model
 
     def build(self, folder: Path) -> Any:
-        """Import the peer's code and make its model."""
+        """Import the baseline's code and create its model."""
         raise NotImplementedError
 
     def loss(self, x: Any, y: Any) -> Any:
-        """Return the mean loss of a batch, int64 [B, T] each."""
+        """Return the mean loss of inputs and targets, int64 [B, T] each."""
         raise NotImplementedError
 
     def autocast(self) -> Any:
-        """Return the context in which bfloat16 is used, where it is asked for."""
+        """Return the autocast context for bfloat16, or an empty one."""
         import torch
 
         return torch.autocast(self.device, dtype=torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
 
-    def trainer(self) -> Update:
-        """Return what makes updates on random crops: one, or as many as a GPU is left alone with."""
+    def trainer(self) -> TrainSteps:
+        """Return training on random crops: one step per call on a CPU, LOGGED_EVERY on a GPU."""
         import torch
 
         how, T, B = self.config.optimizer, self.config.model.block_size, self.config.data.batch_size
@@ -183,7 +183,7 @@ class Torch:
             pair = (torch.stack([tokens[i + shift : i + shift + T] for i in at]) for shift in (0, 1))
             return pair if self.device == "cpu" else (x.pin_memory().to(self.device, non_blocking=True) for x in pair)
 
-        def update() -> int:
+        def train_steps() -> int:
             for _ in range(count):
                 x, y = crops()
                 with self.autocast():
@@ -196,27 +196,27 @@ class Torch:
             loss.item()
             return count
 
-        return update
+        return train_steps
 
-    def writer(self, prompt: int, count: int, batch: int) -> Callable[[int], None]:
-        """Return what writes with the peer's own generate."""
+    def generator(self, prompt: int, count: int, batch: int) -> Callable[[int], None]:
+        """Return a function that generates with the baseline's own generate."""
         import torch
 
         tokens = torch.from_numpy(corpus(self.config)[:prompt]).long().expand(batch, -1).to(self.device)
         self.model.eval()
 
-        def write(length: int) -> None:
+        def generate(length: int) -> None:
             with torch.no_grad(), self.autocast():
                 self.model.generate(tokens, length).cpu()
 
-        return write
+        return generate
 
 
 class NanoGPT(Torch):
     """karpathy/nanoGPT: model.py."""
 
     def build(self, folder: Path) -> Any:
-        """Make its GPT without biases, as its Shakespeare configs do."""
+        """Create its GPT without biases, as its Shakespeare configs do."""
         sys.path.insert(0, str(folder))
         from model import GPT, GPTConfig  # type: ignore[import-not-found]
 
@@ -226,12 +226,12 @@ class NanoGPT(Torch):
             return GPT(GPTConfig(**shape, n_embd=m.n_embd, dropout=m.dropout, bias=False))
 
     def loss(self, x: Any, y: Any) -> Any:
-        """Take the loss that its model returns."""
+        """Return the loss that its model computes."""
         return self.run(x, y)[1]
 
 
-def ancestral(config: Config, folder: Path) -> Any:
-    """Return the ancestor's ModelConfig; unchecked, since it would refuse numbers of heads that 8 does not divide."""
+def original_config(config: Config, folder: Path) -> Any:
+    """Return the original's ModelConfig, without its validation, which requires a multiple of 8 heads."""
     sys.path.insert(0, str(folder / "src"))
     from experiment.config import ModelConfig  # type: ignore[import-not-found]
 
@@ -240,17 +240,17 @@ def ancestral(config: Config, folder: Path) -> Any:
 
 
 class Original(Torch):
-    """z0u/mi-ni at 2a991f7: the ancestor in PyTorch."""
+    """z0u/mi-ni at 2a991f7: the original in PyTorch."""
 
     def build(self, folder: Path) -> Any:
-        """Make its GPT."""
-        shape = ancestral(self.config, folder)
+        """Create its GPT."""
+        shape = original_config(self.config, folder)
         from experiment.model.gpt import GPT  # type: ignore[import-not-found]
 
         return GPT(shape)
 
     def loss(self, x: Any, y: Any) -> Any:
-        """Take the cross-entropy as its training module does."""
+        """Return the cross-entropy as in its training module."""
         from torch.nn.functional import cross_entropy
 
         logits = self.run(x)
@@ -258,19 +258,19 @@ class Original(Torch):
 
 
 class Equinox:
-    """z0u/mi-ni today: the ancestor's own step to JAX, with its train step and its optimizer."""
+    """The original's JAX port in z0u/mi-ni, with its own training step and optimizer."""
 
     def __init__(self, config: Config, variant: str, folder: Path | None) -> None:
         import jax
 
         assert folder is not None
-        self.config, shape = config, ancestral(config, folder)
+        self.config, shape = config, original_config(config, folder)
         from experiment.model.gpt import GPT  # type: ignore[import-not-found]
 
         self.model = GPT(shape, key=jax.random.key(0))
 
-    def trainer(self) -> Update:
-        """Return its jitted train step on random crops."""
+    def trainer(self) -> TrainSteps:
+        """Return its jitted training step on random crops."""
         import equinox as eqx
         import jax
         import optax
@@ -282,16 +282,16 @@ class Equinox:
         opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
         crops, keys = random_crops(self.config), iter(range(1 << 30))
 
-        def update() -> int:
+        def train_steps() -> int:
             nonlocal model, opt_state
             model, opt_state, loss = step(model, opt_state, *crops(), jax.random.key(next(keys)))
             float(loss)
             return 1
 
-        return update
+        return train_steps
 
-    def writer(self, prompt: int, count: int, batch: int) -> Callable[[int], None]:
-        """Return what writes with its own generate."""
+    def generator(self, prompt: int, count: int, batch: int) -> Callable[[int], None]:
+        """Return a function that generates with its own generate."""
         import jax
 
         tokens = np.broadcast_to(corpus(self.config)[:prompt], (batch, prompt))
@@ -299,15 +299,15 @@ class Equinox:
 
 
 class Nanodo:
-    """google-deepmind/nanodo: its Flax decoder under a plain jitted step."""
+    """google-deepmind/nanodo: its Flax decoder in a plain jitted training step."""
 
     def __init__(self, config: Config, variant: str, folder: Path | None) -> None:
         assert folder is not None
         sys.path.insert(0, str(folder))
         self.config = config
 
-    def trainer(self) -> Update:
-        """Return a jitted step: its decoder, the mean cross-entropy and optax's AdamW."""
+    def trainer(self) -> TrainSteps:
+        """Return a jitted training step: its decoder, mean cross-entropy and optax's AdamW."""
         import jax
         import jax.numpy as jnp
         import optax
@@ -330,21 +330,21 @@ class Nanodo:
             updates, opt_state = tx.update(grads, opt_state, params)
             return optax.apply_updates(params, updates), opt_state, loss
 
-        def update() -> int:
+        def train_steps() -> int:
             nonlocal params, opt_state
             params, opt_state, loss = step(params, opt_state, *crops())
             float(loss)
             return 1
 
-        return update
+        return train_steps
 
-    def writer(self, prompt: int, count: int, batch: int) -> Callable[[int], None]:
-        """Refuse: it has no generation."""
-        raise NotImplementedError("it has no generation")
+    def generator(self, prompt: int, count: int, batch: int) -> Callable[[int], None]:
+        """Raise NotImplementedError: it has no generation."""
+        raise NotImplementedError("nanodo has no generation")
 
 
-PEERS: dict[str, Any] = {
-    "ours": Ours,
+CLASSES: dict[str, Any] = {
+    "chargpt_jax": ChargptJax,
     "nanogpt": NanoGPT,
     "original": Original,
     "equinox": Equinox,
@@ -353,14 +353,14 @@ PEERS: dict[str, Any] = {
 
 
 def adamw_with(config: Config, mask: Any, optax: Any) -> Any:
-    """Return optax's AdamW as a config asks for it."""
+    """Return optax's AdamW with the settings of a config."""
     how = config.optimizer
     tx = optax.adamw(1e-3, b1=how.betas[0], b2=how.betas[1], weight_decay=how.weight_decay, mask=mask)
     return optax.chain(optax.clip_by_global_norm(how.clip_norm), tx) if how.clip_norm else tx
 
 
 def random_crops(config: Config) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
-    """Return what draws inputs and targets, int32 [B, T] each."""
+    """Return a function that draws inputs and targets, int32 [B, T] each."""
     tokens, rng = corpus(config), np.random.default_rng(1)
     B, T = config.data.batch_size, config.model.block_size
 
@@ -372,13 +372,13 @@ def random_crops(config: Config) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
 
 
 def peak_mib() -> float:
-    """Return the most memory that this process has held, MiB (Linux)."""
+    """Return the peak memory of this process, MiB (Linux)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
 
 def device() -> dict[str, Any]:
-    """Name the GPU that has been used, and the most of its memory that was taken, MiB; empty for a CPU."""
+    """Return the name and peak memory (MiB) of the GPU in use; empty for a CPU."""
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
     if torch and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return {"device": torch.cuda.get_device_name(), "device_mib": torch.cuda.max_memory_allocated() / 2**20}
@@ -388,46 +388,49 @@ def device() -> dict[str, Any]:
     return {}
 
 
-def training(peer: Any, config: Config, seconds: float) -> dict[str, float]:
-    """Train for some seconds after three rounds of updates that do not count."""
-    before, update = peak_mib(), peer.trainer()
+def training(implementation: Any, config: Config, seconds: float) -> dict[str, float]:
+    """Train for some seconds, after three warm-up calls; return tokens/s and peak memory."""
+    before, train_steps = peak_mib(), implementation.trainer()
     for _ in range(3):
-        update()
+        train_steps()
     times: list[float] = []
     start = time.perf_counter()
     while (began := time.perf_counter()) - start < seconds or len(times) < 3:
-        count = update()
+        count = train_steps()
         times.append((time.perf_counter() - began) / count)
     rate = config.data.batch_size * config.model.block_size / statistics.median(times)
     return {"tokens_per_second": rate, "peak_mib": peak_mib(), "own_mib": peak_mib() - before, **device()}
 
 
-def generation(peer: Any, prompt: int, count: int, batch: int) -> dict[str, float]:
-    """Write a little, which compiles, then time the whole: characters a second over all rows, and both together."""
-    write = peer.writer(prompt, count, batch)
+def generation(implementation: Any, prompt: int, count: int, batch: int) -> dict[str, float]:
+    """Generate a few tokens, which compiles, then time the full generation.
+
+    Returns tokens/s over all sequences of the batch, and the seconds of both together.
+    """
+    generate = implementation.generator(prompt, count, batch)
     start = time.perf_counter()
-    write(min(count, WARM_UP))
+    generate(min(count, WARM_UP))
     began = time.perf_counter()
-    write(count)
+    generate(count)
     ended = time.perf_counter()
-    return {"characters_per_second": batch * count / (ended - began), "first_seconds": ended - start}
+    return {"tokens_per_second": batch * count / (ended - began), "first_seconds": ended - start}
 
 
 def sample(task: dict[str, Any]) -> dict[str, float]:
-    """Take one sample: what is measured, as the task says, of which contestant."""
-    kind, variant = CONTESTANTS[task["contestant"]]
-    config = setup_of(task["setup"], task.get("accelerated", False))
+    """Measure what a task describes."""
+    kind, variant = IMPLEMENTATIONS[task["implementation"]]
+    config = config_for(task["config"], task.get("accelerated", False))
     for name, value in task.get("model", {}).items():
         setattr(config.model, name, value)
-    peer = PEERS[kind](config, variant, Path(task["folder"]) if task.get("folder") else None)
+    implementation = CLASSES[kind](config, variant, Path(task["folder"]) if task.get("folder") else None)
     if task["measure"] == "training":
-        return training(peer, config, task["seconds"])
+        return training(implementation, config, task["seconds"])
     if task["measure"] == "start":
-        peer.trainer()()
+        implementation.trainer()()
         return {"mib": peak_mib()}
-    return generation(peer, task["prompt"], task["count"], task["batch"])
+    return generation(implementation, task["prompt"], task["count"], task["batch"])
 
 
 if __name__ == "__main__":
     print(json.dumps(sample(json.loads(sys.argv[1]))), flush=True)
-    os._exit(0)  # the clock of a cold start has stopped: nobody waits for an orderly end
+    os._exit(0)  # skip the interpreter's shutdown, which is not part of the measurement
