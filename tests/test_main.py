@@ -317,7 +317,7 @@ def test_a_text_that_will_not_do_is_refused_before_anything_is_made(
     ("override", "said"),
     [
         ("data.source=", "must name a text"),
-        ("data.source=ftp://127.0.0.1/a.txt", "not an http or https address"),
+        ("data.source=ftp://127.0.0.1/a.txt", "not an http or https URL"),
         ("data.source=.", "training part"),
         ("data.start_at=NOWHERE", "has no match"),
         ("'data.start_at=('", "regular expression"),
@@ -503,7 +503,7 @@ def test_a_second_writer_is_refused_with_pid_and_host_and_touches_nothing(refuse
         holder.stdout.readline()
         for mode in ("prepare", "find_lr", "train", "run"):
             said = refused(f"--mode={mode} --workdir=run")
-            assert f"is being written by process {holder.pid} on {socket.gethostname()}" in said
+            assert f"Process {holder.pid} on {socket.gethostname()} is writing to the run" in said
         assert main(["chargpt", "--mode=info", "--workdir=run"]) == 0
         holder.communicate()
 

@@ -1,71 +1,80 @@
-"""Fetch a text from the web, and keep it in a cache.
+"""Download a text, and cache it on disk.
 
-An address is asked up to three times, with a timeout and a size cap; what it answers must be plain text. `fetch` never
-writes: a caller looks at the page first and then gives it to `keep`. What a page means is left to `corpus.py`.
+A request is tried up to TRIES times, with a timeout and a size limit; the answer must be plain text. `fetch` does not
+write the cache: the caller checks the page first, then calls `keep`. `corpus.py` interprets the page.
 """
 
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urlsplit
 
 from chargpt_jax import atomic
 from chargpt_jax.config import DataConfig
 from chargpt_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import requests
+    import urllib3
+
 TRIES = 3
-"""Times that one address is asked while it fails in a way that may pass."""
+"""Requests for one URL, if they fail in a way that may be temporary."""
+
+RETRY_STATUSES = frozenset({408, 429, *range(500, 600)})
+"""HTTP status codes that may be temporary."""
 
 BACKOFF_SECONDS = 1.0
-"""Wait before the second try; it doubles with each further one."""
+"""urllib3's backoff factor: the first retry is immediate, the second waits twice this time."""
+
+MAX_RETRY_AFTER = 30.0
+"""Maximum wait in seconds, whatever a server asks for in its Retry-After header."""
 
 CONNECT_SECONDS = 3.0
-"""Longest wait for a connection: an offline machine should reach the stand-in quickly."""
+"""Maximum wait for a connection: an offline machine should soon use the stand-in text."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """A text as it was found."""
+    """A text as it was downloaded or read."""
 
     url: str
-    """The address that answered, or the path of a local file."""
+    """The URL that answered, or the path of a local file."""
     data: bytes
     charset: str | None = None
-    """As the answer declares it."""
+    """The charset that the server declared."""
     key: str | None = None
-    """Its name in the cache, where it is not there yet."""
+    """Its name in the cache, if it is not cached yet."""
 
 
 class DownloadError(Exception):
-    """A text could not be fetched. `again`: this may pass; `unreachable`: there is no connection to its host."""
+    """A text could not be downloaded; `unreachable`: no connection to its host is possible."""
 
-    def __init__(self, reason: str, again: bool = False, unreachable: bool = False) -> None:
+    def __init__(self, reason: str, unreachable: bool = False) -> None:
         super().__init__(reason)
-        self.again, self.unreachable = again, unreachable
+        self.unreachable = unreachable
 
 
 def default_cache() -> Path:
-    """Return the folder where downloads are kept: $CHARGPT_CACHE, or chargpt_jax in the user's cache folder."""
+    """Return the download cache: $CHARGPT_CACHE, or chargpt_jax in the user's cache folder."""
     if folder := os.environ.get("CHARGPT_CACHE"):
         return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chargpt_jax"
 
 
 def fetch(key: str, urls: Sequence[str], config: DataConfig, cache: Path) -> Page:
-    """Return the page that the cache holds under a key, or else that of the first address that answers with a text.
+    """Return the cached page of a key, or the page of the first URL that answers with a text.
 
-    A page from the web is not kept yet: look at it first, then call `keep`.
+    A downloaded page is not cached yet: check it first, then call `keep`.
 
     Raises:
-        UserError: where none does and one answered with something else.
-        DownloadError: where none answered.
+        UserError: if no URL gives a text, and one answered with something else.
+        DownloadError: if no URL answered.
     """
     if page := _cached(cache, key):
         return page
@@ -77,7 +86,7 @@ def fetch(key: str, urls: Sequence[str], config: DataConfig, cache: Path) -> Pag
         if host in unreachable:
             continue
         try:
-            return Page(url, *_get_patiently(url, config), key)
+            return Page(url, *_get(url, config), key)
         except UserError as error:
             refusal = refusal or error
         except DownloadError as error:
@@ -88,57 +97,98 @@ def fetch(key: str, urls: Sequence[str], config: DataConfig, cache: Path) -> Pag
 
 
 def keep(page: Page, cache: Path, warn: Callable[[str], None]) -> None:
-    """Keep a page in the cache, with the record that `_cached` checks it by."""
+    """Cache a page, with a record of its URL, sha256 and charset; if that fails, only warn."""
     record = {"url": page.url, "sha256": hashlib.sha256(page.data).hexdigest(), "charset": page.charset}
     try:
         cache.mkdir(parents=True, exist_ok=True)
         atomic.write_file(cache / f"{page.key}.txt", page.data, shared=True)
         atomic.write_file(cache / f"{page.key}.json", json.dumps(record, indent=2).encode(), shared=True)
     except OSError as error:
-        warn(f"WARNING: {page.url} cannot be kept in {cache} ({error.strerror}) and will be downloaded again.")
+        warn(f"WARNING: Cannot cache {page.url} in {cache} ({error.strerror}): it will be downloaded again.")
 
 
 def split_url(url: str) -> SplitResult:
-    """Take an address apart; refuse what is not http or https."""
+    """Split a URL into its parts.
+
+    Raises:
+        UserError: if it is not an http or https URL.
+    """
     with suppress(ValueError):
-        url.encode()  # half a character is none of an address
+        url.encode()  # a lone surrogate is not valid in a URL
         if (parts := urlsplit(url)).scheme in ("http", "https") and parts.hostname:
             return parts
-    raise UserError(f"{url} is not an http or https address, but only these are fetched: correct it, or give a file.")
+    raise UserError(f"{url} is not an http or https URL: correct it, or give a file.")
 
 
-# How an address is asked, and how the cache is laid out: skip these on first reading
-
-
-def _get_patiently(url: str, config: DataConfig) -> tuple[bytes, str | None]:
-    for attempt in range(TRIES - 1):
-        try:
-            return _get(url, config)
-        except DownloadError as error:
-            if not error.again:
-                raise
-        time.sleep(BACKOFF_SECONDS * 2**attempt)
-    return _get(url, config)
+# HTTP requests and the layout of the cache: skip these on first reading
 
 
 def _get(url: str, config: DataConfig) -> tuple[bytes, str | None]:
-    """Ask once. Returns the bytes and the charset that the answer declares."""
+    """Return the bytes of a page and its declared charset, with at most TRIES requests.
+
+    urllib3 retries a request until its headers are complete. A body that breaks off is retried here, and counts
+    against the same limit.
+    """
     import requests
+    from requests.adapters import HTTPAdapter
+    from urllib3.exceptions import MaxRetryError, ProtocolError
 
     timeout = (min(CONNECT_SECONDS, config.timeout), config.timeout)
     headers = {"User-Agent": "chargpt_jax", "Accept-Encoding": "identity"}
+    retries = _retries()
     try:
-        with requests.get(url, stream=True, timeout=timeout, headers=headers) as response:
-            if (code := response.status_code) != 200:
-                raise DownloadError(f"HTTP status {code}", again=code >= 500 or code in (408, 429))
-            charset = _charset(url, response)
-            return _body(url, response, config.max_megabytes), charset
+        while True:
+            with requests.Session() as session:
+                for scheme in ("http://", "https://"):
+                    session.mount(scheme, HTTPAdapter(max_retries=retries))
+                with session.get(url, stream=True, timeout=timeout, headers=headers) as response:
+                    if (code := response.status_code) != 200:
+                        raise DownloadError(f"HTTP status {code}")
+                    charset = _charset(url, response)
+                    try:
+                        return _body(url, response, config.max_megabytes), charset
+                    except requests.exceptions.RequestException as error:
+                        cut = ProtocolError(str(error))
+                        retries = (response.raw.retries or retries).increment("GET", url, error=cut)
+            retries.sleep()
+    except MaxRetryError as error:
+        timed_out = "timed out" in str(error.reason)
+        raise DownloadError(f"no answer within {config.timeout:g} s" if timed_out else "the answer broke off") from None
     except requests.exceptions.RequestException as error:
         raise _failure(url, error, config.timeout) from None
 
 
-def _charset(url: str, response: Any) -> str | None:
-    """Return the charset that the answer declares; refuse what is not a plain text."""
+def _retries() -> "urllib3.Retry":
+    """Return the rule for retries: connections are not retried, so that an offline machine does not wait."""
+    import urllib3
+    from urllib3.exceptions import InvalidHeader
+
+    class BoundedRetry(urllib3.Retry):
+        """Waits as long as the server asks for, but at most MAX_RETRY_AFTER; ignores an invalid Retry-After."""
+
+        def get_retry_after(self, response: "urllib3.BaseHTTPResponse") -> float | None:
+            try:
+                seconds = super().get_retry_after(response)
+            except (InvalidHeader, ValueError, OverflowError):
+                return None
+            return None if seconds is None else min(seconds, MAX_RETRY_AFTER)
+
+    return BoundedRetry(
+        total=TRIES - 1,
+        connect=0,
+        other=0,
+        status_forcelist=RETRY_STATUSES,
+        backoff_factor=BACKOFF_SECONDS,
+        raise_on_status=False,
+    )
+
+
+def _charset(url: str, response: "requests.Response") -> str | None:
+    """Return the charset that the server declares.
+
+    Raises:
+        UserError: if the answer is not plain text.
+    """
     message = Message()
     message["Content-Type"] = response.headers.get("Content-Type") or "text/plain"
     kind = message.get_content_type()
@@ -146,52 +196,60 @@ def _charset(url: str, response: Any) -> str | None:
         urlsplit(name).path.lower().endswith(".txt") for name in (url, response.url)
     )
     if kind == "text/html" or not (kind.startswith("text/") or bare):
-        raise UserError(f"{url} has the wrong type, {kind}, but a plain text is needed: give the address of one.")
+        raise UserError(f"{url} has the type {kind}, but must be plain text: give the URL of a text.")
     return message.get_content_charset()
 
 
-def _body(url: str, response: Any, max_megabytes: float) -> bytes:
-    """Read no more than the cap, and no less than was announced (older urllib3 takes half an answer for a whole)."""
+def _body(url: str, response: "requests.Response", max_megabytes: float) -> bytes:
+    """Read the body, at most `max_megabytes` and exactly as long as announced (urllib3 1 accepts a truncated one).
+
+    Raises:
+        UserError: if it is larger.
+        requests.exceptions.RequestException: if it breaks off.
+    """
+    from requests.exceptions import ChunkedEncodingError
+
     declared = response.headers.get("Content-Length", "")
     length = int(declared) if declared.isdecimal() else None
-    most = max_megabytes * 1e6
+    limit = max_megabytes * 1e6
     data = bytearray()
-    if (length or 0) <= most:
+    if (length or 0) <= limit:
         for chunk in response.iter_content(65_536):
             data += chunk
-            if len(data) > most:
+            if len(data) > limit:
                 break
-    if max(length or 0, len(data)) > most:
+    if max(length or 0, len(data)) > limit:
         raise UserError(
-            f"{url} is larger than data.max_megabytes ({max_megabytes:g}): raise that, or give a smaller text."
+            f"{url} is larger than data.max_megabytes ({max_megabytes:g}): increase it, or give a smaller text."
         )
     if length is not None and response.raw.tell() != length:
-        raise DownloadError("the answer broke off", again=True)
+        raise ChunkedEncodingError("the answer broke off")
     return bytes(data)
 
 
-def _failure(url: str, error: Any, timeout: float) -> Exception:
-    """Say shortly what a `requests` exception means, and whether it may pass."""
+def _failure(url: str, error: "requests.exceptions.RequestException", timeout: float) -> Exception:
+    """Convert an exception of `requests`, whose retries are used up, to one of ours."""
     from requests import exceptions
     from urllib3.exceptions import NewConnectionError
 
-    if isinstance(error, ValueError):  # InvalidURL, and InvalidSchema after a redirect
-        return UserError(f"{url} leads to an address that cannot be fetched ({error}): give another.")
+    unsupported = (exceptions.InvalidURL, exceptions.InvalidSchema, exceptions.MissingSchema)
+    if isinstance(error, unsupported):  # also after a redirect
+        return UserError(f"{url} leads to an unsupported URL ({error}): give another.")
     cause = getattr(error.args[0], "reason", None) if error.args else None
-    if type(cause).__name__ == "NameResolutionError":  # urllib3 1 has no such class
+    if type(cause).__name__ == "NameResolutionError":  # urllib3 1 does not define it
         return DownloadError("its name cannot be resolved", unreachable=True)
     lasting = (exceptions.ConnectTimeout, exceptions.ProxyError, exceptions.SSLError)
     if isinstance(error, lasting) or isinstance(cause, NewConnectionError):
         return DownloadError("no connection can be made", unreachable=True)
     if isinstance(error, exceptions.Timeout) or "timed out" in str(error):
-        return DownloadError(f"no answer within {timeout:g} s", again=True)
+        return DownloadError(f"no answer within {timeout:g} s")
     if isinstance(error, exceptions.TooManyRedirects):
         return DownloadError("too many redirects")
-    return DownloadError("the answer broke off", again=True)
+    return DownloadError("the answer broke off")
 
 
 def _cached(cache: Path, key: str) -> Page | None:
-    """Return a kept page, unless its bytes are not those that its record speaks of."""
+    """Return a cached page; None if it is missing, or its bytes differ from its record."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads((cache / f"{key}.json").read_text("utf-8"))
         data = (cache / f"{key}.txt").read_bytes()

@@ -1,10 +1,9 @@
-"""One writer for a run: a lock file that names the process which holds it.
+"""Only one process trains in a workdir: a lock file that names the process which holds it.
 
-The kernel holds the lock where it can (flock, or its like on Windows) and lets go of it when the process ends, however
-it ends: a lock that is left over stops nobody, nor does one from before a reboot, nor a pid that is another's now.
-What the file says is for people, and for the two cases in which the kernel cannot be asked: disks without such locks,
-and holders on other machines that share a disk. Of those a holder counts until it has been silent for `SILENCE`
-seconds; every sign of life is a new time of the file.
+The kernel holds the lock (flock, or its equivalent on Windows) and releases it when the process ends, however it ends.
+A stale lock file is therefore ignored. The content of the file is for error messages, and for two cases in which the
+kernel cannot tell: disks without such locks, and processes on other machines that share a disk. A lock of another
+machine expires EXPIRY seconds after its last heartbeat, which is the modification time of the file.
 """
 
 import contextlib
@@ -16,70 +15,77 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+import psutil
 
 from chargpt_jax.errors import UserError
 
 NAME = "lock.json"
 
-SILENCE = 900.0
-"""Seconds without a sign of life after which a holder that cannot be asked is taken to be gone."""
+EXPIRY = 900.0
+"""Seconds without a heartbeat after which the lock of a process that cannot be checked expires."""
 
-SIGN = 10.0
-"""Seconds between two signs of life, at least."""
+HEARTBEAT = 10.0
+"""Minimum time between two heartbeats, seconds."""
+
+BOOT_TOLERANCE = 2.0
+"""Maximum difference of two readings of one boot time, seconds: the clock is adjusted now and then."""
+
+START_TOLERANCE = 0.05
+"""Maximum difference of two readings of the time from the boot to the start of one process, seconds."""
 
 
 class Lock:
-    """The right to write into a run, held by this process; `writer` gives it."""
+    """The right to write into a workdir, held by this process; `writer` creates it."""
 
-    def __init__(self, path: Path, file: int):
-        """Take over the lock's file, which is open and locked."""
+    def __init__(self, path: Path, file: int) -> None:
+        """Take an open, locked lock file."""
         self.path, self.file, self.lost = path, file, False
-        self._pid, self._seen = os.getpid(), time.monotonic()
+        self._pid, self._last_heartbeat = os.getpid(), time.monotonic()
 
     def alive(self) -> None:
-        """Give a sign of life, where the last is some seconds old.
+        """Update the modification time of the file, at most once every HEARTBEAT seconds.
 
         Raises:
-            UserError: where a later training in this process has taken the run over.
+            UserError: if a newer training in this process has taken over the workdir.
         """
         if self.lost:
-            raise UserError(f"A later training in this process writes into {self.path.parent} now: go on with that.")
-        if time.monotonic() - self._seen >= SIGN:
-            self._seen = time.monotonic()
+            folder = self.path.parent
+            raise UserError(f"A newer training in this process has taken over {folder}: continue with that one.")
+        if time.monotonic() - self._last_heartbeat >= HEARTBEAT:
+            self._last_heartbeat = time.monotonic()
             with contextlib.suppress(OSError):
                 os.utime(self.path)
 
     def release(self) -> None:
-        """Let go; a second time, or in a forked child, does nothing."""
+        """Release the lock. A second call, or a call in a forked child, has no effect."""
         if self.lost or self._pid != os.getpid():
             return
         self.lost = True
         _held.pop(self.path, None)
-        # Removed while it is still locked, so that nobody's later file is; Windows removes closed files only.
-        if os.name == "posix":
+        if os.name == "posix":  # while the file is locked, so that the file of the next holder is not removed
             self.path.unlink(missing_ok=True)
         os.close(self.file)
-        if os.name != "posix":
+        if os.name != "posix":  # Windows removes only closed files
             with contextlib.suppress(OSError):
                 self.path.unlink(missing_ok=True)
 
 
 _held: dict[Path, Lock] = {}
-"""The locks of this process: a run that was broken off in a notebook may still hold one, and the next takes it over."""
+"""The locks of this process. A training interrupted in a notebook may hold one; the next training takes it over."""
 
 
 @contextlib.contextmanager
 def writer(folder: Path) -> Iterator[Lock]:
-    """Hold the right to write into a run's folder; folders that had to be made and stay empty are removed again.
+    """Hold the lock of a workdir. Folders that are created for it and stay empty are removed at the end.
 
     Raises:
-        UserError: where another process holds it, naming its pid and host; nothing has been touched then.
+        UserError: if another process holds it, naming its pid and host; no file has been changed then.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = None
     try:
-        lock = _take(folder / NAME)
+        lock = _acquire(folder / NAME)
         yield lock
     finally:
         if lock is not None:
@@ -89,23 +95,16 @@ def writer(folder: Path) -> Iterator[Lock]:
                 path.rmdir()
 
 
-def refuse_if_held(folder: Path) -> None:
-    """Refuse a folder that another process writes into, naming its pid and host, as `writer` does."""
-    if (folder / NAME).exists():
-        with writer(folder):
-            pass
-
-
-def _take(path: Path) -> Lock:
+def _acquire(path: Path) -> Lock:
     if path in _held:
         _held[path].release()
     while True:
-        file = _opened(path)
+        file = _open(path)
         try:
             if refusal := _refusal(file, path):
                 raise UserError(refusal)
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file), os.stat(path)):  # else its holder has just removed it
+                if os.path.samestat(os.fstat(file), os.stat(path)):  # otherwise its holder has just removed it
                     _sign(file)
                     _held[path] = Lock(path, file)
                     return _held[path]
@@ -115,51 +114,51 @@ def _take(path: Path) -> Lock:
         os.close(file)
 
 
-def _opened(path: Path) -> int:
+def _open(path: Path) -> int:
     flags = os.O_RDWR | os.O_CREAT
-    # A link must not lead to a file of others, and a pipe must not keep us waiting.
+    # Do not follow a link to another file, and do not block on a pipe.
     for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
         flags |= getattr(os, name, 0)
     for _ in range(100):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, flags, 0o644)
-        except FileNotFoundError:  # a folder that another process, refused for its text, has just removed
+        except FileNotFoundError:  # another process has just removed the folder that it had created
             continue
         except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}): choose another --workdir.") from None
+            raise UserError(f"Cannot write {path} ({error.strerror}): choose another --workdir.") from None
         if stat.S_ISREG(os.fstat(file).st_mode):
             return file
         os.close(file)
-        raise UserError(f"{path} is no file that can be written: remove it.")
-    raise UserError(f"{path} cannot be written (no folder can be made there): choose another --workdir.")
+        raise UserError(f"{path} is not a regular file: remove it.")
+    raise UserError(f"Cannot write {path} (its folder cannot be created): choose another --workdir.")
 
 
 def _refusal(file: int, path: Path) -> str | None:
-    """Lock an open file; where that cannot be, say why."""
-    found, silent = _read(file), time.time() - os.fstat(file).st_mtime
-    here, locked = found.get("host") == socket.gethostname(), _lock(file)
-    run = f"The run in {path.parent}"
-    holder = f"process {found.get('pid', 'unknown')} on {found.get('host', 'an unknown host')}"
-    if locked is False or (locked is None and here and _runs(found)):
-        return f"{run} is being written by {holder}: wait for it, stop it, or give another --workdir."
-    # Containers on one machine have names of their own, but one kernel.
-    known_gone = here or (locked and found.get("boot") == _boot())
-    if not found or known_gone or silent >= SILENCE:
+    """Lock an open file. Return None if this process holds the lock now, and otherwise an error message."""
+    holder, age = _read(file), time.time() - os.fstat(file).st_mtime
+    here, locked = holder.get("host") == socket.gethostname(), _lock(file)
+    process = f"Process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
+    if locked is False or (locked is None and here and _runs(holder)):
+        return f"{process} is writing to the run in {path.parent}: wait for it, stop it, or use another --workdir."
+    # Containers on one machine have different host names, but the kernel and its start are the same.
+    gone = here or (locked and _near(holder.get("boot"), psutil.boot_time(), BOOT_TOLERANCE))
+    if not holder or gone or age >= EXPIRY:
         return None
     return (
-        f"{run} was written by {holder} {max(0, silent):.0f} s ago, and whether that still runs cannot be seen from "
-        f"here: if it does not, remove {path}; after {SILENCE / 60:.0f} minutes of silence it no longer counts."
+        f"{process} locked the run in {path.parent} and was last active {max(0, age):.0f} s ago; this machine cannot "
+        f"check whether it still runs. If it does not, delete {path}, or wait: the lock expires after "
+        f"{EXPIRY / 60:.0f} minutes without activity."
     )
 
 
 def _lock(file: int) -> bool | None:
-    """Ask the kernel for a lock that ends with this process: True if it is ours, None where the disk has no locks."""
+    """Ask the kernel for a lock that ends with this process: True if it is ours, None if the disk has no locks."""
     try:
         if sys.platform == "win32":
             import msvcrt
 
-            os.lseek(file, 1 << 30, os.SEEK_SET)  # far from what the file says, which others may read
+            os.lseek(file, 1 << 30, os.SEEK_SET)  # beyond the content, which other processes may read
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
@@ -172,48 +171,48 @@ def _lock(file: int) -> bool | None:
     return True
 
 
-def _read(file: int) -> dict[str, Any]:
-    """Return what a lock file says; nothing where that makes no sense."""
+def _read(file: int) -> dict[str, object]:
+    """Return the content of a lock file; {} if it is malformed."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         os.lseek(file, 0, os.SEEK_SET)
-        said = json.loads(os.read(file, 2000))
-        if isinstance(said["pid"], int) and isinstance(said["host"], str) and said["host"].isprintable():
-            return said
+        holder = json.loads(os.read(file, 2000))
+        if isinstance(holder["pid"], int) and isinstance(holder["host"], str) and holder["host"].isprintable():
+            return holder
     return {}
 
 
 def _sign(file: int) -> None:
-    """Write who holds the lock; on a full disk it is held without a name."""
-    pid = os.getpid()
-    said = {"pid": pid, "host": socket.gethostname(), "process_started": _started(pid), "boot": _boot()}
+    """Write who holds the lock. On a full disk the file stays empty, and the lock is held all the same."""
+    holder = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "process_started": _started(os.getpid()),
+        "boot": psutil.boot_time(),
+    }
     with contextlib.suppress(OSError):
         os.ftruncate(file, 0)
         os.lseek(file, 0, os.SEEK_SET)
-        os.write(file, json.dumps(said).encode())
+        os.write(file, json.dumps(holder).encode())
 
 
-def _runs(found: dict[str, Any]) -> bool:
-    """Say whether a process of this machine still runs: the same one, not another with its pid."""
-    if found.get("boot") != _boot() or os.name != "posix":
-        return False
+def _runs(holder: dict[str, object]) -> bool:
+    """Return whether a process of this machine still runs: the same process, not another one with its pid."""
+    started = holder.get("process_started")
+    if isinstance(started, str) and started.isdecimal() and len(started) < 20 and os.name == "posix":
+        started = int(started) / os.sysconf("SC_CLK_TCK")  # version 0.1.0 wrote clock ticks
     try:
-        os.kill(found["pid"], 0)
-    except (ProcessLookupError, OverflowError):
+        return _near(started, _started(holder["pid"]), START_TOLERANCE)
+    except psutil.AccessDenied:
+        return True
+    except (psutil.NoSuchProcess, ValueError, OverflowError):
         return False
-    except PermissionError:
-        pass  # another user's
-    return found.get("process_started") == _started(found["pid"])
 
 
-def _boot() -> str | None:
-    """Return what tells this start of the machine from others, where the system says it."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return None
+def _started(pid: object) -> float:
+    """Return the time from the boot of this machine to the start of a process, seconds."""
+    boot = psutil.boot_time()  # first: psutil adds the boot time that it read last, and the clock may be adjusted
+    return psutil.Process(pid).create_time() - boot
 
 
-def _started(pid: int) -> str | None:
-    """Return when a process started, in ticks since the machine did, where the system says it."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
-    return None
+def _near(one: object, other: float, tolerance: float) -> bool:
+    return isinstance(one, int | float) and abs(one - other) <= tolerance

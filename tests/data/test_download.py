@@ -1,4 +1,4 @@
-"""What `download` promises, and what `corpus` makes of it, against a real HTTP server on loopback."""
+"""download.py, and corpus.py on top of it, against a real HTTP server on loopback."""
 
 import hashlib
 import json
@@ -184,12 +184,49 @@ def test_a_status_503_is_tried_no_more_than_three_times(server: Server, cache: P
     assert len(server.asked) == 3
 
 
-def test_the_wait_between_tries_doubles(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a list that gets every wait, in seconds; nobody waits."""
+    found: list[float] = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: found.append(seconds) if seconds else None)
+    return found
+
+
+def test_the_first_retry_is_immediate_and_the_second_waits(server: Server, cache: Path, waits: list[float]) -> None:
     server.answers["/a.txt"] = [Answer(status=503)]
-    monkeypatch.setattr(download.time, "sleep", lambda seconds: waits.append(seconds) if seconds else None)
     refusal(f"{server.url}/a.txt", cache)
-    assert waits == [download.BACKOFF_SECONDS, 2 * download.BACKOFF_SECONDS]
+    assert waits == [2 * download.BACKOFF_SECONDS]
+    waits.clear()
+    server.answers["/b.txt"] = [Answer(sent=0.5)]
+    refusal(f"{server.url}/b.txt", cache)
+    assert waits == [2 * download.BACKOFF_SECONDS]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_respected(server: Server, cache: Path, waits: list[float], status: int) -> None:
+    server.answers["/a.txt"] = [Answer(status=status, headers={**TEXT, "Retry-After": "7"}), Answer()]
+    assert load(f"{server.url}/a.txt", cache)[0] == STORY
+    assert waits == [7]
+
+
+@pytest.mark.parametrize("asked", ["86400", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_retry_after_has_an_upper_limit(server: Server, cache: Path, waits: list[float], asked: str) -> None:
+    server.answers["/a.txt"] = [Answer(status=503, headers={**TEXT, "Retry-After": asked}), Answer()]
+    assert load(f"{server.url}/a.txt", cache)[0] == STORY
+    assert waits == [download.MAX_RETRY_AFTER]
+
+
+@pytest.mark.parametrize("asked", ["soon", "-1", "9" * 5000, "Fri, 99 Foo 10000000000 00:00:00 GMT"])
+def test_an_invalid_retry_after_is_ignored(server: Server, cache: Path, waits: list[float], asked: str) -> None:
+    server.answers["/a.txt"] = [Answer(status=503, headers={**TEXT, "Retry-After": asked}), Answer()]
+    assert load(f"{server.url}/a.txt", cache)[0] == STORY
+    assert waits == []
+
+
+def test_truncated_bodies_and_statuses_share_one_limit(server: Server, cache: Path) -> None:
+    server.answers["/a.txt"] = [Answer(status=503), Answer(sent=0.5), Answer(status=500), Answer()]
+    assert "500" in refusal(f"{server.url}/a.txt", cache)
+    assert len(server.asked) == 3
 
 
 def test_a_silent_server_is_given_up_after_three_timeouts(server: Server, cache: Path) -> None:
@@ -236,7 +273,7 @@ def test_only_plain_text_is_accepted(server: Server, cache: Path, path: str, kin
         assert load(f"{server.url}{path}", cache)[0] == STORY
     else:  # and no stand-in, for an answer did come
         message = refusal(f"{server.url}{path}", cache, allow_stand_in=True)
-        assert "wrong type" in message
+        assert "must be plain text" in message
         assert kind.partition(";")[0] in message
     assert len(server.asked) == 1
 
@@ -250,7 +287,7 @@ def test_a_redirect_is_followed(server: Server, cache: Path) -> None:
 @pytest.mark.parametrize("target", ["file:///etc/hostname", "ftp://127.0.0.1/a.txt"])
 def test_a_redirect_away_from_http_is_refused(server: Server, cache: Path, target: str) -> None:
     server.answers["/old"] = [Answer(b"", 302, {"Location": target})]
-    assert "cannot be fetched" in refusal(f"{server.url}/old", cache, allow_stand_in=True)
+    assert "leads to an unsupported URL" in refusal(f"{server.url}/old", cache, allow_stand_in=True)
 
 
 def test_an_endless_redirect_ends(server: Server, cache: Path) -> None:
@@ -289,7 +326,7 @@ def test_a_cache_that_cannot_be_written_is_told_and_does_no_harm(server: Server,
     text, _ = load_corpus(settings_for(f"{server.url}/a.txt"), cache=tmp_path / "cache", warn=lines.append)
     assert text == STORY
     assert len(lines) == 1
-    assert "cannot be kept" in lines[0]
+    assert "Cannot cache" in lines[0]
 
 
 def test_a_write_that_fails_leaves_no_temporary_file(

@@ -1,0 +1,50 @@
+"""Every package that chargpt_jax imports is declared in pyproject.toml, and every declared one is imported."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = {"ml-collections": "ml_collections", "absl-py": "absl", "orbax-checkpoint": "orbax"}
+"""The module of a package, if their names differ."""
+
+OPTIONAL = {"IPython"}
+"""Imported only where it is installed already, since nothing else can have started it: a notebook."""
+
+
+def declared() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = [re.split(r"[\s<>=!~\[;]", line)[0] for line in project["dependencies"]]
+    return {MODULES.get(name, name) for name in names}
+
+
+def imported(code: str) -> set[str]:
+    """Return the top-level modules that code imports anywhere, but for Python's own and ours."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"chargpt_jax"}
+
+
+def test_imported_sees_imports_of_every_kind():
+    code = "import a.b, os\nfrom c.d import e\nimport chargpt_jax.config\n"
+    code += "def f():\n    import g\n    from h import i as j\n"
+    assert imported(code) == {"a", "c", "g", "h"}
+
+
+def test_every_import_is_declared_and_every_dependency_imported():
+    files = [*(ROOT / "chargpt_jax").rglob("*.py"), *(ROOT / "configs").glob("*.py")]
+    found = set().union(*(imported(path.read_text(encoding="utf-8")) for path in files))
+    assert found - OPTIONAL == declared()
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.values()))
+def test_every_renamed_module_is_still_declared(module):
+    assert module in declared()
