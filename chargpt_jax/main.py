@@ -293,8 +293,8 @@ def _selftest(values: FlagValues, config: Config | None) -> int:
 def _api() -> Any:
     with startup.gc_paused():
         from chargpt_jax import api
-        from chargpt_jax.data import corpus
-    startup.use_compilation_cache(corpus.default_cache() / "xla")
+        from chargpt_jax.data import download
+    startup.use_compilation_cache(download.default_cache() / "xla")
     return api
 
 
