@@ -15,7 +15,8 @@ torch = pytest.importorskip("torch")
 
 import chargpt_jax  # noqa: E402
 from benchmarks import fidelity, seed_statistics  # noqa: E402
-from chargpt_jax.config import DataConfig, differences, load_config, validate  # noqa: E402
+from chargpt_jax.config import DataConfig, validate  # noqa: E402
+from chargpt_jax.config_io import differences, load_config  # noqa: E402
 from chargpt_jax.data.batches import batch_at  # noqa: E402
 from chargpt_jax.events import TrainStarted, Validated  # noqa: E402
 from chargpt_jax.model.gpt import create  # noqa: E402
@@ -137,7 +138,7 @@ def test_from_the_same_parameters_both_sides_measure_the_same_validation_loss(ru
     assert loss == pytest.approx(chargpt_jax.evaluate(workdir)["loss"], rel=1e-5)
 
 
-def test_both_sides_make_as_many_updates_and_validations(run, monkeypatch):
+def test_both_sides_run_the_same_number_of_steps_and_validations(run, monkeypatch):
     config, text, _, events = run
     losses, update = [], original.update
     monkeypatch.setattr(original, "update", lambda *how: losses.append(update(*how)) or losses[-1])
@@ -174,7 +175,7 @@ def test_the_table_says_how_far_apart_the_sides_are():
 # The command
 
 
-def test_the_config_is_small_but_for_its_size_a_fixed_rate_and_what_the_ancestor_lacks():
+def test_reduced_config_changes_only_size_learning_rate_and_mask():
     config = validate(seed_statistics.reduced("book.txt", 7))
     changed = {line.partition(":")[0] for line in differences(load_config("small"), config)}
     assert changed == {"data.source", "model.block_size", "model.n_layer", "model.mask_unused_ids", "amp.enabled"}
