@@ -1,33 +1,54 @@
-"""Caches of the suite's own, made for one session: nothing of a user's is read or written, and no program is compiled
-twice, however often a test starts a run afresh. Set before JAX is imported, so that child processes share them."""
+"""Set up one test session: own caches, one CPU device, fast compilation, the order of the files.
+
+The caches are temporary, so the suite neither reads nor writes a user's files. All processes share them, and no program
+is compiled twice. The variables are set before JAX is imported; child processes inherit them.
+"""
 
 import os
 import shutil
 import tempfile
-from collections import Counter
+from pathlib import Path
 
 import pytest
 
 FIRST = "CHARGPT_TESTS" not in os.environ
-"""Whether this is the session's first process; where tests run side by side, the others share its caches."""
+"""Whether this is the first process of the session. The others (workers, child processes) use its caches."""
 
 FOLDER = tempfile.mkdtemp(prefix="chargpt-tests-") if FIRST else os.environ["CHARGPT_TESTS"]
 os.environ["CHARGPT_TESTS"] = FOLDER
 os.environ["CHARGPT_CACHE"] = os.path.join(FOLDER, "downloads")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(FOLDER, "programs")
-# One device, whichever test comes first and however many cores there are; those that want more say so.
+# One device on every machine. Tests that need several set this flag for a child process.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+# Without LLVM's optimisations a program compiles 3 to 4 times faster, and compiling is most of the suite's work. The
+# program computes the same function with other rounding. .ci/run sets CHARGPT_TESTS_OPTIMIZED for the slow tests and
+# for the fast paths in ops/, so that these are also tested as users compile them.
+if os.environ.get("CHARGPT_TESTS_OPTIMIZED") != "1":
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
+LONGEST = (
+    "training/test_stages.py",
+    "generation/test_generate.py",
+    "ops/test_cpu_kv_cache.py",
+    "ops/test_kv_cache.py",
+    "model/test_gpt.py",
+    "test_parity.py",
+    "test_api.py",
+)
+"""The files that take the longest, longest first."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that have most to do, so that where files run side by side none is left over at the end."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    """Begin with the longest files: with -n, a long file that begins last would keep one worker busy at the end."""
+    folder = Path(__file__).parent
+    ranks = {folder / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove the caches when the session is over."""
+    """Remove the caches at the end of the session."""
     if FIRST:
         shutil.rmtree(FOLDER, ignore_errors=True)

@@ -137,7 +137,7 @@ def test_where_the_peak_is_known_the_part_of_it_that_was_reached_is_written_down
     assert stages._speed(Compiled(1.0, 1e7), timed, setup)["mfu"] == pytest.approx(1e7 / 0.05 / 1e9)
 
 
-@pytest.mark.parametrize("when", [2, 4])
+@pytest.mark.parametrize("when", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_resuming_equals_never_stopping_bit_for_bit(whole, text, tmp_path, when):
     """Drop the generator, as a crash would, after some checkpoint and again later; dropout and padding are on."""
     config = small_config(text)
@@ -154,7 +154,7 @@ def test_resuming_equals_never_stopping_bit_for_bit(whole, text, tmp_path, when)
     assert logged(tmp_path) == logged(whole[0])
 
 
-@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize("steps", [1, pytest.param(7, marks=pytest.mark.slow)])
 def test_how_many_steps_share_a_dispatch_changes_no_bit(whole, text, tmp_path, steps):
     config = small_config(text)
     config.train.steps_per_dispatch = steps
@@ -192,7 +192,7 @@ def test_the_seconds_of_a_run_go_on_where_it_was_cut(text, tmp_path):
     assert events[-1].seconds == before[-1]["seconds"] == seconds[len(before) - 1]
 
 
-@pytest.mark.parametrize("at", [3, 15, 30])
+@pytest.mark.parametrize("at", [3, *(pytest.param(at, marks=pytest.mark.slow) for at in (15, 30))])
 def test_a_signal_within_a_validation_cuts_it_short_and_it_is_made_up_for(whole, text, tmp_path, monkeypatch, at):
     """Step 3 is the first that is validated here, 30 the last of all."""
     config = small_config(text)
@@ -515,6 +515,7 @@ def resumed(config, folder):
     return cut
 
 
+@pytest.mark.slow
 def test_muon_finds_a_rate_trains_and_resumes_bit_for_bit(text, tmp_path):
     config = small_config(text)
     config.optimizer.kind, config.optimizer.learning_rate, config.scheduler.max_steps = "muon", None, 12
@@ -527,6 +528,7 @@ def test_muon_finds_a_rate_trains_and_resumes_bit_for_bit(text, tmp_path):
         list(stages.train(config, tmp_path / "cut", quiet))
 
 
+@pytest.mark.slow
 def test_float16_trains_and_resumes_bit_for_bit_with_its_loss_scale(text, tmp_path):
     """The loss scale is part of the state, so it resumes with it."""
     config = small_config(text)
