@@ -71,7 +71,7 @@ def order(request):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("temperature", [1.0, pytest.param(0.5, marks=pytest.mark.slow), 0.0])
 def test_a_batch_of_different_lengths_equals_the_uncached_model_inside_and_past_the_window(temperature, order):
     rows = prompts(3, 11, 23, 30)  # the last is longer than the window
     p = generate(rows, 20, temperature=temperature)
@@ -114,7 +114,12 @@ def test_writing_once_equals_writing_with_more_to_come(order, sampler):
 
 @pytest.mark.parametrize(
     ("rows", "shape"),  # of a model: L, H, D, C, block_size, vocab_size
-    [(1, (1, 1, 2, 2, 8, 8)), (2, (1, 2, 4, 8, 100, 64)), (1, (2, 1, 8, 8, 64, 16)), (2, (3, 2, 4, 1, 70, 2000))],
+    [
+        (1, (1, 1, 2, 2, 8, 8)),
+        pytest.param(2, (1, 2, 4, 8, 100, 64), marks=pytest.mark.slow),
+        pytest.param(1, (2, 1, 8, 8, 64, 16), marks=pytest.mark.slow),
+        (2, (3, 2, 4, 1, 70, 2000)),
+    ],
     ids=str,
 )
 def test_models_of_any_shape_write_alone_what_they_write_in_turn(rows, shape, monkeypatch):

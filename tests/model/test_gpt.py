@@ -169,7 +169,14 @@ def test_prefill_and_decode_equal_the_whole(made, tokens):
         np.testing.assert_allclose(logits, whole[:, t], atol=3e-6)
 
 
-@pytest.mark.parametrize(("dtype", "exact"), [(jnp.float32, 3e-6), (jnp.float64, 1e-13), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "exact"),
+    [
+        (jnp.float32, 3e-6),
+        pytest.param(jnp.float64, 1e-13, marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, 2e-2, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("kind", [Rows, Blocks])
 def test_a_sequence_alone_is_decoded_as_among_others(kind, dtype, exact, platform, tokens):
@@ -196,7 +203,7 @@ def test_a_sequence_alone_is_decoded_as_among_others(kind, dtype, exact, platfor
                 np.testing.assert_allclose(alone, whole[own, t], rtol=exact, atol=exact)
 
 
-@pytest.mark.parametrize("n_layer", [1, 2, 3])
+@pytest.mark.parametrize("n_layer", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_is_predicted_at_one_place_is_what_a_call_predicts_there(n_layer, tokens):
     config = dataclasses.replace(CONFIG, n_layer=n_layer)
     graphdef, params = create(config, 0)
