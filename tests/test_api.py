@@ -215,6 +215,7 @@ def test_eval_and_info_print_json(capsys, workdir):
     assert facts["flops_per_second"] == pytest.approx(facts["flops_per_step"] / facts["seconds_per_step"])
 
 
+@pytest.mark.slow
 def test_a_profiled_run_leaves_a_trace_of_its_work(capsys, workdir, tmp_path):
     config = workdir / "config.json"
     fields = [

@@ -149,6 +149,7 @@ for event in stages.train(small_config(Path(sys.argv[1])), sys.argv[2]):
 """
 
 
+@pytest.mark.slow
 def test_a_training_takes_every_core_also_where_it_goes_on(tmp_path):
     write_words(tmp_path / "text.txt")
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}

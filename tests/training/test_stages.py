@@ -537,6 +537,7 @@ def test_float16_trains_and_resumes_bit_for_bit_with_its_loss_scale(text, tmp_pa
 
 
 @pytest.mark.skipif(jax.__version_info__ < BFLOAT16_ON_CPU, reason="this JAX cannot multiply bfloat16 on a CPU")
+@pytest.mark.slow
 def test_bfloat16_trains_and_resumes_bit_for_bit(text, tmp_path):
     config = small_config(text)
     config.amp.dtype, config.scheduler.max_steps = "bfloat16", 12
