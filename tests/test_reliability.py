@@ -1,4 +1,4 @@
-"""The page on reliability names tests that there are, and each of its promises names one."""
+"""docs/reliability.md: each row of its tables names a test, and the named tests exist."""
 
 import ast
 import re
