@@ -1,7 +1,7 @@
-"""Write the two notebooks from their one source, chargpt.py: python notebooks/build.py.
+"""Write the two notebooks from their common source, chargpt.py: python notebooks/build.py.
 
-The source is a percent script, which jupytext opens as a notebook. A cell tagged `colab` or `kaggle` goes into that
-notebook alone, every other cell into both. The notebooks hold no outputs, and the same source gives the same bytes.
+The source is a percent script, which jupytext opens as a notebook. A cell tagged `colab` or `kaggle` is only in that
+notebook; every other cell is in both. The notebooks have no outputs, and the result is deterministic.
 """
 
 from pathlib import Path
@@ -34,12 +34,12 @@ def notebook(platform: str) -> nbformat.NotebookNode:
 
 
 def path(platform: str) -> Path:
-    """Return where a platform's notebook is kept."""
+    """Return the path of a platform's notebook."""
     return HERE / f"chargpt_{platform}.ipynb"
 
 
 def text(platform: str) -> str:
-    """Return a platform's notebook as it is on disk."""
+    """Return the file content of a platform's notebook."""
     return nbformat.writes(notebook(platform)) + "\n"
 
 

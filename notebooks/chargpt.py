@@ -1,28 +1,28 @@
 # %% [markdown]
 # # A small GPT learns to read, one character at a time
 #
-# Give a small transformer one old novel, *The Scarlet Pimpernel*, and let it guess the next character, again and again.
-# At first it knows nothing. Then it finds out that `e` is common, that words end, that `q` wants a `u`; and in the end
-# it writes something that looks like a novel from a little way off. This notebook takes you through all of it: find a
-# text, find a learning rate, train, write, and see *where* the model was surprised.
+# A small transformer reads one old novel, *The Scarlet Pimpernel*, and learns to predict the next character. At first
+# it guesses blindly. Then it learns that `e` is common, that words end, and that `u` follows `q`. In the end it
+# generates text that looks like a novel from a distance. This notebook shows all stages: get a text, find a learning
+# rate, train, generate, and see *where* the model was surprised.
 #
-# The work is done by the package `chargpt_jax`, a few short files that are meant to be read; each cell below is one
-# stage and calls it. Run the cells from top to bottom.
+# The package `chargpt_jax` does the work; its files are short and meant to be read. Each cell below runs one stage. Run
+# the cells from top to bottom.
 
 # %% [markdown] tags=["colab"]
-# **Before you start:** choose *Runtime > Change runtime type > v5e-1 TPU*. A GPU does as well; a CPU will do for a
-# rehearsal (step 2).
+# **Before you start:** choose *Runtime > Change runtime type > v5e-1 TPU*. A GPU works too. A CPU is enough for the
+# short test run in step 2.
 
 # %% [markdown] tags=["kaggle"]
 # **Before you start:** in the panel on the right choose *Settings > Accelerator > TPU v5e-8*, and turn *Internet* on,
-# so that the package can be installed and the novel downloaded. A GPU does as well; a CPU will do for a rehearsal
-# (step 2).
+# so that the package can be installed and the novel downloaded. A GPU works too. A CPU is enough for the short test run
+# in step 2.
 
 # %% [markdown]
-# ## 1. Install, and meet the machine
+# ## 1. Install, and check the machine
 #
-# `SOURCE` says where the package comes from: its name, the path of a wheel or of a checkout, or `git+` followed by the
-# address of its repository. JAX is left as this machine has it, since that build fits the hardware here.
+# `SOURCE` is the package to install: its name, the path of a wheel or of a checkout, or `git+` and the address of its
+# repository. The preinstalled JAX stays, because that build fits the hardware.
 
 # %%
 SOURCE = "chargpt_jax"
@@ -31,14 +31,14 @@ SOURCE = "chargpt_jax"
 # %% tags=["colab"]
 from pathlib import Path
 
-CURE = "choose Runtime > Change runtime type > v5e-1 TPU, then Runtime > Run all"
-RUNS = Path("runs")  # on the machine's own disk: quick, and gone with the machine; step 5 copies what is finished
+FIX = "choose Runtime > Change runtime type > v5e-1 TPU, then Runtime > Run all"
+RUNS = Path("runs")  # a fast local disk, deleted with the machine; step 5 copies the run
 
 # %% tags=["kaggle"]
 from pathlib import Path
 
-CURE = "choose Settings > Accelerator > TPU v5e-8, then Run > Run all"
-RUNS = Path("/kaggle/working" if Path("/kaggle/working").is_dir() else "runs")  # kept when you save a version
+FIX = "choose Settings > Accelerator > TPU v5e-8, then Run > Run all"
+RUNS = Path("/kaggle/working" if Path("/kaggle/working").is_dir() else "runs")  # saved with a version of the notebook
 
 # %%
 import os
@@ -47,52 +47,51 @@ from importlib.metadata import version
 import jax
 
 import chargpt_jax
-from chargpt_jax.devices.platform import compute_dtype
+from chargpt_jax.devices import compute_dtype
 
 try:
     devices = jax.devices()
-except RuntimeError:  # JAX was told to use a TPU, and there is none
+except RuntimeError:  # JAX is configured for a TPU, but none is available
     devices = []
-promised = any(os.environ.get(name) for name in ("TPU_ACCELERATOR_TYPE", "COLAB_TPU_1VM", "COLAB_TPU_ADDR"))
-if not devices or (promised and devices[0].platform == "cpu"):
-    raise RuntimeError(f"This machine is said to have a TPU, but JAX cannot see it. Restart the session: {CURE}.")
+expects_tpu = any(os.environ.get(name) for name in ("TPU_ACCELERATOR_TYPE", "COLAB_TPU_1VM", "COLAB_TPU_ADDR"))
+if not devices or (expects_tpu and devices[0].platform == "cpu"):
+    raise RuntimeError(f"This machine should have a TPU, but JAX cannot see it. Restart the session: {FIX}.")
 
 print(f"{len(devices)} x {devices[0].device_kind}, computing in {compute_dtype(chargpt_jax.Config().amp).__name__}")
 print(*(f"{name} {version(name)}" for name in ("chargpt_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")))
 if devices[0].platform == "cpu":
-    print(f"There is no accelerator here: fine for a rehearsal, slow for the whole run. For a TPU, {CURE}.")
+    print(f"No accelerator found: this is fine for the test run, but slow for the full run. For a TPU, {FIX}.")
 
 # %% [markdown]
-# ## 2. The plan
+# ## 2. The config
 #
-# Everything that a run depends on is in one config. `small` is the run of the notebook that this one descends from:
-# 15 layers, only 32 wide, 0.26 million parameters in all.
+# One config holds every setting of a run. `small` is the model of the original notebook: 15 layers of width 32,
+# 0.26 million parameters.
 #
-# It is yours to change, in the cell below, before the run begins. Some lines to try:
+# You can change it in the cell below, before the run starts. Some lines to try:
 #
 # ```python
 # config.data.source = "1661"        # another book, by its number at Project Gutenberg, or the path of a .txt file
-# config.data.start_at = ""          # from its very beginning
-# config.model.n_layer = 6           # not so deep
-# config.scheduler.epochs = 20.0     # not so long
-# config.sample.prompts = ("The ",)  # what to go on from, in step 6
+# config.data.start_at = ""          # use the full text
+# config.model.n_layer = 6           # fewer layers
+# config.scheduler.epochs = 20.0     # a shorter run
+# config.sample.prompts = ("The ",)  # the prompts to continue in step 6
 # ```
 #
-# A run remembers its config and refuses another one, so give a changed plan a `workdir` with a new name. With
-# `REHEARSAL = True` everything is tiny, the text is one that comes with Python, and you see every stage in a minute or
-# two, on any machine.
+# A run saves its config and refuses a different one, so use a new `workdir` for a changed config. With `TEST_RUN =
+# True`, the model is tiny, the text is one that ships with Python, and all stages take a minute or two on any machine.
 
 # %%
-REHEARSAL = os.environ.get("CHARGPT_REHEARSAL") == "1"
+TEST_RUN = os.environ.get("CHARGPT_TEST_RUN") == "1"
 
-if REHEARSAL:
+if TEST_RUN:
     config = chargpt_jax.load_config("tiny")
     config.model.n_layer = 2
-    config.model.remat = False  # quicker to compile
+    config.model.remat = False  # compiles faster
     config.scheduler.max_steps = 40
     config.lr_finder.num_zooms = 3
     config.train.validate_every = 0.05
-    workdir = RUNS / "rehearsal"
+    workdir = RUNS / "test_run"
 else:
     config = chargpt_jax.load_config("small")
     workdir = RUNS / "small"
@@ -100,8 +99,8 @@ else:
 {section: vars(getattr(config, section)) for section in ("model", "data", "optimizer", "scheduler", "sample")}
 
 # %% [markdown] tags=["colab"]
-# If your Google Drive is mounted (the folder icon on the left, then *Mount Drive*) and holds a copy of this run from
-# another day, the next cell brings it back, and everything goes on from there. Otherwise it does nothing.
+# If your Google Drive is mounted (the folder icon on the left, then *Mount Drive*) and holds an earlier copy of this
+# run, the next cell restores it, and the run resumes from there. Otherwise it does nothing.
 
 # %% tags=["colab"]
 import shutil
@@ -114,12 +113,12 @@ if backup.exists() and not workdir.exists():
 # %% [markdown]
 # ## 3. The text
 #
-# The novel comes from Project Gutenberg; its licence pages are cut off and odd characters mended. If it cannot be had,
-# a text that ships with Python stands in, and the line below says so.
+# The novel is downloaded from Project Gutenberg. The licence text is removed, and encoding errors are repaired. If the
+# download fails, the run uses a text that ships with Python instead, and the line below says so.
 #
-# Each character becomes a number, its place in the sorted alphabet of this one book. The first part of the text (80 %
-# in `small`) is for learning; the rest is held out, and tells us later whether the model has learnt English or only
-# these pages.
+# Each character becomes a number: its index in the sorted list of the book's characters. The first part of the text
+# (80 % in `small`) is the training set. The rest is the validation set: it shows later whether the model has learnt
+# English or only these pages.
 
 # %%
 chargpt_jax.show(chargpt_jax.prepare(config, workdir))
@@ -127,46 +126,46 @@ chargpt_jax.show(chargpt_jax.prepare(config, workdir))
 # %%
 text = chargpt_jax.corpus_text(workdir)
 print(text[:500])
-print(f"\nThe alphabet of {len(set(text))} characters: {''.join(sorted(set(text)))!r}")
+print(f"\nThe {len(set(text))} distinct characters: {''.join(sorted(set(text)))!r}")
 
 # %% [markdown]
 # ## 4. The learning rate
 #
-# Too low a rate, and nothing is learnt; too high, and the loss flies off. So we try: a few steps from a fresh start, at
-# rates that rise from absurdly low to absurdly high; then again in a narrower range, and again.
+# With a low learning rate the model learns too slowly; with a high one the loss diverges. The range test finds a value
+# in between. It runs several *zooms*. Each zoom trains a few steps from the initial parameters, with increasing
+# learning rates; the next zoom uses a narrower range.
 #
-# Every curve is one of these zooms, and keeps only the steps that brought the loss to a new low. The circle on it marks
-# where it falls most steeply, and so where learning is quickest: the circles wander from zoom to zoom, and the last one
-# is the rate that we train with.
+# Each curve is one zoom. It shows only the steps that reached a new lowest loss. The circle marks the steepest descent,
+# where the model learns fastest. The circle of the last zoom is the learning rate of the training.
 
 # %%
-if chargpt_jax.info(workdir)["learning_rate"] is None:  # a rate that you gave, or found before, is kept
+if chargpt_jax.info(workdir)["learning_rate"] is None:  # a learning rate that is set, or was found before, is kept
     chargpt_jax.show(chargpt_jax.find_lr(config, workdir))
 
 # %% [markdown]
 # ## 5. Training
 #
-# Now the long part. The blue line is the loss on the batches; the red one is the loss on the held-out text, in which
-# every character is predicted once. Both are in nats, so that a blind guess among $n$ characters costs $\ln n$. While
-# the two fall together, the model learns something that holds for pages it has never seen.
+# This is the long part. The blue line is the training loss; the red line is the validation loss, in which every
+# character of the validation set is predicted once. Both are in nats: a blind guess among $n$ characters has a loss of
+# $\ln n$. While both fall, the model learns something that also holds for pages that it has not seen.
 #
-# After each validation a checkpoint is written. If the run is interrupted, by you or by the machine, **just run the
-# cell again**: it goes on from the last checkpoint, and on the same hardware ends with the very numbers it would have
-# had.
+# After each validation a checkpoint is saved. If the run is interrupted, by you or by the machine, **run the cell
+# again**: it resumes from the last checkpoint. On the same hardware and versions the result is bit-identical to an
+# uninterrupted run.
 
 # %%
 chargpt_jax.show(chargpt_jax.train(config, workdir))
 
 # %% [markdown]
-# Then a few samples are written into the `workdir`, and a page with all the numbers and pictures of the run.
+# The next cell saves a few samples and a report with all numbers and plots to the `workdir`.
 
 # %%
 chargpt_jax.write_samples(workdir)
 report = chargpt_jax.write_report(workdir)
 
 # %% [markdown] tags=["colab"]
-# This machine's disk goes when the session ends. The next cell copies the run to your Google Drive, if that is mounted;
-# you can also run it half way, after interrupting the training, to go on another day.
+# The disk of this machine is deleted when the session ends. The next cell copies the run to your Google Drive, if it is
+# mounted. You can also interrupt the training, run this cell, and resume on another day.
 
 # %% tags=["colab"]
 if drive.is_dir():
@@ -176,24 +175,24 @@ else:
     print(f"Google Drive is not mounted: the run is in {workdir.absolute()} only.")
 
 # %% [markdown] tags=["kaggle"]
-# The run is in the working folder: *Save Version* keeps it, under *Output*.
+# The run is in the working folder. *Save Version* saves it under *Output*.
 
 # %% [markdown]
-# ## 6. Let it write
+# ## 6. Generate text
 #
-# We load the best checkpoint and give it some beginnings to go on from: they are in bold. Under each line of text three
-# curves show what the model thought of each character; step 7 explains them, but you can already see it hesitate at the
-# beginning of a word, and then spell it with confidence.
+# We load the best checkpoint and let it continue some prompts, which are shown in bold. Three curves under each line of
+# text show metrics for each character; step 7 explains them. You can already see that the model is unsure at the start
+# of a word, and certain about the rest of it.
 
 # %%
 model = chargpt_jax.load(workdir)
 model.generate(config.sample.prompts, max_new_tokens=300, temperature=0.8)
 
 # %% [markdown]
-# The model does not choose characters; it gives each of them a probability, and we choose. Always taking the likeliest
-# (*greedy*) is safe and soon goes in circles. Drawing at temperature 1 takes the model at its word, slips included. A
-# lower temperature is more careful; and `top_p=0.9` draws among the likeliest characters that make up 90 % of the
-# probability, so that the long tail of unlikely ones is never drawn. Which of the four would you rather read?
+# The model gives each character a probability, and the sampler chooses one. *Greedy* sampling always takes the most
+# likely character; it soon repeats itself. Temperature 1 samples from the probabilities as they are. A lower
+# temperature prefers likely characters. `top_p=0.9` samples from the most likely characters with a total probability of
+# 90 %, so the many unlikely ones are never chosen. Which of the four would you rather read?
 
 # %%
 from IPython.display import display
@@ -211,23 +210,23 @@ for name, way in ways.items():
 # %% [markdown]
 # ## 7. What surprises it?
 #
-# Before each character $x_t$ the model has a distribution $p_t$ over the $V$ characters it could be (here $V$ is the
-# vocabulary's size, rounded up to a multiple of 64). From it come three numbers:
+# Before each character $x_t$ the model has a distribution $p_t$ over $V$ possible characters ($V$ is the vocabulary
+# size, rounded up to a multiple of 64). Three metrics follow from it:
 #
 # $$h_t = -\sum_{c} p_t(c)\,\ln p_t(c) \qquad\qquad i_t = -\ln p_t(x_t) \qquad\qquad S_2 = \frac{i_t - h_t}{\ln V}$$
 #
-# * **Entropy** $h_t$: how unsure the model is before it looks. The filled area.
-# * **Surprisal** $i_t$: how little it expected what then came. Its mean over a text is the loss that training lowers,
-#   and $e^{i_t}$ is the perplexity: among how many equally likely characters the model seemed to be choosing.
-# * **Surprise-surprise** $S_2$: how much *more* surprised it was than it expected to be. The surprisal that a model
-#   expects, on average, is just its entropy; so in a text of its own, drawn at temperature 1, $S_2$ comes and goes
-#   around zero. Where it stays above zero, the text is stranger than the model took it for.
+# * **Entropy** $h_t$: how unsure the model is before it sees the character. It is the filled area.
+# * **Surprisal** $i_t$: how unlikely the character was under the model. Its mean over a text is the loss, and $e^{i_t}$
+#   is the perplexity: the number of equally likely characters with the same surprisal.
+# * **Surprise-surprise** $S_2$: how much *more* surprised the model was than it expected. The expected surprisal is the
+#   entropy. So for text sampled from the model at temperature 1, $S_2$ varies around zero. Where it stays above zero,
+#   the text is more unusual than the model expected.
 #
-# All three are taken before the temperature is applied. In the picture, entropy and surprisal are drawn as a part of
+# All three are computed before the temperature is applied. The picture shows entropy and surprisal as fractions of
 # $\ln V$.
 #
-# Let us try it on the end of the book, which the model has never seen: first as it stands, then with its words in
-# another order, then with its letters in another order. The characters are the same all three times.
+# We score the end of the book, which the model has not seen, in three versions: as written, with shuffled words, and
+# with shuffled letters. All three have the same characters.
 
 # %%
 import random
@@ -239,20 +238,20 @@ variants = [passage, " ".join(shuffle.sample(words, len(words))), "".join(shuffl
 
 scores = [model.score(variant) for variant in variants]
 for name, score in zip(("as written", "words shuffled", "letters shuffled"), scores, strict=True):
-    print(f"{name:>16}: {score.loss:.3f} nats a character")
+    print(f"{name:>16}: {score.loss:.3f} nats per character")
 chargpt_jax.Samples(scores)
 
 # %% [markdown]
-# How much more the words cost in the wrong order is what the model knows of phrases; how much more the letters cost is
-# what it knows of spelling. A model this small knows far more of the second.
+# The increase for shuffled words shows how much the model has learnt about phrases; the increase for shuffled letters
+# shows how much it has learnt about spelling. A model of this size learns far more about spelling.
 
 # %% [markdown]
 # ## 8. Where to go from here
 #
-# The page from step 5 is one file, with everything in it: keep it, or send it to somebody.
+# The report from step 5 is a single file, which you can keep or share.
 
 # %% tags=["colab"]
-print(f"{report}: find it under the folder icon on the left, and download it with a right click")
+print(f"{report}: open the folder icon on the left, and download the file with a right click")
 
 # %% tags=["kaggle"]
 from IPython.display import FileLink
@@ -260,23 +259,23 @@ from IPython.display import FileLink
 FileLink(os.path.relpath(report))
 
 # %% [markdown]
-# Some things to try, each in a `workdir` of its own:
+# Some things to try, each in its own `workdir`:
 #
-# * **Another book.** Any of Project Gutenberg's, or several with commas between. Where does the model hesitate in
+# * **Another book.** Use any number of Project Gutenberg, or several, separated by commas. Where is the model unsure in
 #   another language?
-# * **Another shape.** As many parameters in 4 wide layers as in these 15 narrow ones: which learns more in the same
-#   time?
-# * **Your own text.** `model.score("...")` of an e-mail, or of a page by the same author: where does $S_2$ rise? A
-#   character that the book does not have is refused; `skip_unknown=True` drops it.
-# * **Temperature as a resource.** Most of the choice in a text lies in the first letter of each word. What if the
-#   temperature were high there, and low for the rest?
+# * **Another shape.** Use the same number of parameters in 4 wide layers instead of 15 narrow ones. Which model learns
+#   more in the same time?
+# * **Your own text.** Use `model.score("...")` on an e-mail, or on a page by the same author. Where does $S_2$ rise? A
+#   character that is not in the vocabulary is an error; `skip_unknown=True` drops it.
+# * **Variable temperature.** The first letter of a word is the least certain one. What happens with a high temperature
+#   there and a low one for the rest?
 #
 # ### References and licences
 #
 # * The text: [*The Scarlet Pimpernel*](https://www.gutenberg.org/ebooks/60) by Baroness Orczy, 1905, from Project
 #   Gutenberg.
 # * Andrej Karpathy, *nanoGPT*, 2022: [github.com/karpathy/nanoGPT](https://github.com/karpathy/nanoGPT). MIT licence,
-#   © 2022 Andrej Karpathy. The shape of the model comes from there.
-# * *mi-ni*: [github.com/z0u/mi-ni](https://github.com/z0u/mi-ni). Unlicense (public domain). The PyTorch notebook that
-#   this one descends from: its range test, its metrics and the drawing under the lines.
-# * `chargpt_jax` itself is under the MIT licence.
+#   © 2022 Andrej Karpathy. The shape of the model comes from it.
+# * *mi-ni*: [github.com/z0u/mi-ni](https://github.com/z0u/mi-ni). Unlicense (public domain). The original PyTorch
+#   notebook: range test, metrics and the curves under the text.
+# * `chargpt_jax` has the MIT licence.

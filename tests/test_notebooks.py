@@ -1,4 +1,4 @@
-"""The notebooks are what their source says, and every cell of them works: tiny, offline, in a real kernel."""
+"""The notebooks equal the output of build.py, and every cell runs: at tiny size, offline, in a real kernel."""
 
 import ast
 import importlib.util
@@ -40,14 +40,14 @@ def install_lines(platform: str) -> list[str]:
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_a_notebook_is_what_its_source_gives(platform):
+def test_notebook_equals_the_output_of_build(platform):
     pytest.importorskip("jupytext")
     spec = importlib.util.spec_from_file_location("build", FOLDER / "build.py")
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     assert set(build.METADATA) == set(PLATFORMS)
     same = FILES[platform].read_text(encoding="utf-8") == build.text(platform)
-    assert same, "run `python notebooks/build.py` and commit what it writes"
+    assert same, "run `python notebooks/build.py` and commit its output"
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -89,7 +89,7 @@ def test_a_notebook_names_no_address_but_its_references(platform):
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_a_notebook_speaks_of_its_own_platform_only(platform):
+def test_notebook_mentions_only_its_own_platform(platform):
     text = "\n".join(cell.source for cell in read(platform).cells)
     words = {"colab": ("Runtime > Change runtime type", "/content/drive"), "kaggle": ("Settings >", "/kaggle/working")}
     for name, own in words.items():
@@ -108,7 +108,7 @@ def test_a_notebook_calls_the_package_and_repeats_none_of_it(platform):
 
 
 class Client(nbclient.NotebookClient):
-    """Counts the pictures that live displays were updated with, cell by cell."""
+    """Counts the SVG updates of live displays, by cell."""
 
     live: Counter
 
@@ -119,7 +119,7 @@ class Client(nbclient.NotebookClient):
 
 
 def execute(notebook: nbformat.NotebookNode, folder: Path, **environment: str) -> Client:
-    """Run a notebook in a folder, with no network: what it needs from one would fail at once."""
+    """Run a notebook in a folder, without network: any download fails immediately."""
     client = Client(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     client.live = Counter()
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "COLAB_"))}
@@ -130,7 +130,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, **environment: str) -
             **nowhere,
             "PIP_NO_INDEX": "1",
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-            "CHARGPT_REHEARSAL": "1",
+            "CHARGPT_TEST_RUN": "1",
             "IPYTHONDIR": str(folder / "ipython"),
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(Path(chargpt_jax.__file__).parents[1]),
@@ -147,7 +147,7 @@ def executed(request, tmp_path_factory) -> tuple[nbformat.NotebookNode, Client, 
 
 
 def pictures(notebook: nbformat.NotebookNode, starts: str) -> list[str]:
-    """Return what the code cell that holds a text shows as SVG, in the end."""
+    """Return the final SVG output of the code cell that contains a text."""
     (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and starts in cell.source]
     shown = [output.data.get("text/html", "") for output in cell.outputs if "data" in output]
     return re.findall(r"<svg.*?</svg>", "\n".join(shown), re.DOTALL)
@@ -177,7 +177,7 @@ def test_every_cell_works_and_shows_its_pictures(executed):
 
 
 @pytest.mark.slow
-def test_nothing_is_told_as_an_error_or_a_warning(executed):
+def test_notebook_prints_nothing_to_stderr(executed):
     notebook, _, _ = executed
     streams = [o for cell in notebook.cells for o in cell.get("outputs", ()) if o.output_type == "stream"]
     assert [output.text for output in streams if output.name == "stderr"] == []
@@ -185,10 +185,10 @@ def test_nothing_is_told_as_an_error_or_a_warning(executed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_a_tpu_that_jax_cannot_see_stops_the_notebook_with_the_cure(platform, tmp_path):
+def test_notebook_stops_with_a_fix_if_jax_sees_no_tpu(platform, tmp_path):
     notebook = read(platform)
     (check,) = [i for i, cell in enumerate(notebook.cells) if "raise RuntimeError" in cell.source]
     notebook.cells = [cell for cell in notebook.cells[: check + 1] if "%pip" not in cell.source]
-    cure = {"colab": "Runtime > Change runtime type", "kaggle": "Settings > Accelerator"}[platform]
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match=f"JAX cannot see it.*{cure}"):
+    fix = {"colab": "Runtime > Change runtime type", "kaggle": "Settings > Accelerator"}[platform]
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match=f"JAX cannot see it.*{fix}"):
         execute(notebook, tmp_path, TPU_ACCELERATOR_TYPE="v5e-1")
