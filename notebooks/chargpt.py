@@ -78,8 +78,10 @@ if devices[0].platform == "cpu":
 # config.sample.prompts = ("The ",)  # the prompts to continue in step 6
 # ```
 #
-# A run saves its config and refuses a different one, so use a new `workdir` for a changed config. With `TEST_RUN =
-# True`, the model is tiny, the text is one that ships with Python, and all stages take a minute or two on any machine.
+# A run saves its config and refuses a different one, so use a new `workdir` for a changed config.
+#
+# With `TEST_RUN = True`, the model is tiny, the text is one that ships with Python, and all stages take a minute or two
+# on any machine.
 
 # %%
 TEST_RUN = os.environ.get("CHARGPT_TEST_RUN") == "1"
