@@ -18,16 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chargpt_jax.config import MOST_STEPS, MOST_TEXT, Config, shown
+from chargpt_jax.config import MAX_STEPS, MAX_TEXT, Config, shown
 from chargpt_jax.config_io import from_dict
 from chargpt_jax.data import batches
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.devices import sharding, startup
 from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.errors import NoCheckpoint, UserError
-from chargpt_jax.events import Ended, Event
+from chargpt_jax.events import Ended, Event, bits_per_character, perplexity
 from chargpt_jax.generation.generate import Progress, advance, begin, bucket, score_tokens
-from chargpt_jax.generation.metrics import bits_per_character, perplexity
 from chargpt_jax.generation.sample import Sample, Samples
 from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.interop import convert
@@ -42,7 +41,7 @@ from chargpt_jax.training.lr_finder import result_from
 from chargpt_jax.training.setup import Setup, state_shapes
 from chargpt_jax.training.stages import Stop, find_lr, prepare, train
 
-MOST_AT_ONCE = 32 * MOST_TEXT
+MOST_AT_ONCE = 32 * MAX_TEXT
 """Characters of all prompts and continuations together that are held in memory, at most."""
 
 MOST_SAMPLES_JSON = 512 << 20
@@ -73,7 +72,7 @@ class Model:
         Args:
             prompts: texts of at least one character each; of one longer than block_size the last block_size
                 characters are read. All prompts and continuations together: at most `MOST_AT_ONCE` characters.
-            max_new_tokens: characters to write, 1 to `MOST_TEXT`.
+            max_new_tokens: characters to write, 1 to `MAX_TEXT`.
             temperature: 0 takes the likeliest character each time.
             top_k: draw among the k likeliest characters.
             top_p: draw among the likeliest that hold this mass.
@@ -86,12 +85,12 @@ class Model:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         sampler = Sampler(temperature, top_k, top_p)
-        if not 1 <= max_new_tokens <= MOST_TEXT:
+        if not 1 <= max_new_tokens <= MAX_TEXT:
             raise UserError(
-                f"max_new_tokens is {shown(max_new_tokens)}, but it must be between 1 and {MOST_TEXT:,}: try 500."
+                f"max_new_tokens is {shown(max_new_tokens)}, but it must be between 1 and {MAX_TEXT:,}: try 500."
             )
-        if not 0 <= seed < MOST_STEPS:
-            raise UserError(f"seed is {shown(seed)}, but it must be at least 0 and below {MOST_STEPS:,}: try 0.")
+        if not 0 <= seed < MAX_STEPS:
+            raise UserError(f"seed is {shown(seed)}, but it must be at least 0 and below {MAX_STEPS:,}: try 0.")
         if not prompts:
             raise UserError("There is no prompt, but the model needs a character to go on from: try '\n'.")
         prompts = [self._readable(prompt, skip_unknown) for prompt in prompts]
@@ -159,10 +158,8 @@ class Model:
         text = self.tokenizer.drop_unknown(text) if skip_unknown else text
         if not text:
             raise UserError("The text is empty, but the model needs a character to go on from: try '\\n'.")
-        if len(text) > MOST_TEXT:
-            raise UserError(
-                f"The text has {len(text):,} characters, but {MOST_TEXT:,} are the most: give a part of it."
-            )
+        if len(text) > MAX_TEXT:
+            raise UserError(f"The text has {len(text):,} characters, but {MAX_TEXT:,} are the most: give a part of it.")
         return text
 
 

@@ -1,7 +1,7 @@
-"""Every setting of a run: its name, default, unit and limits, and the one `validate()`.
+"""Every setting of a run with its default, unit and limits, and `validate()`, which checks them all.
 
-Sections and fields keep the names of the PyTorch notebook this project descends from. A config file under `configs/`
-returns a `Config` and changes only what differs from the defaults here. Nothing in this file imports JAX.
+Sections and fields have the names of the original. A config file, as in `configs/`, returns a `Config` and sets only
+the fields that differ from the defaults here. This file does not import JAX.
 """
 
 import dataclasses
@@ -15,22 +15,22 @@ from typing import Any
 from chargpt_jax.errors import UserError
 
 VOCAB_MULTIPLE = 64
-"""The embedding table's rows are rounded up to a multiple of this, the padding id included."""
+"""The size of the embedding table, padding included, is rounded up to a multiple of this."""
 
-MOST_TEXT = 1_000_000
-"""Characters that are continued, written or scored in one go, at most."""
+MAX_TEXT = 1_000_000
+"""Maximum number of characters in a prompt, in a generated text or in a scored text."""
 
-MOST_TEMPERATURE = 1_000.0
-"""Where every character is as likely as any other; far above it, even ids without a character would be drawn."""
+MAX_TEMPERATURE = 1_000.0
+"""Maximum sampling temperature. All characters are equally likely here; far above it, masked ids would be sampled."""
 
-MOST_STEPS = 2**31
-"""A run has fewer updates: they are counted in int32."""
+MAX_STEPS = 2**31
+"""A run has fewer training steps than this: the step is an int32."""
 
-MOST_BYTES = 10**12
-"""A run whose training would take more memory than this, by the least estimate, is refused before it is tried."""
+MAX_BYTES = 10**12
+"""A config that needs more bytes of memory than this, by `min_memory`, is refused."""
 
-MOST_WHOLE = 2**63
-"""Whole numbers are less than this."""
+MAX_INT = 2**63
+"""Integers must be less than this."""
 
 
 _SHORT = reprlib.Repr()
@@ -42,77 +42,96 @@ def setting(default: Any, about: str, **limits: Any) -> Any:
     return field(default=default, metadata={"about": about, **limits})
 
 
-@dataclass(unsafe_hash=True)  # a compiled function is looked up by the model it was made for
+@dataclass(unsafe_hash=True)  # jax.jit uses it as a static argument
 class ModelConfig:
-    """The decoder's shape. `vocab_size` and `used_ids` are filled in from the corpus."""
+    """Shape of the model. `vocab_size` and `used_ids` are set from the corpus."""
 
-    vocab_size: int = setting(0, "rows of the embedding table, a multiple of 64; 0: from the corpus", least=0)
-    used_ids: int = setting(0, "ids that a character (or padding) has; 0: from the corpus", least=0)
-    block_size: int = setting(512, "longest context, in characters", least=1)
+    vocab_size: int = setting(0, "size of the embedding table, a multiple of 64; 0: set from the corpus", least=0)
+    used_ids: int = setting(0, "token ids in use, padding included; 0: set from the corpus", least=0)
+    block_size: int = setting(512, "context length, in characters", least=1)
     n_embd: int = setting(32, "width of the residual stream", least=1)
-    n_head: int = setting(8, "attention heads a layer", least=1)
+    n_head: int = setting(8, "attention heads per layer", least=1)
     n_head_dim: int = setting(8, "width of one head; need not be n_embd / n_head", least=2, even=True)
     n_ff: int = setting(128, "hidden width of the MLP", least=1)
     n_layer: int = setting(15, "transformer blocks", least=1)
-    dropout: float = setting(0.0, "on attention weights, attention output and MLP output", least=0.0, below=1.0)
-    mask_unused_ids: bool = setting(True, "give padding and ids without a character no probability")
-    remat: bool = setting(True, "recompute what is cheap in the backward pass: less memory, and here less time too")
-    attention_block: int = setting(64, "query positions whose scores are held at once", least=1)
+    dropout: float = setting(
+        0.0, "dropout rate for attention weights, attention output and MLP output", least=0.0, below=1.0
+    )
+    mask_unused_ids: bool = setting(True, "set the probability of padding and unused token ids to 0")
+    remat: bool = setting(
+        True, "recompute cheap activations in the backward pass: saves memory, and time in these models"
+    )
+    attention_block: int = setting(64, "queries per attention block; a block's scores are in memory together", least=1)
 
 
 @dataclass
 class DataConfig:
-    """Where the text comes from and how it is cut into batches."""
+    """Source of the text, and how it is split into batches."""
 
-    source: str = setting("60", "Gutenberg number, URL, .txt file, folder, or 'stdlib'; several with commas between")
-    start_at: str = setting("", "regular expression at whose first match a source's text begins; '': at its start")
-    allow_stand_in: bool = setting(True, "use the text that ships with Python when a download fails")
+    source: str = setting("60", "Gutenberg number, URL, .txt file, folder or 'stdlib'; separate several with commas")
+    start_at: str = setting("", "regular expression; each text starts at its first match; '': keep the full text")
+    allow_stand_in: bool = setting(True, "if a download fails, use the help texts that ship with Python")
     mirrors: tuple[str, ...] = setting(
         (
             "https://www.gutenberg.org/cache/epub/{number}/pg{number}.txt",
             "https://www.gutenberg.org/ebooks/{number}.txt.utf-8",
             "https://gutenberg.pglaf.org/cache/epub/{number}/pg{number}.txt",
         ),
-        "where a Gutenberg number is looked for, in this order",
+        "URLs to try for a Gutenberg number, in this order",
     )
-    timeout: float = setting(20.0, "seconds without an answer before a download is tried again", above=0.0, most=1e6)
-    max_megabytes: float = setting(100.0, "largest text, from the web or a file", above=0.0, most=1e6)
-    batch_size: int = setting(16, "sequences an update", least=1)
-    oversample: float = setting(1.0, "times the training text is covered in an epoch", above=0.0, most=1e6)
-    train_split: float = setting(0.8, "leading part of the corpus that is trained on", above=0.0, below=1.0)
-    padding_chance: float = setting(0.0, "chance that a training sequence begins with padding", least=0.0, most=1.0)
+    timeout: float = setting(20.0, "seconds to wait for a response before a download is retried", above=0.0, most=1e6)
+    max_megabytes: float = setting(100.0, "maximum size of a text in MB, downloaded or local", above=0.0, most=1e6)
+    batch_size: int = setting(16, "sequences per training step", least=1)
+    oversample: float = setting(1.0, "passes over the training text per epoch", above=0.0, most=1e6)
+    train_split: float = setting(
+        0.8,
+        "fraction of the corpus, from its start, used for training; the rest is the validation set",
+        above=0.0,
+        below=1.0,
+    )
+    padding_chance: float = setting(
+        0.0, "probability that a training sequence starts with padding", least=0.0, most=1.0
+    )
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW, or Muon. A learning rate of None is found by the range test before training."""
+    """AdamW or Muon. If the learning rate is None, the range test chooses it before training."""
 
-    learning_rate: float | None = setting(None, "peak rate; None: found by the range test", above=0.0)
-    weight_decay: float = setting(0.1, "decoupled decay, on arrays of rank 2 and more", least=0.0, most=1.0)
-    betas: tuple[float, float] = setting((0.9, 0.95), "decay of the first and second moments", least=0.0, below=1.0)
-    clip_norm: float | None = setting(None, "largest global norm of the gradient; None: no clipping", above=0.0)
-    accumulation_steps: int = setting(1, "parts that a batch is split into to save memory", least=1)
-    kind: str = setting("adamw", "'muon': the layers' matrices by Muon, all else by AdamW", choices=("adamw", "muon"))
-    muon_factor: float = setting(10.0, "muon: the matrices' rate as a multiple of learning_rate", above=0.0, most=1e6)
-    muon_momentum: float = setting(0.9, "muon: decay of the mean of the matrices' gradients", least=0.0, below=1.0)
-    muon_steps: int = setting(5, "muon: polynomials that make a matrix orthogonal", least=1, most=5)
+    learning_rate: float | None = setting(None, "peak learning rate; None: use the range test", above=0.0)
+    weight_decay: float = setting(0.1, "decoupled weight decay for arrays of rank 2 or more", least=0.0, most=1.0)
+    betas: tuple[float, float] = setting(
+        (0.9, 0.95), "AdamW: decay rates of the first and second moment", least=0.0, below=1.0
+    )
+    clip_norm: float | None = setting(None, "maximum global gradient norm; None: no clipping", above=0.0)
+    accumulation_steps: int = setting(1, "gradient accumulation: microbatches per training step; saves memory", least=1)
+    kind: str = setting(
+        "adamw",
+        "'adamw', or 'muon': Muon for the layers' weight matrices, AdamW for the rest",
+        choices=("adamw", "muon"),
+    )
+    muon_factor: float = setting(
+        10.0, "muon: learning rate of the weight matrices, as a multiple of learning_rate", above=0.0, most=1e6
+    )
+    muon_momentum: float = setting(0.9, "muon: momentum coefficient", least=0.0, below=1.0)
+    muon_steps: int = setting(5, "muon: orthogonalisation iterations per step", least=1, most=5)
 
 
 @dataclass
 class SchedulerConfig:
     """Linear warm-up from min_lr_factor x peak to the peak, then cosine decay to min_lr_factor x peak."""
 
-    epochs: float = setting(100.0, "length of the run", above=0.0, most=1e6)
-    max_steps: int | None = setting(None, "length of the run in steps; overrides epochs", least=1, below=MOST_STEPS)
+    epochs: float = setting(100.0, "run length in epochs", above=0.0, most=1e6)
+    max_steps: int | None = setting(None, "run length in training steps; overrides epochs", least=1, below=MAX_STEPS)
     warmup_epochs: float = setting(1.0, "epochs of linear warm-up", least=0.0, most=1e6)
-    min_lr_factor: float = setting(0.1, "lowest rate as a part of the peak", least=0.0, most=1.0)
+    min_lr_factor: float = setting(0.1, "lowest learning rate, as a fraction of the peak", least=0.0, most=1.0)
 
 
 @dataclass
 class AmpConfig:
-    """Mixed precision: parameters stay float32, matrix products run in `dtype`."""
+    """Mixed precision: parameters stay float32, matrix multiplications run in `dtype`."""
 
-    enabled: bool = setting(True, "off: compute in float32 everywhere")
+    enabled: bool = setting(True, "use mixed precision; False: float32 everywhere")
     dtype: str = setting(
         "auto",
         "'auto' is bfloat16 on TPU and newer GPUs, float16 on older GPUs, float32 on CPU",
@@ -122,38 +141,52 @@ class AmpConfig:
 
 @dataclass
 class LRFinderConfig:
-    """The multi-zoom learning-rate range test."""
+    """Learning-rate range test with several zooms."""
 
-    start_lr: float = setting(1e-10, "lowest rate of the first zoom", above=0.0)
-    end_lr: float = setting(10.0, "highest rate of the first zoom", above=0.0)
-    num_zooms: int = setting(5, "times the range is narrowed", least=1, most=1_000)
-    steps_per_zoom: int = setting(10, "training steps a zoom", least=2, most=10_000)
-    zoom_factor: float = setting(0.5, "part of the old range's margin that is kept", above=0.0, below=1.0)
-    method: str = setting("steepest", "which rate is proposed", choices=("steepest", "lowest", "balanced"))
+    start_lr: float = setting(1e-10, "lowest learning rate of the first zoom", above=0.0)
+    end_lr: float = setting(10.0, "highest learning rate of the first zoom", above=0.0)
+    num_zooms: int = setting(5, "number of zooms; each searches a narrower range", least=1, most=1_000)
+    steps_per_zoom: int = setting(10, "training steps per zoom", least=2, most=10_000)
+    zoom_factor: float = setting(
+        0.5,
+        "fraction of the (log) distance from the proposed rate to each end that the next zoom keeps",
+        above=0.0,
+        below=1.0,
+    )
+    method: str = setting(
+        "steepest",
+        "learning rate to choose: at the steepest descent, at the lowest loss, or the mean of both ('balanced')",
+        choices=("steepest", "lowest", "balanced"),
+    )
 
 
 @dataclass
 class TrainConfig:
-    """How a run is looked after. None of these changes what is learned."""
+    """Dispatches, logging, validation and checkpoints. These settings do not change what the model learns."""
 
-    steps_per_dispatch: int = setting(0, "updates a call of the compiled step; 0: about two seconds of work", least=0)
-    log_every: int = setting(10, "steps between two lines of metrics.jsonl", least=1)
-    validate_every: float = setting(
-        1.0, "epochs between two validations, each followed by a checkpoint", above=0.0, most=1e6
+    steps_per_dispatch: int = setting(
+        0, "training steps per dispatch (one call of the compiled loop); 0: about two seconds' worth", least=0
     )
-    keep_last: int = setting(2, "newest checkpoints that are kept, besides the best by validation", least=1)
+    log_every: int = setting(10, "training steps between lines in metrics.jsonl", least=1)
+    validate_every: float = setting(1.0, "epochs between validations; a checkpoint follows each", above=0.0, most=1e6)
+    keep_last: int = setting(
+        2, "number of newest checkpoints to keep, in addition to the one with the best validation loss", least=1
+    )
 
 
 @dataclass
 class SampleConfig:
-    """What `run` writes when training is done."""
+    """Samples that `run` generates at the end of training."""
 
     prompts: tuple[str, ...] = setting(("\n",), "texts to continue")
-    max_new_tokens: int = setting(300, "characters to write", least=1, most=MOST_TEXT)
-    temperature: float = setting(0.8, "0 takes the likeliest character", least=0.0, most=MOST_TEMPERATURE)
-    top_k: int | None = setting(None, "sample among the k likeliest; None: all", least=1)
+    max_new_tokens: int = setting(300, "characters to generate", least=1, most=MAX_TEXT)
+    temperature: float = setting(0.8, "sampling temperature; 0: greedy", least=0.0, most=MAX_TEMPERATURE)
+    top_k: int | None = setting(None, "sample from the k most likely characters; None: all", least=1)
     top_p: float | None = setting(
-        None, "sample among the likeliest that hold this mass; None: all", above=0.0, most=1.0
+        None,
+        "nucleus sampling: the fewest most likely characters with total probability of at least p; None: all",
+        above=0.0,
+        most=1.0,
     )
 
 
@@ -172,7 +205,7 @@ class AncestorConfig:
 
 @dataclass
 class Config:
-    """A whole run. Two runs with equal configs and corpora on equal devices learn the same bits."""
+    """All settings of a run. Equal configs and corpora on equal devices give bit-identical results."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -183,7 +216,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     ancestor: AncestorConfig = field(default_factory=AncestorConfig)
-    seed: int = setting(0, "every random number of a run follows from it", least=0, below=2**31)
+    seed: int = setting(0, "random seed of the run", least=0, below=2**31)
 
 
 RENAMED = {
@@ -210,7 +243,7 @@ def validate(config: Config) -> Config:
     """Check every field's type and limits and the relations between fields; return the config.
 
     Raises:
-        UserError: naming the first field that is wrong, its value and what it must be.
+        UserError: for the first invalid field, with its value and the rule.
     """
     for section in dataclasses.fields(config):
         value = getattr(config, section.name)
@@ -226,7 +259,7 @@ def validate(config: Config) -> Config:
     if model.vocab_size % VOCAB_MULTIPLE:
         raise UserError(
             f"model.vocab_size is {model.vocab_size}, but it must be a multiple of {VOCAB_MULTIPLE}: leave it at 0 to "
-            "take it from the corpus."
+            "set it from the corpus."
         )
     if config.lr_finder.start_lr >= config.lr_finder.end_lr:
         raise UserError(
@@ -239,36 +272,36 @@ def validate(config: Config) -> Config:
             f"data.batch_size ({data.batch_size}): choose a divisor."
         )
     if not config.sample.prompts or "" in config.sample.prompts:
-        raise UserError("sample.prompts holds an empty text, but each prompt needs a character: try ('\\n',).")
-    if sum(map(len, config.sample.prompts)) > MOST_TEXT:
-        raise UserError(f"sample.prompts holds more than {MOST_TEXT:,} characters, which is the most: shorten them.")
-    if least_bytes(config) > MOST_BYTES:
+        raise UserError("sample.prompts holds an empty prompt, but each needs at least one character: try ('\\n',).")
+    if sum(map(len, config.sample.prompts)) > MAX_TEXT:
+        raise UserError(f"sample.prompts holds more than the maximum of {MAX_TEXT:,} characters: shorten them.")
+    if min_memory(config) > MAX_BYTES:
         raise UserError(
-            f"This model and batch take at least {least_bytes(config) // 10**9:,} GB of memory to train, but more than "
-            f"{MOST_BYTES // 10**9:,} GB are not tried: lower the sizes of model, or data.batch_size."
+            f"Training this config needs at least {min_memory(config) // 10**9:,} GB of memory, but the limit is "
+            f"{MAX_BYTES // 10**9:,} GB: lower the sizes of model, or data.batch_size."
         )
     return config
 
 
-def least_bytes(config: Config) -> int:
-    """Return the bytes that training takes at least.
+def min_memory(config: Config) -> int:
+    """Return a lower bound on the bytes that training needs.
 
-    Four float32 numbers a parameter (itself, its gradient and AdamW's moments, or Muon's mean and direction), and for
-    the sequences that are worked on at once their ids, the residual stream before each layer, one layer's widest array,
-    and the logits.
+    It counts four float32 values per parameter: the parameter, its gradient and AdamW's two moments, or Muon's momentum
+    and update. For each character of a microbatch it counts the ids, the residual stream before every layer, the widest
+    array of one layer, and the logits.
     """
     m = config.model
     width, table = m.n_head * m.n_head_dim, max(m.vocab_size, VOCAB_MULTIPLE)
     layer = 4 * m.n_embd * (width + 1) + 3 * width + 2 * m.n_embd * m.n_ff + m.n_ff + 2 * m.n_embd
     characters = config.data.batch_size // config.optimizer.accumulation_steps * m.block_size
-    kept = 2 + m.n_embd * (m.n_layer + 1) + max(3 * width, m.n_ff) + table
-    return 16 * (table * m.n_embd + m.n_layer * layer) + 4 * characters * kept
+    per_character = 2 + m.n_embd * (m.n_layer + 1) + max(3 * width, m.n_ff) + table
+    return 16 * (table * m.n_embd + m.n_layer * layer) + 4 * characters * per_character
 
 
 def shown(value: Any) -> str:
-    """Return a value as code, cut where it is long, for a message."""
-    if isinstance(value, int) and abs(value) >= MOST_WHOLE:
-        return "a number of many digits"
+    """Return a value as code for a message; long ones are truncated."""
+    if isinstance(value, int) and abs(value) >= MAX_INT:
+        return "an integer of more than 18 digits"
     return _SHORT.repr(value)
 
 
@@ -299,10 +332,10 @@ def _check_value(name: str, item: dataclasses.Field, kind: type, value: Any) -> 
 
     accepted: tuple[type, ...] = (float, int) if kind is float else (kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        names = {float: "a number", int: "a whole number", str: "a text", bool: "True or False"}
+        names = {float: "a number", int: "an integer", str: "a string", bool: "True or False"}
         raise wrong(names.get(kind, kind.__name__))
-    if isinstance(value, int) and abs(value) >= MOST_WHOLE:
-        raise wrong("of at most 18 digits")
+    if isinstance(value, int) and abs(value) >= MAX_INT:
+        raise wrong("an integer of at most 18 digits")
     if kind is float and not abs(typing.cast(float, value)) < math.inf:
         raise wrong("a finite number")
     if "choices" in limits and value not in limits["choices"]:
@@ -316,4 +349,4 @@ def _check_value(name: str, item: dataclasses.Field, kind: type, value: Any) -> 
     if "most" in limits and not value <= limits["most"]:
         raise wrong(f"at most {limits['most']:,.10g}")
     if limits.get("even") and typing.cast(int, value) % 2:
-        raise wrong("even, since rotary encoding pairs its two halves")
+        raise wrong("even, because rotary position embedding rotates its two halves")

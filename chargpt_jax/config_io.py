@@ -1,4 +1,4 @@
-"""Configs in files: read and write JSON, run a config file, compare two configs, suggest the nearest field name."""
+"""Config files: read and write JSON, run a Python config file, compare two configs, suggest the nearest field."""
 
 import dataclasses
 import difflib
@@ -12,12 +12,12 @@ from typing import Any
 from chargpt_jax.config import DROPOUT_BITS, RENAMED, Config, renamed_field, shown, validate
 from chargpt_jax.errors import UserError
 
-MOST_JSON = 32 << 20
-"""Bytes of the largest JSON file that is read, but for those that hold a long text's numbers."""
+MAX_JSON = 32 << 20
+"""Maximum size of a JSON file in bytes; files of samples have a limit of their own."""
 
 
 RESOLVED = ("model.vocab_size", "model.used_ids", "optimizer.learning_rate")
-"""Fields that a run fills in for itself when they are left unset."""
+"""Fields that a run sets itself if the config leaves them unset."""
 
 
 MAY_CHANGE = (
@@ -26,11 +26,14 @@ MAY_CHANGE = (
     *("data.timeout", "data.max_megabytes", "data.mirrors"),
     *("model.remat", "model.attention_block", "optimizer.accumulation_steps"),
 )
-"""Fields, or sections, that a resumed run may change, since what was learned so far stays valid.
+"""Fields, or sections, that may change when a run is resumed, because the trained parameters stay valid.
 
-Logging, validation, checkpoints and samples; how long the run is, though not shorter than it is already (the rate
-follows the new length from there on); how a text is fetched; and what fits a step into the memory of a device, which
-may change the order of sums, and so last bits. Which and how many devices there are is no setting, and may change too.
+- Logging, validation, checkpoints and samples.
+- The length of the run, but not below the current step. The learning rate follows the new schedule from there on.
+- Download settings.
+- Settings that save memory. They may change the order of sums, and so cause rounding differences.
+
+The devices are not part of the config and may change, too.
 """
 
 
@@ -44,21 +47,21 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def differences(saved: Config, given: Config) -> list[str]:
-    """List, a line each, the fields in which a given config contradicts the one a workdir was made with.
+    """Return one line for each field in which a given config contradicts the saved one of a workdir.
 
-    Fields that a run resolves for itself count only where both sides give them; fields that may change do not count.
+    Fields that a run sets itself count only if both configs set them. Fields that may change do not count.
     """
     old, new = flatten(saved), flatten(given)
     lines = []
     for name, value in new.items():
         unset = name in RESOLVED and not (value and old[name])
         if value != old[name] and not unset and not name.startswith(MAY_CHANGE):
-            lines.append(f"{name}: {shown(old[name])} there, {shown(value)} given")
+            lines.append(f"{name}: saved {shown(old[name])}, given {shown(value)}")
     return lines
 
 
 def to_json(config: Config) -> str:
-    """Write a config as indented JSON; `from_json` reads it back."""
+    """Return a config as indented JSON; `from_dict` reads it back."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
@@ -72,13 +75,13 @@ def from_dict(saved: dict[str, Any]) -> Config:
     """
     config = Config()
     if not isinstance(saved, dict):
-        raise UserError(f"A config is an object of sections, but this is a {type(saved).__name__}.")
+        raise UserError(f"A config must be a JSON object of sections, but this is a {type(saved).__name__}.")
     for name, value in _with_new_names(saved).items():
         if not isinstance(value, dict):
             if dataclasses.is_dataclass(getattr(config, name, None)):
                 raise UserError(
                     f"{name} is {shown(value)}, but it must be a section of the config, an object of fields: "
-                    "correct it, or leave it out for the defaults."
+                    "correct it, or remove it for the defaults."
                 )
             _set(config, name, name, value)
             continue
@@ -129,7 +132,7 @@ def optional_fields(section: str) -> list[str]:
 
 
 def help_lines() -> list[str]:
-    """Describe every field in a line: its name, default and meaning."""
+    """Return one line for every field: its name, default and meaning."""
     lines = []
     for path, default in flatten(Config()).items():
         section, _, name = path.rpartition(".")
@@ -140,12 +143,12 @@ def help_lines() -> list[str]:
 
 
 def unknown_field(path: str) -> UserError:
-    """Return the error for a field that no config has, with the nearest one that it has."""
+    """Return the error for an unknown field; it names the new name or suggests the nearest field."""
     if (renamed := renamed_field(path)) is not None:
         return renamed
     known = list(flatten(Config()))
     tails = {name.rpartition(".")[2]: name for name in known}
-    path = path[:200]  # to compare is slow
+    path = path[:200]  # the comparison is slow
     near = difflib.get_close_matches(path, known, 1, 0.6)
     near = near or [tails[t] for t in difflib.get_close_matches(path.rpartition(".")[2], list(tails), 1, 0.6)]
     hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(vars(Config()))}."
@@ -156,14 +159,16 @@ def find_config(name: str) -> Path:
     """Return the file of a config given by path or by the bare name of a shipped one ('small').
 
     Raises:
-        UserError: where neither is there, listing the shipped names.
+        UserError: if there is no such file; the message lists the shipped names.
     """
     try:
         path = Path(name).expanduser()
         if path.is_file():
             return path
     except (OSError, RuntimeError) as error:
-        raise UserError(f"--config is {name[:80]!r}, but that is no file's name ({error}): correct it.") from None
+        raise UserError(
+            f"--config is {name[:80]!r}, but that is not a valid file name ({error}): correct it."
+        ) from None
     here = Path(__file__).parent
     for folder in (here / "configs", here.parent / "configs"):
         if folder.is_dir():
@@ -182,46 +187,50 @@ def _read_config(path: Path) -> Config:
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not the config of a run ({error}): give another.") from None
+        raise UserError(f"{path} is not a valid run config ({error}): give another file.") from None
 
 
-def read_json(path: Path, most: int = MOST_JSON) -> Any:
-    """Read a JSON file that anybody may have written: of sane size, no name twice in an object, no NaN or Infinity.
+def read_json(path: Path, limit: int = MAX_JSON) -> Any:
+    """Read an untrusted JSON file. It must be of limited size, without duplicate names, NaN and Infinity.
+
+    Args:
+        path: of a regular file.
+        limit: maximum size in bytes.
 
     Raises:
-        OSError: where it cannot be read.
-        ValueError: where it is not that, saying what is wrong.
+        OSError: if it cannot be read.
+        ValueError: if it is invalid; the message gives the reason.
     """
     if path.exists() and not path.is_file():
-        raise ValueError("it is no file")  # reading a pipe would wait for ever
+        raise ValueError("not a regular file")  # reading a pipe would block
     with path.open("rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"it is larger than {most >> 20} MiB")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"larger than {limit >> 20} MiB")
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_once_each, parse_constant=_no_number)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique_names, parse_constant=_refuse_constant)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("nested too deeply") from None
 
 
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"it has {shown(name)} twice in one object")
+            raise ValueError(f"it contains {shown(name)} twice in one object")
         found[name] = value
     return found
 
 
-def _no_number(name: str) -> Any:
-    raise ValueError(f"it holds {name}, which is no number of JSON")
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"it contains {name}, which JSON does not allow")
 
 
 def load_config(name: str) -> Config:
     """Run a config file's `get_config()`, or read the config.json of a run; `name` as in `find_config`.
 
     Raises:
-        UserError: where the file is missing or does not give a `Config`.
+        UserError: if the file is missing or does not return a `Config`.
     """
     path = find_config(name)
     if path.suffix == ".json":
@@ -230,7 +239,7 @@ def load_config(name: str) -> Config:
     if spec is None or spec.loader is None:
         raise UserError(f"--config is {name!r}, but that is not a Python file: give one that ends in .py, or .json.")
     module = importlib.util.module_from_spec(spec)
-    kept, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # or a folder of bytecode appeared beside the file
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no __pycache__ next to a user's file
     try:
         spec.loader.exec_module(module)
         config = module.get_config() if hasattr(module, "get_config") else None
@@ -243,7 +252,7 @@ def load_config(name: str) -> Config:
         what = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"{path} fails with {type(error).__name__} ({what}): correct it.") from error
     finally:
-        sys.dont_write_bytecode = kept
+        sys.dont_write_bytecode = before
     if not isinstance(config, Config):
         raise UserError(f"{path} does not define get_config() returning a chargpt_jax Config: see configs/small.py.")
     return config

@@ -1,6 +1,17 @@
-"""What a run tells while it goes, as typed events: the loop yields them, terminals and notebooks show them."""
+"""Typed events that a run yields; terminals and notebooks display them. Losses are in nats per character."""
 
+import math
 from dataclasses import dataclass
+
+
+def bits_per_character(nats: float) -> float:
+    """Convert a loss in nats per character to bits per character."""
+    return nats / math.log(2)
+
+
+def perplexity(nats: float) -> float:
+    """Return the perplexity, exp(loss), of a loss in nats per character; infinity if that overflows."""
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 @dataclass(frozen=True)
@@ -10,37 +21,40 @@ class Prepared:
     titles: tuple[str, ...]
     characters: int
     n_train: int
+    """Characters of the training set."""
     n_validation: int
+    """Characters of the validation set."""
     n_ids: int
-    """Distinct characters and the padding."""
+    """Distinct characters, plus one for the padding."""
     vocab_size: int
     stand_in_for: str | None
-    """The source that could not be had, where another text stands in for it."""
+    """The source that could not be downloaded, if another text is used instead of it."""
 
 
 @dataclass(frozen=True)
 class Zoom:
-    """One zoom of the learning-rate range test; only points that lowered the loss are kept."""
+    """One zoom of the learning-rate range test; it holds only the points whose loss is below all earlier ones."""
 
     number: int
     """Counted from 1."""
     low: float
-    """The rates went from here..."""
+    """Lowest learning rate."""
     high: float
-    """...to here, evenly in log space."""
+    """Highest learning rate; the rates between are evenly spaced in log space."""
     lrs: tuple[float, ...]
     losses: tuple[float, ...]
     """Nats per character."""
     steepest: float
+    """Learning rate at the steepest descent of the loss."""
     lowest: float
-    """The rate at the least loss of any zoom so far: rates only go down."""
+    """Learning rate at the lowest loss of all zooms so far."""
     best: float
-    """What this zoom proposes."""
+    """Learning rate that this zoom proposes."""
 
 
 @dataclass(frozen=True)
 class LRFinderResult:
-    """The outcome of the range test."""
+    """The result of the range test."""
 
     learning_rate: float
     method: str
@@ -51,7 +65,7 @@ class LRFinderResult:
 
 @dataclass(frozen=True)
 class LRFinderStep:
-    """The range test has made one more training step."""
+    """The range test has made one training step."""
 
     step: int
     """Counted from 1 over all zooms."""
@@ -60,45 +74,45 @@ class LRFinderStep:
     """Counted from 1."""
     learning_rate: float
     loss: float
-    """Nats per character, before this rate's update; may be nan."""
+    """Nats per character, before this learning rate was applied; may be NaN."""
 
 
 @dataclass(frozen=True)
 class TrainStarted:
-    """Training is about to begin, or to go on from a checkpoint."""
+    """Training is about to start, or to resume from a checkpoint."""
 
     parameters: int
     first_step: int
-    """Updates already made."""
+    """Number of training steps in the checkpoint; 0 for a new run."""
     total_steps: int
     epoch_steps: int
     epochs: float
     learning_rate: float
-    """The schedule's peak."""
+    """Peak of the schedule."""
     device: str
     dtype: str
     training: tuple[tuple[int, float], ...] = ()
-    """(step, loss) as logged so far, nats per character."""
+    """(step, loss) of the training steps logged so far, nats per character."""
     validation: tuple[tuple[int, float], ...] = ()
     """(step, loss) of the validations so far, nats per character."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """The updates are compiled, or taken from the compilation cache."""
+    """The training loop is compiled, or loaded from the compilation cache."""
 
     seconds: float
-    """Of tracing and compiling; the first parameters are drawn meanwhile."""
+    """Time of tracing and compiling; the parameters are initialised in the meantime."""
     flops_per_step: float
-    """Operations of one update, by `flops.training_flops`."""
+    """Floating-point operations of one training step, by `flops.training_flops`."""
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Updates have been made; numbers are those of the last one."""
+    """Training steps have been made; the values are those of the last one."""
 
     step: int
-    """Updates made so far."""
+    """Number of training steps so far."""
     epoch: float
     loss: float
     """Nats per character."""
@@ -106,13 +120,14 @@ class Steps:
     grad_norm: float
     tokens_per_second: float
     seconds: float
-    """Of training and validation so far, interruptions left out."""
+    """Time of training and validation so far, without interruptions."""
     seconds_left: float
+    """Estimated time to the last step."""
 
 
 @dataclass(frozen=True)
 class Validated:
-    """Every held-out character has been predicted once."""
+    """The loss on the validation set has been computed."""
 
     step: int
     epoch: float
@@ -120,9 +135,9 @@ class Validated:
     """Nats per character."""
     bits_per_character: float
     best: bool
-    """Lower than at every validation before."""
+    """Whether the loss is below that of every earlier validation."""
     seconds: float
-    """Of training and validation so far, interruptions left out."""
+    """Time of training and validation so far, without interruptions."""
 
 
 @dataclass(frozen=True)
@@ -135,19 +150,21 @@ class Saved:
 
 @dataclass(frozen=True)
 class Ended:
-    """Training is over, or was stopped after a checkpoint: by a signal, or because time was up."""
+    """Training has ended: it is complete, or a signal or the time limit stopped it after a checkpoint."""
 
     step: int
     seconds: float
+    """Time of training and validation, without interruptions."""
     best_loss: float
-    """Nats per character, of all validations."""
+    """Lowest validation loss, nats per character."""
     signal: int | None = None
-    """The number of the signal that ended it."""
+    """The number of the signal that stopped training."""
     out_of_time: bool = False
+    """Whether the time limit stopped training."""
 
     @property
     def complete(self) -> bool:
-        """Whether the schedule's last step is made."""
+        """Whether the last step of the schedule has been made."""
         return self.signal is None and not self.out_of_time
 
 

@@ -19,7 +19,8 @@ import pytest
 
 import chargpt_jax
 from chargpt_jax import main
-from chargpt_jax.config import MOST_TEXT
+from chargpt_jax.cli.terminal import as_json
+from chargpt_jax.config import MAX_TEXT
 from chargpt_jax.errors import UserError
 from chargpt_jax.storage import checkpoint
 from chargpt_jax.storage.workdir import Workdir
@@ -91,7 +92,7 @@ MISTAKES = [
     ("generate --prompt=ab --max_new_tokens=0", 2, "max_new_tokens is 0, but it must be between 1 and 1,000,000"),
     ("generate --prompt=ab --max_new_tokens=-5", 2, "max_new_tokens is -5"),
     ("generate --prompt=ab --max_new_tokens=1000001", 2, "max_new_tokens is 1000001"),
-    (f"generate --prompt=ab --max_new_tokens={10**40}", 2, "max_new_tokens is a number of many digits"),
+    (f"generate --prompt=ab --max_new_tokens={10**40}", 2, "max_new_tokens is an integer of more than 18 digits"),
     ("generate --prompt=ab --top_k=0", 2, "top_k is 0"),
     ("generate --prompt=ab --top_k=-3", 2, "top_k is -3"),
     ("generate --prompt=ab --top_p=nan", 2, "top_p is nan"),
@@ -100,7 +101,7 @@ MISTAKES = [
     ("generate --prompt=ab --top_p=-1", 2, "top_p is -1.0"),
     ("generate --prompt=ab --seed=-1", 2, "seed is -1"),
     ("generate --prompt=ab --seed=2147483648", 2, "seed is 2147483648"),
-    (f"generate --prompt=ab --seed={10**40}", 2, "seed is a number of many digits"),
+    (f"generate --prompt=ab --seed={10**40}", 2, "seed is an integer of more than 18 digits"),
     (f"generate --prompt=ab --seed={'9' * 5000}", 2, "--seed="),
     ("generate --prompt=", 2, "The text is empty"),
     ("generate --prompt=ab --prompt=", 2, "The text is empty"),
@@ -161,11 +162,11 @@ def test_of_a_prompt_longer_than_the_context_the_end_is_read(model: chargpt_jax.
 
 
 def test_a_text_beyond_what_is_read_in_one_go_is_refused(model: chargpt_jax.Model) -> None:
-    for call in (lambda: model.generate("a" * (MOST_TEXT + 1)), lambda: model.score("a" * (MOST_TEXT + 1))):
+    for call in (lambda: model.generate("a" * (MAX_TEXT + 1)), lambda: model.score("a" * (MAX_TEXT + 1))):
         with pytest.raises(UserError, match="1,000,000 are the most"):
             call()
     with pytest.raises(UserError, match="too many at once"):
-        model.generate(["ab"] * 50, MOST_TEXT)
+        model.generate(["ab"] * 50, MAX_TEXT)
     with pytest.raises(UserError, match="no prompt"):
         model.generate([])
 
@@ -182,7 +183,7 @@ def test_samplers_at_the_edge_of_what_float32_holds_still_write_characters(model
 
 def test_json_has_no_nan_and_no_control_character() -> None:
     value = {"loss": math.nan, "all": [1.5, math.inf, (-math.inf, "a\x7f\x1b\u202e\ud800")], "n": 1, "none": None}
-    text = main.as_json(value)
+    text = as_json(value)
     again = json.loads(text, parse_constant=pytest.fail)
     assert again == {"loss": None, "all": [1.5, None, [None, "a\x7f\x1b\u202e\ud800"]], "n": 1, "none": None}
     assert text.isascii()
@@ -197,7 +198,7 @@ def test_a_run_that_cannot_be_written_is_still_read_from(asked: Asked, monkeypat
     code, out, err = asked("--mode=generate", "--prompt=ab", "--max_new_tokens=10")
     assert code == 0
     assert out.startswith("ab")
-    assert "cannot be kept" in err
+    assert "Cannot save the samples" in err
     assert "Read-only file system" in err
 
 

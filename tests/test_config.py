@@ -125,7 +125,7 @@ def test_differences_ignores_a_resolved_field_only_while_one_side_leaves_it_open
     assert differences(changed(name, unset), changed(name, value)) == []
     assert differences(changed(name, value), changed(name, value)) == []
     (line,) = differences(changed(name, value), changed(name, 2 * value))
-    assert line == f"{name}: {value!r} there, {2 * value!r} given"
+    assert line == f"{name}: saved {value!r}, given {2 * value!r}"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -138,7 +138,7 @@ def test_no_numeric_field_takes_nan_or_infinity(name, value):
 @pytest.mark.parametrize("value", [True, 3.0, "3", (3,)])
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_whole_number_is_not_a_bool_a_float_or_a_text(name, value):
-    with pytest.raises(UserError, match=rf"^{name} is .*must be a whole number"):
+    with pytest.raises(UserError, match=rf"^{name} is .*must be an integer"):
         validate(changed(name, value))
 
 

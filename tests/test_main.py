@@ -18,12 +18,13 @@ import jax
 import jax.monitoring
 import pytest
 
-from chargpt_jax import main as main_module
-from chargpt_jax.cli import selftest
-from chargpt_jax.cli.flags import MODES
-from chargpt_jax.config_io import to_json
+from chargpt_jax.cli import commands, selftest
+from chargpt_jax.cli.flags import MODES, define_flags
+from chargpt_jax.cli.signals import Signals
+from chargpt_jax.config import Config
+from chargpt_jax.config_io import flatten, to_json
 from chargpt_jax.data.batches import windows_per_pass
-from chargpt_jax.main import Signals, main
+from chargpt_jax.main import main
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import stages
 from chargpt_jax.training.pacing import Ending
@@ -112,7 +113,11 @@ def test_a_compilation_is_noticed() -> None:
 def test_help_names_all_modes_and_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chargpt", "--help"]) == 0
     shown = capsys.readouterr()
-    assert all(mode in shown.out for mode in MODES)
+    lines = shown.out.splitlines()
+    assert all(any(line.startswith(f"  {mode} ") for line in lines) for mode in MODES)
+    assert all(any(line.startswith(f"  --{name}: ") for line in lines) for name in define_flags() if name != "h")
+    assert all(any(line.startswith(f"    {field}=") for line in lines) for field in flatten(Config()))
+    assert all(any(line.startswith(f"  {code} ") for line in lines) for code in (0, 1, 2, 3, 4, 5, 130, 143))
     assert shown.err == ""
 
 
@@ -129,7 +134,7 @@ FLAG_MISTAKES = [
     ("--config=/no/such/file.py", "nanogpt_baby, nanogpt_cpu, small, tiny"),
     ("--config=.", "nanogpt_baby, nanogpt_cpu, small, tiny"),
     ("--config=text.txt", "'text.txt', but that is not a Python file"),
-    ("--config=broken.json", "broken.json is not the config of a run"),
+    ("--config=broken.json", "broken.json is not a valid run config"),
     ("--workdir=elsewhere", "needs a config: give --config=small"),
     ("--config.model.n_layer=3", "needs a --config to change"),
     ("--config.x.y=3 --mode=info", "needs a --config to change"),
@@ -158,8 +163,8 @@ FLAG_MISTAKES = [
     ("--config=tiny --max_minutes=nan", "--max_minutes is nan"),
     ("--config=tiny --max_minutes=inf", "--max_minutes is inf"),
     ("--config=tiny --max_minutes=soon", "--max_minutes=soon"),
-    ("--config=tiny --mode=prepare --max_minutes=5", "--max_minutes means nothing to --mode=prepare"),
-    ("--config=tiny --kills=5", "--kills means nothing to --mode=run"),
+    ("--config=tiny --mode=prepare --max_minutes=5", "--max_minutes does not apply to --mode=prepare"),
+    ("--config=tiny --kills=5", "--kills does not apply to --mode=run"),
     ("--mode=selftest --kills=-1", "--kills is -1, but it must be between 0 and"),
     ("--mode=selftest --corruptions=many", "--corruptions=many"),
 ]
@@ -235,7 +240,7 @@ FIELD_MISTAKES = [
     ("model.dropout_bits=hash", "model.dropout_bits was removed"),
     ("sample.temperature=-1", "sample.temperature is -1.0"),
     ("sample.top_p=1.5", "sample.top_p is 1.5, but it must be at most 1"),
-    ("\"sample.prompts=('a', '')\"", "sample.prompts holds an empty text"),
+    ("\"sample.prompts=('a', '')\"", "sample.prompts holds an empty prompt"),
 ]
 
 
@@ -355,10 +360,10 @@ def test_a_read_only_place_is_refused(refused: Refused, monkeypatch: pytest.Monk
 def test_a_run_made_with_another_config_is_not_touched(refused: Refused, here: Path) -> None:
     prepare(here)
     message = refused(f"{PREPARE} --config.model.n_layer=7 --config.model.dropout=0.5 --config.sample.temperature=0.1")
-    assert "model.n_layer: 3 there, 7 given" in message
-    assert "model.dropout: 0.0 there, 0.5 given" in message
+    assert "model.n_layer: saved 3, given 7" in message
+    assert "model.dropout: saved 0.0, given 0.5" in message
     assert "temperature" not in message
-    assert "model.block_size: 128 there, 512 given" in refused("--config=small --workdir=run")
+    assert "model.block_size: saved 128, given 512" in refused("--config=small --workdir=run")
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"model": {"n_layers": 3}}', '{"model": 3}'])
@@ -391,8 +396,11 @@ def test_a_run_without_a_checkpoint_has_an_exit_code_of_its_own(
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("--mode=generate --stream --prompt=a --prompt=b", "--stream shows one text, but there are 2 prompts"),
-        ("--mode=generate --stream", "--stream shows one text, but there are 2 prompts"),  # tiny has two of its own
+        ("--mode=generate --stream --prompt=a --prompt=b", "--stream prints one sequence, but there are 2 prompts"),
+        (
+            "--mode=generate --stream",
+            "--stream prints one sequence, but there are 2 prompts",
+        ),  # tiny has two of its own
         ("--mode=generate --step=first", "'best', 'latest' or a number"),
         ("--mode=score --text_file=latin.txt", "cannot be read as utf-8 at byte 3"),
         ("--mode=score --text_file=nul.txt", "binary (NUL at byte 3)"),
@@ -419,7 +427,7 @@ def test_a_signal_ends_a_command_that_has_nothing_to_save_at_once_and_plainly(
 ) -> None:
     prepare(here)
     before = signal.getsignal(getattr(signal, name))
-    monkeypatch.setattr(main_module, "_info", lambda *_: os.kill(os.getpid(), getattr(signal, name)) or time.sleep(5))
+    monkeypatch.setitem(commands.MODES, "info", lambda _: os.kill(os.getpid(), getattr(signal, name)) or time.sleep(5))
     assert refused("--mode=info --workdir=run", code) == f"chargpt: Stopped by {name}.\n"
     assert signal.getsignal(getattr(signal, name)) == before
 
@@ -430,7 +438,7 @@ def test_a_signal_while_the_text_is_prepared_leaves_nothing_behind(
 ) -> None:
     monkeypatch.setattr(stages, "load_corpus", lambda *_, **__: os.kill(os.getpid(), getattr(signal, name)) or ("", []))
     said = refused(PREPARE, code)
-    assert said == f"chargpt: Stopped by {name}: the same command goes on from what is saved.\n"
+    assert said == f"chargpt: Stopped by {name}: run the same command again to continue from the saved state.\n"
 
 
 def test_what_a_library_makes_of_an_interruption_is_not_shown(
@@ -443,13 +451,13 @@ def test_what_a_library_makes_of_an_interruption_is_not_shown(
         except BaseException as error:
             raise ImportError("half a module") from error
 
-    monkeypatch.setattr(main_module, "_selftest", convert)
+    monkeypatch.setitem(commands.MODES, "selftest", convert)
     assert "half a module" not in refused("--mode=selftest", 143)
 
 
 def test_while_training_signals_wait_and_outside_the_main_thread_there_are_none() -> None:
     with Signals() as signals:
-        signals.gentle = True
+        signals.deferred = True
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received() == signal.SIGTERM
         assert (signals.name, signals.code) == ("SIGTERM", 143)
@@ -488,7 +496,7 @@ def test_a_time_limit_ends_in_time_and_the_same_command_goes_on(
         assert main(line) == 0
     first = made()
     assert 4 <= first < 12
-    assert f"out of time after step {first}; the same command goes on from there" in capsys.readouterr().out
+    assert f"time limit reached after step {first}; run the same command again to resume" in capsys.readouterr().out
     assert main(line) == 0
     assert f"resuming after step {first} of 12" in capsys.readouterr().out
     assert [x["step"] for x in Workdir("run").load_metrics() if x["event"] == "step"] == list(range(1, 13))
@@ -525,7 +533,7 @@ def test_a_second_interrupt_leaves_at_once_even_out_of_compiled_code(here: Path)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=5)[1]
     assert process.returncode == 130
-    assert "Left at once; what was saved before is whole." in said
+    assert "Exited immediately; files saved earlier are intact." in said
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file descriptors of POSIX")

@@ -1,7 +1,7 @@
-"""The command line: every flag, which mode it means something to, and a plain sentence for each mistake.
+"""The command line: its flags, the modes that each belongs to, and a one-line message for each mistake.
 
-`--config` names a file, and where it is left out a run goes on with its own; `--config.section.field=value` overrides
-what it says, through ml_collections. JAX is not imported here, so a mistyped command is answered at once.
+`--config` names a config file; without it an existing run uses its saved config. `--config.section.field=value`
+overrides a field, through ml_collections. This file does not import JAX, so a mistyped command is answered at once.
 """
 
 import difflib
@@ -16,77 +16,97 @@ from chargpt_jax.config import Config
 from chargpt_jax.config_io import find_config, flatten, help_lines, load_config, optional_fields, unknown_field
 from chargpt_jax.errors import UserError
 
-MODES = (
-    "run",
-    "prepare",
-    "find_lr",
-    "train",
-    "eval",
-    "generate",
-    "score",
-    "export",
-    "import",
-    "info",
-    "compile",
-    "selftest",
-)
+MODES = {
+    "run": "all stages: prepare the text, find a learning rate if none is set, train, generate samples, write a report",
+    "prepare": "load the text, remove the licence, repair encoding errors, encode it",
+    "find_lr": "run only the learning-rate range test",
+    "train": "train, or resume training",
+    "eval": "compute the loss on the full validation set",
+    "generate": "continue --prompt (may be repeated)",
+    "score": "compute the loss and the metrics of each character of --text or --text_file",
+    "export": "write the model to --out, for Hugging Face transformers or for the original PyTorch code",
+    "import": "create a run from a checkpoint of the original PyTorch code (--from)",
+    "info": "print a run's settings, progress and speed",
+    "compile": "compile a config's programs for a TPU, without a TPU (--topology)",
+    "selftest": "stop small trainings at random moments, damage their checkpoints, and check that no data is lost",
+}
+"""What each mode does."""
+
+EXIT_CODES = {
+    0: "success, or time limit reached after saving",
+    1: "self-test failed",
+    2: "invalid arguments or input, or disk not writable",
+    3: "no usable checkpoint",
+    4: "non-finite loss (NaN or infinity)",
+    5: "checkpoint could not be written",
+    130: "stopped by SIGINT (during training: after saving a checkpoint)",
+    143: "stopped by SIGTERM or SIGHUP (during training: after saving a checkpoint)",
+}
+"""What each exit code means."""
+
 NEEDS_CONFIG = ("run", "prepare", "find_lr", "train", "compile")
-USES_MODEL = ("generate", "score", "eval")
-MODES_OF = {
+FLAG_MODES = {
+    **dict.fromkeys(("profile", "max_minutes"), ("run", "train")),
     **dict.fromkeys(("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "stream"), ("generate",)),
-    "seed": ("generate", "selftest"),
+    "skip_unknown": ("generate", "score"),
     **dict.fromkeys(("text", "stride"), ("score",)),
     "text_file": ("score", "import"),
-    "skip_unknown": ("generate", "score"),
-    "step": (*USES_MODEL, "export"),
+    "step": ("generate", "score", "eval", "export"),
+    "seed": ("generate", "selftest"),
     **dict.fromkeys(("format", "out"), ("export",)),
     "from": ("import",),
     "topology": ("compile",),
-    "profile": ("run", "train"),
-    "max_minutes": ("run", "train"),
     **dict.fromkeys(("kills", "signals", "corruptions"), ("selftest",)),
-    "json": (*USES_MODEL, "find_lr", "info", "selftest"),
+    "json": ("generate", "score", "eval", "find_lr", "info", "selftest"),
 }
-"""The modes that a flag means something to; flags that are not here go with every mode."""
+"""The modes that a flag applies to; other flags apply to every mode."""
 
 
 def define_flags() -> flags.FlagValues:
     """Return the flags of all modes, unparsed."""
     values = flags.FlagValues()
-    text: dict[str, str] = {
-        "workdir": "the run's folder; default: runs/NAME for --config=NAME; a run that is there needs no --config",
-        "text": "score: the text",
-        "text_file": "score: a UTF-8 file that holds the text; import: the text the model learned from",
-        "step": "generate, score, eval, export: 'best' by validation, 'latest', or a number; default: best",
-        "from": "import: a checkpoint of the original: .pt, .safetensors or .npz",
-        "out": "export: a new folder",
-        "topology": "compile: the TPU slice; default: v5e:2x4",
+    strings = {
+        "workdir": "run folder; default: runs/NAME for --config=NAME; an existing run needs no --config",
+        "text": "text to score",
+        "text_file": "score: UTF-8 file to score; import: the model's training text",
+        "step": "checkpoint to use: 'best' by validation loss, 'latest', or a step number; default: best",
+        "from": "checkpoint of the original PyTorch code: .pt, .safetensors or .npz",
+        "out": "output folder, new or empty",
+        "topology": "TPU topology to compile for; default: v5e:2x4",
     }
-    for name, about in text.items():
+    integers: dict[str, tuple[int | None, str]] = {
+        "max_new_tokens": (None, "number of characters to generate; default: the config's"),
+        "top_k": (None, "sample from the k most likely characters"),
+        "seed": (None, "random seed; default: the config's seed (generate), 0 (selftest)"),
+        "stride": (None, "characters between window starts; 1 is exact but slow; default: block_size // 2"),
+        "kills": (20, "number of SIGKILL and SIGTERM at random moments; default: 20"),
+        "signals": (6, "number of additional SIGTERM, SIGINT and SIGHUP; default: 6"),
+        "corruptions": (200, "number of checkpoints to damage; default: 200"),
+    }
+    floats = {
+        "temperature": "sampling temperature; 0: greedy; default: the config's",
+        "top_p": "nucleus sampling from the fewest most likely characters whose total probability is at least p",
+        "max_minutes": "save a checkpoint and exit within this many minutes; run the command again to resume",
+    }
+    booleans = {
+        "stream": "print characters as they are generated",
+        "skip_unknown": "drop characters that are not in the vocabulary",
+        "profile": "write a profiler trace of a few dispatches to WORKDIR/profile",
+        "json": "print one JSON object to stdout and everything else to stderr",
+    }
+    for name, about in strings.items():
         flags.DEFINE_string(name, None, about, flag_values=values)
-    flags.DEFINE_enum("mode", "run", MODES, "what to do", flag_values=values)
-    flags.DEFINE_enum(
-        "format", "hf", ("original", "hf"), "export: for the original, or for Hugging Face", flag_values=values
-    )
-    flags.DEFINE_multi_string("prompt", None, "generate: a text to go on from; may repeat", flag_values=values)
-    flags.DEFINE_integer("max_new_tokens", None, "generate: characters to write", flag_values=values)
-    flags.DEFINE_float("temperature", None, "generate: 0 takes the likeliest character", flag_values=values)
-    flags.DEFINE_integer("top_k", None, "generate: draw among the k likeliest", flag_values=values)
-    flags.DEFINE_float("top_p", None, "generate: draw among the likeliest of this mass", flag_values=values)
-    flags.DEFINE_integer("seed", None, "generate, selftest: of the draws; default: the config's", flag_values=values)
-    flags.DEFINE_integer("kills", 20, "selftest: SIGKILLs and SIGTERMs at random moments", flag_values=values)
-    flags.DEFINE_integer("signals", 6, "selftest: SIGTERMs, SIGINTs and SIGHUPs besides", flag_values=values)
-    flags.DEFINE_integer("corruptions", 200, "selftest: damaged checkpoints", flag_values=values)
-    flags.DEFINE_float(
-        "max_minutes", None, "run, train: save and end in time; the same command goes on", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "stride", None, "score: between windows; 1 is exact; default: half a block", flag_values=values
-    )
-    flags.DEFINE_bool("stream", False, "generate: print while writing", flag_values=values)
-    flags.DEFINE_bool("skip_unknown", False, "drop characters the model has never seen", flag_values=values)
-    flags.DEFINE_bool("profile", False, "run, train: trace a few dispatches into WORKDIR/profile", flag_values=values)
-    flags.DEFINE_bool("json", False, "print one JSON object on stdout, all else on stderr", flag_values=values)
+    for name, (default, about) in integers.items():
+        flags.DEFINE_integer(name, default, about, flag_values=values)
+    for name, about in floats.items():
+        flags.DEFINE_float(name, None, about, flag_values=values)
+    for name, about in booleans.items():
+        flags.DEFINE_bool(name, False, about, flag_values=values)
+    flags.DEFINE_enum("mode", "run", list(MODES), "what to do; default: run", flag_values=values)
+    about = "'hf' for Hugging Face transformers, 'original' for the original PyTorch code; default: hf"
+    flags.DEFINE_enum("format", "hf", ("original", "hf"), about, flag_values=values)
+    about = "text to continue; default: the config's prompts"
+    flags.DEFINE_multi_string("prompt", None, about, flag_values=values)
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
     return values
 
@@ -95,11 +115,11 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Config | None, str | N
     """Read a command line, the program's name first.
 
     Returns:
-        The flags, the config (the one that is named, or that of the run in --workdir) with its overrides, and its
+        The flags, the config (the named one, or the saved one of the run in --workdir) with its overrides, and its
         bare name.
 
     Raises:
-        UserError: for anything that is no flag, field or value.
+        UserError: if a flag, a field or a value is invalid.
     """
     argv, name = _without_config(list(argv))
     name = _own_config(argv) if name is None else name
@@ -116,29 +136,47 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Config | None, str | N
     except (flags.Error, ValueError, TypeError, KeyError) as error:
         raise UserError(_plainly(error)) from None
     mode = values.mode
-    for flag, modes in MODES_OF.items():
+    for flag, modes in FLAG_MODES.items():
         if values[flag].present and mode not in modes:
-            raise UserError(f"--{flag} means nothing to --mode={mode}: it goes with --mode={' or '.join(modes)}.")
+            raise UserError(f"--{flag} does not apply to --mode={mode}: use it with --mode={' or '.join(modes)}.")
     if mode not in NEEDS_CONFIG and any(word.lstrip("-").startswith("config.") for word in argv[1:]):
         raise UserError(
-            f"--mode={mode} takes the run's own config, which cannot be changed here: leave --config.* out."
+            f"--mode={mode} uses the run's saved config, which cannot be changed: remove the --config.* flags."
         )
     if rest:
         raise UserError(f"{rest[0]!r} is not a flag: put -- and a name before it, as in --prompt={rest[0]!r}.")
     return (values, None, None) if name is None else (values, values.config, _run_name(name))
 
 
-def help_text(about: str) -> str:
-    """Describe every flag and every field of a config, below a text of what the program does."""
+def help_text() -> str:
+    """Return the text of --help: modes, flags by mode, config fields by section, exit codes."""
     values = define_flags()
-    own = [f"  --{name}: {' '.join((values[name].help or '').split())}" for name in ("workdir", "mode", *MODES_OF)]
-    fields = [f"  {line}" for line in help_lines()]
-    title = "Fields of a config, as in --config.model.n_layer=4, with their defaults:"
-    return "\n".join([about, "Flags:", *own, "", title, *fields])
+    usage = "chargpt --config=NAME [--workdir=DIR] [--mode=MODE] [--config.SECTION.FIELD=VALUE ...]"
+    lines = ["Train and use a character-level GPT.", "", f"Usage: {usage}", "", "Modes:"]
+    lines += [f"  {mode:<9} {about}" for mode, about in MODES.items()]
+
+    def flag_line(name: str) -> str:
+        return f"  --{name}: {' '.join((values[name].help or '').split())}"
+
+    config = "  --config: shipped config by name, as in --config=small, or path of a .py or .json config file"
+    lines += ["", "Flags of all modes:", config, *map(flag_line, ("workdir", "mode", "help"))]
+    for modes in dict.fromkeys(FLAG_MODES.values()):
+        lines += ["", f"Flags of {', '.join(modes)}:"]
+        lines += [flag_line(name) for name, own in FLAG_MODES.items() if own == modes]
+    lines += ["", "Config fields with their defaults; set one as in --config.model.n_layer=4:"]
+    section = None
+    for line in help_lines():
+        field = line.partition("=")[0]
+        if (new := field.rpartition(".")[0]) != section:
+            section = new
+            lines += ["", f"  {section}:" if section else "  without a section:"]
+        lines.append(f"    {line}")
+    lines += ["", "Exit codes:", *(f"  {code:<4}{about}" for code, about in EXIT_CODES.items())]
+    return "\n".join(lines)
 
 
 def _without_config(argv: list[str]) -> tuple[list[str], str | None]:
-    """Take --config=NAME (or --config NAME) out of a command line."""
+    """Split a command line into its other words and the NAME of --config=NAME or --config NAME."""
     name, rest = None, []
     words = iter(argv)
     for word in words:
@@ -151,7 +189,7 @@ def _without_config(argv: list[str]) -> tuple[list[str], str | None]:
 
 
 def _own_config(argv: list[str]) -> str | None:
-    """Return the path of the config of the run that --workdir names, where there is one and the mode needs it."""
+    """Return the path of the saved config of the run in --workdir; None if there is none, or the mode needs none."""
     given = {"mode": "run", "workdir": ""}
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, value = word.partition("=")
@@ -161,7 +199,7 @@ def _own_config(argv: list[str]) -> str | None:
 
 
 def _run_name(config: str) -> str:
-    """Return what a run with this config is called: small for configs/small.py, tiny for runs/tiny/config.json."""
+    """Return the name of a run with this config: small for configs/small.py, tiny for runs/tiny/config.json."""
     path = find_config(config)
     return path.absolute().parent.name if path.suffix == ".json" else path.stem
 
@@ -173,7 +211,7 @@ def _overrides(argv: Sequence[str]) -> list[tuple[str, str, str]]:
 
 
 def _check_overrides(argv: Sequence[str]) -> None:
-    """Refuse an override of a field that no config has, naming the nearest."""
+    """Raise UserError if an override names an unknown field; the message suggests the nearest one."""
     known = flatten(Config())
     for word, field, _ in _overrides(argv):
         if hasattr(Config(), field) and field not in known:
@@ -184,7 +222,7 @@ def _check_overrides(argv: Sequence[str]) -> None:
 
 
 def _unset_fields(argv: list[str], config: Config) -> list[str]:
-    """Carry out --config.x.y=None, which the flags library cannot, and return the command line without it."""
+    """Apply --config.x.y=None, which ml_collections does not support, and return the command line without it."""
     done = []
     for word, field, value in _overrides(argv):
         section, _, name = field.rpartition(".")
@@ -195,15 +233,15 @@ def _unset_fields(argv: list[str], config: Config) -> list[str]:
 
 
 def _plainly(error: BaseException) -> str:
-    """Say in a sentence what absl found wrong with a command line."""
+    """Return an error of absl as one plain sentence."""
     if isinstance(error, flags.UnrecognizedFlagError):
         near = difflib.get_close_matches(error.flagname, list(define_flags()), 1, 0.6)
         return f"There is no flag --{error.flagname}: " + (f"did you mean --{near[0]}?" if near else "see --help.")
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split()).rstrip(".")
     text = text.replace("flag --", "--", 1).removeprefix("ERROR:: ")
-    rules = {"literal for int": "a whole number", "could not convert": "a number", "on-boolean": "true or false"}
+    rules = {"literal for int": "an integer", "could not convert": "a number", "on-boolean": "true or false"}
     for words, wanted in rules.items():
         if words in text and ": " in text:
-            return f"{text.partition(': ')[0]} will not do: it must be {wanted}."
+            return f"{text.partition(': ')[0]} is invalid: it must be {wanted}."
     text = re.sub(r"\[Errno \d+\] ", "", text)
     return f"{text[:1].upper()}{text[1:]}: see --help."

@@ -1,10 +1,10 @@
-"""Showing a run's events: a live bar on a terminal, plain lines in a log, live pictures in a notebook."""
+"""Display of a run's events: a progress bar on a terminal, plain lines in a log, live plots in a notebook."""
 
+import contextlib
 import html
-import math
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,32 +23,48 @@ from chargpt_jax.events import (
     TrainStarted,
     Validated,
     Zoom,
+    bits_per_character,
 )
 from chargpt_jax.pictures import plots
 
-MOST_TITLE = 400
-"""The longest list of titles that is told; they are what a text from the web calls itself."""
+MAX_TITLES = 400
+"""Maximum length of a list of titles, in characters; titles are untrusted input."""
 
 
 def in_notebook() -> bool:
-    """Say whether output goes to a Jupyter notebook."""
+    """Return whether output goes to a Jupyter notebook."""
     shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
     return shell is not None and bool(shell) and hasattr(shell, "kernel")
 
 
 def show(events: Iterable[Event], file: TextIO | None = None) -> None:
-    """Consume a run's events, showing them where they are best seen; `file` is standard output if not given."""
+    """Consume a run's events and display them.
+
+    Args:
+        events: as `run`, `train`, `prepare` and `find_lr` yield them.
+        file: where to print; None: the notebook if this is one, else standard output.
+    """
+    with display(file) as show_event:
+        for event in events:
+            show_event(event)
+
+
+@contextlib.contextmanager
+def display(file: TextIO | None = None) -> Iterator[Callable[[Event], None]]:
+    """Return a function that displays one event; `file` as in `show`."""
     if file is None and in_notebook():
-        for _ in _notebook(events):
-            pass
+        yield _Notebook().show
         return
     file = sys.stdout if file is None else file
-    for _ in _terminal(events, file) if file.isatty() else _plain(events, file):
-        pass
+    if not file.isatty():
+        yield _Log(file).show
+        return
+    with _Terminal(file) as terminal:
+        yield terminal.show
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as people do: '48 s', '12 min', '3 h 05 min'."""
+    """Return a duration for people: '48 s', '12 min', '3 h 05 min'."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -56,31 +72,32 @@ def duration(seconds: float) -> str:
 
 
 def sentence(event: Event) -> str | None:
-    """Tell an event in one line; None for those that only move a bar."""
+    """Return an event as one line; None for an event that only moves the progress bar."""
     match event:
         case Prepared():
-            stand_in = f", standing in for {one_line(event.stand_in_for, MOST_TITLE)}" if event.stand_in_for else ""
-            titles = one_line(", ".join(event.titles), MOST_TITLE)
+            stand_in = f" (stand-in for {one_line(event.stand_in_for, MAX_TITLES)})" if event.stand_in_for else ""
+            titles = one_line(", ".join(event.titles), MAX_TITLES)
             return (
-                f"corpus: {titles}{stand_in}: {event.characters:,} characters, {event.n_ids - 1} "
-                f"distinct; {event.n_train:,} to train on, {event.n_validation:,} held out"
+                f"corpus: {titles}{stand_in}: {event.characters:,} characters ({event.n_ids - 1} distinct); "
+                f"training set {event.n_train:,}, validation set {event.n_validation:,}"
             )
         case Zoom():
             return (
-                f"learning rate: zoom {event.number} looked from {event.low:.2e} to {event.high:.2e}, "
-                f"steepest at {event.steepest:.2e}"
+                f"learning rate: zoom {event.number} from {event.low:.2e} to {event.high:.2e}, "
+                f"steepest descent at {event.steepest:.2e}"
             )
         case LRFinderResult():
             return f"learning rate: {event.learning_rate:.2e} ({event.method})"
         case TrainStarted():
-            start = f"resuming after step {event.first_step:,}" if event.first_step else "starting"
+            steps = f"{event.total_steps:,}"
+            start = f"resuming after step {event.first_step:,} of {steps}" if event.first_step else f"starting, {steps}"
             return (
-                f"training: {event.parameters:,} parameters on {event.device} in {event.dtype}; {start} of "
-                f"{event.total_steps:,} steps ({event.epochs:g} epochs of {event.epoch_steps:,}), peak rate "
+                f"training: {event.parameters:,} parameters on {event.device} in {event.dtype}; {start} "
+                f"steps ({event.epochs:g} epochs of {event.epoch_steps:,} steps), peak learning rate "
                 f"{event.learning_rate:.2e}"
             )
         case Compiled():
-            return f"compiled in {event.seconds:.1f} s; an update asks for {event.flops_per_step / 1e9:,.3g} GFLOP"
+            return f"compiled in {event.seconds:.1f} s; {event.flops_per_step / 1e9:,.3g} GFLOP per training step"
         case Validated():
             return (
                 f"validation: epoch {event.epoch:.2f}, step {event.step:,}: {event.loss:.4f} nats = "
@@ -88,109 +105,143 @@ def sentence(event: Event) -> str | None:
                 f"{duration(event.seconds)}"
             )
         case Ended(out_of_time=True):
-            return f"out of time after step {event.step:,}; the same command goes on from there"
+            return f"time limit reached after step {event.step:,}; run the same command again to resume"
         case Ended(signal=None):
-            return f"done: step {event.step:,} after {duration(event.seconds)}, best {event.best_loss:.4f} nats"
+            return (
+                f"done: {event.step:,} steps in {duration(event.seconds)}, best validation loss "
+                f"{event.best_loss:.4f} nats per character"
+            )
         case Ended():
-            return f"stopped by signal {event.signal} after step {event.step:,}; the same command goes on from there"
+            return f"stopped by signal {event.signal} after step {event.step:,}; run the same command again to resume"
     return None
 
 
 def numbers(event: Steps, wide: bool = True) -> str:
-    """Tell where training stands; not `wide`: in half the room."""
-    pace = f"{event.tokens_per_second:,.0f} tokens/s  {duration(event.seconds_left)} left"
+    """Return the state of training as text; a shorter one if not `wide`."""
+    speed = f"{event.tokens_per_second:,.0f} tokens/s  {duration(event.seconds_left)} left"
     if not wide:
-        return f"loss {event.loss:.4f}  {pace}"
-    bits = event.loss / math.log(2)
-    return f"loss {event.loss:.4f} nats ({bits:.4f} bits/char)  rate {event.learning_rate:.2e}  {pace}"
+        return f"loss {event.loss:.4f}  {speed}"
+    bits = bits_per_character(event.loss)
+    return f"loss {event.loss:.4f} nats ({bits:.4f} bits/char)  rate {event.learning_rate:.2e}  {speed}"
 
 
-def _plain(events: Iterable[Event], file: TextIO) -> Iterator[Event]:
-    """Print a line an event, and a line for updates only now and then: at each doubling, then about every minute."""
-    last, told = 0, 0.0
-    for event in events:
+class _Log:
+    """Prints one line per event. Training steps get a line at each doubling, later about one per minute."""
+
+    def __init__(self, file: TextIO):
+        self._file, self._step, self._seconds = file, 0, 0.0
+
+    def show(self, event: Event) -> None:
         line = sentence(event)
         if isinstance(event, Steps):
-            due = event.step >= 2 * last or event.seconds - told >= 60
+            due = event.step >= 2 * self._step or event.seconds - self._seconds >= 60
             if due or event.seconds_left == 0:
-                last, told = event.step, event.seconds
+                self._step, self._seconds = event.step, event.seconds
                 line = f"step {event.step:,} (epoch {event.epoch:.2f}): {numbers(event)}"
         if line is not None:
-            print(line, file=file, flush=True)
-        yield event
+            print(line, file=self._file, flush=True)
 
 
-def _terminal(events: Iterable[Event], file: TextIO) -> Iterator[Event]:
-    """Keep one bar at the bottom and print what is worth keeping above it."""
-    console = Console(file=file)
-    wide = console.width >= 120
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None if wide else 10),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-        TextColumn("{task.fields[numbers]}"),
-    )
-    with Progress(*columns, console=console) as bars:
-        bar: TaskID | None = None
+class _Terminal:
+    """Keeps one progress bar at the bottom of a terminal and prints the other events above it."""
 
-        def move(description: str, done: int, total: int, text: str = "") -> None:
-            nonlocal bar
-            if bar is None:
-                bar = bars.add_task(description, total=total, numbers="")
-            bars.update(bar, completed=done, total=total, numbers=text, description=description)
+    def __init__(self, file: TextIO):
+        console = Console(file=file)
+        self._wide, self._total = console.width >= 120, 1
+        self._bar: TaskID | None = None
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None if self._wide else 10),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            TextColumn("{task.fields[numbers]}"),
+        )
+        self._progress = Progress(*columns, console=console)
 
-        total_steps = 1
-        for event in events:
-            line = sentence(event)
-            if line is not None:
-                bars.console.print(escape(line), highlight=False, emoji=False)
-            match event:
-                case LRFinderStep():
-                    text = f"zoom {event.zoom}  rate {event.learning_rate:.2e}  loss {event.loss:.4f}"
-                    move("range test", event.step, event.total_steps, text)
-                case TrainStarted():
-                    total_steps = event.total_steps
-                    move("training", event.first_step, total_steps)
-                case Steps():
-                    move("training", event.step, total_steps, numbers(event, wide))
-            yield event
+    def __enter__(self) -> "_Terminal":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, event: Event) -> None:
+        line = sentence(event)
+        if line is not None:
+            self._progress.console.print(escape(line), highlight=False, emoji=False)
+        match event:
+            case LRFinderStep():
+                text = f"zoom {event.zoom}  rate {event.learning_rate:.2e}  loss {event.loss:.4f}"
+                self._move("range test", event.step, event.total_steps, text)
+            case TrainStarted():
+                self._total = event.total_steps
+                self._move("training", event.first_step, self._total)
+            case Steps():
+                self._move("training", event.step, self._total, numbers(event, self._wide))
+
+    def _move(self, description: str, done: int, total: int, text: str = "") -> None:
+        if self._bar is None:
+            self._bar = self._progress.add_task(description, total=total, numbers="")
+        self._progress.update(self._bar, completed=done, total=total, numbers=text, description=description)
 
 
-def _notebook(events: Iterable[Event]) -> Iterator[Event]:
-    """Keep one line of numbers and one live picture for each stage."""
-    from IPython.display import HTML, display
+class _Handle(Protocol):
+    """A displayed object of a notebook, which can be replaced in place."""
 
-    line = display(HTML(""), display_id=True)
-    picture: Any = None
-    zooms: list[Zoom] = []
-    training: list[tuple[float, float]] = []
-    validation: list[tuple[float, float]] = []
-    drawn = 0.0
-    for event in events:
+    def update(self, obj: object) -> None: ...
+
+
+class _Notebook:
+    """Keeps one line of numbers and, for each stage, one live plot."""
+
+    def __init__(self) -> None:
+        self._line = self._display("")
+        self._plot: _Handle | None = None
+        self._zooms: list[Zoom] = []
+        self._training: list[tuple[float, float]] = []
+        self._validation: list[tuple[float, float]] = []
+        self._plotted = 0.0
+
+    def show(self, event: Event) -> None:
         text = numbers(event) if isinstance(event, Steps) else sentence(event)
         match event:
             case LRFinderStep():
                 text = f"range test: step {event.step} of {event.total_steps}, rate {event.learning_rate:.2e}"
             case Zoom():
-                zooms.append(event)
-                steepest = [zoom.steepest for zoom in zooms]
-                picture = picture or display(HTML(""), display_id=True)
-                picture.update(HTML(plots.lr_finder_plot([(z.lrs, z.losses) for z in zooms], steepest, event.best)))
+                self._zooms.append(event)
+                curves = [(zoom.lrs, zoom.losses) for zoom in self._zooms]
+                self._update(plots.lr_finder_plot(curves, [zoom.steepest for zoom in self._zooms], event.best))
             case TrainStarted():
                 print(text)
-                training, validation = list(event.training), list(event.validation)
-                curve = plots.loss_plot(training, validation) if validation else ""
-                picture = display(HTML(curve), display_id=True)
+                self._training, self._validation = list(event.training), list(event.validation)
+                self._plot = None
+                self._update(plots.loss_plot(self._training, self._validation) if self._validation else "")
             case Steps():
-                training.append((event.step, event.loss))
-                if event.seconds - drawn >= 10:
-                    drawn = event.seconds
-                    picture.update(HTML(plots.loss_plot(training, validation)))
+                self._training.append((event.step, event.loss))
+                if event.seconds - self._plotted >= 10:
+                    self._plotted = event.seconds
+                    self._update(plots.loss_plot(self._training, self._validation))
             case Validated():
-                validation.append((event.step, event.loss))
-                picture.update(HTML(plots.loss_plot(training, validation)))
+                self._validation.append((event.step, event.loss))
+                self._update(plots.loss_plot(self._training, self._validation))
             case Saved():
                 text = None
         if text is not None:
-            line.update(HTML(f"<pre>{html.escape(text)}</pre>"))
-        yield event
+            self._line.update(self._html(f"<pre>{html.escape(text)}</pre>"))
+
+    def _update(self, svg: str) -> None:
+        if self._plot is None:
+            self._plot = self._display(svg)
+        else:
+            self._plot.update(self._html(svg))
+
+    @staticmethod
+    def _html(text: str) -> object:
+        from IPython.display import HTML
+
+        return HTML(text)
+
+    def _display(self, text: str) -> _Handle:
+        from IPython.display import display
+
+        handle: _Handle = display(self._html(text), display_id=True)
+        return handle

@@ -1,34 +1,36 @@
-"""What may reach a terminal: texts of others without what steers it, and streams that take any text.
+"""Safe terminal output: replaces control characters in untrusted text, and makes the streams accept any text.
 
-A terminal obeys some of the characters it is sent: they move its cursor, set its title and its colours, reach the
-clipboard, or turn the direction of a line around. What a model writes, what a corpus is called and what a file holds
-is shown with a stand-in for each of them.
+Control characters and bidirectional controls can move the cursor, set the title and colours, write to the clipboard,
+or reverse the direction of a line. Generated text, titles of texts and contents of files are printed with a
+replacement character in their place.
 """
 
+import contextlib
 import io
+import json
 import logging
+import math
 import sys
 import unicodedata
 import warnings
-from typing import Any
 
-STAND_IN = "\N{REPLACEMENT CHARACTER}"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
-MOST_MARKS = 8
-"""Combining marks that one character may carry; hundreds would be drawn over the lines above and below."""
+MAX_MARKS = 8
+"""Maximum number of combining marks per character; hundreds would cover the lines above and below."""
 
-MOST_MESSAGE = 2_000
-"""The longest message, in characters, that one line tells."""
+MAX_MESSAGE = 2_000
+"""Maximum length of a message, in characters."""
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
-    """Return text with a stand-in for what could steer a terminal or hide: controls, format characters, surrogates.
+    """Return text with a replacement character for controls, format characters and surrogates.
 
-    Spaces of every width stay, and of a character's combining marks the first `MOST_MARKS`.
+    Spaces of every width stay, and the first `MAX_MARKS` combining marks of a character.
 
     Args:
-        text: anything.
-        keep: characters that stay nevertheless.
+        text: any text.
+        keep: characters that are never replaced.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -36,34 +38,54 @@ def printable(text: str, keep: str = "\n\t") -> str:
     for char in text:
         kind = unicodedata.category(char)
         marks = marks + 1 if kind in ("Mn", "Mc", "Me") else 0
-        harmless = (char.isprintable() or kind == "Zs") and marks <= MOST_MARKS
-        shown.append(char if harmless or char in keep else STAND_IN)
+        harmless = (char.isprintable() or kind == "Zs") and marks <= MAX_MARKS
+        shown.append(char if harmless or char in keep else REPLACEMENT)
     return "".join(shown)
 
 
-def one_line(text: object, most: int = MOST_MESSAGE) -> str:
-    """Return a message as one printable line, cut where it is longer than `most` characters."""
-    line = printable(" ".join(str(text)[: 4 * most].splitlines()), keep="")
-    return line if len(line) <= most else line[: most - 1] + "…"
+def one_line(text: object, limit: int = MAX_MESSAGE) -> str:
+    """Return a message as one printable line of at most `limit` characters."""
+    line = printable(" ".join(str(text)[: 4 * limit].splitlines()), keep="")
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    with contextlib.suppress(OSError):
+        print(f"\n*** {one_line(text)}\n", file=sys.stderr, flush=True)
+
+
+def as_json(value: object) -> str:
+    """Return a value as one line of JSON in printable ASCII; NaN and infinity become null."""
+    return json.dumps(_finite(value), allow_nan=False).replace("\x7f", "\\u007f")
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def guard() -> None:
-    """Prepare this process for texts of others: for a command, not for a library.
+    """Prepare this process to print untrusted text. Only a command may do this, a library must not.
 
-    Its streams write what they cannot encode as an escape (`LANG=C`), and log records and warnings are printable lines.
+    The standard streams escape characters that they cannot encode (`LANG=C`). Log records and Python warnings become
+    printable lines.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    logging.setLogRecordFactory(_harmless_record)
+    logging.setLogRecordFactory(_printable_record)
     warnings.formatwarning = _warning_line
 
 
-def _harmless_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
-    record = logging.LogRecord(*args, **kwargs)
+def _printable_record(*args: object, **kwargs: object) -> logging.LogRecord:
+    record = logging.LogRecord(*args, **kwargs)  # type: ignore[arg-type]
     record.msg, record.args = one_line(record.getMessage()), ()
     return record
 
 
-def _warning_line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> str:
+def _warning_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
     return f"{category.__name__}: {one_line(message)}\n"

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from chargpt_jax.config import MOST_TEXT, DataConfig
+from chargpt_jax.config import MAX_TEXT, DataConfig
 from chargpt_jax.data.download import DownloadError, Page, default_cache, fetch, keep, split_url
 from chargpt_jax.errors import UserError
 
-MOST_SCORED = 4 * MOST_TEXT
+MOST_SCORED = 4 * MAX_TEXT
 """Bytes of a text that is read to be scored: as many as its characters may take in UTF-8."""
 
 SHORTEST_CUT = 1_000

@@ -53,13 +53,3 @@ def token_metrics(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.
 def surprise_surprise(surprisal: np.ndarray, entropy: np.ndarray, vocab_size: int) -> np.ndarray:
     """Return S2 = (surprisal - entropy) / log(vocab_size), in the arrays' shape."""
     return (surprisal - entropy) / math.log(vocab_size)
-
-
-def perplexity(nats: float) -> float:
-    """Return exp of a loss or surprisal in nats: among how many equally likely characters the model hesitates."""
-    return math.exp(nats) if nats < 700 else math.inf
-
-
-def bits_per_character(nats: float) -> float:
-    """Return a loss in nats as bits."""
-    return nats / math.log(2)

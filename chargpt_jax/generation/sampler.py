@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chargpt_jax.config import MOST_TEMPERATURE
+from chargpt_jax.config import MAX_TEMPERATURE
 from chargpt_jax.errors import UserError
 
 LEAST_TEMPERATURE = 1e-6
@@ -84,9 +84,9 @@ class Sampler:
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning, in one sentence each."""
-        if not 0 <= self.temperature <= MOST_TEMPERATURE:
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
             raise UserError(
-                f"temperature is {self.temperature}, but it must be between 0 (greedy) and {MOST_TEMPERATURE:g}: "
+                f"temperature is {self.temperature}, but it must be between 0 (greedy) and {MAX_TEMPERATURE:g}: "
                 "try 0.8."
             )
         if self.top_k is not None and self.top_k < 1:

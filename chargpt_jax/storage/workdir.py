@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from chargpt_jax import atomic
-from chargpt_jax.config import MOST_STEPS, Config
-from chargpt_jax.config_io import MOST_JSON, differences, from_dict, read_json, to_json
+from chargpt_jax.config import MAX_STEPS, Config
+from chargpt_jax.config_io import MAX_JSON, differences, from_dict, read_json, to_json
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError
 from chargpt_jax.storage.npy_header import read_npy_header
@@ -187,7 +187,7 @@ class Workdir:
         except OSError as error:
             raise UserError(f"{self.metrics} cannot be read ({error.strerror}): repair or remove it.") from None
 
-    def load_json(self, path: Path, max_bytes: int = MOST_JSON) -> Any:
+    def load_json(self, path: Path, max_bytes: int = MAX_JSON) -> Any:
         """Read a JSON file of this run.
 
         Raises:
@@ -340,4 +340,4 @@ def _metrics_line(data: bytes) -> dict[str, Any] | None:
         return None
     numbers: list[object] = [line.get("seconds", 0), *(line.get(name) for name in NUMBERS.get(line["event"], ()))]
     known = all(isinstance(n, int | float) and type(n) is not bool and abs(n) < MAX_NUMBER for n in numbers)
-    return line if known and 0 <= line["step"] < MOST_STEPS else None
+    return line if known and 0 <= line["step"] < MAX_STEPS else None

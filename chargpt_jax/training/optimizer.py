@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from chargpt_jax.config import MOST_STEPS, OptimizerConfig, SchedulerConfig
+from chargpt_jax.config import MAX_STEPS, OptimizerConfig, SchedulerConfig
 from chargpt_jax.devices.sharding import sharded_update
 from chargpt_jax.errors import UserError
 from chargpt_jax.training.muon import is_hidden, scale_by_muon
@@ -26,7 +26,7 @@ def total_steps(config: SchedulerConfig, epoch_steps: int) -> int:
     if config.max_steps is not None:
         return config.max_steps
     steps = max(1, round(config.epochs * epoch_steps))
-    if steps >= MOST_STEPS:
+    if steps >= MAX_STEPS:
         raise UserError(
             f"{config.epochs:g} epochs of {epoch_steps:,} steps are too many to count: lower scheduler.epochs."
         )

@@ -24,8 +24,18 @@ from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.devices import sharding
 from chargpt_jax.errors import NonFiniteLoss, UserError
-from chargpt_jax.events import Compiled, Ended, Event, LRFinderResult, Prepared, Saved, Steps, TrainStarted, Validated
-from chargpt_jax.generation.metrics import bits_per_character
+from chargpt_jax.events import (
+    Compiled,
+    Ended,
+    Event,
+    LRFinderResult,
+    Prepared,
+    Saved,
+    Steps,
+    TrainStarted,
+    Validated,
+    bits_per_character,
+)
 from chargpt_jax.model.flops import peak_flops, training_flops
 from chargpt_jax.model.gpt import count_parameters
 from chargpt_jax.pictures import plots

@@ -101,16 +101,16 @@ def test_a_line_of_numbers_has_loss_bits_rate_speed_and_time_left():
 
 def test_a_log_tells_each_stage_in_order():
     lines = log(RUN).splitlines()
-    assert lines[0].startswith("corpus: Python's own help texts, standing in for 60: 465,000 characters, 96 distinct")
+    assert lines[0].startswith("corpus: Python's own help texts (stand-in for 60): 465,000 characters (96 distinct)")
     assert "learning rate: 3.20e-03 (steepest)" in lines
     (training,) = [line for line in lines if line.startswith("training:")]
-    for words in ("213,504 parameters", "1 x cpu", "float32", "starting of 1,000 steps", "10 epochs of 100"):
+    for words in ("213,504 parameters", "1 x cpu", "float32", "starting, 1,000 steps", "10 epochs of 100"):
         assert words in training
     (last,) = [line for line in lines if line.startswith("step 1,000 (epoch 10.00): ")]
     assert last.endswith(numbers(LAST))
     (validation,) = [line for line in lines if line.startswith("validation:")]
     assert "1.7000 nats = 2.4526 bits per character (best), 10 min" in validation
-    assert lines[-1] == "done: step 1,000 after 10 min, best 1.7000 nats"
+    assert lines[-1] == "done: 1,000 steps in 10 min, best validation loss 1.7000 nats per character"
 
 
 def test_a_log_has_a_line_of_numbers_at_each_doubling_and_at_the_end():
@@ -130,8 +130,8 @@ def test_a_long_run_is_heard_of_about_every_minute():
 
 
 def test_a_corpus_is_named_as_a_stand_in_only_where_it_is_one():
-    assert "standing in" not in sentence(Prepared(("A Book",), 10, 8, 2, 5, 64, None))
-    assert "A Book, standing in for https://x.org/a.txt:" in sentence(
+    assert "stand-in" not in sentence(Prepared(("A Book",), 10, 8, 2, 5, 64, None))
+    assert "A Book (stand-in for https://x.org/a.txt):" in sentence(
         Prepared(("A Book",), 10, 8, 2, 5, 64, "https://x.org/a.txt")
     )
 
@@ -177,7 +177,7 @@ def test_a_wide_terminal_ends_with_the_final_numbers_and_a_full_bar(terminal):
     assert numbers(LAST) in text
     assert "1,000/1,000" in text
     assert "━━━━━" in text
-    for words in ("standing in for 60", "learning rate: 3.20e-03", "done: step 1,000"):
+    for words in ("stand-in for 60", "learning rate: 3.20e-03", "done: 1,000 steps"):
         assert words in text
 
 
@@ -235,7 +235,7 @@ def cell(monkeypatch):
 
 def test_a_notebook_keeps_the_last_numbers_and_draws_both_pictures(cell, capsys):
     show(RUN)
-    assert "<pre>done: step 1,000 after 10 min, best 1.7000 nats</pre>" in cell
+    assert "<pre>done: 1,000 steps in 10 min, best validation loss 1.7000 nats per character</pre>" in cell
     assert f"<pre>{numbers(LAST)}</pre>" in cell
     assert len([thing for thing in cell if "<svg" in thing]) >= 2
     assert "training: 213,504 parameters" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chargpt_jax.cli.terminal import MOST_MARKS, MOST_MESSAGE, STAND_IN, guard, one_line, printable
+from chargpt_jax.cli.terminal import MAX_MARKS, MAX_MESSAGE, REPLACEMENT, guard, one_line, printable
 from tests.payloads import MARKUP, PAYLOADS, STEERING
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))
@@ -28,7 +28,7 @@ def test_nothing_but_what_is_seen_and_line_breaks_and_tabs_is_left_of_any_text(t
 @given(ANY_TEXT)
 def test_a_message_is_one_line_of_bounded_length(text):
     line = one_line(text)
-    assert len(line) <= MOST_MESSAGE
+    assert len(line) <= MAX_MESSAGE
     assert len(line.splitlines()) <= 1
     assert not set("\n\t\r\x1b") & set(line)
 
@@ -36,8 +36,8 @@ def test_a_message_is_one_line_of_bounded_length(text):
 @pytest.mark.parametrize("name", STEERING)
 def test_what_steers_or_hides_is_replaced(name):
     text = STEERING[name]
-    assert STAND_IN in printable(text)
-    assert STAND_IN in printable(text, keep="") or text.split() != [text]
+    assert REPLACEMENT in printable(text)
+    assert REPLACEMENT in printable(text, keep="") or text.split() != [text]
     seen = [c for c in text if c.isascii() and c.isprintable()]
     assert [c for c in printable(text) if c.isascii()] == seen, "what is seen stays"
 
@@ -56,13 +56,13 @@ def test_letters_of_every_script_and_spaces_of_every_width_stay(text):
 
 def test_a_character_keeps_so_many_marks_and_no_more():
     shown = printable("a" + "\u0301" * 100 + "b\u0301")
-    assert shown.startswith("a" + "\u0301" * MOST_MARKS + STAND_IN)
+    assert shown.startswith("a" + "\u0301" * MAX_MARKS + REPLACEMENT)
     assert shown.endswith("b\u0301")
 
 
 def test_a_long_message_is_cut_and_its_end_says_so():
     line = one_line("x" * 10**7)
-    assert len(line) == MOST_MESSAGE
+    assert len(line) == MAX_MESSAGE
     assert line.endswith("x…")
 
 

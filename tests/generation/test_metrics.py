@@ -9,8 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chargpt_jax.generation.metrics import (
-    bits_per_character,
-    perplexity,
     surprisal_and_entropy,
     surprise_surprise,
     token_metrics,
@@ -99,10 +97,3 @@ def test_metrics_do_not_depend_on_a_constant_added_to_the_logits():
         surprisal_and_entropy(logits, jnp.arange(4)), surprisal_and_entropy(logits + 8, jnp.arange(4)), strict=True
     ):
         np.testing.assert_allclose(one, two, atol=1e-5)
-
-
-def test_perplexity_and_bits_of_one_coin():
-    assert perplexity(math.log(2)) == pytest.approx(2)
-    assert bits_per_character(math.log(2)) == pytest.approx(1)
-    assert perplexity(0.0) == 1
-    assert bits_per_character(math.log(256)) == pytest.approx(8)

@@ -177,7 +177,7 @@ def test_a_config_that_contradicts_the_runs_is_refused_field_by_field(folder):
     given.model.n_layer, given.data.batch_size = 3, 8
     with pytest.raises(UserError) as error:
         folder.check_config(given)
-    assert "model.n_layer: 15 there, 3 given; data.batch_size: 16 there, 8 given" in str(error.value)
+    assert "model.n_layer: saved 15, given 3; data.batch_size: saved 16, given 8" in str(error.value)
     assert str(folder.path) in str(error.value)
 
 

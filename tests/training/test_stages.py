@@ -460,7 +460,7 @@ def test_a_changed_config_is_refused_with_its_fields_and_what_may_change_is_not(
     workdir, _ = whole
     config = small_config(text)
     config.model.dropout, config.seed = 0.3, 5
-    with pytest.raises(UserError, match=r"model.dropout: 0.1 there, 0.3 given; seed: 0 there, 5 given"):
+    with pytest.raises(UserError, match=r"model.dropout: saved 0.1, given 0.3; seed: saved 0, given 5"):
         next(stages.train(config, workdir, quiet))
     config = small_config(text)
     config.train.log_every, config.sample.temperature = 3, 0.1
@@ -524,7 +524,7 @@ def test_muon_finds_a_rate_trains_and_resumes_bit_for_bit(text, tmp_path):
     losses = [line["loss"] for line in logged(tmp_path / "cut") if line["event"] == "step"]
     assert losses[-1] < losses[0] - 0.5
     config.optimizer.kind = "adamw"
-    with pytest.raises(UserError, match=r"optimizer.kind: 'muon' there, 'adamw' given"):
+    with pytest.raises(UserError, match=r"optimizer.kind: saved 'muon', given 'adamw'"):
         list(stages.train(config, tmp_path / "cut", quiet))
 
 
