@@ -88,7 +88,8 @@ def learned(workdir: Path) -> dict[str, np.ndarray]:
     setup, log = Setup.of(Workdir(workdir)), Workdir(workdir).load_metrics()
     store = Checkpoints(Workdir(workdir).checkpoints)
     tx = optimizer.transform(setup.config.optimizer, lambda count: 0.0 * count)
-    state = store.restore(store.choose("latest"), setup.fresh_state(tx))
+    fresh = setup.fresh_state(tx)
+    _, _, state = store.load("latest", lambda record: fresh)
     store.close()
     found = {
         f"{part} {jax.tree_util.keystr(path)}": np.asarray(x)

@@ -64,6 +64,18 @@ class Store(Checkpoints):
         self.heard: list[str] = []
         super().__init__(folder, keep_last=keep_last, warn=self.heard.append)
 
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Return the state of a checkpoint, with the shapes, dtypes and sharding of `like`."""
+        return self.load(step, lambda record: like)[2]
+
+    def choose(self, which: str | int = "best") -> int:
+        """Return the training step of the checkpoint that is loaded for 'latest', 'best' or a step."""
+        return self.load(which, lambda record: state_at(1))[0]
+
+    def record(self, step: int) -> dict[str, Any]:
+        """Return the record of a checkpoint."""
+        return self.load(step, lambda record: state_at(1))[1]
+
 
 def filled(folder: Path, losses: Sequence[float] = (3.0, 1.0, 2.0)) -> Store:
     """Return a store with one checkpoint per loss, at steps 1, 2, 3."""

@@ -147,7 +147,7 @@ def test_unknown_characters_can_be_dropped(model):
 def test_steps_can_be_chosen(workdir):
     latest = chargpt_jax.load(workdir, "latest")
     assert latest.step == 60
-    with pytest.raises(NoCheckpoint, match="holds no step 61: it has .*60"):
+    with pytest.raises(NoCheckpoint, match="holds no checkpoint of step 61: it has .*60"):
         chargpt_jax.load(workdir, 61)
 
 
@@ -261,7 +261,7 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(capsys, workdir, flags, mes
 def test_an_absent_step_gives_exit_code_3(capsys, workdir):
     code, _, err = command(capsys, workdir, "--mode=generate", "--step=7")
     assert code == 3
-    assert "holds no step 7" in err
+    assert "holds no checkpoint of step 7" in err
 
 
 def test_run_again_only_writes_and_draws_again(capsys, workdir):

@@ -22,7 +22,7 @@ from chargpt_jax import main
 from chargpt_jax.cli.terminal import as_json
 from chargpt_jax.config import MAX_TEXT
 from chargpt_jax.errors import UserError
-from chargpt_jax.storage import checkpoint
+from chargpt_jax.storage import checkpoint_record
 from chargpt_jax.storage.workdir import Workdir
 from tests.corpus_text import small_config, write_words
 
@@ -107,10 +107,10 @@ MISTAKES = [
     ("generate --prompt=ab --prompt=", 2, "The text is empty"),
     ("generate --prompt=€€€", 2, "The text has '€' (U+20AC) at character 0"),
     ("generate --prompt=€€€ --skip_unknown", 2, "The text is empty"),
-    ("generate --prompt=ab --step=1", 3, f"holds no step 1: it has 3, {STEPS}"),
+    ("generate --prompt=ab --step=1", 3, f"holds no checkpoint of step 1: it has 3, {STEPS}"),
     ("generate --prompt=ab --step=-1", 2, "--step is '-1'"),
     (f"generate --prompt=ab --step={'9' * 5000}", 2, "but it must be 'best', 'latest' or a number"),
-    ("eval --step=99", 3, "holds no step 99: it has"),
+    ("eval --step=99", 3, "holds no checkpoint of step 99: it has"),
     ("score --text=", 2, "The text is empty"),
     ("score --text=a", 2, "The text has one character"),
     ("score --text=€€€", 2, "The text has '€'"),
@@ -147,7 +147,7 @@ def test_a_mistake_costs_a_sentence_and_leaves_the_run_alone(
 
 
 def test_a_step_of_a_newer_format_is_refused(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FORMAT", 0)
+    monkeypatch.setattr(checkpoint_record, "FORMAT", 0)
     code, out, err = asked("--mode=generate", "--prompt=ab")
     assert (code, out) == (3, "")
     told = [line for line in err.splitlines() if line.startswith("chargpt: ")]

@@ -56,9 +56,9 @@ def test_a_refusal_at_any_operation_stops_with_one_sentence_or_does_no_harm(home
         if not saved:
             refused += 1
             # Orbax takes some refusals for success; then it is the reading back that fails.
-            assert os.strerror(number) in sentence or "what was written cannot be read back" in sentence
+            assert os.strerror(number) in sentence or "the written files cannot be read back" in sentence
             assert "\n" not in sentence
-            assert "the checkpoint of step 3 is still good" in sentence
+            assert "The checkpoint of step 3 is still valid" in sentence
             assert not list(folder.glob(".saving*"))
         check_whole(folder, saved)
         store.save(state_at(4), RECORD, 0.5)  # the disk is well again
@@ -91,7 +91,7 @@ def child(code, folder):
     save = (
         "import sys; from pathlib import Path\n"
         "from benchmarks.stored import RECORD, Store, state_at\n"
-        "from chargpt_jax.storage.checkpoint import SaveFailed\n"
+        "from chargpt_jax.errors import SaveFailed\n"
         f"{code}\n"
         "store = Store(Path(sys.argv[1]))\n"
         "try:\n    store.save(state_at(4), RECORD, 0.5)\n    print('saved')\n"
@@ -110,8 +110,8 @@ def test_a_limit_on_the_size_of_files_stops_even_what_orbax_writes_itself(home, 
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({largest // 2}, {resource.RLIM_INFINITY}))"
     )
     done = child(code, tmp_path / "store")
-    assert "step 4 could not be written" in done.stdout, done.stderr
-    assert "the checkpoint of step 3 is still good" in done.stdout
+    assert "Cannot write the checkpoint of step 4" in done.stdout, done.stderr
+    assert "The checkpoint of step 3 is still valid" in done.stdout
     assert done.stdout.count("\n") == 1
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "store").glob(".saving*"))
@@ -159,7 +159,7 @@ def test_a_full_disk_stops_with_one_sentence_and_the_step_before_it_is_good(home
     )
     done = mounted("-t tmpfs -o size=3m tmpfs", script, tmp_path / "disk")
     first, second = done.stdout.splitlines()
-    assert "(No space left on device); the checkpoint of step 3 is still good: make room on the disk" in first
+    assert "(No space left on device). The checkpoint of step 3 is still valid: make room on the disk" in first
     assert second == "3 True [] []"
 
 
@@ -173,5 +173,5 @@ def test_a_read_only_disk_stops_with_one_sentence(home, tmp_path):
     )
     done = mounted(f"--bind {tmp_path / 'disk'}", script, tmp_path / "disk")
     first, second = done.stdout.splitlines()
-    assert "(Read-only file system); the checkpoint of step 3 is still good: make the disk writable" in first
+    assert "(Read-only file system). The checkpoint of step 3 is still valid: make the disk writable" in first
     assert second == "3 True [] []"

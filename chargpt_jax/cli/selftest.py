@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from chargpt_jax.config import Config, DataConfig
 from chargpt_jax.config_io import from_dict, to_json
 from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.errors import NoCheckpoint, UserError
+from chargpt_jax.storage.state_arrays import Arrays, on_host
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import Setup
@@ -53,8 +53,6 @@ CHARACTERS = 12_000
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows knows one way to end a process
 ASKING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-
-Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass
@@ -242,7 +240,7 @@ class _Bench:
 
     def state(self, name: str) -> Arrays:
         """Return, by path, the arrays that a training would go on from."""
-        return _arrays(restored(self.setup, self.fresh, self.folder / name / "checkpoints", lambda text: None))
+        return on_host(restored(self.setup, self.fresh, self.folder / name / "checkpoints", lambda text: None))
 
     def log(self, name: str) -> list[dict[str, Any]]:
         """Return metrics.jsonl but for times of the clock."""
@@ -402,7 +400,7 @@ def _ends(
     asked = number is not None and number != KILL and not deaf
     right = {0, 130 if number == signal.SIGINT else 143} if asked else {0} if number is None else {0, -number}
     made = max((line["step"] for line in Workdir(bench.folder / name).load_metrics()), default=0)
-    place = made, int(bench.state(name)[".step"])
+    place = made, int(bench.state(name)["step"])
     # A process that ended before it began to train has lost nothing; what is missing then, an earlier one lost.
     lost = 0 if place == before else place[0] - place[1]
     with bench.guard:
@@ -428,13 +426,13 @@ def _damage(bench: _Bench, whole: _Whole, corruptions: int) -> None:
     """Damage copies of a run's checkpoints, and go on from each."""
     found, checkpoints = bench.result.corruptions, bench.folder / "whole-0" / "checkpoints"
     steps = sorted((path for path in checkpoints.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
-    right: dict[int, Arrays] = {0: _arrays(bench.fresh)}
+    right: dict[int, Arrays] = {0: on_host(bench.fresh)}
     for i in range(len(steps)):  # each is the newest once the later ones are gone
         place = bench.folder / "older"
         for path in steps[: i + 1]:
             shutil.copytree(path, place / path.name)
-        state = _arrays(restored(bench.setup, bench.fresh, place, lambda text: None))
-        right[int(state[".step"])] = state
+        state = on_host(restored(bench.setup, bench.fresh, place, lambda text: None))
+        right[int(state["step"])] = state
         shutil.rmtree(place)
     for i in range(corruptions):
         place = bench.folder / f"damaged-{i}"
@@ -458,13 +456,13 @@ def _outcome(bench: _Bench, place: Path, right: dict[int, Arrays], newest: int) 
     def restore() -> None:
         nonlocal outcome
         try:
-            state = _arrays(restored(bench.setup, bench.fresh, place, lambda text: None))
+            state = on_host(restored(bench.setup, bench.fresh, place, lambda text: None))
         except (NoCheckpoint, UserError):
             outcome = "refused"
         except Exception:
             outcome = "unclear"
         else:
-            step = int(state[".step"])
+            step = int(state["step"])
             wrong = step not in right or not _same(state, right[step])
             outcome = "silent_wrong" if wrong else "bit_identical" if step == newest else "fallbacks"
 
@@ -505,16 +503,6 @@ def _mutate(checkpoints: Path, steps: list[Path], draw: random.Random) -> str:
     else:
         step.rename(checkpoints / draw.choice((f"{step.name} (1)", str(int(step.name) + 1), f"0{step.name}")))
     return f"{kind} of {path.relative_to(checkpoints)}"
-
-
-def _arrays(state: TrainState) -> Arrays:
-    """Return a state's arrays by path; keys as their bits."""
-    return {
-        jax.tree_util.keystr(path): np.asarray(
-            jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-        )
-        for path, x in jax.tree_util.tree_leaves_with_path(state)
-    }
 
 
 def _same(one: Arrays, other: Arrays) -> bool:

@@ -1,42 +1,35 @@
-"""Save and restore a training state together with the config and the vocabulary that give it meaning.
+"""Save and restore training states, together with the config and the vocabulary that they belong to.
 
-A step is a folder named by its number. It is made under another name and renamed when it is whole, sealed and on the
-disk, so that it is there entirely or not at all:
+A checkpoint is a folder named by its training step. It is written under another name, verified, and renamed when it is
+complete and on the disk, so that it appears atomically:
 
     60/arrays/        the state, written by orbax
-    60/record.json    what the arrays mean: config, vocabulary, corpus; and their names, shapes, dtypes and digest
+    60/record.json    config, vocabulary and corpus of the state; names, shapes, dtypes and digest of its arrays
     60/manifest.json  sha256 and size of every file
 
-Nothing is believed that was not verified: a step that fails is passed over with a warning, the one before it is taken
-instead, and what failed is never deleted.
+Every checkpoint is verified before it is loaded. One that fails is skipped with a warning, and never deleted; the next
+older one is used instead.
 """
 
 import contextlib
 import errno
-import functools
-import hashlib
 import itertools
 import json
-import logging
 import os
-import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 
 from chargpt_jax import atomic
-from chargpt_jax.config_io import from_dict
-from chargpt_jax.errors import NoCheckpoint, SaveFailed, UserError
-from chargpt_jax.storage import manifest
+from chargpt_jax.errors import NoCheckpoint, SaveFailed
+from chargpt_jax.storage import checkpoint_record, manifest
+from chargpt_jax.storage.checkpoint_record import Record
 from chargpt_jax.storage.manifest import Damaged
+from chargpt_jax.storage.orbax_quirks import ArrayStore
 from chargpt_jax.storage.state_arrays import (
     Arrays,
     StateT,
@@ -49,27 +42,15 @@ from chargpt_jax.storage.state_arrays import (
     stored_shape,
 )
 
-FORMAT = 2
-"""Of what a step holds; a reader refuses a newer one."""
-
 UNVALIDATED = 1e30
-"""The validation loss of a checkpoint that was not validated: it is never the best."""
-
-MOST_RECORD_BYTES = 32_000_000
-"""The longest record: a vocabulary of all of Unicode's characters takes half of it."""
-
-ROOM, EXPANSION = 2**28, 100
-"""Arrays may take 256 MiB, and more only up to so many times the bytes of their files (zeros compress well)."""
+"""The validation loss of a checkpoint without one: such a checkpoint is never the best."""
 
 SAVING, DELETING = ".saving-", ".deleting-"
-"""What the names of folders begin with that a dead run can leave behind."""
+"""Prefixes of temporary folders, which a killed process can leave behind."""
 
-RECORD, ARRAYS = "record.json", "arrays"
+ARRAYS = "arrays"
 
-MEANING = {"config": dict, "vocabulary": list, "corpus_sha256": str, "arrays": dict, "digest": str, "loss": float}
-"""What every record says, besides format and step."""
-
-REMEDIES = {
+FIXES = {
     errno.ENOSPC: "make room on the disk",
     errno.EDQUOT: "make room within your quota",
     errno.EFBIG: "raise the limit on the size of files",
@@ -78,33 +59,29 @@ REMEDIES = {
     errno.EPERM: "make the folder writable, or choose another --workdir",
     errno.EIO: "check the disk",
 }
-"""What a user can do about the system's reasons for not writing."""
+"""What a user can do about an OS error of a write."""
 
 T = TypeVar("T")
 
 
 class Checkpoints:
-    """The checkpoints of one run. Many may read them, but one process alone may write."""
+    """The checkpoints of one run. Any number of processes may read them; only one may write."""
 
-    def __init__(self, folder: Path, *, keep_last: int = 2, warn: Callable[[str], None] = print):
-        """Open a folder, which need not exist; nothing in it is changed before something is saved.
+    def __init__(self, folder: Path, *, keep_last: int = 2, warn: Callable[[str], None] = print) -> None:
+        """Open a folder, which need not exist; nothing in it is changed before the first save.
 
         Args:
-            folder: where the steps are.
-            keep_last: newest steps to keep, besides the best.
-            warn: told, once a step, which one cannot be used and why.
+            folder: where the checkpoints are.
+            keep_last: number of newest checkpoints to keep, in addition to the best one.
+            warn: called once for each checkpoint that fails verification, with the reason.
         """
         self.folder, self.keep_last, self.warn = folder.absolute(), keep_last, warn
+        self.arrays = ArrayStore()
         self._warned: set[int] = set()
-        self._sound: dict[int, bool] = {}
-
-    @functools.cached_property
-    def _orbax(self) -> ocp.Checkpointer:
-        # Made when it is needed: it starts JAX's devices, of which there are then as many as were asked for before.
-        return ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        self._valid: dict[int, bool] = {}
 
     def steps(self) -> list[int]:
-        """List the steps on disk, oldest first, whether they can be used or not."""
+        """List the training steps of the checkpoints on disk, oldest first, valid or not."""
         try:
             with os.scandir(self.folder) as entries:
                 return sorted(int(entry.name) for entry in entries if _is_number(entry.name) and entry.is_dir())
@@ -114,73 +91,58 @@ class Checkpoints:
             raise NoCheckpoint(f"{self.folder} cannot be read ({error.strerror}): make it readable.") from error
 
     def sweep(self) -> None:
-        """Remove what dead runs left half written or half deleted. Only who may write here may ask for it."""
-        for leftover in (SAVING, DELETING):
-            for path in self.folder.glob(f"{leftover}*"):
+        """Remove the temporary folders of killed processes. Only the process that holds the lock may call this."""
+        for prefix in (SAVING, DELETING):
+            for path in self.folder.glob(f"{prefix}*"):
                 _remove(path)
 
-    def save(self, state: StateT, record: dict[str, Any], loss: float) -> Path:
-        """Save a state, and wait until it is on the disk; then delete the steps that need not be kept.
+    def save(self, state: StateT, record: Mapping[str, object], loss: float) -> Path:
+        """Save a state, and wait until it is on the disk; then delete the checkpoints that need not be kept.
 
         Args:
             state: what to save.
-            record: what the state means: config, vocabulary, corpus_sha256, and anything else that JSON can hold.
-            loss: by validation, nats per character; tells which step is best.
+            record: config, vocabulary, corpus_sha256, and anything else that JSON can hold.
+            loss: validation loss, nats per character; the lowest is the best checkpoint.
 
         Returns:
-            The step's folder.
+            The folder of the checkpoint.
 
         Raises:
-            SaveFailed: where the system refuses; the older steps are as they were.
+            SaveFailed: if a file cannot be written; the older checkpoints are unchanged.
         """
-        _expect_late_callbacks()
         step = int(state.step)
         target, staging = self.folder / str(step), self.folder / f"{SAVING}{step}"
         try:
             self._write(staging, state, record, loss)
-            self._put(staging, target)
+            self._install(staging, target)
         except Exception as error:
-            raise SaveFailed(self._refusal(step, error)) from error
+            raise SaveFailed(self._save_error(step, error)) from error
         finally:
             _remove(staging)
-        self._sound[step] = True
-        with contextlib.suppress(OSError, Damaged, NoCheckpoint):  # the step is saved; the next save tries again
+        self._valid[step] = True
+        with contextlib.suppress(OSError, Damaged, NoCheckpoint):  # the state is saved; the next save tries again
             self._delete_old()
         return target
 
-    def _write(self, staging: Path, state: StateT, record: dict[str, Any], loss: float) -> None:
+    def _write(self, staging: Path, state: StateT, record: Mapping[str, object], loss: float) -> None:
         _remove(staging)
         os.makedirs(staging)
         arrays = on_host(state)
-        with _quiet(), _until_settled(staging):
-            self._orbax.save(staging / ARRAYS, args=ocp.args.StandardSave(arrays))
-        full = {
-            "format": FORMAT,
-            "step": int(state.step),
-            "loss": float(loss),
-            "versions": _versions(),
-            "config_sha256": _sha256_of_json(record.get("config")),
-            "arrays": described(dict(named(state))),
-            "digest": digest(arrays),
-            **record,
-        }
-        atomic.create_file(staging / RECORD, json.dumps(full).encode())
-        with _until_settled(staging):  # orbax can take a refusal of the system for success, and leave a part out
-            self._look(staging, arrays)
+        self.arrays.save(staging / ARRAYS, arrays)
+        full = checkpoint_record.complete(record, int(state.step), loss, described(dict(named(state))), digest(arrays))
+        atomic.create_file(staging / checkpoint_record.NAME, json.dumps(full).encode())
         manifest.seal(staging)
 
-    def _put(self, staging: Path, target: Path) -> None:
-        """Rename a sealed folder to a step; one of that number that cannot be used is moved aside, not deleted."""
-        aside = None
-        if os.path.lexists(target):
-            aside = self._aside(target)
+    def _install(self, staging: Path, target: Path) -> None:
+        """Rename a complete folder to a checkpoint. A damaged one of that step is moved aside, not deleted."""
+        aside = self._aside(target) if os.path.lexists(target) else None
         atomic.replace_folder(staging, target, aside)
         _remove(self.folder / f"{DELETING}{target.name}")
 
     def _aside(self, target: Path) -> Path:
-        """Return where to move a step that is in the way."""
-        self._sound.pop(int(target.name), None)
-        if self._is_sound(int(target.name)):
+        """Return where to move an existing checkpoint of the same step."""
+        self._valid.pop(int(target.name), None)
+        if self._is_valid(int(target.name)):
             gone = self.folder / f"{DELETING}{target.name}"
             _remove(gone)
             return gone
@@ -188,106 +150,77 @@ class Checkpoints:
         return next(path for path in names if not os.path.lexists(path))
 
     def _delete(self, step: int) -> None:
-        """Delete a step, which is gone at once: what is half deleted is no step."""
+        """Delete a checkpoint. It is renamed first, so that a half-deleted one does not count."""
         going = self.folder / f"{DELETING}{step}"
         _remove(going)
         os.rename(self.folder / str(step), going)
         _remove(going)
 
-    def _refusal(self, step: int, error: Exception) -> str:
-        number = getattr(error, "errno", None) or next((n for n in REMEDIES if os.strerror(n) in str(error)), None)
+    def _save_error(self, step: int, error: Exception) -> str:
+        """Describe a failed save: the reason, the newest valid checkpoint, and the fix."""
+        number = getattr(error, "errno", None) or next((n for n in FIXES if os.strerror(n) in str(error)), None)
         reason = os.strerror(number) if number else (str(error).splitlines() or [type(error).__name__])[0][:200]
-        reason = "what was written cannot be read back" if isinstance(error, Damaged) else reason
-        good: list[int] = []
+        reason = "the written files cannot be read back" if isinstance(error, Damaged) else reason
+        valid: list[int] = []
         with contextlib.suppress(NoCheckpoint):
-            good = [one for one in self.steps() if one != step and self._is_sound(one)]
-        kept = f"the checkpoint of step {good[-1]:,} is still good" if good else "there is no earlier one"
-        remedy = REMEDIES.get(number or 0, "see that the disk can be written")
+            valid = [one for one in self.steps() if one != step and self._is_valid(one)]
+        left = f"The checkpoint of step {valid[-1]:,} is still valid" if valid else "There is no earlier checkpoint"
+        fix = FIXES.get(number or 0, "check that the disk is writable")
         return (
-            f"The checkpoint of step {step:,} could not be written to {self.folder} ({reason}); {kept}: {remedy}, then "
-            "give the same command again."
+            f"Cannot write the checkpoint of step {step:,} to {self.folder} ({reason}). {left}: {fix}, then run the "
+            "same command again."
         )
 
     def _delete_old(self) -> None:
-        """Delete all sound steps but the newest few and the best; a step that fails verification is left alone."""
-        sound = [step for step in self.steps() if self._is_sound(step)]
-        best = min(sound, key=lambda step: _rank(step, self._peek(step)))
-        for step in sound:
-            if step == best or step in sound[-self.keep_last :]:
+        """Delete the valid checkpoints but the newest few and the best; one that fails verification stays."""
+        valid = [step for step in self.steps() if self._is_valid(step)]
+        best = min(valid, key=lambda step: _rank(step, self._read_record(step)))
+        for step in valid:
+            if step == best or step in valid[-self.keep_last :]:
                 continue
-            del self._sound[step]
-            if self._is_sound(step):  # looked at anew: it may have been damaged since
+            del self._valid[step]
+            if self._is_valid(step):  # verified again: it may have been damaged since
                 self._delete(step)
 
-    def _is_sound(self, step: int) -> bool:
-        """Say whether a step is what was sealed, as far as was seen when this process last looked."""
-        if step not in self._sound:
+    def _is_valid(self, step: int) -> bool:
+        """Return whether a checkpoint passed verification when this process last checked it."""
+        if step not in self._valid:
             try:
-                self._trusted(step)
-                self._sound[step] = True
+                self._verified_record(step)
+                self._valid[step] = True
             except Damaged:
-                self._sound[step] = False
-        return self._sound[step]
+                self._valid[step] = False
+        return self._valid[step]
 
-    def choose(self, which: str | int = "best") -> int:
-        """Return the number of a step that passes verification: 'latest', 'best' by validation, or that very number.
-
-        Steps that do not pass are left out, each with a warning.
-
-        Raises:
-            NoCheckpoint: where there is none, or none of that number.
-        """
-        return self._first(which, lambda step, record: None)[0]
-
-    def record(self, step: int) -> dict[str, Any]:
-        """Read what a step's state means.
-
-        Raises:
-            NoCheckpoint: where it fails verification, or was written by a newer version.
-        """
-        return self._first(step, lambda step, record: None)[1]
-
-    def restore(self, step: int, like: StateT) -> StateT:
-        """Read a state.
+    def load(self, which: str | int, like_of: Callable[[Record], StateT]) -> tuple[int, Record, StateT]:
+        """Read a checkpoint. One that fails verification is skipped with a warning, and the next one is used.
 
         Args:
-            step: one of `steps()`.
-            like: a state with the shapes, dtypes and sharding that are wanted; its values do not matter.
-
-        Raises:
-            NoCheckpoint: where the step fails verification or holds something else.
-        """
-        return self.load(step, lambda record: like)[2]
-
-    def load(self, which: str | int, like_of: Callable[[dict[str, Any]], StateT]) -> tuple[int, dict[str, Any], StateT]:
-        """Read the step that `choose` says, or the next one where reading that fails.
-
-        Args:
-            which: 'latest', 'best', or a number.
-            like_of: takes a step's record and returns a state like the one wanted, or raises what ends the search.
+            which: 'latest', 'best' by validation loss, or a training step.
+            like_of: takes the record of a checkpoint, and returns a state with the expected shapes, dtypes and
+                sharding (its values are not used). An exception that it raises ends the search.
 
         Returns:
-            The step, its record and its state.
+            The training step, the record and the state.
 
         Raises:
-            NoCheckpoint: where no step can be used, with each step's reason.
+            NoCheckpoint: if no checkpoint can be used, with the reason for each.
         """
 
-        def use(step: int, record: dict[str, Any]) -> StateT:
+        def use(step: int, record: Record) -> StateT:
             like = like_of(record)
-            arrays = self._read(self.folder / str(step), record, like)
+            arrays = self._read_arrays(self.folder / str(step), record, like)
             leaves = [placed(arrays[name], leaf) for name, leaf in named(like)]
             return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
         return self._first(which, use)
 
     def close(self) -> None:
-        """Let go of what reading and writing needed."""
-        if "_orbax" in vars(self):
-            self._orbax.close()
+        """Release what reading and writing needed."""
+        self.arrays.close()
 
-    def _first(self, which: str | int, use: Callable[[int, dict[str, Any]], T]) -> tuple[int, dict[str, Any], T]:
-        """Return the first step, in the order that is asked for, that passes and can be used, and what `use` gave."""
+    def _first(self, which: str | int, use: Callable[[int, Record], T]) -> tuple[int, Record, T]:
+        """Return the first checkpoint, in the order that `which` asks for, for which `use` does not raise Damaged."""
         reasons: dict[int, Damaged] = {}
         steps = self._candidates(which)
         verified = self._verified(steps, reasons, quiet=steps == [which])
@@ -297,17 +230,17 @@ class Checkpoints:
             try:
                 return step, record, use(step, record)
             except Damaged as error:
-                self._pass_over(step, error, reasons, quiet=steps == [which])
+                self._skip(step, error, reasons, quiet=steps == [which])
         if steps == [which]:
-            raise NoCheckpoint(f"Checkpoint {which} of {self.folder} cannot be used: {reasons[steps[0]]}.")
+            raise NoCheckpoint(f"Checkpoint {which} in {self.folder} cannot be used: {reasons[steps[0]]}.")
         listed = "; ".join(f"{step}: {reasons[step]}" for step in steps)
-        raise NoCheckpoint(f"{self.folder} holds no checkpoint that can be used ({listed}).")
+        raise NoCheckpoint(f"No usable checkpoint in {self.folder} ({listed}).")
 
     def _candidates(self, which: str | int) -> list[int]:
-        """Return the steps to choose from, newest first.
+        """Return the training steps to try, newest first.
 
         Raises:
-            NoCheckpoint: where there is none, or none of that number.
+            NoCheckpoint: if there is no checkpoint, or none of the given step.
         """
         steps = self.steps()
         if not steps:
@@ -315,153 +248,54 @@ class Checkpoints:
         if which in ("best", "latest"):
             return steps[::-1]
         if which not in steps:
-            raise NoCheckpoint(f"{self.folder} holds no step {which}: it has {', '.join(map(str, steps))}.")
+            there = ", ".join(map(str, steps))
+            raise NoCheckpoint(f"{self.folder} holds no checkpoint of step {which}: it has {there}.")
         return [int(which)]
 
-    def _verified(
-        self, steps: list[int], reasons: dict[int, Damaged], quiet: bool
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield those of these steps that pass, with their records; keep the reasons of the others."""
+    def _verified(self, steps: list[int], reasons: dict[int, Damaged], quiet: bool) -> Iterator[tuple[int, Record]]:
+        """Yield (step, record) of the checkpoints that pass verification; collect the reasons of the others."""
         for step in steps:
             try:
-                yield step, self._trusted(step)
+                yield step, self._verified_record(step)
             except Damaged as error:
-                self._pass_over(step, error, reasons, quiet)
+                self._skip(step, error, reasons, quiet)
 
-    def _pass_over(self, step: int, error: Damaged, reasons: dict[int, Damaged], quiet: bool) -> None:
+    def _skip(self, step: int, error: Damaged, reasons: dict[int, Damaged], quiet: bool) -> None:
         reasons[step] = error
         if not quiet and step not in self._warned:
             self._warned.add(step)
-            self.warn(f"Checkpoint {step} of {self.folder} is passed over: {error}.")
+            self.warn(f"Skipping checkpoint {step} in {self.folder}: {error}.")
 
-    def _peek(self, step: int) -> dict[str, Any]:
-        return manifest.read_json(self.folder / str(step) / RECORD, MOST_RECORD_BYTES)
+    def _read_record(self, step: int) -> Record:
+        return manifest.read_json(self.folder / str(step) / checkpoint_record.NAME, checkpoint_record.MAX_BYTES)
 
-    def _trusted(self, step: int) -> dict[str, Any]:
-        """Verify a step's files and return its record.
+    def _verified_record(self, step: int) -> Record:
+        """Verify the files of a checkpoint, and return its record.
 
         Raises:
-            Damaged: where something is not as it was saved, or this version cannot know what it means.
+            Damaged: if a file or a field differs from what was saved, or this version cannot interpret it.
         """
         manifest.verify(self.folder / str(step))
-        record = self._peek(step)
-        if not isinstance(record.get("format"), int) or record["format"] > FORMAT:
-            raise Damaged(
-                RECORD,
-                f"has format {record.get('format')!a}, but this version reads up to {FORMAT}: install a newer "
-                "chargpt_jax",
-            )
-        missing = [name for name, kind in MEANING.items() if not isinstance(record.get(name), kind)]
-        if missing:
-            raise Damaged(RECORD, f"has no {missing[0]}")
-        if record.get("step") != step:
-            raise Damaged(RECORD, f"is of step {record.get('step')!a}")
-        if record.get("config_sha256") != _sha256_of_json(record["config"]):
-            raise Damaged(RECORD, "has a config that is not the one it was saved with")
-        _check_vocabulary(record["vocabulary"])
-        try:
-            from_dict(record["config"])
-        except UserError as error:
-            raise Damaged(RECORD, f"has a config that this version does not know ({str(error).rstrip('.')})") from None
+        record = self._read_record(step)
+        checkpoint_record.check(record, step)
         return record
 
-    def _read(self, folder: Path, record: dict[str, Any], like: StateT) -> Arrays:
-        """Read a step's arrays, once it is known that they are those of the record, and of `like`.
+    def _read_arrays(self, folder: Path, record: Record, like: StateT) -> Arrays:
+        """Read the arrays of a checkpoint, after checking that they are those of the record and of `like`.
 
         Raises:
-            Damaged: where they are not.
+            Damaged: if they differ.
         """
         leaves = dict(named(like))
-        check_same(RECORD, record["arrays"], described(leaves))
-        wanted = {name: stored_shape(leaf) for name, leaf in leaves.items()}
-        self._look(folder, wanted)
-        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in wanted.items()}
-        with _unreadable(), _quiet():
-            arrays = self._orbax.restore(folder / ARRAYS, args=ocp.args.StandardRestore(shapes))
+        check_same(checkpoint_record.NAME, record["arrays"], described(leaves))
+        arrays = self.arrays.load(folder / ARRAYS, {name: stored_shape(leaf) for name, leaf in leaves.items()})
         if digest(arrays) != record["digest"]:
-            raise Damaged(ARRAYS, "holds other numbers than were saved")
+            raise Damaged(ARRAYS, "holds other values than were saved")
         return arrays
-
-    def _look(self, folder: Path, wanted: Mapping[str, Any]) -> None:
-        """Compare what a step says of its arrays with those wanted; no memory is taken for them.
-
-        Raises:
-            Damaged: where they differ, or orbax cannot tell them.
-        """
-        _check_room(folder / ARRAYS, wanted)
-        with _unreadable(), _quiet():
-            found = self._orbax.metadata(folder / ARRAYS).item_metadata.tree
-            check_same(ARRAYS, described(found), described(wanted))
-            _check_chunks(found)
-
-
-@contextlib.contextmanager
-def _unreadable() -> Iterator[None]:
-    """Say in a sentence what orbax stumbles over, in whatever way."""
-    try:
-        yield
-    except Damaged:
-        raise
-    except Exception as error:
-        first = (str(error).splitlines() or [""])[0][:200]
-        raise Damaged(ARRAYS, f"cannot be read ({type(error).__name__}: {first})") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep orbax from printing the tracebacks of its threads: what went wrong is raised, and told in one sentence."""
-    logger = logging.getLogger("absl")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
-@contextlib.contextmanager
-def _until_settled(folder: Path) -> Iterator[None]:
-    """Raise what is raised once nothing in a folder has changed for a tenth of a second, or after two seconds.
-
-    Where the system refuses one file, orbax's threads go on with others: what is removed meanwhile they make anew.
-    """
-    try:
-        yield
-    except Exception:
-        before = None
-        for _ in range(20):
-            now = _contents(folder)
-            if now is not None and now == before:
-                break
-            before = now
-            time.sleep(0.1)
-        raise
-
-
-def _contents(folder: Path) -> dict[Path, tuple[int, int]] | None:
-    """Return the size and time of change of all that is in a folder, or None where it changes while it is read."""
-    try:
-        found = {path: path.stat() for path in folder.rglob("*")}
-    except OSError:
-        return None
-    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
-
-
-@functools.cache
-def _expect_late_callbacks() -> None:
-    """Keep quiet about what else orbax was writing when the system refused: the first refusal is raised and told."""
-    tell = sys.unraisablehook
-    ours = re.compile(r"(?s)Task exception was never retrieved.*orbax")
-    logging.getLogger("asyncio").addFilter(lambda record: not ours.match(record.getMessage()))
-
-    def hook(what: Any) -> None:
-        if not (what.exc_type is RuntimeError and str(what.exc_value) == "Event loop is closed"):
-            tell(what)
-
-    sys.unraisablehook = hook
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, as far as the system lets us within a second."""
+    """Remove a folder; give up after a second if the system refuses."""
     for _ in range(20):
         with contextlib.suppress(OSError):
             shutil.rmtree(folder, ignore_errors=True)
@@ -471,41 +305,10 @@ def _remove(folder: Path) -> None:
 
 
 def _is_number(name: str) -> bool:
-    """Say whether a name is a number as we write it: '60', but not '060', '60 (1)' or other alphabets' digits."""
+    """Return whether a name is a canonical number: '60', but not '060', '60 (1)' or digits of other alphabets."""
     return name.isascii() and name.isdecimal() and str(int(name)) == name
 
 
-def _check_vocabulary(vocabulary: list[Any]) -> None:
-    """Refuse what a tokenizer would put into another order, and so give other ids."""
-    fine = all(isinstance(text, str) and len(text) <= 1 for text in vocabulary)
-    if not fine or vocabulary != sorted({"", *vocabulary}):
-        raise Damaged(RECORD, "has a vocabulary that is not '' and single characters in order")
-
-
-def _rank(step: int, record: dict[str, Any]) -> tuple[float, int]:
-    """Sort by validation loss, then earlier first; but of those without one the newest first."""
+def _rank(step: int, record: Record) -> tuple[float, int]:
+    """Sort by validation loss, then the older first; those without a validation loss come last, the newest first."""
     return (record["loss"], step) if record["loss"] < UNVALIDATED else (UNVALIDATED, -step)
-
-
-def _check_room(folder: Path, wanted: Mapping[str, Any]) -> None:
-    claimed = sum(np.dtype(x.dtype).itemsize * int(np.prod(x.shape, dtype=object)) for x in wanted.values())
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if claimed > ROOM + EXPANSION * there:
-        raise Damaged(ARRAYS, f"claims {claimed:,} bytes of arrays in {there:,} bytes of files")
-
-
-def _check_chunks(found: dict[str, Any]) -> None:
-    """Refuse pieces larger than the array they are of, since memory is taken for whole pieces."""
-    for name, array in found.items():
-        chunk = array.storage.chunk_shape if array.storage else None
-        if chunk and any(piece > max(1, whole) for piece, whole in zip(chunk, array.shape, strict=True)):
-            raise Damaged(ARRAYS, f"holds {name!r} in pieces of {list(chunk)}")
-
-
-def _sha256_of_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}

@@ -29,6 +29,7 @@ from chargpt_jax.events import (
     Zoom,
 )
 from chargpt_jax.storage.checkpoint import Checkpoints
+from chargpt_jax.storage.state_arrays import on_host
 from chargpt_jax.storage.workdir import Log, Workdir
 from chargpt_jax.training import pacing, setup, stages
 from tests.corpus_text import FLOOR, small_config, write_words
@@ -56,12 +57,10 @@ def final(workdir):
     setup = stages.Setup.of(Workdir(workdir))
     tx = stages.optimizer.transform(setup.config.optimizer, lambda count: 0.0 * count)
     store = Checkpoints(Workdir(workdir).checkpoints)
-    state = store.restore(store.choose("latest"), setup.fresh_state(tx))
+    fresh = setup.fresh_state(tx)
+    _, _, state = store.load("latest", lambda record: fresh)
     store.close()
-    return {
-        jax.tree_util.keystr(path): np.asarray(jax.random.key_data(x) if x.dtype.name.startswith("key") else x)
-        for path, x in jax.tree_util.tree_leaves_with_path(state)
-    }
+    return on_host(state)
 
 
 def same_bits(one, other):
