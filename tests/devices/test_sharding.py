@@ -30,7 +30,7 @@ from chargpt_jax.ops import blockwise_attention
 from chargpt_jax.ops.cpu_kv_cache import Blocks
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
-from chargpt_jax.training import setup as setup_module
+from chargpt_jax.training import setup as training_setup
 from chargpt_jax.training.setup import Setup, compiled_updates
 from chargpt_jax.training.stages import prepare
 from tests.corpus_text import write_words
@@ -230,7 +230,7 @@ def trained(workdir: Path, n_devices: int, parts: int, kind: str = "adamw", leas
 
     (In float32 the gradient of the keys' bias, which softmax does not see, is rounding noise that Adam makes large.)
     """
-    setup_module.compute_dtype = lambda amp: jnp.float64
+    training_setup.compute_dtype = lambda amp: jnp.float64
     sharding.data_mesh = partial(data_mesh, devices=jax.devices()[:n_devices])
     sharding.LEAST_SHARED = least
     setup = Setup.of(Workdir(workdir))
