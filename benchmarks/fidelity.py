@@ -3,8 +3,8 @@
     python -m benchmarks.fidelity
 
 Both sides start from the same random parameters and get the same tokens, without dropout, on the CPU. The reference
-implementation is tests/original.py in float64. For the lower precisions, the table also has PyTorch's own difference
-from it. tests/test_parity.py holds bounds on the results of these functions. Needs PyTorch.
+implementation is tests/pytorch_reference.py in float64. For the lower precisions, the table also has PyTorch's own
+difference from it. tests/test_parity.py holds bounds on the results of these functions. Needs PyTorch.
 """
 
 import math
@@ -32,7 +32,7 @@ from chargpt_jax.model.gpt import create
 from chargpt_jax.training.lr_finder import LossesOf, search, trainer_losses
 from chargpt_jax.training.optimizer import adamw, warmup_cosine
 from chargpt_jax.training.step import create_state, train_step
-from tests import original, reference
+from tests import pytorch_reference, reference
 from tests.pairing import by_name, from_reference, x64
 
 SIZES = {"vocab_size": 64, "n_embd": 16, "n_head": 3, "n_head_dim": 8, "n_ff": 40, "n_layer": 3}
@@ -108,9 +108,9 @@ def prompts() -> np.ndarray:
     return tokens
 
 
-def torch_model(dtype: torch.dtype, **settings: Any) -> original.GPT:
+def torch_model(dtype: torch.dtype, **settings: Any) -> pytorch_reference.GPT:
     """Return the original's model with the common parameters."""
-    return original.with_parameters(parameters(), dtype, **SIZES, **settings)
+    return pytorch_reference.with_parameters(parameters(), dtype, **SIZES, **settings)
 
 
 def our_model(precision: str) -> tuple[nnx.GraphDef, dict[str, Any]]:
@@ -173,16 +173,16 @@ def theirs(precision: str, **settings: Any) -> Figures:
 
     def loss(step: int) -> torch.Tensor:
         with cast():
-            return original.loss(model, *torch_batch(step))
+            return pytorch_reference.loss(model, *torch_batch(step))
 
     value = loss(0)
     value.backward()
     gradients = {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
     with cast(), torch.no_grad():
         logits = model(torch_batch(0)[0]).double().numpy()
-    optimizer = original.adamw(model, OPTIMIZER.learning_rate, OPTIMIZER.weight_decay, OPTIMIZER.betas)
-    schedule = original.warmup_cosine(optimizer, WARMUP, STEPS, SCHEDULER.min_lr_factor)
-    losses, rates = original.train(loss, optimizer, schedule, STEPS)
+    optimizer = pytorch_reference.adamw(model, OPTIMIZER.learning_rate, OPTIMIZER.weight_decay, OPTIMIZER.betas)
+    schedule = pytorch_reference.warmup_cosine(optimizer, WARMUP, STEPS, SCHEDULER.min_lr_factor)
+    losses, rates = pytorch_reference.train(loss, optimizer, schedule, STEPS)
     return {
         "logits": {"logits": logits},
         "loss": {"loss": np.asarray(value.item())},
@@ -232,7 +232,7 @@ def written(precision: str, count: int = 30, temperature: float = 1.0) -> tuple[
 def measured(precision: str, floor: float = 0.0) -> Arrays:
     """Return PyTorch's metrics, in float64, of the tokens that we generated in a precision."""
     tokens = torch.from_numpy(written(precision)[0]).long()
-    found = original.metrics(torch_model(torch.float64), tokens, prompts().shape[1], CONFIG.block_size, floor)
+    found = pytorch_reference.metrics(torch_model(torch.float64), tokens, prompts().shape[1], CONFIG.block_size, floor)
     return {name: a.numpy() for name, a in zip(("surprisal", "entropy", "S2"), found, strict=True)}
 
 
@@ -243,7 +243,7 @@ def generation_rows() -> Iterator[Row]:
         for name in exact:
             pair = {name: found[name]}, {name: exact[name]}
             yield Row(f"generation, {name}", "chargpt_jax", precision, *difference(*pair))
-    floored, found = measured("float64", original.ENTROPY_FLOOR), written("float64")[1]
+    floored, found = measured("float64", pytorch_reference.ENTROPY_FLOOR), written("float64")[1]
     label = "generation, entropy; PyTorch's with 1e-10 inside the logarithm"
     yield Row(
         label, "chargpt_jax", "float64", *difference({"entropy": found["entropy"]}, {"entropy": floored["entropy"]})
@@ -281,7 +281,7 @@ def our_zooms(losses_of: LossesOf, config: LRFinderConfig) -> Arrays:
 def their_zooms(loss_of: LossOf, config: LRFinderConfig) -> Arrays:
     """Run PyTorch's range test; return the same arrays. Only for losses for which no zoom is skipped."""
     keys = ("start_lr", "end_lr", "num_zooms", "steps_per_zoom", "zoom_factor", "method")
-    zooms, found = original.range_test(loss_of, **{key: getattr(config, key) for key in keys}), {}
+    zooms, found = pytorch_reference.range_test(loss_of, **{key: getattr(config, key) for key in keys}), {}
     for number, zoom in enumerate(zooms, 1):
         found |= {f"rates {number}": zoom.rates.numpy(), f"losses {number}": zoom.losses.numpy()}
         numbers = {"low": zoom.ends[0], "high": zoom.ends[1], "steepest": zoom.steepest, "lowest": zoom.lowest}
@@ -317,10 +317,12 @@ def their_probe(config: LRFinderConfig) -> LossOf:
         nonlocal model, optimizer
         if step == 0:
             model = torch_model(torch.float64)
-            optimizer = original.adamw(model, rate, OPTIMIZER.weight_decay, OPTIMIZER.betas)
+            optimizer = pytorch_reference.adamw(model, rate, OPTIMIZER.weight_decay, OPTIMIZER.betas)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        return original.update(optimizer, original.loss(model, *torch_batch(zoom * config.steps_per_zoom + step)))
+        return pytorch_reference.update(
+            optimizer, pytorch_reference.loss(model, *torch_batch(zoom * config.steps_per_zoom + step))
+        )
 
     return loss_of
 
@@ -349,9 +351,9 @@ def tokenizer_row() -> Row:
     """Encode random Unicode characters with both tokenizers."""
     codes = np.random.default_rng(5).integers(0, 0x110000, 5000)
     text = string.printable + "".join(map(chr, codes))
-    found, names = CharTokenizer.from_text(text), original.vocabulary(text)
+    found, names = CharTokenizer.from_text(text), pytorch_reference.vocabulary(text)
     assert list(found.vocabulary) == names
-    pair = {"ids": found.encode_text(text)}, {"ids": np.asarray(original.encode(names, [text])[0])}
+    pair = {"ids": found.encode_text(text)}, {"ids": np.asarray(pytorch_reference.encode(names, [text])[0])}
     return Row("ids of random Unicode", "chargpt_jax", "int32", *difference(*pair))
 
 

@@ -2,11 +2,11 @@
 
     python -m benchmarks.seed_statistics --text_file=FILE [--seeds=5] [--epochs=3] [--out=FOLDER]
 
-The PyTorch side is tests/original.py, with the batches and the validation below. The other side is `chargpt_jax.train`.
-They share the text and the config, but no random numbers: initialisation, order of the text, padding and dropout are
-independent. Both run the same number of training steps, and predict every character of the validation set once after
-each epoch. Prints a table and writes seed_statistics.json and seed_statistics.svg. Needs PyTorch. On a machine with
-other load, set OMP_NUM_THREADS=1.
+The PyTorch side is tests/pytorch_reference.py, with the batches and the validation below. The other side is
+`chargpt_jax.train`. They share the text and the config, but no random numbers: initialisation, order of the text,
+padding and dropout are independent. Both run the same number of training steps, and predict every character of the
+validation set once after each epoch. Prints a table and writes seed_statistics.json and seed_statistics.svg. Needs
+PyTorch. On a machine with other load, set OMP_NUM_THREADS=1.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from chargpt_jax.errors import UserError
 from chargpt_jax.events import Validated
 from chargpt_jax.pictures.plots import BOTTOM, HEIGHT, TOP, WIDTH, Axis
 from chargpt_jax.pictures.svg import Entry, figure, label, legend, number
-from tests import original
+from tests import pytorch_reference
 
 Curve = list[float]
 """The validation loss after each epoch, nats per character."""
@@ -76,23 +76,23 @@ def theirs(config: Config, text: str, seed: int) -> Curve:
     n_train = int(data.train_split * len(tokens))
     epoch_steps = steps_per_epoch(n_train, block_size, data)
     warmup, steps = round(schedule.warmup_epochs * epoch_steps), round(schedule.epochs * epoch_steps)
-    optimizer = original.adamw(model, how.learning_rate, how.weight_decay, how.betas)
-    rates = original.warmup_cosine(optimizer, warmup, steps, schedule.min_lr_factor)
+    optimizer = pytorch_reference.adamw(model, how.learning_rate, how.weight_decay, how.betas)
+    rates = pytorch_reference.warmup_cosine(optimizer, warmup, steps, schedule.min_lr_factor)
     batches = torch_batches(tokens[:n_train], block_size, data.batch_size, data.padding_chance)
     curve = []
     for _ in range(round(schedule.epochs)):
         model.train()
-        original.train(lambda _: original.loss(model, *next(batches)), optimizer, rates, epoch_steps)
+        pytorch_reference.train(lambda _: pytorch_reference.loss(model, *next(batches)), optimizer, rates, epoch_steps)
         curve.append(validation_loss(model.eval(), tokens, n_train, block_size))
     return curve
 
 
-def torch_model(config: Config, text: str) -> tuple[original.GPT, Tensor]:
+def torch_model(config: Config, text: str) -> tuple[pytorch_reference.GPT, Tensor]:
     """Return a new model with the sizes of the config, and the token ids of the text, int64 [N]."""
-    names = original.vocabulary(text)
+    names = pytorch_reference.vocabulary(text)
     sizes = {name: getattr(config.model, name) for name in ("n_embd", "n_head", "n_head_dim", "n_ff", "n_layer")}
-    model = original.GPT(vocab_size=64 * math.ceil(len(names) / 64), dropout=config.model.dropout, **sizes)
-    return model, torch.tensor(original.encode(names, [text])[0])
+    model = pytorch_reference.GPT(vocab_size=64 * math.ceil(len(names) / 64), dropout=config.model.dropout, **sizes)
+    return model, torch.tensor(pytorch_reference.encode(names, [text])[0])
 
 
 def torch_batches(tokens: Tensor, block_size: int, batch_size: int, chance: float) -> Iterator[tuple[Tensor, Tensor]]:
@@ -119,13 +119,13 @@ def padded(window: Tensor, chance: float) -> tuple[Tensor, Tensor]:
     inputs, targets = window[:-1].clone(), window[1:].clone()
     if torch.rand(()) < chance:
         length = int(torch.randint(1, max(2, len(inputs) // 3), ()))
-        inputs[:length] = original.PADDING
-        targets[: length - 1] = original.PADDING
+        inputs[:length] = pytorch_reference.PADDING
+        targets[: length - 1] = pytorch_reference.PADDING
     return inputs, targets
 
 
 @torch.no_grad()
-def validation_loss(model: original.GPT, tokens: Tensor, n_train: int, block_size: int) -> float:
+def validation_loss(model: pytorch_reference.GPT, tokens: Tensor, n_train: int, block_size: int) -> float:
     """Predict every character of the validation set once, in consecutive windows; return the mean loss in nats."""
     nats, piece = 0.0, 32 * block_size
     for x, y in zip(tokens[n_train - 1 : -1].split(piece), tokens[n_train:].split(piece), strict=True):

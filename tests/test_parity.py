@@ -26,7 +26,7 @@ from chargpt_jax.data.batches import steps_per_epoch  # noqa: E402
 from chargpt_jax.data.tokenizer import CharTokenizer  # noqa: E402
 from chargpt_jax.training import lr_finder  # noqa: E402
 from chargpt_jax.training.optimizer import warmup_cosine  # noqa: E402
-from tests import original  # noqa: E402
+from tests import pytorch_reference  # noqa: E402
 from tests.pairing import x64  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -44,7 +44,7 @@ def distance(quantity: str, precision: str) -> float:
 
 
 def test_both_sides_hold_the_same_parameters():
-    names = {name for name, _ in original.GPT(**SIZES).named_parameters()}
+    names = {name for name, _ in pytorch_reference.GPT(**SIZES).named_parameters()}
     assert names == set(PARAMETER_NAMES)
     _, params = fidelity.our_model("float32")
     np.testing.assert_equal(fidelity.by_name(params), fidelity.parameters())
@@ -142,7 +142,10 @@ def test_what_has_no_metric_is_the_first_token_and_the_padding_of_a_prompt():
 
 def test_the_ancestors_entropy_is_below_ours_by_less_than_its_floor_allows():
     """It takes log(p + 1e-10): that lowers an entropy by at most 1e-10 a character of the vocabulary; ours is exact."""
-    below = fidelity.written("float64")[1]["entropy"] - fidelity.measured("float64", original.ENTROPY_FLOOR)["entropy"]
+    below = (
+        fidelity.written("float64")[1]["entropy"]
+        - fidelity.measured("float64", pytorch_reference.ENTROPY_FLOOR)["entropy"]
+    )
     assert np.nanmin(below) > -1e-14
     assert 1e-10 < np.nanmax(below) <= 1e-10 * SIZES["vocab_size"] + 1e-14
 
@@ -150,7 +153,7 @@ def test_the_ancestors_entropy_is_below_ours_by_less_than_its_floor_allows():
 def test_greedy_text_is_the_ancestors():
     tokens, _ = fidelity.written("float64", temperature=0.0)
     given = torch.from_numpy(fidelity.prompts()).long()
-    expected = original.greedy(fidelity.torch_model(torch.float64), given, 30, CONFIG.block_size)
+    expected = pytorch_reference.greedy(fidelity.torch_model(torch.float64), given, 30, CONFIG.block_size)
     assert tokens.tolist() == expected.tolist()
 
 
@@ -198,10 +201,10 @@ def draws(count: int):
 def test_the_helpers_of_the_range_test_are_the_ancestors():
     for rates, losses in draws(200):
         logs, heights = torch.from_numpy(np.log(rates)), torch.from_numpy(losses)
-        expected = original.steepest(logs, heights).exp().item()
+        expected = pytorch_reference.steepest(logs, heights).exp().item()
         assert lr_finder.steepest_rate(rates, losses) == pytest.approx(expected, rel=1e-12)
         assert lr_finder.lowest_rate(rates, losses) == rates[-1]
-        spaced = original.log_spaced(logs[[0, -1]], 10).numpy()
+        spaced = pytorch_reference.log_spaced(logs[[0, -1]], 10).numpy()
         np.testing.assert_allclose(lr_finder.log_spaced((rates[0], rates[-1]), 10), spaced, rtol=1e-12)
 
 
@@ -209,7 +212,7 @@ def test_equal_falls_are_steepest_in_the_middle():
     for losses in ([3.0, 2.0], [3.0, 2.0, 1.0]):
         rates = np.geomspace(1e-6, 1e-2, len(losses))
         found = lr_finder.steepest_rate(rates, losses)
-        expected = original.steepest(torch.from_numpy(np.log(rates)), torch.tensor(losses)).exp().item()
+        expected = pytorch_reference.steepest(torch.from_numpy(np.log(rates)), torch.tensor(losses)).exp().item()
         assert found == pytest.approx(expected, rel=1e-12) == pytest.approx(1e-4, rel=1e-12)
 
 
@@ -230,13 +233,13 @@ def test_a_zoom_without_two_improvements_is_skipped_alike():
         return math.nan if zoom == 1 else fidelity.analytic_loss(zoom, step, rate)
 
     found = list(lr_finder.search(fidelity.one_by_one(loss), LRFinderConfig()))[-1].zooms
-    expected = original.range_test(loss, **dataclasses.asdict(LRFinderConfig()))
+    expected = pytorch_reference.range_test(loss, **dataclasses.asdict(LRFinderConfig()))
     assert [zoom.number for zoom in found] == [1, 3, 4, 5]
     np.testing.assert_allclose([zoom.best for zoom in found], [zoom.best for zoom in expected], rtol=1e-12)
 
 
 def test_where_no_rate_helps_both_find_nothing():
-    assert original.range_test(lambda *_: 1.0, **dataclasses.asdict(LRFinderConfig())) == []
+    assert pytorch_reference.range_test(lambda *_: 1.0, **dataclasses.asdict(LRFinderConfig())) == []
     with pytest.raises(UserError, match="lowers the loss"):
         list(lr_finder.search(fidelity.one_by_one(lambda *_: 1.0), LRFinderConfig()))
 
@@ -256,17 +259,17 @@ TEXTS = st.lists(st.text(st.characters()), max_size=4)  # of any code points, su
 @given(TEXTS, st.none() | st.integers(0, 12))
 @settings(max_examples=200, deadline=None)
 def test_the_tokenizer_is_the_ancestors(texts, block_size):
-    tokenizer, names = CharTokenizer.from_text("".join(texts)), original.vocabulary("".join(texts))
+    tokenizer, names = CharTokenizer.from_text("".join(texts)), pytorch_reference.vocabulary("".join(texts))
     assert list(tokenizer.vocabulary) == names
     assert tokenizer.n_ids == len(names)
-    ids = original.encode(names, texts, block_size)
+    ids = pytorch_reference.encode(names, texts, block_size)
     assert tokenizer.encode(texts, block_size).tolist() == ids
-    assert tokenizer.decode_each(ids) == original.decode_each(names, ids)
+    assert tokenizer.decode_each(ids) == pytorch_reference.decode_each(names, ids)
     assert tokenizer.decode(ids) == [text[:block_size] for text in texts]
 
 
 @given(st.text(), st.lists(st.lists(st.integers(-3, 300), max_size=5), max_size=3))
 @settings(deadline=None)
 def test_ids_without_a_character_decode_to_nothing_alike(text, ids):
-    names = original.vocabulary(text)
-    assert CharTokenizer.from_text(text).decode_each(ids) == original.decode_each(names, ids)
+    names = pytorch_reference.vocabulary(text)
+    assert CharTokenizer.from_text(text).decode_each(ids) == pytorch_reference.decode_each(names, ids)

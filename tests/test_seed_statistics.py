@@ -21,7 +21,7 @@ from chargpt_jax.data.batches import batch_at  # noqa: E402
 from chargpt_jax.events import TrainStarted, Validated  # noqa: E402
 from chargpt_jax.model.gpt import create  # noqa: E402
 from chargpt_jax.ops.dropout import seeds_for  # noqa: E402
-from tests import original  # noqa: E402
+from tests import pytorch_reference  # noqa: E402
 from tests.corpus_text import small_config, write_words  # noqa: E402
 from tests.pairing import by_name  # noqa: E402
 
@@ -140,8 +140,8 @@ def test_from_the_same_parameters_both_sides_measure_the_same_validation_loss(ru
 
 def test_both_sides_run_the_same_number_of_steps_and_validations(run, monkeypatch):
     config, text, _, events = run
-    losses, update = [], original.update
-    monkeypatch.setattr(original, "update", lambda *how: losses.append(update(*how)) or losses[-1])
+    losses, update = [], pytorch_reference.update
+    monkeypatch.setattr(pytorch_reference, "update", lambda *how: losses.append(update(*how)) or losses[-1])
     curve = seed_statistics.theirs(config, text, 0)
     (started,) = (event for event in events if isinstance(event, TrainStarted))
     assert len(losses) == started.total_steps

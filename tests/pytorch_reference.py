@@ -1,8 +1,8 @@
-"""The PyTorch ancestor's mathematics, spelled anew in PyTorch and in double precision where the caller wants it.
+"""An independent PyTorch implementation of the original's mathematics, in float64 where the caller asks for it.
 
-The facts are those of z0u/mi-ni at commit 2a991f7: the model with its parameters' names, loss, AdamW, a schedule,
-generation's metrics, the learning-rate range test and the tokenizer. Autograd, SDPA, `torch.optim` and its schedulers
-do the work here, so nothing but the facts is shared with the package.
+It follows z0u/mi-ni at commit 2a991f7: the model and its parameter names, loss, AdamW, a schedule, the metrics of
+generation, the learning-rate range test and the tokenizer. It uses autograd, SDPA, `torch.optim` and its schedulers,
+and imports nothing of the package.
 
 Axes: B batch, T time, C channels, H heads, D head width, F feed-forward width, V vocabulary.
 """
