@@ -1,4 +1,4 @@
-"""The arrows between the files: who may know whom, read from the source with ast."""
+"""Which folder of the package may import which, and what no file may do: read from the source with ast."""
 
 import ast
 import re
@@ -61,6 +61,93 @@ def test_the_reader_of_imports_tells_now_from_later():
     found = list(imports(ast.parse(code)))
     assert {name for name, now in found if now} == {"a", "b.c", "chargpt_jax.config", "chargpt_jax.main", "h", "j"}
     assert {name for name, now in found if not now} == {"g", "i", "chargpt_jax.k"}
+
+
+MAY_IMPORT = {
+    **dict.fromkeys(("errors", "events", "hash_rng", "atomic"), ""),
+    "config": "errors",
+    "config_io": "config errors",
+    "data": "atomic config errors hash_rng",
+    "devices": "config errors",
+    "pictures": "errors events",
+    "ops": "devices hash_rng",
+    "model": "config hash_rng ops",
+    "storage": "atomic config config_io data errors",
+    "training": "config config_io data devices errors events hash_rng model ops storage",
+    "generation": "config config_io data devices errors events hash_rng model ops pictures storage training",
+    "interop": "atomic config config_io data devices errors storage training",
+    "api": "config config_io data devices errors events generation interop model ops pictures storage training",
+    "cli": "api config config_io data devices errors events generation model pictures storage training",
+    "main": "cli errors",
+    "__init__": "api cli config config_io devices errors",
+}
+"""The folders, or files at the top, that a folder may import, at any time: docs/architecture.md explains the order."""
+
+IMPORTS_TO_REMOVE = {("training.stages", "pictures")}
+"""Imports against the table that are still to be removed: (file, folder)."""
+
+
+def folder(name: str) -> str:
+    """Return the folder of a file, or the file itself at the top of the package."""
+    return name.split(".")[0]
+
+
+def test_folders_import_only_what_the_table_allows():
+    assert set(MAY_IMPORT) == {folder(name) for name in FILES}
+    found = {(name, folder(other)) for name in FILES for other in own(name, True) | own(name, False)}
+    against = {(name, other) for name, other in found if other not in (folder(name), *MAY_IMPORT[folder(name)].split())}
+    assert against <= IMPORTS_TO_REMOVE
+
+
+def test_import_table_has_no_cycle():
+    order = list(MAY_IMPORT)
+    for name, others in MAY_IMPORT.items():
+        assert all(order.index(other) < order.index(name) for other in others.split())
+
+
+def test_folders_have_at_most_ten_files():
+    folders = [folder(name) if "." in name or path.name == "__init__.py" else "" for name, path in FILES.items()]
+    assert max(folders.count(name) - 1 for name in set(folders)) <= 10
+
+
+DEVICE_WORDS = re.compile(r"platform|on_cpu|default_backend|custom_vjp|.*\bxla_.*", re.DOTALL)
+"""Names by which code asks what it runs on, or is written for one device."""
+
+DEVICE_FREE = ("model", "data", "training", "generation", "storage", "pictures")
+DEVICE_WORDS_TO_REMOVE = {"model.gpt", "generation.generate"}
+"""Files that still have such names."""
+
+
+def device_words(tree: ast.AST) -> set[str]:
+    """Return the names and strings of a file that depend on the device.
+
+    Docstrings, module paths and `sys.platform`, the operating system, do not count.
+    """
+    found: set[object] = set()
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.platform":
+            continue
+        names = [getattr(node, key, None) for key in ("id", "attr", "arg", "name", "asname")]
+        found.update(names)
+        if isinstance(node, ast.Constant) and id(node) not in docstrings:
+            found.add(node.value)
+    return {word for word in found if isinstance(word, str) and DEVICE_WORDS.fullmatch(word)}
+
+
+def test_device_words_are_found_in_code_and_not_in_docstrings():
+    code = (
+        'def f(platform): return jax.default_backend(), {"xla_cpu_x": 1}, g(on_cpu=1)\n@jax.custom_vjp\ndef g(): pass\n'
+    )
+    assert device_words(ast.parse(code)) == {"platform", "default_backend", "xla_cpu_x", "on_cpu", "custom_vjp"}
+    assert device_words(ast.parse("from jax import custom_vjp")) == {"custom_vjp"}
+    code = '"""platform"""\nfrom chargpt_jax.devices.platform import compute_dtype\nplatforms = sys.platform\n'
+    assert device_words(ast.parse(code)) == set()
+
+
+def test_only_ops_and_devices_ask_for_the_device():
+    found = {name for name, tree in TREES.items() if folder(name) in DEVICE_FREE and device_words(tree)}
+    assert found <= DEVICE_WORDS_TO_REMOVE
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -224,7 +311,10 @@ def test_the_reader_of_what_runs_leaves_the_rest_alone(code):
 
 def test_a_command_line_is_read_without_loading_jax():
     """So that a mistyped command is answered at once."""
-    files = "config, download, corpus, tokenizer, workdir, events, lr_finder, plots, progress, main"
-    code = f"import sys; from chargpt_jax import {files}; print(*({{'jax', 'flax', 'optax'}} & set(sys.modules)))"
+    files = "config data.download data.corpus data.tokenizer storage.workdir events pictures.plots cli.commands "
+    files += "cli.progress main"
+    assert set(files.split()) <= set(FILES)
+    loads = "; ".join(f"import chargpt_jax.{file}" for file in files.split())
+    code = f"import sys; {loads}; print(*({{'jax', 'flax', 'optax'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
