@@ -81,7 +81,7 @@ def test_generation_within_the_context_fits_into_it(name):
 
 
 @pytest.mark.slow
-def test_scaling_prints_a_row_for_every_size_and_an_exponent_for_every_field(capsys, tmp_path):
+def test_scaling_prints_a_row_per_size_and_an_exponent_per_field(capsys, tmp_path):
     scaling.main(["--small", "--rounds=1", f"--out={tmp_path}"])
     text = capsys.readouterr().out
     for field, sizes in scaling.SMALL.items():
@@ -165,7 +165,7 @@ def test_every_results_file_is_a_section_or_named_by_a_page():
     assert "(../benchmarks/results/seed_statistics.json)" in (tables.PAGE.parent / "fidelity.md").read_text("utf-8")
 
 
-def test_tables_arrange_measurements_by_config_and_implementation():
+def test_tables_arrange_measurements_by_implementation():
     rows = [
         tables.Measurement(config="small", figure="peak_mib", implementation="chargpt_jax", values=[50.0]),
         tables.Measurement(

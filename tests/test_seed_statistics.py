@@ -41,7 +41,7 @@ def same_draws_on_one_thread():
 # PyTorch's batches
 
 
-def test_a_pass_goes_through_consecutive_windows_in_a_random_order():
+def test_windows_are_consecutive_and_in_random_order():
     tokens, block_size = torch.arange(1000), 16
     for _ in range(20):
         starts = [int(window[0]) for window in islice(seed_statistics.windows(tokens, block_size), 61)]
@@ -52,7 +52,7 @@ def test_a_pass_goes_through_consecutive_windows_in_a_random_order():
         assert starts != sorted(starts)
 
 
-def test_each_pass_is_cut_anew_and_no_window_runs_over_the_end():
+def test_each_pass_has_a_new_offset_and_full_windows():
     """Of 50 characters, a pass has two windows of 17."""
     rows = list(islice(seed_statistics.windows(torch.arange(50), 16), 600))
     assert {len(row) for row in rows} == {17}
@@ -69,7 +69,7 @@ def pad_lengths(inputs: np.ndarray, targets: np.ndarray) -> list[int]:
     return lengths.tolist()
 
 
-def test_both_sides_pad_by_the_same_rule_and_leave_the_text_alone():
+def test_both_sides_pad_by_the_same_rule_on_a_copy():
     """In three standard deviations, 3000 draws of a chance of 0.4 are within 0.027 of it."""
     text = np.arange(1, 2000)
     tokens = torch.from_numpy(text.copy())
@@ -88,7 +88,7 @@ def test_both_sides_pad_by_the_same_rule_and_leave_the_text_alone():
 # PyTorch's dropout
 
 
-def test_dropout_moves_the_logits_as_much_as_ours_does():
+def test_dropout_changes_logits_as_much_on_both_sides():
     """From the same parameters, the mean and the standard deviation over 2,000 masks, at each of 24 places."""
     tokens = np.broadcast_to(fidelity.batch(0)[0][1], (2000, 24))
     graphdef, _ = jax.eval_shape(lambda: create(dataclasses.replace(fidelity.CONFIG, dropout=0.5), 0, jnp.float32))
@@ -104,7 +104,7 @@ def test_dropout_moves_the_logits_as_much_as_ours_does():
     assert np.abs((ours.mean(axis=0) - theirs.mean(axis=0)) / errors).max() < 5
 
 
-def test_out_of_training_nothing_is_dropped():
+def test_dropout_is_off_outside_training():
     tokens, _ = fidelity.torch_batch(0)
     with torch.no_grad():
         plain, dropping = (fidelity.torch_model(torch.float32, dropout=rate).eval()(tokens) for rate in (0.0, 0.5))
@@ -125,7 +125,7 @@ def run(tmp_path_factory):
     return config, chargpt_jax.corpus_text(folder / "run"), folder / "run", events
 
 
-def test_from_the_same_parameters_both_sides_measure_the_same_validation_loss(run):
+def test_both_sides_compute_the_same_validation_loss(run):
     config, text, workdir, _ = run
     model, tokens = seed_statistics.torch_model(config, text)
     found = by_name(chargpt_jax.load(workdir).params)
@@ -160,12 +160,12 @@ def test_the_permutation_test_counts_splits():
     assert seed_statistics.permutation_p([0.1] * 3, [0.1] * 3) == 1
 
 
-def test_the_entropy_of_single_characters_is_that_of_their_shares():
+def test_unigram_entropy_is_that_of_character_frequencies():
     assert seed_statistics.unigram_entropy("abab") == pytest.approx(np.log(2))
     assert seed_statistics.unigram_entropy("aaab") == pytest.approx(-0.75 * np.log(0.75) - 0.25 * np.log(0.25))
 
 
-def test_the_table_says_how_far_apart_the_sides_are():
+def test_table_states_difference_and_p_value():
     lines = list(seed_statistics.table({"PyTorch": [[9.0, 1.0], [9.0, 3.0]], "chargpt_jax": [[9.0, 4.0], [9.0, 6.0]]}))
     assert "| PyTorch | 2 | 2.0000 | 1.4142 | 1.0000 | 3.0000 |" in lines
     assert lines[-2] == "chargpt_jax - PyTorch: +3.0000 nats, standard error 1.4142."
@@ -183,7 +183,7 @@ def test_reduced_config_changes_only_size_learning_rate_and_mask():
     assert config.scheduler.epochs == 7
 
 
-def test_the_command_trains_every_seed_on_both_sides_and_writes_them_down(run, tmp_path, monkeypatch, capsys):
+def test_main_trains_every_seed_on_both_sides_and_saves_results(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(seed_statistics, "reduced", lambda text_file, epochs: run[0])
     assert seed_statistics.main(["--text_file=book.txt", "--seeds=2", f"--out={tmp_path / 'out'}"]) == 0
     found = json.loads((tmp_path / "out" / "seed_statistics.json").read_text(encoding="utf-8"))
@@ -206,7 +206,7 @@ def test_the_command_trains_every_seed_on_both_sides_and_writes_them_down(run, t
         (["--text_file=nowhere.txt", "--epochs=1"], "--epochs=1"),
     ],
 )
-def test_a_mistake_is_answered_before_any_training(flags, said, capsys):
+def test_invalid_arguments_fail_before_training(flags, said, capsys):
     with pytest.raises(SystemExit, match="2"):
         seed_statistics.main(flags)
     assert said in capsys.readouterr().err
