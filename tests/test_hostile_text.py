@@ -19,7 +19,7 @@ from chargpt_jax.events import Prepared, Validated
 from chargpt_jax.generation.sample import Sample, Samples
 from chargpt_jax.pictures.plots import loss_plot, lr_finder_plot
 from chargpt_jax.pictures.report import POLICY, report
-from chargpt_jax.pictures.subline import MOST_MARKS, Series, subline
+from chargpt_jax.pictures.subline import MAX_MARKS, Series, subline
 from tests.payloads import MARK, PAYLOADS, STEERING
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -102,7 +102,7 @@ def test_a_cell_holds_so_many_marks_and_the_rest_stand_on_circles():
     text = "a" + "\u0301" * 100
     root = ET.fromstring(subline(list(text), []))
     cells = [span.text or "" for span in root.iter(f"{SVG}tspan")]
-    assert max(map(len, cells)) == 1 + MOST_MARKS
+    assert max(map(len, cells)) == 1 + MAX_MARKS
     assert "".join(cells).replace("◌", "") == text
 
 

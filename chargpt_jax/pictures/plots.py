@@ -1,6 +1,6 @@
-"""The curves of a run as SVG: the learning-rate search and the losses. Only what those two need of a plotting library.
+"""Plots of a run as SVG: the learning-rate range test and the losses.
 
-Each plot is drawn anew from plain numbers, so it can be shown live and stored as it is.
+A plot is a pure function of numbers, so it can be updated live and stored unchanged.
 """
 
 import math
@@ -13,16 +13,16 @@ from chargpt_jax.pictures.svg import Entry, clip_path, escaped, figure, label, l
 
 WIDTH, HEIGHT = 720.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 672.0, 50.0, 246.0
-"""The plot's frame within the picture, in pixels."""
+"""Frame of the plot within the picture, in pixels."""
 
 MAX_POINTS = 600
-"""Stretches that a long training curve is cut into; the least and the greatest loss of each are drawn."""
+"""Number of segments of a long training curve; the lowest and the highest loss of each are plotted."""
 
-LIMIT = 1e30  # what is larger counts as infinite, and on a log axis what is below its inverse as 0
-SMOOTH_FROM = 60  # training points from which their moving average is drawn
-MAX_DOTS = 60  # validation points up to which each has its dot
+LIMIT = 1e30  # larger values count as infinite; on a log axis, values below 1 / LIMIT count as 0
+SMOOTH_FROM = 60  # number of training points from which a moving average is plotted
+MAX_DOTS = 60  # number of validation points up to which each gets a dot
 
-NOTHING_YET = label((LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2, "no data yet", "cg-middle")
+NO_DATA = label((LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2, "no data yet", "cg-middle")
 LOSS_ENTRIES = [
     Entry(f'<path class="cg-curve cg-{name}" d="M0 0H16"/>', 16, name) for name in ("training", "validation")
 ]
@@ -30,7 +30,7 @@ LOSS_ENTRIES = [
 
 @dataclass(frozen=True)
 class Axis:
-    """A map from values low..high to pixels start..end, linear or by log10. Values beyond the ends map beyond them."""
+    """A map from values low..high to pixels start..end, linear or log10; it extrapolates."""
 
     low: float
     high: float
@@ -39,31 +39,31 @@ class Axis:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Return a value's place in pixels."""
+        """Return the position of a value in pixels."""
         low, high, at = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
         return self.start + (at - low) / (high - low) * (self.end - self.start)
 
-    def ticks(self, most: int = 6) -> list[float]:
-        """Return about `most` round values within low..high."""
-        return _log_ticks(self.low, self.high, most) if self.log else _linear_ticks(self.low, self.high, most)
+    def ticks(self, count: int = 6) -> list[float]:
+        """Return about `count` round values within low..high."""
+        return _log_ticks(self.low, self.high, count) if self.log else _linear_ticks(self.low, self.high, count)
 
 
-def _linear_ticks(low: float, high: float, most: int) -> list[float]:
-    rough = (high - low) / most
+def _linear_ticks(low: float, high: float, count: int) -> list[float]:
+    rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(step for m in (1, 2, 5, 10) if (step := m * power) >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(i * step, 1 - math.floor(math.log10(step))) for i in range(first, last + 1)]
 
 
-def _log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Return powers of ten, thinned where they are many, with 2 and 5 between where they are few."""
+def _log_ticks(low: float, high: float, count: int) -> list[float]:
+    """Return powers of ten: only some of them if there are many, with 2 and 5 between if there are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    every = max(1, math.ceil((last - first) / (2 * most)))
+    every = max(1, math.ceil((last - first) / (2 * count)))
     digits = (1, 2, 5) if last - first <= 3 else (1,)
     found = [float(f"{d}e{e}") for e in range(first, last + 1) if e % every == 0 for d in digits]
     found = [tick for tick in found if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
-    return found if len(found) > 1 else _linear_ticks(low, high, most)
+    return found if len(found) > 1 else _linear_ticks(low, high, count)
 
 
 def lr_finder_plot(
@@ -71,25 +71,25 @@ def lr_finder_plot(
     steepest: Sequence[float],
     suggestion: float | None,
     method: str = "steepest",
-    x_range: tuple[float, float] | None = None,
 ) -> str:
-    """Draw a learning-rate search, finished or under way, as a self-contained SVG.
+    """Plot a learning-rate range test, complete or not, as a self-contained SVG.
 
-    Points that are not finite are left out; losses far above the first ones, where training diverged, run off the top.
+    Points that are not finite are omitted. Losses far above the first ones, where training diverged, leave the frame.
 
     Args:
         zooms: for each zoom its learning rates and losses (nats per character).
-        steepest: for each zoom the rate at the steepest descent.
-        suggestion: the rate to use, once there is one.
+        steepest: for each zoom the learning rate at the steepest descent.
+        suggestion: the learning rate to use; None: not known yet.
         method: how it was chosen, for its label.
-        x_range: lowest and highest learning rate to show; by default those of the points.
     """
     for i, (lrs, losses) in enumerate(zooms):
         if len(lrs) != len(losses):
-            raise ValueError(f"Zoom {i + 1} has {len(lrs)} learning rates, but {len(losses)} losses: give as many.")
+            raise ValueError(
+                f"Zoom {i + 1} has {len(lrs)} learning rates, but {len(losses)} losses: give equal numbers."
+            )
     curves = [_finite(zip(lrs, losses, strict=True), positive=True) for lrs, losses in zooms]
-    x = _rate_axis([p[0] for c in curves for p in c], suggestion, x_range)
-    y = _loss_axis([p[1] for c in curves for p in c], most=_divergence(curves))
+    x = _rate_axis([p[0] for c in curves for p in c], suggestion)
+    y = _loss_axis([p[1] for c in curves for p in c], top=_divergence(curves))
     clip, clipped = clip_path((curves, x, y), LEFT, TOP, RIGHT, BOTTOM)
     parts = [
         _frame(x, y, "learning rate", "loss, nats per character", [_power(t) for t in x.ticks()]),
@@ -98,7 +98,7 @@ def lr_finder_plot(
         *(_line(curve, x, y, "cg-zoom", _shade(i, len(curves))) for i, curve in enumerate(curves)),
         _steepest_path(curves, steepest, x, y),
         "</g>",
-        _key(_zoom_entries(len(curves))) if any(curves) else NOTHING_YET,
+        _key(_zoom_entries(len(curves))) if any(curves) else NO_DATA,
     ]
     if suggestion is not None and x.low <= suggestion <= x.high:
         parts.append(_guide(x(suggestion), BOTTOM, f"{suggestion:.3g}", f"suggested ({method})"))
@@ -112,32 +112,28 @@ def loss_plot(
     validation: Sequence[tuple[float, float]],
     *,
     x_label: str = "step",
-    floor: float | None = None,
 ) -> str:
-    """Draw training and validation losses as a self-contained SVG, in nats on the left and bits on the right.
+    """Plot training and validation losses as a self-contained SVG, in nats on the left and bits on the right.
 
-    Points that are not finite are left out. Many training points are drawn faint, with their moving average over them.
+    Points that are not finite are omitted. Many training points are plotted faintly, with their moving average on top.
 
     Args:
         train: (x, loss) pairs, losses in nats per character.
-        validation: the same for the held-out part.
-        x_label: what x counts.
-        floor: a loss that no model can go below, where one is known, nats per character.
+        validation: the same for the validation set.
+        x_label: name of the x axis.
     """
     seen, held = (sorted(_finite(points), key=lambda p: p[0]) for points in (train, validation))
     x = Axis(*_span([p[0] for p in (*seen, *held)], (0.0, 1.0)), LEFT, RIGHT)
-    floors = [floor] if floor is not None and math.isfinite(floor) else []
-    y = _loss_axis([*(p[1] for p in (*seen, *held)), *floors])
+    y = _loss_axis([p[1] for p in (*seen, *held)])
     many = len(seen) > SMOOTH_FROM
     parts = [
         _frame(x, y, x_label, "loss, nats per character", _decimal(x.ticks())),
         _bits(y),
-        *(_floor(loss, y) for loss in floors),
         _line(_thinned(seen), x, y, "cg-raw") if many else "",
         _line(_thinned(_smoothed(seen)) if many else seen, x, y, "cg-training"),
         _line(held, x, y, "cg-validation"),
         _dots(held, x, y, "cg-dot") if len(held) <= MAX_DOTS else "",
-        _key(LOSS_ENTRIES) if seen or held else NOTHING_YET,
+        _key(LOSS_ENTRIES) if seen or held else NO_DATA,
     ]
     description = "Training and validation loss over the run; no validation yet."
     if held:
@@ -150,13 +146,13 @@ def loss_plot(
 
 
 def _finite(points: Iterable[tuple[float, float]], positive: bool = False) -> list[tuple[float, float]]:
-    """Return the points that can be drawn: without NaN or what counts as infinite, and on a log axis as 0."""
+    """Return the points that can be plotted: no NaN, no infinite value and, on a log axis, no x that counts as 0."""
     pairs = [(float(x), float(y)) for x, y in points]
     return [(x, y) for x, y in pairs if abs(x) < LIMIT and abs(y) < LIMIT and (x > 1 / LIMIT or not positive)]
 
 
 def _span(values: Sequence[float], default: tuple[float, float]) -> tuple[float, float]:
-    """Return the least and the greatest value, a little apart where they are one."""
+    """Return the lowest and the highest value, moved apart if they are equal."""
     if not values:
         return default
     low, high = min(values), max(values)
@@ -165,18 +161,14 @@ def _span(values: Sequence[float], default: tuple[float, float]) -> tuple[float,
     return low - spare, high + spare
 
 
-def _rate_axis(rates: Sequence[float], suggestion: float | None, x_range: tuple[float, float] | None) -> Axis:
-    if x_range is None:
-        shown = [*rates, suggestion] if suggestion is not None and 1 / LIMIT < suggestion < LIMIT else rates
-        low, high = _span([math.log10(rate) for rate in shown], (-5.0, 0.0))
-        x_range = 10.0**low, 10.0**high
-    if not 0 < x_range[0] < x_range[1] < math.inf:
-        raise ValueError(f"x_range is {x_range}, but a log axis needs 0 < lowest < highest.")
-    return Axis(*x_range, LEFT, RIGHT, log=True)
+def _rate_axis(rates: Sequence[float], suggestion: float | None) -> Axis:
+    shown = [*rates, suggestion] if suggestion is not None and 1 / LIMIT < suggestion < LIMIT else rates
+    low, high = _span([math.log10(rate) for rate in shown], (-5.0, 0.0))
+    return Axis(10.0**low, 10.0**high, LEFT, RIGHT, log=True)
 
 
 def _divergence(curves: Sequence[Sequence[tuple[float, float]]]) -> float:
-    """Return the loss above which a learning-rate curve tells nothing more than that training diverged."""
+    """Return the loss above which training counts as diverged; the axis ends there."""
     first = [curve[0][1] for curve in curves if curve]
     if not first:
         return math.inf
@@ -184,24 +176,24 @@ def _divergence(curves: Sequence[Sequence[tuple[float, float]]]) -> float:
     return start + max(0.5 * (start - least), 0.05 * abs(start))
 
 
-def _loss_axis(losses: Sequence[float], most: float = math.inf) -> Axis:
-    low, high = _span([min(loss, most) for loss in losses], (0.0, 5.0))
+def _loss_axis(losses: Sequence[float], top: float = math.inf) -> Axis:
+    low, high = _span([min(loss, top) for loss in losses], (0.0, 5.0))
     pad = 0.06 * (high - low)
     return Axis(low - pad, high + pad, BOTTOM, TOP)
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the least and the greatest of each of MAX_POINTS stretches, in order: what the eye would see of all."""
+    """Return the lowest and the highest point of each of MAX_POINTS segments, in order; the plot looks the same."""
     if len(points) <= 2 * MAX_POINTS:
         return list(points)
     losses = np.array([p[1] for p in points])
-    stretches = np.array_split(np.arange(len(points)), MAX_POINTS)
-    kept = {int(part[pick(losses[part])]) for part in stretches for pick in (np.argmin, np.argmax)}
-    return [points[i] for i in sorted(kept)]
+    segments = np.array_split(np.arange(len(points)), MAX_POINTS)
+    shown = {int(part[pick(losses[part])]) for part in segments for pick in (np.argmin, np.argmax)}
+    return [points[i] for i in sorted(shown)]
 
 
 def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the centred moving average over a fortieth of the points, over fewer towards the ends."""
+    """Return the centred moving average over 1/40 of the points; over fewer near the ends."""
     total = np.concatenate([[0.0], np.cumsum([p[1] for p in points])])
     i = np.arange(len(points))
     half = np.minimum(np.minimum(i, i[::-1]), len(points) // 80)
@@ -223,7 +215,7 @@ def _dots(points: Sequence[tuple[float, float]], x: Axis, y: Axis, kind: str, ra
 
 
 def _frame(x: Axis, y: Axis, x_label: str, y_label: str, x_ticks: Sequence[str]) -> str:
-    """Return the grid, the ticks (x's as given, one for each of x.ticks()) and the names of the axes."""
+    """Return the grid, the tick labels (`x_ticks` for x.ticks()) and the names of the axes."""
     rows = [number(y(t)) for t in y.ticks(5)]
     columns = [number(x(t)) for t in x.ticks()]
     grid = "".join(f"M{LEFT:g} {at}H{RIGHT:g}" for at in rows)
@@ -238,7 +230,7 @@ def _frame(x: Axis, y: Axis, x_label: str, y_label: str, x_ticks: Sequence[str])
 
 
 def _bits(y: Axis) -> str:
-    """Return the right axis: the left one's nats in bits."""
+    """Return the right axis: the nats of the left one in bits."""
     bits = Axis(y.low / math.log(2), y.high / math.log(2), y.start, y.end)
     ticks = bits.ticks(7)
     labels = [label(RIGHT + 8, bits(t) + 4, text) for t, text in zip(ticks, _decimal(ticks), strict=True)]
@@ -246,7 +238,7 @@ def _bits(y: Axis) -> str:
 
 
 def _guide(x: float, y: float, value: str, note: str) -> str:
-    """Return a dashed line from a point up to the top, and what it says there: a value and a note."""
+    """Return a dashed line from a point to the top, labelled with a value and a note."""
     right = x + text_width(value + note) + 24 > WIDTH
     text = f'<tspan class="cg-value">{escaped(value)}</tspan> {escaped(note)}'
     return (
@@ -254,12 +246,6 @@ def _guide(x: float, y: float, value: str, note: str) -> str:
         f'<text class="cg-label cg-{"end" if right else "start"}" x="{number(x + (2 if right else -2))}" '
         f'y="{TOP - 9:g}">{text}</text>'
     )
-
-
-def _floor(floor: float, y: Axis) -> str:
-    at = number(y(floor))
-    name = label(LEFT + 4, y(floor) - 5, f"floor {floor:.3f}")
-    return f'<path class="cg-floor" d="M{LEFT:g} {at}H{RIGHT:g}"/>{name}'
 
 
 def _key(entries: Sequence[Entry]) -> str:
@@ -277,7 +263,7 @@ def _zoom_entries(n: int) -> list[Entry]:
 
 
 def _shade(i: int, n: int) -> str:
-    """Return a curve's style: later zooms stand out more, darker on light paper and lighter on dark paper."""
+    """Return the style of zoom i of n: later ones are thicker, and darker on a light page or lighter on a dark one."""
     late = i / (n - 1) if n > 1 else 1.0
     return (
         f"--cg-on-light:{viridis(0.75 - 0.7 * late)};--cg-on-dark:{viridis(0.4 + 0.55 * late)};"
@@ -286,7 +272,7 @@ def _shade(i: int, n: int) -> str:
 
 
 def _steepest_path(curves: Sequence[Sequence[tuple[float, float]]], steepest: Sequence[float], x: Axis, y: Axis) -> str:
-    """Return the steepest rates as rings on their own curves, joined in the order of the zooms."""
+    """Return rings at the steepest descent of each zoom's curve, joined in the order of the zooms."""
     points = []
     for curve, rate in zip(curves, steepest, strict=False):
         if curve and 1 / LIMIT < rate < LIMIT:
@@ -296,14 +282,14 @@ def _steepest_path(curves: Sequence[Sequence[tuple[float, float]]], steepest: Se
 
 
 def _decimal(ticks: Sequence[float]) -> list[str]:
-    """Write ticks with as many decimals as tell them apart."""
+    """Return ticks as text, with as many decimals as are needed to distinguish them."""
     gap = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
     digits = max(0, -math.floor(math.log10(gap) + 1e-9))
     return [(f"{t:,.{digits}f}" if digits < 7 and abs(t) < 1e7 else f"{t:.6g}").replace("-", "−") for t in ticks]
 
 
 def _power(tick: float) -> str:
-    """Write a learning rate as 10⁻³ or 2·10⁻³."""
+    """Return a learning rate as text, 10⁻³ or 2·10⁻³."""
     exponent = math.floor(math.log10(tick) + 1e-9)
     digits = f"{tick / 10.0**exponent:.3g}"
     power = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

@@ -1,4 +1,4 @@
-"""One HTML page of a run: its facts, its figures and its texts, in a file that needs nothing else."""
+"""The report of a run as one self-contained HTML page: facts, figures and texts."""
 
 import html
 import re
@@ -24,16 +24,16 @@ overflow-wrap:anywhere;font:13px/1.55 ui-monospace,"SF Mono",Menlo,Consolas,"Dej
 figure,dl div{break-inside:avoid}
 figure.text{break-inside:auto}figcaption,h1{break-after:avoid}}
 """
-"""The page's style; its colours are those of the pictures' paper."""
+"""Style of the page; its background is that of the pictures."""
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-"""What a browser is told that the page may do: look like something. It runs nothing and fetches nothing."""
+"""Content security policy: inline styles only. The page runs no script and loads no file."""
 
 _UNFIT = re.compile(
     "[^\t\n -~\xa0-\u061b\u061d-\u200d\u2010-\u2029\u202f-\u2065\u206a-\ud7ff"
     "\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]"
 )
-"""What HTML cannot hold, and what turns the direction of the text around it."""
+"""Characters that HTML does not allow, and bidirectional controls."""
 
 
 def report(
@@ -42,18 +42,18 @@ def report(
     figures: Sequence[tuple[str, str]],
     texts: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """Return a self-contained HTML page, light or dark as the reader's system is, light in print.
+    """Return a self-contained HTML page, light or dark like the reader's system, and light in print.
 
     Args:
         title: the page's heading, plain text.
         facts: (name, value) pairs, plain text, as a table.
-        figures: (caption, SVG) pairs; captions are plain text, SVGs go into the page as they are.
-        texts: (caption, text) pairs, plain text; line breaks and spaces are kept.
+        figures: (caption, SVG) pairs; captions are plain text, SVGs are inserted unchanged.
+        texts: (caption, text) pairs, plain text; line breaks and spaces are preserved.
     """
     rows = "\n".join(f"<div><dt>{_plain(name)}</dt><dd>{_plain(value)}</dd></div>" for name, value in facts)
     parts = [f"<h1>{_plain(title)}</h1>", f"<dl>\n{rows}\n</dl>" if rows else ""]
     parts += [_figure(caption, svg) for caption, svg in figures]
-    # HTML drops a line break that follows <pre> at once, so that one is given up for the text's own.
+    # HTML drops a line break directly after <pre>: this one is dropped instead of one of the text.
     parts += [_figure(caption, f"<pre>\n{_plain(text)}</pre>", ' class="text"') for caption, text in texts]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -70,5 +70,5 @@ def _figure(caption: str, content: str, attributes: str = "") -> str:
 
 
 def _plain(text: str) -> str:
-    """Return text as it may stand in HTML; what it cannot hold, or what turns text around, becomes U+FFFD."""
+    """Return text escaped for HTML; characters that it does not allow, and bidi controls, become U+FFFD."""
     return html.escape(_UNFIT.sub("\ufffd", text.replace("\r\n", "\n")))

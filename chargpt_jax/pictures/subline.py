@@ -1,6 +1,6 @@
-"""Text with its metrics drawn under it: wrapped monospace lines, and under each the curves of its tokens, as one SVG.
+"""Text with its metrics plotted under it, as one SVG: wrapped monospace lines, each with the curves of its tokens.
 
-Each glyph and each knot of a curve is placed from the same cell number, so they line up whatever font is used.
+Glyphs and curve points get their x from the same cell index, so they line up in any font.
 """
 
 import math
@@ -14,18 +14,18 @@ import numpy as np
 from chargpt_jax.pictures.svg import N_COLOURS, Entry, clip_path, columns, escaped, figure, glyph, joins, legend, number
 
 CELL = 8.4
-"""Width of one column, in pixels: 0.6 of the font's size, which most monospace fonts share."""
+"""Width of one column, in pixels: 0.6 of the font size, as in most monospace fonts."""
 
 MARGIN = 16.0
-TITLE = 26.0  # height that a title takes
+TITLE = 26.0  # height of a title
 RISE = 18.0  # pixels from a baseline to the value 1
-FALL = 9.0  # pixels that are kept for values below 0
+FALL = 9.0  # pixels for values below 0
 TEXT = 17.0  # from the top of a line to the top of its curves
 GAP = 12.0  # between a line's curves and the next line
 PITCH = TEXT + RISE + FALL + GAP
 LEGEND = 14.0  # from the last line to the legend
-MOST_MARKS = 8  # that stand in one cell: hundreds would be drawn over the lines above and below
-MIN_COLUMNS = 44  # narrower pictures would break their legend
+MAX_MARKS = 8  # combining marks per cell; hundreds would cover the lines above and below
+MIN_COLUMNS = 44  # a narrower picture has no room for its legend
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Series:
 
     Attributes:
         label: its name in the legend.
-        values: float [N], one a token: 0 at the baseline, 1 at full height, clipped beyond; NaN breaks the curve.
-        dashed: draw it dashed.
-        filled: draw a soft area from the baseline instead of a line.
+        values: float [N], one per token: 0 at the baseline, 1 at full height, clipped beyond; NaN breaks the curve.
+        dashed: plot a dashed line.
+        filled: fill the area down to the baseline instead of a line.
     """
 
     label: str
@@ -46,18 +46,18 @@ class Series:
 
 
 class Cell(NamedTuple):
-    """One glyph with what combines with it, and the columns that it stands in."""
+    """One character with its combining characters, and its position in the grid."""
 
     text: str
     token: int
-    stand_in: bool  # for a character that cannot be shown as it is
+    stand_in: bool  # whether a symbol replaces the character
     line: int
     column: int
     width: int
 
 
 class Piece(NamedTuple):
-    """A token's part on one line: the centres of its first and last cells, in pixels from the line's start."""
+    """The part of a token on one line: the centres of its first and last cell, in pixels from the line's start."""
 
     token: int
     first: float
@@ -67,16 +67,16 @@ class Piece(NamedTuple):
 def metric_series(
     surprisal: np.ndarray, entropy: np.ndarray, surprise_surprise: np.ndarray, vocab_size: int
 ) -> list[Series]:
-    """Return a generation's metrics as curves: entropy as an area, surprisal and S₂ as lines.
+    """Return the metrics of a text as curves: entropy as an area, surprisal and S₂ as lines.
 
     Args:
-        surprisal: float [N], nats; drawn as a part of log(vocab_size).
-        entropy: float [N], nats; drawn likewise.
-        surprise_surprise: float [N], already (surprisal - entropy) / log(vocab_size).
-        vocab_size: how many characters there are to choose from.
+        surprisal: float [N], nats; plotted as a fraction of log(vocab_size).
+        entropy: float [N], nats; plotted in the same way.
+        surprise_surprise: float [N], S₂ = (surprisal - entropy) / log(vocab_size).
+        vocab_size: number of characters in the vocabulary.
     """
     if vocab_size < 2:
-        raise ValueError(f"vocab_size is {vocab_size}, but entropy needs at least 2 characters to choose from.")
+        raise ValueError(f"vocab_size is {vocab_size}, but it must be at least 2.")
     top = math.log(vocab_size)
     return [
         Series("Entropy", np.asarray(entropy, float) / top, filled=True),
@@ -93,22 +93,21 @@ def subline(
     n_prompt: int = 0,
     title: str = "",
 ) -> str:
-    """Draw text with curves under each line, as a self-contained SVG.
+    """Return text with curves under each line, as a self-contained SVG.
 
-    A newline is shown as ↵ and a tab as →, in place. Wide characters take two columns; combining marks and other
-    characters without width stand with the cell before them, or, where that has `MOST_MARKS`, on a dotted circle, as
-    they do without a cell before them. Tokens without a cell of their own, as padding (''),
-    take no room, and their values are not drawn.
+    A newline is shown as ↵ and a tab as →. Wide characters take two columns. Combining marks and other characters
+    without width share the cell before them. If there is none, or it has `MAX_MARKS`, they get a dotted circle. Tokens
+    without a cell, such as padding (''), take no space, and their values are not plotted.
 
     Args:
         tokens: [N] strings, of one character or more.
         series: curves of N values each.
-        chars_per_line: columns after which the text is wrapped.
-        n_prompt: how many tokens at the start were given rather than generated; they are set in bold.
-        title: a line above the text; also the picture's accessible name.
+        chars_per_line: columns per line.
+        n_prompt: number of tokens of the prompt, at the start; they are bold.
+        title: a line above the text; also the accessible name.
 
     Raises:
-        ValueError: where a series has not one value a token, or chars_per_line is below 1.
+        ValueError: if a series does not have one value per token, or chars_per_line is below 1.
     """
     for s in series:
         if np.shape(s.values) != (len(tokens),):
@@ -140,17 +139,17 @@ def subline(
 
 
 def _cells(tokens: Sequence[str], chars_per_line: int) -> list[Cell]:
-    """Lay tokens out on a grid: join marks to their bases, then wrap."""
+    """Place tokens on a grid: join marks to their base characters, then wrap lines."""
     clusters: list[tuple[str, int, bool]] = []
     for token, text in enumerate(tokens):
         for char in text:
             shown = glyph(char)
             if not joins(shown):
                 clusters.append((shown, token, shown != char))
-            elif clusters and len(clusters[-1][0]) <= MOST_MARKS:
+            elif clusters and len(clusters[-1][0]) <= MAX_MARKS:
                 clusters[-1] = (clusters[-1][0] + shown, *clusters[-1][1:])
             else:
-                clusters.append(("◌" + shown, token, False))  # no base, or one that is full
+                clusters.append(("◌" + shown, token, False))  # no base character, or too many marks on it
     cells: list[Cell] = []
     line = column = 0
     for text, token, stand_in in clusters:
@@ -172,7 +171,7 @@ def _pieces(line: Sequence[Cell]) -> list[Piece]:
 
 
 def _with_neighbours(pieces: Sequence[Sequence[Piece]], i: int) -> list[Piece]:
-    """Return line i's pieces and, one cell beyond either end, the tokens that its curves come from and go to."""
+    """Return the pieces of line i and, one cell beyond either end, the neighbouring tokens, so that curves continue."""
     found = list(pieces[i])
     if i > 0:
         found.insert(0, Piece(pieces[i - 1][-1].token, -CELL / 2, -CELL / 2))
@@ -183,7 +182,7 @@ def _with_neighbours(pieces: Sequence[Sequence[Piece]], i: int) -> list[Piece]:
 
 
 def _text(line: Sequence[Cell], n_prompt: int) -> str:
-    """Return a line's glyphs. Runs share a tspan; a glyph of several code points has its own, so that one x is its."""
+    """Return the characters of a line. Runs share a tspan; x counts code units, so longer characters have their own."""
 
     def style(cell: Cell) -> tuple[str, int]:
         kind = "cg-stand-in" if cell.stand_in else "cg-prompt" if cell.token < n_prompt else ""
@@ -199,7 +198,7 @@ def _text(line: Sequence[Cell], n_prompt: int) -> str:
 
 
 def _marks(pieces: Sequence[Piece]) -> str:
-    """Return the baseline: a dot a token, or a dash from its first to its last character."""
+    """Return the baseline: a dot per token, or a dash from its first to its last character."""
     path = "".join(f"M{number(p.first)} 0h{number(p.last - p.first)}" for p in pieces)
     return f'<path class="cg-mark" d="{path}"/>'
 
@@ -220,9 +219,9 @@ def _kind(series: Series, index: int) -> str:
 
 
 def _smooth(knots: np.ndarray, filled: bool) -> str:
-    """Return a path through knots [N, 2] as monotone cubics, which never overshoot; filled: closed at the baseline.
+    """Return a path through knots [N, 2] as monotone cubics, without overshoot; `filled` closes it at the baseline.
 
-    The slopes are Fritsch and Butland's: the harmonic mean of the neighbouring slopes, 0 at a turn.
+    The slopes are those of Fritsch and Butland (1984): the harmonic mean of the neighbouring slopes, 0 at an extremum.
     """
     x, y = knots.T
     path = f"{number(x[0])} {number(y[0])}"

@@ -1,7 +1,7 @@
-"""The look that every picture shares: colours for light and dark, the SVG frame, the legend, characters and numbers.
+"""SVG parts that all pictures use: colours for light and dark pages, the frame, the legend, characters and numbers.
 
-Every class begins with `cg-` and every rule is held to `.chargpt`, the class of each picture's root, so pictures that
-are inlined side by side, and the page around them, leave one another alone.
+Every CSS class starts with `cg-`, and every rule applies only inside `.chargpt`, the class of each picture's root. So
+pictures on one page do not change each other's style, or that of the page.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ DARK = (
     "--cg-s1:#7f95ad;--cg-s2:#86b3de;--cg-s3:#ff8a6b;--cg-s4:#74c79c;--cg-s5:#b99be6"
 )
 N_COLOURS = 5
-"""Colours for series, `--cg-s1` to `--cg-s5`; a sixth series begins again at the first."""
+"""Number of colours for series, `--cg-s1` to `--cg-s5`; a sixth series uses the first again."""
 
-TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-"""Characters that turn the direction of the text around them."""
+BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Bidirectional controls: characters that change the direction of the text around them."""
 
 VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 """Five stops of matplotlib's viridis, dark to light, sRGB."""
@@ -39,8 +39,8 @@ _LIGHT_PAGES = "[data-theme=light],[theme=light],[data-jp-theme-light=true],.vsc
 def themed(selector: str, light: str, dark: str) -> str:
     """Return the CSS that gives `.chargpt` + selector its light or dark declarations.
 
-    The system's preference decides, unless the page around the picture says which theme it shows, as documentation
-    sites, JupyterLab, Colab and VS Code do. Paper is always light.
+    The system's setting decides, unless the page names its theme, as documentation sites, JupyterLab, Colab and
+    VS Code do. Print is always light.
     """
     rule = f".chargpt{selector}"
     return (
@@ -75,7 +75,6 @@ PLOT_CSS = (
     ".chargpt .cg-path{stroke:var(--cg-ink);stroke-width:.8;stroke-opacity:.6}"
     ".chargpt .cg-step{fill:var(--cg-paper);stroke:var(--cg-ink);stroke-width:1.2}"
     ".chargpt .cg-guide{stroke:var(--cg-muted);stroke-dasharray:4 3}"
-    ".chargpt .cg-floor{stroke:var(--cg-muted);stroke-dasharray:1 3;stroke-linecap:round}"
 ) + themed(" .cg-zoom", "stroke:var(--cg-on-light)", "stroke:var(--cg-on-dark)")
 CSS = (
     themed("", LIGHT, DARK) + f".chargpt{{max-width:100%;height:auto;font:11px {SANS};direction:ltr}}"
@@ -91,14 +90,14 @@ CSS = (
 
 
 def figure(width: float, height: float, body: str, *, name: str, description: str) -> str:
-    """Return a self-contained SVG, which shrinks with a narrow page.
+    """Return a self-contained SVG that shrinks on a narrow page.
 
     Args:
-        width: its full width in pixels.
-        height: its full height in pixels.
+        width: in pixels.
+        height: in pixels.
         body: markup, already escaped.
-        name: the picture's accessible name, plain text.
-        description: what it shows, for readers who cannot see it, plain text.
+        name: accessible name, plain text.
+        description: text for screen readers, plain text.
     """
     size = f'width="{number(width)}" height="{number(height)}"'
     return (
@@ -109,14 +108,14 @@ def figure(width: float, height: float, body: str, *, name: str, description: st
 
 
 def clip_path(content: object, left: float, top: float, right: float, bottom: float) -> tuple[str, str]:
-    """Return the markup of a rectangle to clip at and its reference; the id is a hash of what it is for."""
+    """Return the markup of a clipping rectangle and the reference to it; its id is a hash of `content`."""
     name = "cg-" + hashlib.sha256(repr(content).encode()).hexdigest()[:12]
     box = f"M{number(left)} {number(top)}H{number(right)}V{number(bottom)}H{number(left)}Z"
     return f'<clipPath id="{name}"><path d="{box}"/></clipPath>', f"url(#{name})"
 
 
 class Entry(NamedTuple):
-    """A legend's entry: a sample's markup, drawn about y = 0 from x = 0, its width in pixels, and a label."""
+    """A legend's entry: markup of a sample (from x = 0, centred at y = 0), its width in pixels, and a label."""
 
     sample: str
     width: float
@@ -125,7 +124,7 @@ class Entry(NamedTuple):
 
 
 def legend(entries: Sequence[Entry], left: float, top: float, width: float) -> tuple[str, float]:
-    """Return a legend's markup, in rows that fit the width where labels allow, and the y of its last baseline."""
+    """Return a legend's markup, wrapped to the width between entries, and the y of its last baseline."""
     parts, x, y = [], 0.0, top
     for sample, indent, name, kind in entries:
         indent += 6.0 if indent else 0.0
@@ -138,24 +137,24 @@ def legend(entries: Sequence[Entry], left: float, top: float, width: float) -> t
 
 
 def label(x: float, y: float, text: str, kind: str = "") -> str:
-    """Return small sans-serif text at a place; kind: further classes, as `cg-end` to end there."""
+    """Return small sans-serif text at a position; `kind` adds classes, such as `cg-end` for right-aligned text."""
     classes = f"cg-label {kind}".rstrip()
     return f'<text class="{classes}" x="{number(x)}" y="{number(y)}">{escaped(text)}</text>'
 
 
 def viridis(t: float) -> str:
-    """Return the colour at t of the ramp viridis, dark at 0 and light at 1, as hexadecimal sRGB."""
+    """Return the colour of viridis at t in [0, 1], from dark to light, as hexadecimal sRGB."""
     stops = np.linspace(0.0, 1.0, len(VIRIDIS))
     return "#" + "".join(f"{round(np.interp(t, stops, channel)):02x}" for channel in zip(*VIRIDIS, strict=True))
 
 
 def number(value: float) -> str:
-    """Write a coordinate with at most one decimal."""
+    """Return a coordinate as text with at most one decimal."""
     return f"{round(value, 1) + 0.0:.1f}".removesuffix(".0")
 
 
 def glyph(char: str) -> str:
-    """Return what is drawn for one character: a picture or U+FFFD for what has no form, turns text or XML forbids."""
+    """Return the text that shows a character: a symbol for a control, U+FFFD for bidi controls and invalid XML."""
     code = ord(char)
     if char in "\n\u2028\u2029":
         return "↵"
@@ -165,28 +164,28 @@ def glyph(char: str) -> str:
         return chr(0x2400 + code)
     if code == 0x7F:
         return "\u2421"
-    illegal = code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF or char in TURNS
+    illegal = code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF or char in BIDI_CONTROLS
     return "\ufffd" if illegal or unicodedata.category(char) in ("Cc", "Cs") else char
 
 
 def joins(char: str) -> bool:
-    """Whether a character takes no column: marks, format characters such as joiners, and medial or final Hangul."""
+    """Return whether a character takes no column: marks, format characters such as joiners, medial or final Hangul."""
     return unicodedata.category(char) in ("Mn", "Me", "Mc", "Cf") or "\u1160" <= char <= "\u11ff"
 
 
 def columns(cluster: str) -> int:
-    """Return the columns, 1 or 2, that a character with what joins it takes in monospace text."""
+    """Return the columns, 1 or 2, that a character with its combining characters takes in monospace text."""
     base = cluster[0]
     flag = "\U0001f1e6" <= base <= "\U0001f1ff"
-    emoji = "\ufe0f" in cluster and base > "\u2000"  # a text symbol that is asked to be an emoji
+    emoji = "\ufe0f" in cluster and base > "\u2000"  # a text symbol with the emoji variation selector
     return 2 if flag or emoji or unicodedata.east_asian_width(base) in "WF" else 1
 
 
 def escaped(text: str) -> str:
-    """Return text as it may stand in XML content or between double quotes."""
+    """Return text escaped for XML content and for attributes in double quotes."""
     return html.escape("".join(map(glyph, text)))
 
 
 def text_width(text: str, size: float = 11.0) -> float:
-    """Estimate how wide sans-serif text of that size is, in pixels; on the generous side."""
+    """Return an upper estimate of the width of sans-serif text, in pixels."""
     return sum(1.05 if unicodedata.east_asian_width(c) in "WF" else 0.54 for c in text) * size
