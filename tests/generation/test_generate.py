@@ -91,6 +91,7 @@ def test_greedy_text_and_metrics_are_those_of_the_float64_reference():
     np.testing.assert_allclose(p.entropy[0, 10:35], entropy, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_first_row_does_not_depend_on_its_neighbours(order):
     first, second = prompts(5, 19)
     alone, together = generate([first], 12), generate([first, second], 12)
@@ -104,7 +105,9 @@ def test_writing_in_pieces_equals_writing_at_once(order):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("sampler", [{}, {"top_k": 5, "top_p": 0.9}], ids=["all", "filtered"])
+@pytest.mark.parametrize(
+    "sampler", [{}, pytest.param({"top_k": 5, "top_p": 0.9}, marks=pytest.mark.slow)], ids=["all", "filtered"]
+)
 def test_writing_once_equals_writing_with_more_to_come(order, sampler):
     rows = prompts(4, 9, 30)
     more, once = generate(rows, 30, **sampler), generate(rows, 30, **sampler, once=True)
@@ -118,7 +121,7 @@ def test_writing_once_equals_writing_with_more_to_come(order, sampler):
         (1, (1, 1, 2, 2, 8, 8)),
         pytest.param(2, (1, 2, 4, 8, 100, 64), marks=pytest.mark.slow),
         pytest.param(1, (2, 1, 8, 8, 64, 16), marks=pytest.mark.slow),
-        (2, (3, 2, 4, 1, 70, 2000)),
+        pytest.param(2, (3, 2, 4, 1, 70, 2000), marks=pytest.mark.slow),
     ],
     ids=str,
 )
