@@ -55,7 +55,7 @@ def test_an_update_lowers_the_loss_on_its_batch():
     assert int(state.step) == 21
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulation_equals_the_large_batch(parts):
     """With dropout on, and with sequences that hold different numbers of characters."""
     whole, one = STEP(create_state(PARAMS, TX, 0), batch())
