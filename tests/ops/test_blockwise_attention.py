@@ -39,7 +39,10 @@ def plain(q, k, v, seeds=None, how=Dropout()):  # noqa: B008
 SEEDS = jnp.array([[1, 2], [3, 4]], jnp.uint32)
 
 
-@pytest.mark.parametrize(("length", "block"), [(1, 8), (8, 8), (13, 8), (16, 5), (4, 1), (7, 100)])
+@pytest.mark.parametrize(
+    ("length", "block"),
+    [(1, 8), (13, 8), (7, 100), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((8, 8), (16, 5), (4, 1)))],
+)
 @pytest.mark.parametrize("how", [Dropout(), Dropout(0.3), Dropout(0.3, "jax")], ids=["no dropout", "hash", "jax"])
 def test_values_and_gradients_are_those_of_the_plain_formula(length, block, how):
     q, k, v = inputs(length)
@@ -123,7 +126,10 @@ def test_keys_that_causality_masks_are_not_looked_at():
     assert "2x3x16x32x" in text
 
 
-@pytest.mark.parametrize(("length", "block"), [(1, 8), (13, 8), (130, 128), (96, 1000)])
+@pytest.mark.parametrize(
+    ("length", "block"),
+    [(13, 8), (96, 1000), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 8), (130, 128)))],
+)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
 def test_what_a_gradient_is_taken_of_is_what_is_made_without_one(length, block, dtype):
     """A CPU has a way of its own where no gradient is taken; it and the one with a gradient are the plain formula."""

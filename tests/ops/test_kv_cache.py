@@ -32,7 +32,9 @@ def test_one_query_against_a_cache_equals_its_row(position, platform):
     np.testing.assert_allclose(one, whole[rows, :, position], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("capacity", [1, 12, 63, 96, 250, 256, 508])
+@pytest.mark.parametrize(
+    "capacity", [1, 63, 256, *(pytest.param(n, marks=pytest.mark.slow) for n in (12, 96, 250, 508))]
+)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
 def test_sums_written_out_are_the_products(capacity, dtype):
     """A CPU's way and that of the others, for caches that can be cut into equal stretches and for others."""
