@@ -1,8 +1,8 @@
-"""Our own promises about a run, checked on the user's machine and disk.
+"""Self-test: checks the guarantees of docs/reliability.md on the user's machine and disk.
 
-A small training is killed at random moments, in processes of its own that run the real command, and begun again until
-it ends: it must come to the bits, and to the log, of one that was never stopped. Then its checkpoints are damaged in
-random ways: going on from them must be refused, or fall back to a step that is whole, but never be silently wrong.
+A small training runs as the real command in a process of its own. It is killed at random moments and resumed until it
+is complete. The result and the log must be bit-identical to those of an uninterrupted training. Then its checkpoints
+are damaged at random. A restore must reject them or fall back to a valid checkpoint, but never restore wrong values.
 """
 
 import contextlib
@@ -14,24 +14,25 @@ import random
 import runpy
 import shutil
 import signal
-import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from chargpt_jax.cli.selftest_damage import HANG, mutate, outcome, same
+from chargpt_jax.cli.selftest_report import INTERVAL, Result
 from chargpt_jax.config import Config, DataConfig
 from chargpt_jax.config_io import from_dict, to_json
 from chargpt_jax.data.corpus import load_corpus
-from chargpt_jax.errors import NoCheckpoint, UserError
+from chargpt_jax.errors import UserError
 from chargpt_jax.storage.state_arrays import Arrays, on_host
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
@@ -39,101 +40,17 @@ from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.stages import restored
 from chargpt_jax.training.step import TrainState
 
-STEPS, INTERVAL = 40, 4
-"""Updates of a training, and between two of its checkpoints."""
-
-HANG = 120.0
-"""Seconds after which a process, or a restore, counts as hung."""
+STEPS = 40
+"""Training steps of a training."""
 
 WORKERS = 2
-"""Trainings at the same time."""
+"""Number of trainings at the same time."""
 
 CHARACTERS = 12_000
-"""Of the text that is trained on."""
+"""Length of the training text."""
 
-KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows knows one way to end a process
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has only one way to kill a process
 ASKING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-
-
-@dataclasses.dataclass
-class Kills:
-    """What became of trainings that were stopped; a run is stopped several times before it ends."""
-
-    tried: int = 0
-    bit_identical: int = 0
-    """Kills whose run came to the arrays and the log of an uninterrupted one."""
-    most_steps_lost: int = 0
-    """Updates made again, at most, after one kill."""
-    hangs: int = 0
-
-
-@dataclasses.dataclass
-class Signals:
-    """What became of signals that ask for an end: SIGTERM, SIGINT, SIGHUP."""
-
-    tried: int = 0
-    right_exit_code: int = 0
-    verified_saves: int = 0
-    """Where training went on from the very last update that had been made."""
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    """From the signal to the end of the process."""
-
-
-@dataclasses.dataclass
-class Corruptions:
-    """What became of damaged checkpoints."""
-
-    tried: int = 0
-    bit_identical: int = 0
-    """The newest step was restored, and right: the damage was of no consequence."""
-    fallbacks: int = 0
-    """An older step was restored, and right."""
-    refused: int = 0
-    """A clear sentence, and no restore."""
-    unclear: int = 0
-    """An error of another kind."""
-    silent_wrong: int = 0
-    hangs: int = 0
-
-
-@dataclasses.dataclass
-class Result:
-    """What was tried, and what became of it."""
-
-    kills: Kills = dataclasses.field(default_factory=Kills)
-    signals: Signals = dataclasses.field(default_factory=Signals)
-    corruptions: Corruptions = dataclasses.field(default_factory=Corruptions)
-    broken: list[str] = dataclasses.field(default_factory=list)
-    """A sentence for every promise that was not kept."""
-    seconds: float = 0.0
-
-    def table(self) -> str:
-        """Write the figures in lines, and whether all promises were kept."""
-        kills, signals, damage = self.kills, self.signals, self.corruptions
-        times = sorted(signals.seconds) or [0.0]
-        rows = [
-            ("kills and signals", kills.tried, "at random moments"),
-            ("  bit-identical ends", kills.bit_identical, f"of {kills.tried}"),
-            ("  most steps lost by one", kills.most_steps_lost, f"of at most {INTERVAL}"),
-            ("  hangs", kills.hangs, "must be 0"),
-            ("signals", signals.tried, f"ended in {statistics.median(times):.2f} s, at most {times[-1]:.2f} s"),
-            ("  right exit codes", signals.right_exit_code, f"of {signals.tried}"),
-            ("  verified saves", signals.verified_saves, f"of {signals.tried}"),
-            ("corruptions", damage.tried, ""),
-            ("  bit-identical", damage.bit_identical, "the damage was of no consequence"),
-            ("  fallbacks", damage.fallbacks, "to an older step, bit-identical"),
-            ("  refused", damage.refused, "in a sentence"),
-            ("  unclear errors", damage.unclear, "must be 0"),
-            ("  silent wrong restores", damage.silent_wrong, "must be 0"),
-            ("  hangs", damage.hangs, "must be 0"),
-        ]
-        lines = [f"{name:<26}{count:>6}  {note}".rstrip() for name, count, note in rows]
-        ends = [f"BROKEN: {sentence}" for sentence in self.broken] or [f"All promises kept, in {self.seconds:.0f} s."]
-        return "\n".join([*lines, "", *ends])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON can hold them."""
-        return dataclasses.asdict(self)
 
 
 def check(
@@ -146,19 +63,19 @@ def check(
     seed: int = 0,
     tell: Callable[[str], None] = print,
 ) -> Result:
-    """Stop trainings, damage checkpoints, and see what becomes of them.
+    """Stop trainings, damage checkpoints, and check the outcomes.
 
     Args:
-        place: a folder on the disk to check; a new folder is made in it, and removed where all promises are kept.
-        config: whose ways (dropout, accumulation, ...) the training takes, with a model of the smallest size.
-        kills: SIGKILLs and SIGTERMs at random moments.
-        signals: SIGTERMs, SIGINTs and SIGHUPs besides.
-        corruptions: of checkpoints.
-        seed: of what is drawn at random; moments are never the same twice all the same.
-        tell: told how far it is.
+        place: a folder on the disk to check; a new folder is created in it, and removed if all checks pass.
+        config: its settings (dropout, accumulation, ...) are used with a very small model; None: `everything`.
+        kills: number of SIGKILL and SIGTERM at random moments.
+        signals: number of additional SIGTERM, SIGINT and SIGHUP.
+        corruptions: number of checkpoints to damage.
+        seed: random seed; the moments of signals still differ from run to run.
+        tell: receives progress messages.
 
     Raises:
-        UserError: where the place cannot be written.
+        UserError: if the folder cannot be written.
     """
     Workdir(place).check_writable()
     began = time.monotonic()
@@ -176,14 +93,14 @@ def check(
     result = bench.result
     result.seconds = time.monotonic() - began
     if result.broken:
-        result.broken.append(f"What was left is in {folder}.")
+        result.broken.append(f"Its files are in {folder}.")
     else:
         shutil.rmtree(folder, ignore_errors=True)
     return result
 
 
 def everything() -> Config:
-    """Return a config that does all that a resumed training could do otherwise than one that was never stopped."""
+    """Return a config with every feature that could make a resumed training differ from an uninterrupted one."""
     config = Config()
     config.model.dropout, config.data.padding_chance = 0.1, 0.1
     config.optimizer.accumulation_steps, config.optimizer.clip_norm = 2, 1.0
@@ -191,7 +108,7 @@ def everything() -> Config:
 
 
 def shrunk(config: Config, source: Path) -> Config:
-    """Return a config with the ways of another and a model that trains in milliseconds."""
+    """Return a config with the settings of another one and a model that trains in milliseconds."""
     small = from_dict(json.loads(to_json(config)))
     sizes = {"vocab_size": 0, "used_ids": 0, "block_size": 16, "n_embd": 8, "n_head": 2, "n_head_dim": 4, "n_ff": 16}
     for name, value in {**sizes, "n_layer": 2, "attention_block": 8}.items():
@@ -209,22 +126,22 @@ def shrunk(config: Config, source: Path) -> Config:
 
 @dataclasses.dataclass
 class _Whole:
-    """What an uninterrupted training came to."""
+    """Results of an uninterrupted training."""
 
     arrays: Arrays
     log: list[dict[str, Any]]
     seconds: float
-    """From the start of the command to its end, once everything is compiled."""
+    """Duration of the command with a warm compilation cache."""
 
 
 class _Bench:
-    """A folder with a text and a config, and processes to train in."""
+    """A folder with a text and a config, and the processes that train in it."""
 
     def __init__(self, folder: Path, config: Config, draw: random.Random, tell: Callable[[str], None]):
         self.folder, self.draw, self.tell, self.result = folder, draw, tell, Result()
         self.guard, self.processes = threading.RLock(), set[Any]()
         methods = multiprocessing.get_all_start_methods()
-        # A server that has imported JAX, but not started it, forks in milliseconds; importing takes seconds.
+        # A fork server with JAX imported, but not initialised, forks in milliseconds; an import takes seconds.
         self.context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
             preloaded = ["chargpt_jax.api", "chargpt_jax.cli.progress", "chargpt_jax.cli.profiler"]
@@ -234,22 +151,22 @@ class _Bench:
         (folder / "config.json").write_text(to_json(shrunk(config, folder / "text.txt")), encoding="utf-8")
 
     def train(self, name: str) -> "_Child":
-        """Begin a training, or go on with one."""
+        """Start or resume a training."""
         argv = ["--mode=train", f"--config={self.folder / 'config.json'}", f"--workdir={self.folder / name}"]
         return _Child(self, argv, self.folder / f"{name}.txt")
 
     def state(self, name: str) -> Arrays:
-        """Return, by path, the arrays that a training would go on from."""
+        """Return the arrays that a training would resume from, by name."""
         return on_host(restored(self.setup, self.fresh, self.folder / name / "checkpoints", lambda text: None))
 
     def log(self, name: str) -> list[dict[str, Any]]:
-        """Return metrics.jsonl but for times of the clock."""
+        """Return the lines of metrics.jsonl without their times."""
         lines = (self.folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
     @cached_property
     def setup(self) -> Setup:
-        """The model that all trainings have."""
+        """The setup of all trainings."""
         return Setup.of(Workdir(self.folder / "whole-0"))
 
     @cached_property
@@ -257,46 +174,46 @@ class _Bench:
         """Its state before the first update."""
         return self.setup.fresh_state(optimizer.transform(self.setup.config.optimizer, lambda count: 0.0 * count))
 
-    def break_promise(self, sentence: str) -> None:
-        """Note a promise that was not kept."""
+    def fail(self, sentence: str) -> None:
+        """Record a failed check."""
         with self.guard:
             self.result.broken.append(sentence)
-            self.tell(f"BROKEN: {sentence}")
+            self.tell(f"FAILED: {sentence}")
 
     def close(self) -> None:
-        """End what may still run."""
+        """Kill processes that still run."""
         for process in self.processes:
             process.kill()
             process.join()
 
 
 class _Child:
-    """The command, in a process of its own."""
+    """The command in a process of its own."""
 
     def __init__(self, bench: _Bench, argv: list[str], output: Path):
         self._bench, self.output = bench, output
         output.unlink(missing_ok=True)
         arguments = (argv, str(output), str(bench.folder / "programs"))
         self._process = bench.context.Process(target=_command, args=arguments)
-        with bench.guard:  # a start looks after all processes, those of other threads too
+        with bench.guard:  # a start also joins processes of other threads
             self._process.start()
             bench.processes.add(self._process)
 
     def ended(self, seconds: float) -> bool:
-        """Wait up to so many seconds for the end."""
+        """Return whether the process ends within some seconds."""
         return bool(wait([self._process.sentinel], seconds))
 
     def send(self, number: int) -> None:
-        """Send a signal, if there is still somebody to have it."""
+        """Send a signal, unless the process has ended."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._process.pid, number)
 
     def said(self) -> str:
-        """Return what it has printed so far, if it has come to that."""
+        """Return its output so far."""
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def code(self) -> int | None:
-        """Wait for the exit code, -9 after a SIGKILL; None where the process hung and had to be killed."""
+        """Wait for the exit code, -9 after a SIGKILL; None if the process hung and was killed."""
         hung = not self.ended(HANG)
         if hung:
             self.send(KILL)
@@ -307,7 +224,7 @@ class _Child:
 
 
 def _command(argv: list[str], output: str, programs: str) -> None:
-    """Be a process that runs the command, as `python -m chargpt_jax.main` does."""
+    """Run the command in this process, like `python -m chargpt_jax.main`."""
     with open(output, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -322,18 +239,20 @@ def _command(argv: list[str], output: str, programs: str) -> None:
 
 
 def _uninterrupted(bench: _Bench) -> _Whole:
-    """Train twice without a stop: first to fill the cache of compiled programs, then as quickly as all others."""
+    """Train twice without a stop: once to fill the compilation cache, then as fast as all others."""
     for name in ("whole-0", "whole-1"):
         began = time.monotonic()
         child = bench.train(name)
         if (code := child.code()) != 0:
             said = (child.said().splitlines() or [""])[-1]
-            raise UserError(f"The self-test's training ends with exit code {code} ({said[:300]}): see {child.output}.")
+            raise UserError(
+                f"The self-test's training failed with exit code {code} ({said[:300]}): see {child.output}."
+            )
         seconds = time.monotonic() - began
     whole = _Whole(bench.state("whole-0"), bench.log("whole-0"), seconds)
-    if not _same(bench.state("whole-1"), whole.arrays) or bench.log("whole-1") != whole.log:
-        bench.break_promise("Two uninterrupted trainings came to different bits, or logs.")
-    bench.tell(f"an uninterrupted training takes {seconds:.1f} s here")
+    if not same(bench.state("whole-1"), whole.arrays) or bench.log("whole-1") != whole.log:
+        bench.fail("Two uninterrupted trainings had different results or logs.")
+    bench.tell(f"an uninterrupted training takes {seconds:.1f} s")
     return whole
 
 
@@ -346,7 +265,7 @@ def _plan(kills: int, signals: int, draw: random.Random) -> list[int]:
 
 
 def _stop_trainings(bench: _Bench, whole: _Whole, plan: list[int]) -> None:
-    """Send every signal of a plan to some training, and see how each ends."""
+    """Send every signal of a plan to a training, and check how each training ends."""
     total, kills, names = len(plan), bench.result.kills, (f"stopped-{i}" for i in range(10**9))
 
     def work(seed: int) -> None:
@@ -355,14 +274,14 @@ def _stop_trainings(bench: _Bench, whole: _Whole, plan: list[int]) -> None:
             with bench.guard:
                 name = next(names)
             stops = _stopped(bench, whole, name, plan, draw)
-            same = _same(bench.state(name), whole.arrays) and bench.log(name) == whole.log
+            equal = same(bench.state(name), whole.arrays) and bench.log(name) == whole.log
             with bench.guard:
                 kills.tried += stops
-                kills.bit_identical += stops * same
-            if same:
+                kills.bit_identical += stops * equal
+            if equal:
                 shutil.rmtree(bench.folder / name)
             else:
-                bench.break_promise(f"The training {name} was stopped {stops} times and came to other bits, or lines.")
+                bench.fail(f"The training {name} was stopped {stops} times and had a different result or log.")
             bench.tell(f"{kills.tried} of {total} kills and signals sent")
 
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -370,7 +289,7 @@ def _stop_trainings(bench: _Bench, whole: _Whole, plan: list[int]) -> None:
 
 
 def _stopped(bench: _Bench, whole: _Whole, name: str, plan: list[int], draw: random.Random) -> int:
-    """Train to the end, with stops at random moments; return their number."""
+    """Train to the end with stops at random moments; return the number of stops."""
     stops, place, over = 0, (0, 0), False
     while not over:
         child = bench.train(name)
@@ -386,22 +305,22 @@ def _stopped(bench: _Bench, whole: _Whole, name: str, plan: list[int], draw: ran
 def _ends(
     bench: _Bench, name: str, child: _Child, number: int | None, before: tuple[int, int]
 ) -> tuple[bool, tuple[int, int]]:
-    """Send a signal, if any, and judge what comes of it.
+    """Send a signal, if any, and check the outcome.
 
     Returns:
-        Whether the training is over, and the last step that was logged and the last that was saved, as in `before`.
+        Whether the training is over; and the last logged and the last saved step, as in `before`.
     """
     began = time.monotonic()
     if number is not None:
         child.send(number)
     code, seconds = child.code(), time.monotonic() - began
-    # A process that has just begun does not listen yet: there a request to end is a kill.
+    # A process that has just started has no signal handlers yet: there every signal kills.
     deaf = number is not None and code == -number and not child.said()
     asked = number is not None and number != KILL and not deaf
     right = {0, 130 if number == signal.SIGINT else 143} if asked else {0} if number is None else {0, -number}
     made = max((line["step"] for line in Workdir(bench.folder / name).load_metrics()), default=0)
     place = made, int(bench.state(name)["step"])
-    # A process that ended before it began to train has lost nothing; what is missing then, an earlier one lost.
+    # A process that ended before it trained has lost no step: an earlier process lost the missing ones.
     lost = 0 if place == before else place[0] - place[1]
     with bench.guard:
         kills, signals = bench.result.kills, bench.result.signals
@@ -413,9 +332,9 @@ def _ends(
             signals.verified_saves += lost == 0
             signals.seconds.append(seconds)
     if code not in right:
-        bench.break_promise(f"After signal {number}, {name} ended with exit code {code}: see {child.output}.")
+        bench.fail(f"After signal {number}, {name} ended with exit code {code}: see {child.output}.")
     if lost > (0 if asked else INTERVAL):
-        bench.break_promise(f"Signal {number} cost {name} {lost} steps: see {child.output}.")
+        bench.fail(f"After signal {number}, {name} had lost {lost} steps: see {child.output}.")
     return code == 0 or code not in right, place
 
 
@@ -423,90 +342,31 @@ def _ends(
 
 
 def _damage(bench: _Bench, whole: _Whole, corruptions: int) -> None:
-    """Damage copies of a run's checkpoints, and go on from each."""
+    """Damage copies of a run's checkpoints, and restore each."""
     found, checkpoints = bench.result.corruptions, bench.folder / "whole-0" / "checkpoints"
     steps = sorted((path for path in checkpoints.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
     right: dict[int, Arrays] = {0: on_host(bench.fresh)}
-    for i in range(len(steps)):  # each is the newest once the later ones are gone
+
+    def restore(place: Path) -> Arrays:
+        return on_host(restored(bench.setup, bench.fresh, place, lambda text: None))
+
+    for i in range(len(steps)):  # each is the newest of a copy without the later ones
         place = bench.folder / "older"
         for path in steps[: i + 1]:
             shutil.copytree(path, place / path.name)
-        state = on_host(restored(bench.setup, bench.fresh, place, lambda text: None))
+        state = restore(place)
         right[int(state["step"])] = state
         shutil.rmtree(place)
     for i in range(corruptions):
         place = bench.folder / f"damaged-{i}"
         shutil.copytree(checkpoints, place)
-        what = _mutate(place, steps, bench.draw)
-        outcome = _outcome(bench, place, right, max(right))
+        what = mutate(place, steps, bench.draw)
+        result = outcome(partial(restore, place), right, max(right))
         found.tried += 1
-        setattr(found, outcome, getattr(found, outcome) + 1)
-        if outcome in ("silent_wrong", "unclear", "hangs"):
-            bench.break_promise(f"Corruption {i} ({what}) gave: {outcome.replace('_', ' ')}.")
+        setattr(found, result, getattr(found, result) + 1)
+        if result in ("silent_wrong", "unclear", "hangs"):
+            bench.fail(f"Corruption {i} ({what}) had the outcome: {result.replace('_', ' ')}.")
         else:
             shutil.rmtree(place)
         if (i + 1) % 100 == 0:
             bench.tell(f"{i + 1} of {corruptions} corruptions tried")
-
-
-def _outcome(bench: _Bench, place: Path, right: dict[int, Arrays], newest: int) -> str:
-    """Restore in a thread, which can be left alone where it hangs, and name what comes of it, as `Corruptions` does."""
-    outcome = "hangs"
-
-    def restore() -> None:
-        nonlocal outcome
-        try:
-            state = on_host(restored(bench.setup, bench.fresh, place, lambda text: None))
-        except (NoCheckpoint, UserError):
-            outcome = "refused"
-        except Exception:
-            outcome = "unclear"
-        else:
-            step = int(state["step"])
-            wrong = step not in right or not _same(state, right[step])
-            outcome = "silent_wrong" if wrong else "bit_identical" if step == newest else "fallbacks"
-
-    thread = threading.Thread(target=restore, daemon=True)
-    thread.start()
-    thread.join(HANG)
-    return outcome
-
-
-def _mutate(checkpoints: Path, steps: list[Path], draw: random.Random) -> str:
-    """Damage one thing, mostly of the newest step; say what."""
-    step = checkpoints / (steps[-1] if draw.random() < 0.8 else draw.choice(steps)).name
-    files = sorted(path for path in step.rglob("*") if path.is_file())
-    path = draw.choice(files)
-    kind = draw.choice(("flip", "flip", "truncate", "delete", "zero", "rename", "swap", "delete folder", "rename step"))
-    data = bytearray(path.read_bytes())
-    if kind in ("flip", "truncate", "zero") and not data:
-        kind = "delete"
-    if kind == "flip":
-        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        path.write_bytes(data)
-    elif kind == "truncate":
-        path.write_bytes(data[: draw.randrange(len(data))])
-    elif kind == "zero":
-        start, end = sorted((draw.randrange(len(data)), len(data)))
-        path.write_bytes(data[:start] + bytes(end - start))
-    elif kind == "delete":
-        path.unlink()
-    elif kind == "rename":
-        path.rename(path.with_name(path.name + " (1)"))
-    elif kind == "swap":
-        other = draw.choice(files)
-        other_data = other.read_bytes()
-        other.write_bytes(data)
-        path.write_bytes(other_data)
-    elif kind == "delete folder":
-        shutil.rmtree(draw.choice([step, *(p for p in step.rglob("*") if p.is_dir())]))
-    else:
-        step.rename(checkpoints / draw.choice((f"{step.name} (1)", str(int(step.name) + 1), f"0{step.name}")))
-    return f"{kind} of {path.relative_to(checkpoints)}"
-
-
-def _same(one: Arrays, other: Arrays) -> bool:
-    """Say whether all arrays are the same, bit for bit."""
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and one[name].tobytes() == other[name].tobytes() for name in one
-    )

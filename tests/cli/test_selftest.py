@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from chargpt_jax.cli import selftest
+from chargpt_jax.cli import selftest, selftest_damage
 from chargpt_jax.config import validate
 from chargpt_jax.config_io import load_config
 
@@ -40,15 +40,15 @@ def test_kills_lose_nothing_and_damaged_checkpoints_are_never_believed(tmp_path)
 
 def test_a_broken_promise_is_told_and_what_was_left_is_kept(tmp_path, monkeypatch):
     def broken(bench, whole, plan):
-        bench.break_promise("It broke.")
+        bench.fail("It broke.")
 
     monkeypatch.setattr(selftest, "_uninterrupted", lambda bench: None)
     monkeypatch.setattr(selftest, "_stop_trainings", broken)
     told = []
     result = selftest.check(tmp_path, kills=0, signals=0, corruptions=0, tell=told.append)
     (left,) = tmp_path.iterdir()
-    assert told == ["BROKEN: It broke."]
-    assert "BROKEN: It broke.\nBROKEN: What was left is in " in result.table()
+    assert told == ["FAILED: It broke."]
+    assert "FAILED: It broke.\nFAILED: Its files are in " in result.table()
     assert str(left) in result.table()
 
 
@@ -81,7 +81,7 @@ def test_every_mutation_changes_something_and_all_kinds_come(tmp_path):
     for i in range(200):
         place = tmp_path / f"copy-{i}"
         shutil.copytree(tmp_path / "whole", place)
-        seen.add(selftest._mutate(place, steps, draw).partition(" of ")[0])
+        seen.add(selftest_damage.mutate(place, steps, draw).partition(" of ")[0])
         same += tree(place) == tree(tmp_path / "whole")
     assert seen == {"flip", "truncate", "delete", "zero", "rename", "swap", "delete folder", "rename step"}
     assert same < 20  # two files swapped may be one and the same
@@ -89,7 +89,7 @@ def test_every_mutation_changes_something_and_all_kinds_come(tmp_path):
 
 def test_equal_numbers_of_other_bits_are_not_the_same():
     zero, minus = np.float32([0.0]), np.float32([-0.0])
-    assert selftest._same({"x": zero}, {"x": zero.copy()})
-    assert not selftest._same({"x": zero}, {"x": minus})
-    assert not selftest._same({"x": zero}, {"x": zero.astype(np.float64)})
-    assert not selftest._same({"x": zero}, {})
+    assert selftest_damage.same({"x": zero}, {"x": zero.copy()})
+    assert not selftest_damage.same({"x": zero}, {"x": minus})
+    assert not selftest_damage.same({"x": zero}, {"x": zero.astype(np.float64)})
+    assert not selftest_damage.same({"x": zero}, {})
