@@ -1,7 +1,7 @@
-"""Models in and out: the PyTorch original's checkpoints, and folders that Hugging Face's transformers loads.
+"""Import checkpoints of the original; export models for the original and for Hugging Face's transformers.
 
-What the files and arrays of the others look like is said in original.py and hugging_face.py. Here a checkpoint becomes
-a run, and a run a folder; everything is checked before anything is written, and what is written appears whole.
+ancestor.py and hugging_face.py describe the files and arrays of the two formats. All input is checked before any file
+is written, and a folder is written atomically.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.errors import UserError
 from chargpt_jax.interop import hugging_face
 from chargpt_jax.interop.ancestor import MULTIPLES, checked, from_original, from_params, read, to_original, to_params
+from chargpt_jax.interop.array_names import Params
 from chargpt_jax.interop.safetensors_file import write_safetensors
 from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.storage.workdir import Workdir
@@ -36,22 +37,22 @@ FORMATS = ("original", "hf")
 def import_original(
     file: str | Path, workdir: str | Path, source: str | None = None, warn: Callable[[str], None] = print
 ) -> Path:
-    """Make a run of a checkpoint of the original: its config, its vocabulary, and a checkpoint of step 0.
+    """Create a run from a checkpoint of the original: its config, its vocabulary, and a checkpoint of step 0.
 
-    Ids without a character keep their probability (`mask_unused_ids` is off), so that all numbers are the original's.
+    Unused token ids keep their probability (`mask_unused_ids` is off), so that all results equal the original's.
 
     Args:
-        file: .pt (read without torch, and nothing in it is run), or .safetensors or .npz with the original's config
-            beside it as config.json; a .safetensors file may hold it itself, as the metadatum `config`.
+        file: .pt (read without torch; no code in it is executed), or .safetensors or .npz with the original's config
+            next to it as config.json. A .safetensors file may contain the config as its metadata entry `config`.
         workdir: a new folder.
-        source: the text it learned from, as for `data.source`; without it there is nothing to evaluate or train on.
-        warn: told what the user should know of the text.
+        source: the training text, as for `data.source`; without it the run cannot be evaluated or trained.
+        warn: called with warnings about the text.
 
     Returns:
         The workdir.
 
     Raises:
-        UserError: naming what is wrong with the file, its config or an array; nothing has been written then.
+        UserError: if the file, its config or an array is invalid; no file has been written then.
     """
     path, folder = Path(file).expanduser(), Workdir(workdir)
     folder.check_writable()
@@ -65,8 +66,8 @@ def import_original(
             text, found = load_corpus(config.data, warn=warn)
             if unknown := tokenizer.unknown(text):
                 raise UserError(
-                    f"The text of {source!r} has {unknown[0]!r} (U+{ord(unknown[0]):04X}), which the imported "
-                    "vocabulary lacks: give the text it was trained on."
+                    f"The text of {source!r} has {unknown[0]!r} (U+{ord(unknown[0]):04X}), which is not in "
+                    "the imported vocabulary: give the text that the model was trained on."
                 )
             tokens, sources = tokenizer.encode_text(text), [dataclasses.asdict(one) for one in found]
         _write_run(Workdir(partial), config, tokenizer, params, tokens, sources)
@@ -74,7 +75,12 @@ def import_original(
 
 
 def _write_run(
-    folder: Workdir, config: Config, tokenizer: CharTokenizer, params: Any, tokens: np.ndarray, sources: list[Any]
+    folder: Workdir,
+    config: Config,
+    tokenizer: CharTokenizer,
+    params: Params,
+    tokens: np.ndarray,
+    sources: list[dict[str, Any]],
 ) -> None:
     folder.save_corpus(tokenizer, tokens, sources)
     if not len(tokens):
@@ -95,10 +101,10 @@ def _write_run(
 
 
 def export_place(form: str, out: str | Path) -> Path:
-    """Return the folder of an export, or refuse it or the form, before there is a model to be written.
+    """Check the format and the folder of an export, before the model is loaded, and return the folder.
 
     Raises:
-        UserError: for an unknown form, or a folder that holds something.
+        UserError: if the format is unknown, or the folder exists and is not empty.
     """
     if form not in FORMATS:
         raise UserError(f"The format is {form!r}, but it must be one of {', '.join(FORMATS)}: choose one.")
@@ -108,21 +114,21 @@ def export_place(form: str, out: str | Path) -> Path:
 
 
 def export(
-    form: str, config: Config, tokenizer: CharTokenizer, params: Any, out: str | Path, warn: Callable[[str], None]
+    form: str, config: Config, tokenizer: CharTokenizer, params: Params, out: str | Path, warn: Callable[[str], None]
 ) -> Path:
-    """Write a model to a new folder; parameters as nested dicts of arrays.
+    """Write a model to a new folder.
 
     Args:
-        form: one of FORMATS. 'original': model.safetensors, whose arrays the original's `load_state_dict` takes as
-            they are, and config.json. 'hf': a folder for transformers' AutoModelForCausalLM and AutoTokenizer.
-        config: of the run.
-        tokenizer: of the run.
-        params: as `model.create` gives them.
-        out: must not exist, or be empty.
-        warn: told what the other side may stumble over.
+        form: one of FORMATS. 'original': config.json, and model.safetensors, whose arrays the original's
+            `load_state_dict` accepts. 'hf': a folder for transformers' AutoModelForCausalLM and AutoTokenizer.
+        config: the run's config.
+        tokenizer: the run's tokenizer.
+        params: nested dicts of arrays.
+        out: must not exist, or be an empty folder.
+        warn: called with warnings about the target format.
 
     Raises:
-        UserError: where the form, the place or the model will not do; nothing has been written then.
+        UserError: if the format, the folder or the model is invalid; no file has been written then.
     """
     path = export_place(form, out)
     params = jax.tree.map(np.asarray, params)
@@ -135,11 +141,11 @@ def export(
 
 
 def _write_original(
-    folder: Path, config: Config, tokenizer: CharTokenizer, params: Any, warn: Callable[[str], None]
+    folder: Path, config: Config, tokenizer: CharTokenizer, params: Params, warn: Callable[[str], None]
 ) -> None:
     odd = [f"{name} a multiple of {n}" for name, n in MULTIPLES.items() if getattr(config.model, name) % n]
     if odd:
-        warn(f"The original's own config wants {', '.join(odd)}; it will refuse this one.")
+        warn(f"The original's config requires {', '.join(odd)}, so the original will reject this model.")
     described = json.dumps(to_original(config, tokenizer), indent=2) + "\n"
     (folder / "config.json").write_text(described, encoding="utf-8")
     arrays = from_params(params, config.model)

@@ -1,46 +1,34 @@
-"""A folder that Hugging Face's transformers loads as it is: our model under Starcoder2's names, a token a character.
+"""Export to a folder that Hugging Face's transformers loads: a Starcoder2 model, and a tokenizer for characters.
 
-Starcoder2 (Lozhkov et al. 2024) happens to be this decoder: pre-LayerNorm with biases, half rotation, exact GELU, a
-tied head. Two things of ours have no name there. Ids without a character cannot be masked inside the model, so
-generation_config.json suppresses them; and past block_size ours reads the last window anew, where transformers goes on
-to positions the model has never seen.
+Starcoder2 (Lozhkov et al. 2024) is the same decoder: pre-LayerNorm with biases, half rotation, exact GELU, a tied head.
+There are two differences. Starcoder2 cannot mask unused token ids inside the model: generation_config.json suppresses
+them. Beyond block_size, chargpt_jax recomputes the last block_size characters, but transformers continues with
+positions that the model was not trained on.
 """
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from chargpt_jax.config import Config
 from chargpt_jax.data.tokenizer import PADDING, CharTokenizer
 from chargpt_jax.errors import UserError
+from chargpt_jax.interop.array_names import Params, layer_arrays
 from chargpt_jax.interop.safetensors_file import write_safetensors
 
-LAYER = {
-    ("ln_1", "scale"): "input_layernorm.weight",
-    ("ln_1", "bias"): "input_layernorm.bias",
-    ("attn", "proj", "kernel"): "self_attn.o_proj.weight",
-    ("attn", "proj", "bias"): "self_attn.o_proj.bias",
-    ("ln_2", "scale"): "post_attention_layernorm.weight",
-    ("ln_2", "bias"): "post_attention_layernorm.bias",
-    ("mlp", "up", "kernel"): "mlp.c_fc.weight",
-    ("mlp", "up", "bias"): "mlp.c_fc.bias",
-    ("mlp", "down", "kernel"): "mlp.c_proj.weight",
-    ("mlp", "down", "bias"): "mlp.c_proj.bias",
-}
-"""Our path below `blocks` -> Starcoder2's name below `model.layers.N`; kernels are transposed."""
 
-
-def write(folder: Path, config: Config, tokenizer: CharTokenizer, params: dict[str, Any]) -> None:
-    """Write the files of a model into a folder that exists.
+def write(folder: Path, config: Config, tokenizer: CharTokenizer, params: Params) -> None:
+    """Write the files of a model into an existing folder.
 
     Raises:
-        UserError: where the vocabulary has a character that no UTF-8 file can hold.
+        UserError: if the vocabulary has a lone surrogate, which UTF-8 cannot encode.
     """
     broken = [c for c in tokenizer.vocabulary if "\ud800" <= c <= "\udfff"]
     if broken:
-        raise UserError(f"The vocabulary holds {broken[0]!r}, half a character: a Hugging Face tokenizer cannot.")
+        raise UserError(
+            f"The vocabulary has {broken[0]!r}, a lone surrogate: Hugging Face tokenizers do not support it."
+        )
     files = {
         "config.json": model_config(config),
         "generation_config.json": generation_config(config),
@@ -52,30 +40,24 @@ def write(folder: Path, config: Config, tokenizer: CharTokenizer, params: dict[s
     write_safetensors(folder / "model.safetensors", arrays(params), {"format": "pt"})
 
 
-def arrays(params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Take our nested dicts apart into Starcoder2's arrays; the tied head is not among them."""
+def arrays(params: Params) -> dict[str, np.ndarray]:
+    """Convert parameters to Starcoder2's arrays, by name; the head is the embedding table, which is listed once."""
     found = {
         "model.embed_tokens.weight": params["wte"]["embedding"],
         "model.norm.weight": params["ln_f"]["scale"],
         "model.norm.bias": params["ln_f"]["bias"],
     }
-    for keys, name in LAYER.items():
-        stacked = params["blocks"]
-        for key in keys:
-            stacked = stacked[key]
-        for i, array in enumerate(stacked):
-            found[f"model.layers.{i}.{name}"] = array.T if keys[-1] == "kernel" else array
-    qkv = params["blocks"]["attn"]["qkv"]
-    for letter, kernel, bias in zip(
-        "qkv", np.split(qkv["kernel"], 3, axis=-1), np.split(qkv["bias"], 3, axis=-1), strict=True
-    ):
-        for i in range(len(kernel)):
-            found[f"model.layers.{i}.self_attn.{letter}_proj.weight"] = kernel[i].T
-            found[f"model.layers.{i}.self_attn.{letter}_proj.bias"] = bias[i]
+    for names, layer, array in layer_arrays(params):
+        if names.starcoder2:
+            found[f"model.layers.{layer}.{names.starcoder2}"] = array
+            continue
+        kind = names.original.rpartition(".")[2]
+        for letter, part in zip("qkv", np.split(array, 3), strict=True):
+            found[f"model.layers.{layer}.self_attn.{letter}_proj.{kind}"] = part
     return found
 
 
-def model_config(config: Config) -> dict[str, Any]:
+def model_config(config: Config) -> dict[str, object]:
     """Describe the model as transformers' Starcoder2Config."""
     model = config.model
     return {
@@ -88,7 +70,7 @@ def model_config(config: Config) -> dict[str, Any]:
         "num_attention_heads": model.n_head,
         "num_key_value_heads": model.n_head,
         "head_dim": model.n_head_dim,
-        "hidden_act": "gelu",  # the exact one; "gelu_pytorch_tanh" is Starcoder2's own
+        "hidden_act": "gelu",  # exact (erf); Starcoder2's default is "gelu_pytorch_tanh"
         "max_position_embeddings": model.block_size,
         "norm_epsilon": 1e-5,
         "rope_theta": 10_000.0,
@@ -105,23 +87,23 @@ def model_config(config: Config) -> dict[str, Any]:
     }
 
 
-def generation_config(config: Config) -> dict[str, Any]:
-    """Say what `generate` must not write, where our own never writes it."""
+def generation_config(config: Config) -> dict[str, object]:
+    """Describe which tokens `generate` must not sample: those that chargpt_jax masks."""
     model = config.model
-    given: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": PADDING}
+    given: dict[str, object] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": PADDING}
     if model.mask_unused_ids:
         given["suppress_tokens"] = [PADDING, *range(model.used_ids, model.vocab_size)]
     return given
 
 
 def padding_name(tokenizer: CharTokenizer) -> str:
-    """Return a name for the padding that no text of this vocabulary can contain."""
+    """Return a name for the padding token that no text of this vocabulary can contain."""
     names = ["<pad>", *map(chr, range(0xE000, 0xF900))]
     return next(name for name in names if not set(name) <= set(tokenizer.vocabulary))
 
 
-def tokenizer_file(tokenizer: CharTokenizer) -> dict[str, Any]:
-    """Describe the tokenizer for the `tokenizers` library: a token is a character, and an unknown one is an error."""
+def tokenizer_file(tokenizer: CharTokenizer) -> dict[str, object]:
+    """Describe the tokenizer for the `tokenizers` library: one token per character, no unknown ones."""
     padding = padding_name(tokenizer)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
@@ -130,7 +112,7 @@ def tokenizer_file(tokenizer: CharTokenizer) -> dict[str, Any]:
         "padding": None,
         "added_tokens": [{"id": PADDING, "content": padding, **flags}],
         "normalizer": None,
-        # A set of everything, since what "." leaves out differs between engines.
+        # Not ".": regex engines differ in the characters that it does not match.
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
         "post_processor": None,
         "decoder": {"type": "Fuse"},
@@ -142,7 +124,7 @@ def tokenizer_file(tokenizer: CharTokenizer) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(config: Config, tokenizer: CharTokenizer) -> dict[str, Any]:
+def tokenizer_config(config: Config, tokenizer: CharTokenizer) -> dict[str, object]:
     """Describe the tokenizer for transformers."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

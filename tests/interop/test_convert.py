@@ -164,7 +164,7 @@ def test_a_table_that_safetensors_left_out_as_tied_is_known(tmp_path):
     arrays = original()
     del arrays["transformer.wte.weight"]
     path = write(tmp_path, arrays)
-    with pytest.raises(UserError, match="lacks the array 'transformer.wte.weight'"):
+    with pytest.raises(UserError, match="has no array 'transformer.wte.weight'"):
         convert.import_original(path, tmp_path / "run")
     write_safetensors(path, arrays, {"transformer.wte.weight": "lm_head.weight"})
     convert.import_original(path, tmp_path / "run")
@@ -230,12 +230,12 @@ def without(name: str) -> dict[str, Any]:
 NAMES = ["transformer.blocks.1.attn.qkv.bias", "lm_head.weight", "transformer.wte.weight", INV_FREQ]
 WEIGHT = "transformer.blocks.0.mlp.net.0.weight"
 BAD_ARRAYS = [
-    *((without(name), f"lacks the array '{name}'") for name in NAMES),
+    *((without(name), f"has no array '{name}'") for name in NAMES),
     ({**original(), "transformer.blocks.2.ln_1.weight": np.ones(16, np.float32)}, "an array 'transformer.blocks.2.ln"),
     ({**original(), WEIGHT: original()[WEIGHT].T.copy()}, r"mlp.net.0.weight' with shape \(16, 32\)"),
     ({**original(), "lm_head.weight": original(1)["lm_head.weight"]}, "'lm_head.weight' that differs from"),
-    ({**original(), WEIGHT: np.full((32, 16), np.nan, np.float32)}, "mlp.net.0.weight' with values"),
-    ({**original(), INV_FREQ: np.ones(4, np.float32)}, "inv_freq' of another rotary encoding"),
+    ({**original(), WEIGHT: np.full((32, 16), np.nan, np.float32)}, "values in .*mlp.net.0.weight"),
+    ({**original(), INV_FREQ: np.ones(4, np.float32)}, "inv_freq' of a rotary encoding with another base"),
 ]
 
 
@@ -252,7 +252,7 @@ def test_a_wrong_array_is_refused_by_its_name(tmp_path, kind, arrays, message):
 BAD_CONFIGS = [
     ({"model": ...}, "no model.vocab_size"),
     ({"model.n_layer": ...}, "no model.n_layer"),
-    ({"model.n_layer": 3}, "lacks the array 'transformer.blocks.2"),
+    ({"model.n_layer": 3}, "has no array 'transformer.blocks.2"),
     ({"model.n_layer": 10**6}, "too few for 1000000 layers"),
     ({"model.n_layer": 10**12}, "GB of memory to train"),
     ({"model.n_layer": "2"}, "model.n_layer is '2'"),
@@ -260,10 +260,10 @@ BAD_CONFIGS = [
     ({"model.n_embd": -1}, "model.n_embd is -1"),
     ({"model.n_ff": [32] * 1000}, "a list as model.n_ff"),
     ({"tokenizer": ...}, "no tokenizer.vocabulary"),
-    ({"tokenizer.vocabulary": ["ab"]}, "other than single characters"),
-    ({"tokenizer.vocabulary": [1]}, "other than single characters"),
-    ({"tokenizer.vocabulary": [chr(i) for i in range(40, 104)]}, "65 ids"),
-    ({"data": []}, "a section 'data' that is no object"),
+    ({"tokenizer.vocabulary": ["ab"]}, "must be single characters"),
+    ({"tokenizer.vocabulary": [1]}, "must be single characters"),
+    ({"tokenizer.vocabulary": [chr(i) for i in range(40, 104)]}, "65 token ids"),
+    ({"data": []}, "its section 'data' is not an object"),
 ]
 
 
@@ -379,13 +379,13 @@ def test_a_file_of_another_kind_or_without_a_config_is_refused(tmp_path):
         read(tmp_path / "nothing.pt")
     with pytest.raises(UserError, match="no such file"):
         read(tmp_path)
-    with pytest.raises(UserError, match=".pt, .safetensors or .npz file is needed"):
+    with pytest.raises(UserError, match=".pt, .safetensors or .npz file"):
         read(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json cannot be read"):
         read(path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(UserError, match="does not hold its config"):
+    with pytest.raises(UserError, match="does not contain its config"):
         read(path)
 
 
