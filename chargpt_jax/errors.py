@@ -1,14 +1,14 @@
-"""Every exception of the package, with the exit code that `main` returns for it."""
+"""Exceptions of the package, each with the exit code that `main` returns for it. This file imports nothing."""
 
 
 class ExpectedError(Exception):
-    """An error that a user is told in one sentence, without a traceback."""
+    """An error that the command reports in one line, without a traceback."""
 
     exit_code = 2
 
 
 class UserError(ExpectedError, ValueError):
-    """A user's mistake: the message gives the value, the rule and the fix."""
+    """Invalid arguments or input: the message gives the value, the rule and the fix."""
 
 
 class NoCheckpoint(ExpectedError):

@@ -1,8 +1,8 @@
-"""nanoGPT's "baby GPT" for Shakespeare, on a tinyshakespeare file of yours: 6 layers of width 384, 10.7 M parameters.
+"""nanoGPT's "baby GPT" for Shakespeare, for a local tinyshakespeare file: 6 layers of width 384, 10.7 M parameters.
 
 python -m chargpt_jax.main --config=configs/nanogpt_baby.py --config.data.source=tinyshakespeare.txt
 
-Meant for an accelerator; it has not been run to its end here. nanoGPT reports about 1.47 nats on its own model.
+For an accelerator; the full run has not been made here. nanoGPT reports a validation loss of about 1.47 nats.
 """
 
 from chargpt_jax.config import Config
@@ -18,7 +18,7 @@ def get_config() -> Config:
     config.model.n_ff = 1536
     config.model.n_layer = 6
     config.model.dropout = 0.2
-    config.model.attention_block = 128  # as quick as 64 here, and compiles sooner
+    config.model.attention_block = 128  # as fast as 64 here, and compiles faster
     config.data.source = "tinyshakespeare.txt"
     config.data.batch_size = 64
     config.data.train_split = 0.9

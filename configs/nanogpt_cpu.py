@@ -1,8 +1,8 @@
-"""nanoGPT's CPU set-up for Shakespeare, on a tinyshakespeare file of yours: 4 layers of width 128, 2,000 steps.
+"""nanoGPT's CPU set-up for Shakespeare, for a local tinyshakespeare file: 4 layers of width 128, 2,000 steps.
 
 python -m chargpt_jax.main --config=configs/nanogpt_cpu.py --config.data.source=tinyshakespeare.txt
 
-About a minute and a half on two shared CPU cores (Zen 4), ending at 1.68 nats per held-out character.
+About 90 seconds on two shared CPU cores (Zen 4), with a final validation loss of 1.68 nats per character.
 """
 
 from chargpt_jax.config import Config

@@ -1,8 +1,8 @@
-"""A first run for any machine, without network: learning to write like Python's own help texts.
+"""A first run for any machine, without network: trains on the help texts that ship with Python.
 
 python -m chargpt_jax.main --config=configs/tiny.py
 
-About a minute on two CPU cores (Zen 4), ending at 1.26 to 1.29 nats per held-out character.
+About a minute on two CPU cores (Zen 4), with a final validation loss of 1.26 to 1.29 nats per character.
 """
 
 from chargpt_jax.config import Config

@@ -77,7 +77,7 @@ MAY_IMPORT = {
     "generation": "config config_io data devices errors events hash_rng model ops pictures storage training",
     "interop": "atomic config config_io data devices errors storage training",
     "api": "config config_io data devices errors events generation interop model ops pictures storage training",
-    "cli": "api config config_io data devices errors events generation model pictures storage training",
+    "cli": "api config config_io data devices errors events generation model ops pictures storage training",
     "main": "cli errors",
     "__init__": "api cli config config_io devices errors",
 }

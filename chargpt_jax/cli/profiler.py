@@ -1,4 +1,4 @@
-"""A trace of a few dispatches of training, to be looked at in Perfetto or xprof."""
+"""Profiler trace of a few dispatches of training, for Perfetto or xprof."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,15 +8,14 @@ import jax
 from chargpt_jax.events import Event, Steps
 
 FIRST, COUNT = 2, 2
-"""The trace begins after so many dispatches, when everything is compiled, and spans so many."""
+"""Number of dispatches before the trace, when everything is compiled, and number of dispatches in it."""
 
 
 def profiled(events: Iterator[Event], folder: str | Path) -> Iterator[Event]:
-    """Pass a run's events on, and write what happens between some of them as a trace.
+    """Yield a run's events, and write a profiler trace of the dispatches between some of them.
 
-    Work is done between two events, so the trace holds the dispatches that follow the first ones. A folder
-    plugins/profile/TIME is made in `folder`: *.xplane.pb is for xprof, perfetto_trace.json.gz for
-    https://ui.perfetto.dev.
+    The work of a dispatch is done between two events. The trace is written to plugins/profile/TIME in `folder`:
+    *.xplane.pb for xprof, perfetto_trace.json.gz for https://ui.perfetto.dev.
     """
     dispatches, tracing = 0, False
     try:
