@@ -87,8 +87,7 @@ def learned(workdir: Path) -> dict[str, np.ndarray]:
     """
     setup, log = Setup.of(Workdir(workdir)), Workdir(workdir).load_metrics()
     store = Checkpoints(Workdir(workdir).checkpoints)
-    tx = optimizer.transform(setup.config.optimizer, lambda count: 0.0 * count)
-    fresh = setup.fresh_state(tx)
+    fresh = setup.fresh_state(optimizer.empty(setup.config.optimizer))
     _, _, state = store.load("latest", lambda record: fresh)
     store.close()
     found = {

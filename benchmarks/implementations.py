@@ -90,22 +90,22 @@ class ChargptJax:
     def trainer(self) -> TrainSteps:
         """Compile training; each call is one dispatch, with as many steps as in a real training."""
         from chargpt_jax.training import optimizer
-        from chargpt_jax.training.pacing import Pace
+        from chargpt_jax.training.pacing import DispatchSize
         from chargpt_jax.training.setup import Setup
 
         config = self.config
         setup = Setup.on(config, corpus(config), vocabulary=())
         schedule = optimizer.warmup_cosine(config.scheduler, 1e-3, 100)
-        tx = optimizer.transform(config.optimizer, schedule, setup.mesh)
+        tx = optimizer.make_optimizer(config.optimizer, schedule, setup.mesh)
         state, lowered = setup.begin(tx)
-        dispatch, pace = lowered.compile(), Pace(config)
+        dispatch, pace = lowered.compile(), DispatchSize(config)
 
         def train_steps() -> int:
             nonlocal state
             began, count = time.perf_counter(), pace.steps
             state, history = dispatch(state, setup.on_device, np.int32(count))
             np.asarray(history["loss"])
-            pace.took(time.perf_counter() - began, count)
+            pace.record(time.perf_counter() - began, count)
             return count
 
         return train_steps

@@ -46,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 if isinstance(event, LRFinderStep):
                     times.append(time.perf_counter())
             setup = Setup.of(Workdir(workdir))
-            state, lowered = setup.begin(optimizer.transform(config.optimizer, 1e-3, setup.mesh))
+            state, lowered = setup.begin(optimizer.make_optimizer(config.optimizer, 1e-3, setup.mesh))
             dispatch = lowered.compile()
             state, _ = dispatch(state, setup.on_device, np.int32(1))
             compiled = time.perf_counter()

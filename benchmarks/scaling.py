@@ -56,7 +56,7 @@ def trainer(config: Config) -> tuple[Callable[[], float], int]:
     """Compile a training step; return a function that runs and times one, and the bytes of temporaries."""
     graphdef, params = create(config.model, 0)
     mesh = sharding.data_mesh(config.data.batch_size)
-    tx = optimizer.transform(config.optimizer, 1e-3, mesh)
+    tx = optimizer.make_optimizer(config.optimizer, 1e-3, mesh)
     state = fresh_state(params, tx, 0, np.float32, mesh)
     tokens = jax.device_put(corpus(config), sharding.replicated(mesh))
     dispatch = compiled_updates(config, graphdef, tx, mesh, state).lower(state, tokens, np.int32(1)).compile()

@@ -207,7 +207,7 @@ def _vocabulary(record: dict[str, Any], where: Path) -> CharTokenizer:
 
 def _shapes(config: Config, dtype: Any) -> tuple[nnx.GraphDef, Any]:
     """Return a model's static half, and its training state with shapes in place of arrays, on one device."""
-    tx = optimizer.transform(config.optimizer, lambda count: 0.0 * count)
+    tx = optimizer.empty(config.optimizer)
     graphdef, params = jax.eval_shape(lambda: create(config.model, 0, dtype))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return graphdef, sharding.with_sharding(here, state_shapes(params, tx, 0, dtype))

@@ -27,7 +27,7 @@ from chargpt_jax.data.batches import windows_per_pass
 from chargpt_jax.main import main
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import stages
-from chargpt_jax.training.pacing import Ending
+from chargpt_jax.training.pacing import StopCondition
 
 PREPARE = "--mode=prepare --config=tiny --config.data.source=text.txt --workdir=run"
 SENTENCE = "The quick brown fox jumps over the lazy dog.\n"
@@ -492,7 +492,7 @@ def test_a_time_limit_ends_in_time_and_the_same_command_goes_on(
     line = train_line(here, "--max_minutes=30")
     made = lambda: max((x["step"] for x in Workdir("run").load_metrics()), default=0)  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(Ending, "spare", lambda self: 0.0 if made() >= 4 else 1e9)
+        patch.setattr(StopCondition, "seconds_left", lambda self: 0.0 if made() >= 4 else 1e9)
         assert main(line) == 0
     first = made()
     assert 4 <= first < 12

@@ -172,7 +172,7 @@ class _Bench:
     @cached_property
     def fresh(self) -> TrainState:
         """Its state before the first update."""
-        return self.setup.fresh_state(optimizer.transform(self.setup.config.optimizer, lambda count: 0.0 * count))
+        return self.setup.fresh_state(optimizer.empty(self.setup.config.optimizer))
 
     def fail(self, sentence: str) -> None:
         """Record a failed check."""

@@ -1,152 +1,197 @@
-"""Sharding: the mesh of devices that split a batch, and what each of them holds.
+"""Data parallelism: a mesh of devices that split a batch, and arrays that are replicated or sharded over it.
 
-Data parallelism with a sharded optimizer update (ZeRO-1; Xu et al. 2020, "Automatic cross-replica sharding of weight
-update in data-parallel training"). After the all-reduce every device holds the same gradient. Instead of repeating the
-same update, each device updates its part of the parameters, keeps only that part of Adam's moments, and the parameters
-are gathered afterwards. The result is the same, because Adam treats each element by itself.
+- The mesh has one axis, 'data'. Each device computes the gradient of its part of the batch; psum adds them up.
+- Parameters and corpus are replicated: each device holds a full copy.
+- The optimizer update is sharded (ZeRO-1; Xu et al. 2020, "Automatic cross-replica sharding of weight update in
+  data-parallel training"). After the psum every device holds the same gradient. Each device then updates its shard of
+  the parameters and stores only that shard of Adam's moments; the parameters are gathered afterwards. The result is
+  the same, because Adam treats each element by itself.
 """
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-LEAST_SHARED = 2**17
-"""Numbers in an array at least, for each device to hold a part of it only: to bring parts together takes time too."""
+MIN_SHARDED_SIZE = 2**17
+"""Arrays with fewer elements are replicated: gathering the shards takes time too."""
+
+Tree = TypeVar("Tree")
+Shared = TypeVar("Shared")
+Rows = TypeVar("Rows")
+Sums = TypeVar("Sums")
+Minima = TypeVar("Minima")
 
 
-def data_mesh(batch_size: int, devices: list[Any] | None = None, tell: bool = True) -> Mesh:
-    """Make the mesh that shares a batch, one axis named 'data': as many local devices as divide it evenly.
+class Shaped(Protocol):
+    """An array, or its shape and dtype (jax.ShapeDtypeStruct)."""
 
-    Their number also divides that of all devices: a TPU's all-reduce needs that. `tell`: log where some stay idle.
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Length of each axis."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        ...
+
+
+def data_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None, tell: bool = True) -> Mesh:
+    """Return the mesh that splits a batch: as many local devices as divide it evenly, on one axis named 'data'.
+
+    The number of devices in the mesh also divides the number of all devices, which a TPU's all-reduce requires.
+
+    Args:
+        batch_size: number of sequences.
+        devices: to choose from; None: all local devices.
+        tell: log a warning if some devices stay idle.
     """
     devices = jax.local_devices() if devices is None else devices
     count = math.gcd(batch_size, len(devices))
     if tell and count < len(devices) and devices[0].platform != "cpu":
-        logging.getLogger(__name__).warning("%d sequences share %d of %d devices", batch_size, count, len(devices))
+        logging.getLogger(__name__).warning(
+            "batch of %d is split over %d of %d devices; the others are idle", batch_size, count, len(devices)
+        )
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
 
 
 def describe(mesh: Mesh) -> str:
-    """Name the devices in use: '1 x cpu', '8 x TPU v5 lite'."""
+    """Return the number and kind of the devices in use: '1 x cpu', '8 x TPU v5 lite'."""
     return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of what every device holds whole: parameters and the corpus."""
+    """Return the sharding of an array that every device holds in full."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def sharded(mesh: Mesh, x: Any) -> NamedSharding:
-    """Return the sharding of what each device holds a part of, for an array or shape.
+def sharded(mesh: Mesh, x: Shaped) -> NamedSharding:
+    """Return the sharding of an array that is split along its first axis that the devices divide evenly.
 
-    It is cut along the first axis that the devices divide evenly. A small one, or one without such an axis, is whole.
+    An array without such an axis, or with fewer than MIN_SHARDED_SIZE elements, is replicated.
     """
     axes = [axis for axis, length in enumerate(x.shape) if length % mesh.size == 0]
-    if mesh.size == 1 or x.size < LEAST_SHARED or not axes:
+    if mesh.size == 1 or x.size < MIN_SHARDED_SIZE or not axes:
         return replicated(mesh)
     return NamedSharding(mesh, PartitionSpec(*[None] * axes[0], "data"))
 
 
-def shard(mesh: Mesh | None, tree: Any) -> Any:
-    """Inside jit, let each device work on its part of every array that `sharded` splits; None: leave the tree alone."""
-    return tree if mesh is None else jax.tree.map(lambda x: _constrained(x, sharded(mesh, x), mesh), tree)
+def shard(mesh: Mesh | None, tree: Tree) -> Tree:
+    """Inside jit, split each array of a tree as `sharded` says; without a mesh, return the tree."""
+    return tree if mesh is None else jax.tree.map(lambda x: _constrain(x, sharded(mesh, x), mesh), tree)
 
 
-def replicate(mesh: Mesh | None, tree: Any) -> Any:
-    """Inside jit, let every device have the whole of every array that `sharded` splits; None: leave the tree alone."""
-    return tree if mesh is None else jax.tree.map(lambda x: _constrained(x, replicated(mesh), mesh), tree)
+def replicate(mesh: Mesh | None, tree: Tree) -> Tree:
+    """Inside jit, gather each array of a tree that `sharded` splits; without a mesh, return the tree."""
+    return tree if mesh is None else jax.tree.map(lambda x: _constrain(x, replicated(mesh), mesh), tree)
 
 
-def _constrained(x: jax.Array, how: NamedSharding, mesh: Mesh) -> jax.Array:
-    # What is never cut is whole already, and to say so of every small array makes a start longer.
-    return x if sharded(mesh, x).is_fully_replicated else jax.lax.with_sharding_constraint(x, how)
+def _constrain(x: jax.Array, to: NamedSharding, mesh: Mesh) -> jax.Array:
+    # Small arrays are always replicated. A constraint on each of them would only make compilation longer.
+    return x if sharded(mesh, x).is_fully_replicated else jax.lax.with_sharding_constraint(x, to)
 
 
-def with_sharding(shardings: Any, tree: Any) -> Any:
-    """Return the shapes of a tree of arrays or shapes, said to lie as a tree of shardings, or one for all, has it."""
-    if isinstance(shardings, jax.sharding.Sharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
-    return jax.tree.map(lambda x, how: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how), tree, shardings)
-
-
-def shard_batch(mesh: Mesh, batch: Any) -> Any:
-    """Inside jit, split a batch's leading axis over the mesh."""
+def shard_batch(mesh: Mesh, batch: Tree) -> Tree:
+    """Inside jit, split the leading axis of a batch's arrays over the mesh."""
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec("data")))
 
 
-def psum_over_data(f: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Let each device of a mesh call f(whole, rows) on rows of its own; bring the results together once.
-
-    Left to itself the compiler would sum the gradient of each layer inside the loop over layers, and the devices would
-    wait for each other there.
-
-    Args:
-        f: returns two trees, of which the first is summed over the devices and the second's least is taken.
-        mesh: as of `data_mesh`; `rows` are split over it, `whole` is what every device holds.
-    """
-    if mesh.size == 1:
-        return f
-
-    def on_each(whole: Any, rows: Any) -> Any:
-        sums, least = f(whole, rows)
-        least = jax.tree.map(lambda x: jax.lax.pmin(x.astype(jnp.float32), "data").astype(x.dtype), least)
-        return jax.lax.psum(sums, "data"), least
-
-    specs = (PartitionSpec(), PartitionSpec("data"))
-    return jax.shard_map(on_each, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+def with_sharding(shardings: Any, tree: Tree) -> Tree:
+    """Return the shapes of a tree of arrays or shapes, with shardings: one for all, or a tree of them."""
+    if isinstance(shardings, Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), tree, shardings)
 
 
-def map_over_data(f: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """Let each device of a mesh call f on some rows of a tree of arrays.
+def psum_over_data(
+    f: Callable[[Shared, Rows], tuple[Sums, Minima]], mesh: Mesh | None
+) -> Callable[[Shared, Rows], tuple[Sums, Minima]]:
+    """Return a function that runs f(shared, rows) on every device, for its own rows, and combines the results.
 
-    Of results whose rows the devices divide evenly each keeps its own, of the others every device has all.
+    Without this, XLA would sum the gradient of each layer inside the loop over layers, and the devices would wait for
+    each other in every layer.
 
     Args:
-        f: of a tree of arrays whose rows do not concern each other, to one of as many rows.
-        mesh: as of `data_mesh`; None: one device does it all.
+        f: returns two trees. The first is summed over the devices; of the second the minimum is returned.
+        mesh: from `data_mesh`; `rows` are split over it and `shared` is replicated. None: one device.
     """
     if mesh is None or mesh.size == 1:
         return f
 
-    def shared_out(tree: Any) -> Any:
-        # Zeros make up for rows that are lacking.
-        even = jax.tree.map(lambda x: jnp.pad(x, ((0, -len(x) % mesh.size), *((0, 0),) * (x.ndim - 1))), tree)
-        made = jax.shard_map(f, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))(even)
-        everywhere = lambda y: jax.lax.with_sharding_constraint(y, replicated(mesh))  # noqa: E731
-        return jax.tree.map(lambda x, y: y if len(x) % mesh.size == 0 else everywhere(y)[: len(x)], tree, made)
+    def on_each_device(shared: Shared, rows: Rows) -> tuple[Sums, Minima]:
+        sums, minima = f(shared, rows)
+        minima = jax.tree.map(lambda x: jax.lax.pmin(x.astype(jnp.float32), "data").astype(x.dtype), minima)
+        return jax.lax.psum(sums, "data"), minima
 
-    return shared_out
+    specs = (PartitionSpec(), PartitionSpec("data"))
+    return jax.shard_map(on_each_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+
+
+def map_over_data(f: Callable[[Tree], Tree], mesh: Mesh | None) -> Callable[[Tree], Tree]:
+    """Return a function that splits a tree's arrays along their leading axis and runs f on each device.
+
+    A result whose leading axis the devices divide evenly stays split; other results are replicated.
+
+    Args:
+        f: from a tree of arrays to one of the same lengths; it treats each index of the leading axis by itself.
+        mesh: from `data_mesh`; None: one device.
+    """
+    if mesh is None or mesh.size == 1:
+        return f
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, -len(x) % mesh.size), *((0, 0),) * (x.ndim - 1)))
+
+    def trim(x: jax.Array, y: jax.Array) -> jax.Array:
+        even = len(x) % mesh.size == 0
+        return y if even else jax.lax.with_sharding_constraint(y, replicated(mesh))[: len(x)]
+
+    def on_all_devices(tree: Tree) -> Tree:
+        padded = jax.tree.map(pad, tree)
+        results = jax.shard_map(f, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))(padded)
+        return jax.tree.map(trim, tree, results)
+
+    return on_all_devices
 
 
 def sharded_update(tx: optax.GradientTransformation, mesh: Mesh | None) -> optax.GradientTransformation:
-    """Let each device of a mesh make its share of a transform's updates and keep its share of the state.
+    """Return an optimizer with a sharded update: each device computes its shard and stores that shard of the state.
 
     Args:
-        tx: a transform that treats every number by itself.
-        mesh: as of `data_mesh`; None: each device makes and keeps all.
+        tx: an optimizer that treats each element by itself.
+        mesh: from `data_mesh`; None: one device.
     """
-    share = partial(shard, mesh)
+    split = partial(shard, mesh)
 
-    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = tx.update(share(gradient), share(state), share(params))
-        return share(updates), share(state)
+    def update(
+        gradient: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, state = tx.update(split(gradient), split(state), split(params))
+        return split(updates), split(state)
 
     return optax.GradientTransformation(tx.init, update)
 
 
-def optimizer_sharding(state: optax.OptState, mesh: Mesh) -> Any:
-    """Return how an optimizer's state, arrays or shapes, lies on a mesh: Adam's moments in shares, all else whole."""
-    is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)  # noqa: E731
+def apply_updates(mesh: Mesh | None, params: optax.Params, updates: optax.Updates) -> optax.Params:
+    """Add an optimizer's updates to the parameters; each device adds its shard, then the parameters are gathered."""
+    new_params = optax.apply_updates(shard(mesh, params), shard(mesh, updates))
+    return replicate(mesh, shard(mesh, new_params))
 
-    def lie(node: Any) -> Any:
-        how = partial(sharded, mesh) if is_adam(node) else lambda _: replicated(mesh)
-        return jax.tree.map(how, node)
 
-    return jax.tree.map(lie, state, is_leaf=is_adam)
+def optimizer_sharding(state: optax.OptState, mesh: Mesh) -> optax.OptState:
+    """Return the sharding of each array of an optimizer state: Adam's moments are sharded, all else is replicated."""
+
+    def is_adam(node: object) -> bool:
+        return isinstance(node, optax.ScaleByAdamState)
+
+    def sharding_of(node: optax.OptState) -> optax.OptState:
+        return jax.tree.map(partial(sharded, mesh) if is_adam(node) else lambda _: replicated(mesh), node)
+
+    return jax.tree.map(sharding_of, state, is_leaf=is_adam)

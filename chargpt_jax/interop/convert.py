@@ -91,7 +91,7 @@ def _write_run(
         "vocabulary": list(tokenizer.vocabulary),
         "corpus_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
     }
-    tx = optimizer.transform(config.optimizer, lambda count: 0.0 * count)
+    tx = optimizer.empty(config.optimizer)
     state = create_state(jax.device_put(params), tx, config.seed, compute_dtype(config.amp))
     store = Checkpoints(folder.checkpoints)
     try:

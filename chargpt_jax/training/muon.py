@@ -65,7 +65,7 @@ def orthogonal(x: jax.Array, steps: int = len(POLYNOMIALS)) -> jax.Array:
     return x
 
 
-def is_hidden(path: tuple[Any, ...], x: Any) -> bool:
+def is_layer_matrix(path: tuple[Any, ...], x: Any) -> bool:
     """Say whether an array of the parameters, with its path, holds the layers' matrices, [L, fan_in, fan_out]."""
     return path[0].key == "blocks" and x.ndim == 3
 

@@ -1,4 +1,4 @@
-"""Schedule, decay mask, AdamW or Muon: one optax transform."""
+"""The optimizer as one optax transformation: learning-rate schedule, decay mask, AdamW or Muon."""
 
 from functools import partial
 from typing import Any
@@ -11,17 +11,17 @@ from jax.sharding import Mesh
 from chargpt_jax.config import MAX_STEPS, OptimizerConfig, SchedulerConfig
 from chargpt_jax.devices.sharding import sharded_update
 from chargpt_jax.errors import UserError
-from chargpt_jax.training.muon import is_hidden, scale_by_muon
+from chargpt_jax.training.muon import is_layer_matrix, scale_by_muon
 
 EPS = 1e-8
-"""What Adam adds to the root of the second moment: the ancestor's, and optax's and PyTorch's default."""
+"""Added to the root of Adam's second moment: the value of the original, and optax's and PyTorch's default."""
 
 
 def total_steps(config: SchedulerConfig, epoch_steps: int) -> int:
-    """Return the number of updates in a run, at least 1; `epoch_steps` is the number in an epoch.
+    """Return the number of training steps in a run, at least 1; `epoch_steps` is the number in an epoch.
 
     Raises:
-        UserError: where there are more than can be counted.
+        UserError: if the number is too large for the step counter.
     """
     if config.max_steps is not None:
         return config.max_steps
@@ -34,11 +34,11 @@ def total_steps(config: SchedulerConfig, epoch_steps: int) -> int:
 
 
 def warmup_cosine(config: SchedulerConfig, peak: float, epoch_steps: int, decay: str = "cosine") -> optax.Schedule:
-    """Return the learning rate of each update, counted from 0.
+    """Return the learning rate as a function of the step, counted from 0.
 
-    Linear from min_lr_factor x peak at update 0 to the peak after warmup_epochs, then a half cosine that reaches
-    min_lr_factor x peak at the last update; in a run shorter than its warm-up, the last update reaches the peak. With
-    decay 'none', like the original, the rate stays at the peak, and the warm-up keeps its length.
+    Linear from min_lr_factor x peak at step 0 to the peak after warmup_epochs, then a half cosine that reaches
+    min_lr_factor x peak at the last step. In a run shorter than its warm-up, the last step reaches the peak. With
+    decay 'none', like the original, the learning rate stays at the peak, and the warm-up is never shortened.
     """
     last = total_steps(config, epoch_steps) - 1
     warmup = round(config.warmup_epochs * epoch_steps)
@@ -49,27 +49,27 @@ def warmup_cosine(config: SchedulerConfig, peak: float, epoch_steps: int, decay:
         rate = optax.cosine_decay_schedule(peak, max(1, last - warmup), alpha=config.min_lr_factor)
     if warmup:
         rate = optax.join_schedules([optax.linear_schedule(config.min_lr_factor * peak, peak, warmup), rate], [warmup])
-    # Counted in floats: optax would divide the int32 count in float32, under x64 too.
+    # The count is converted to float here: optax would divide the int32 count in float32, under x64 too.
     return lambda count: rate(jnp.asarray(count, float))
 
 
 def decay_mask(params: dict[str, Any]) -> dict[str, Any]:
-    """Mark with True the arrays that weight decay shrinks: matrices and the embedding, not biases and scales.
+    """Return True for the arrays that weight decay applies to: matrices and the embedding, not biases and scales.
 
-    Arrays under 'blocks' carry a leading axis of layers, which does not count towards their rank.
+    Arrays under 'blocks' have a leading axis of layers, which does not count towards their rank.
     """
     return jax.tree_util.tree_map_with_path(lambda path, x: x.ndim - (path[0].key == "blocks") >= 2, params)
 
 
-def transform(
+def make_optimizer(
     config: OptimizerConfig, learning_rate: optax.ScalarOrSchedule, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
-    """Build the optimizer that a config asks for, after clipping where it asks for that.
+    """Return the optimizer of a config, with gradient clipping if the config sets it.
 
     Args:
         config: of the optimizer.
-        learning_rate: a number, or a function from the number of updates made before to it.
-        mesh: the devices that share an update's work; None: each does it all.
+        learning_rate: a number, or a function from the step, counted from 0, to a number.
+        mesh: the devices that shard the update; None: one device.
     """
     update = (adamw if config.kind == "adamw" else muon)(config, learning_rate, mesh)
     if config.clip_norm is None:
@@ -77,10 +77,18 @@ def transform(
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
+def empty(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Return an optimizer whose state has the structure of a run's, for use where no learning rate is known.
+
+    A run's learning rate is a schedule, which adds a step counter to the state; here the schedule is zero.
+    """
+    return make_optimizer(config, optax.constant_schedule(0.0))
+
+
 def adamw(
     config: OptimizerConfig, learning_rate: optax.ScalarOrSchedule, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
-    """Build AdamW (Loshchilov and Hutter 2019) with the decay mask."""
+    """Return AdamW (Loshchilov and Hutter 2019) with the decay mask."""
     b1, b2 = config.betas
     update = optax.adamw(learning_rate, b1=b1, b2=b2, eps=EPS, weight_decay=config.weight_decay, mask=decay_mask)
     return sharded_update(update, mesh)
@@ -89,7 +97,10 @@ def adamw(
 def muon(
     config: OptimizerConfig, learning_rate: optax.ScalarOrSchedule, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
-    """Build Muon for the layers' matrices, muon_factor times as fast, and AdamW for all else; decay as AdamW's."""
+    """Return Muon for the layers' matrices and AdamW for all other arrays, with AdamW's weight decay.
+
+    The matrices' learning rate is muon_factor times the learning rate of the other arrays.
+    """
     b1, b2 = config.betas
     hidden = optax.chain(scale_by_muon(config.muon_momentum, config.muon_steps, mesh), optax.scale(config.muon_factor))
     kinds = {"muon": hidden, "adamw": sharded_update(optax.scale_by_adam(b1=b1, b2=b2, eps=EPS), mesh)}
@@ -100,5 +111,5 @@ def muon(
     )
 
 
-def _kind(path: tuple[Any, ...], x: Any) -> str:
-    return "muon" if is_hidden(path, x) else "adamw"
+def _kind(path: tuple[jax.tree_util.DictKey, ...], x: jax.Array) -> str:
+    return "muon" if is_layer_matrix(path, x) else "adamw"

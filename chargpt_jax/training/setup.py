@@ -25,7 +25,7 @@ from chargpt_jax.devices.platform import compiler_options, compute_dtype
 from chargpt_jax.model.gpt import plan
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
-from chargpt_jax.training.pacing import MOST_STEPS
+from chargpt_jax.training.pacing import MAX_DISPATCH_STEPS
 from chargpt_jax.training.step import TrainState, create_state, data_key, eval_step, train_step, validation_key
 
 Validator = Callable[..., float | None]
@@ -45,10 +45,10 @@ def updates(
     tx: optax.GradientTransformation,
     mesh: Mesh,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Make `count` updates (int32 scalar, at most MOST_STEPS), each on the batch that its step says.
+    """Make `count` updates (int32 scalar, at most MAX_DISPATCH_STEPS), each on the batch that its step says.
 
     Returns:
-        The state after them, and train_step's scalars, float32 [MOST_STEPS] each, of which `count` are filled.
+        The state after them, and train_step's scalars, float32 [MAX_DISPATCH_STEPS] each, of which `count` are filled.
     """
     return _updated(state, tokens, count, lambda i: tx, config, graphdef, mesh)
 
@@ -63,12 +63,12 @@ def probe(
     graphdef: nnx.GraphDef,
     mesh: Mesh,
 ) -> tuple[TrainState, jax.Array]:
-    """Make `count` updates with the first of some learning rates, float32 [MOST_STEPS].
+    """Make `count` updates with the first of some learning rates, float32 [MAX_DISPATCH_STEPS].
 
     Returns:
-        The state after them, and the loss before each, float32 [MOST_STEPS], of which `count` are filled.
+        The state after them, and the loss before each, float32 [MAX_DISPATCH_STEPS], of which `count` are filled.
     """
-    tx_of = lambda i: optimizer.transform(config.optimizer, rates[i], mesh)  # noqa: E731
+    tx_of = lambda i: optimizer.make_optimizer(config.optimizer, rates[i], mesh)  # noqa: E731
     state, history = _updated(state, tokens, count, tx_of, config, graphdef, mesh)
     return state, history["loss"]
 
@@ -83,14 +83,14 @@ def _updated(
     mesh: Mesh,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Make `count` updates, the i-th with the optimizer tx_of(i)."""
-    step = partial(train_step, graphdef=graphdef, parts=config.optimizer.accumulation_steps, mesh=mesh)
+    step = partial(train_step, graphdef=graphdef, microbatches=config.optimizer.accumulation_steps, mesh=mesh)
 
     def body(i: jax.Array, carry: Any) -> Any:
         state, history = carry
         state, scalars = step(state, _batch(state, tokens, config, mesh), tx=tx_of(i))
         return state, {name: history[name].at[i].set(value) for name, value in scalars.items()}
 
-    history = {name: jnp.zeros(MOST_STEPS) for name in ("loss", "grad_norm")}
+    history = {name: jnp.zeros(MAX_DISPATCH_STEPS) for name in ("loss", "grad_norm")}
     return jax.lax.fori_loop(0, count, body, (state, history))
 
 
@@ -117,7 +117,7 @@ def state_sharding(state: TrainState, mesh: Mesh) -> TrainState:
     return dataclasses.replace(everywhere, opt_state=sharding.optimizer_sharding(state.opt_state, mesh))
 
 
-def validation_nats(
+def validation_step(
     params: Any, inputs: jax.Array, targets: jax.Array, *, graphdef: nnx.GraphDef, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
     """Return the sum of losses in nats, and the characters, of one batch int32 [B, T]."""
@@ -224,8 +224,8 @@ class Setup:
         """
         crops = self.config.ancestor.random_validation and not whole
         windows_at = self._crops() if crops else self._windows()
-        nats = partial(validation_nats, graphdef=self.graphdef, mesh=self.mesh)
-        nats_of = jax.jit(nats, compiler_options=compiler_options(self.mesh))
+        step = partial(validation_step, graphdef=self.graphdef, mesh=self.mesh)
+        step_on = jax.jit(step, compiler_options=compiler_options(self.mesh))
 
         def loss(params: Any, step: int, ended: Callable[[], bool] = lambda: False) -> float | None:
             pairs = []
@@ -233,10 +233,10 @@ class Setup:
                 if ended():
                     return None
                 # Awaited one by one: with several CPU devices two dispatches in flight can deadlock.
-                pairs.append(jax.device_get(nats_of(params, x, y)))
+                pairs.append(jax.device_get(step_on(params, x, y)))
             if crops:  # the ancestor takes the mean of its batches' means
-                return sum(float(nats) / int(count) for nats, count in pairs) / len(pairs)
-            return sum(float(nats) for nats, _ in pairs) / sum(int(count) for _, count in pairs)
+                return sum(float(total) / int(count) for total, count in pairs) / len(pairs)
+            return sum(float(total) for total, _ in pairs) / sum(int(count) for _, count in pairs)
 
         return loss
 

@@ -44,7 +44,7 @@ from chargpt_jax.storage.lock import Lock, writer
 from chargpt_jax.storage.workdir import Log, Workdir, excused
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.lr_finder import search, trainer_losses
-from chargpt_jax.training.pacing import MOST_STEPS, Ending, Pace, Stop
+from chargpt_jax.training.pacing import MAX_DISPATCH_STEPS, DispatchSize, Stop, StopCondition
 from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.step import TrainState
 
@@ -140,31 +140,31 @@ def find_lr(config: Config, workdir: str | Path, warn: Callable[[str], None] = p
     folder = _place(config, workdir)
     with writer(folder.path) as lock:
         yield from _prepare(config, folder, warn)
-        yield from _find_lr(folder, warn, lock, Ending(lambda: None))
+        yield from _find_lr(folder, warn, lock, StopCondition(lambda: None))
 
 
-def _find_lr(folder: Workdir, warn: Callable[[str], None], lock: Lock, ending: Ending) -> Iterator[Event]:
+def _find_lr(folder: Workdir, warn: Callable[[str], None], lock: Lock, condition: StopCondition) -> Iterator[Event]:
     setup = Setup.of(folder)
     finder = setup.config.lr_finder
-    tx = optimizer.transform(setup.config.optimizer, 0.0)
-    compiled, pace = setup.prober(tx), Pace(setup.config)
+    tx = optimizer.make_optimizer(setup.config.optimizer, 0.0)
+    compiled, pace = setup.prober(tx), DispatchSize(setup.config)
 
     def start(zoom: int) -> TrainState:
         state = setup.fresh_state(tx)
         return dataclasses.replace(state, step=state.step + zoom * finder.steps_per_zoom)
 
     def probe(state: TrainState, rates: Sequence[float]) -> tuple[TrainState, np.ndarray]:
-        count = min(pace.steps, len(rates), pace.fitting(ending.spare()))
-        began, padded = time.perf_counter(), np.zeros(MOST_STEPS, np.float32)
+        count = min(pace.steps, len(rates), pace.steps_within(condition.seconds_left()))
+        began, padded = time.perf_counter(), np.zeros(MAX_DISPATCH_STEPS, np.float32)
         padded[:count] = rates[:count]
         state, losses = compiled(state, setup.on_device, padded, np.int32(count))
         losses = np.asarray(losses)[:count]
-        pace.took(time.perf_counter() - began, count)
+        pace.record(time.perf_counter() - began, count)
         return state, losses
 
     for event in search(trainer_losses(start, probe), finder):
         lock.alive()
-        if ending.near():
+        if condition.reached():
             return
         if isinstance(event, LRFinderResult):
             zooms = [(zoom.lrs, zoom.losses) for zoom in event.zooms]
@@ -197,32 +197,32 @@ def train(
         UserError: where the config, the workdir or the text will not do, or another process writes into the workdir.
         NonFiniteLoss: with the step and the last good checkpoint, which is kept.
     """
-    ending, folder, warn = Ending(stop, max_minutes), _place(config, workdir), _once(warn)
+    condition, folder, warn = StopCondition(stop, max_minutes), _place(config, workdir), _once(warn)
     with writer(folder.path) as lock:
         yield from _prepare(config, folder, warn)
         if folder.load_config().optimizer.learning_rate is None:
-            yield from _find_lr(folder, warn, lock, ending)
-            if ending.near():
-                yield Ended(0, 0.0, math.inf, ending.signal, ending.out_of_time)
+            yield from _find_lr(folder, warn, lock, condition)
+            if condition.reached():
+                yield Ended(0, 0.0, math.inf, condition.signal, condition.out_of_time)
                 return
         setup = Setup.of(folder)
         store = Checkpoints(folder.checkpoints, keep_last=setup.config.train.keep_last, warn=warn)
         store.sweep()
         try:
-            yield from _train(setup, folder, store, warn, lock, ending)
+            yield from _train(setup, folder, store, warn, lock, condition)
         finally:
             store.close()
 
 
 def _train(
-    setup: Setup, folder: Workdir, store: Checkpoints, warn: Callable[[str], None], lock: Lock, ending: Ending
+    setup: Setup, folder: Workdir, store: Checkpoints, warn: Callable[[str], None], lock: Lock, condition: StopCondition
 ) -> Iterator[Event]:
     config, epoch_steps = setup.config, setup.epoch_steps
     assert config.optimizer.learning_rate is not None
     schedule = optimizer.warmup_cosine(
         config.scheduler, config.optimizer.learning_rate, epoch_steps, config.ancestor.decay
     )
-    tx, rate_at = optimizer.transform(config.optimizer, schedule, setup.mesh), jax.jit(schedule)
+    tx, rate_at = optimizer.make_optimizer(config.optimizer, schedule, setup.mesh), jax.jit(schedule)
     total = optimizer.total_steps(config.scheduler, epoch_steps)
     every = max(1, round(config.train.validate_every * epoch_steps))
     began = time.perf_counter()
@@ -246,23 +246,23 @@ def _train(
         training=tuple((line["step"], line["loss"]) for line in log.lines if line["event"] == "step"),
         validation=tuple((line["step"], line["loss"]) for line in validations),
     )
-    if ending.near():
-        yield Ended(step, seconds, best, ending.signal, ending.out_of_time)
+    if condition.reached():
+        yield Ended(step, seconds, best, condition.signal, condition.out_of_time)
         return
     began = time.perf_counter()
     dispatch = lowered.compile()
     compiled = Compiled(tracing + time.perf_counter() - began, training_flops(config.model, config.data.batch_size))
     yield compiled
-    validate_now, pace = setup.validator(), Pace(config)
+    validate_now, pace = setup.validator(), DispatchSize(config)
     # Nothing cuts the compilation of the first validation short; it takes no longer than that of the updates.
     compiling, validated, saved = compiled.seconds, max((line["step"] for line in validations), default=0), step
 
     while True:
         lock.alive()
         loss = None
-        if step > validated and (step % every == 0 or step == total) and not ending.near(compiling):
+        if step > validated and (step % every == 0 or step == total) and not condition.reached(compiling):
             began = time.perf_counter()
-            loss = validate_now(state.params, step, ending.near)
+            loss = validate_now(state.params, step, condition.reached)
             seconds, compiling = seconds + time.perf_counter() - began, 0.0
         if loss is not None:
             _check_finite(np.array([loss]), np.zeros(1), step - 1, store)
@@ -273,20 +273,20 @@ def _train(
                     folder.save_speed(_speed(compiled, pace, setup))
             # The line goes first: after a crash between the two, training goes on from before it and drops it.
             log.add([{"event": "validation", **dataclasses.asdict(found)}], durably=True)
-            saving, saved = _saved(store, state, setup, loss, ending), step
+            saving, saved = _saved(store, state, setup, loss, condition), step
             yield found
             yield saving
-        ended = ending.near(pace.seconds(1)) or step == total
+        ended = condition.reached(pace.seconds_for(1)) or step == total
         if ended and step > saved:  # asked to end between validations, or within one, which is made up for on resuming
-            yield _saved(store, state, setup, UNVALIDATED, ending)
+            yield _saved(store, state, setup, UNVALIDATED, condition)
         if ended:
             break
-        count = min(pace.steps, every - step % every, total - step, pace.fitting(ending.spare()))
+        count = min(pace.steps, every - step % every, total - step, pace.steps_within(condition.seconds_left()))
         began = time.perf_counter()
         state, history = dispatch(state, setup.on_device, np.int32(count))
         # Awaited at once: with several CPU devices two dispatches in flight can deadlock.
         losses, norms = (np.asarray(history[name])[:count] for name in ("loss", "grad_norm"))
-        pace.took(time.perf_counter() - began, count)
+        pace.record(time.perf_counter() - began, count)
         times = np.linspace(seconds, seconds + time.perf_counter() - began, count + 1)[1:]
         seconds = float(times[-1])
         _check_finite(losses, norms, step, store, scaled=state.loss_scale is not None)
@@ -302,14 +302,14 @@ def _train(
             seconds=seconds,
             seconds_left=(total - step) * pace.seconds_per_step,
         )
-    yield Ended(step, seconds, best, ending.signal, ending.out_of_time)
+    yield Ended(step, seconds, best, condition.signal, condition.out_of_time)
 
 
-def _saved(store: Checkpoints, state: TrainState, setup: Setup, loss: float, ending: Ending) -> Saved:
-    """Save a checkpoint, and tell `ending` how long that takes."""
+def _saved(store: Checkpoints, state: TrainState, setup: Setup, loss: float, condition: StopCondition) -> Saved:
+    """Save a checkpoint, and tell `condition` how long that takes."""
     step, began = int(state.step), time.perf_counter()
     path = store.save(state, setup.record(), loss)
-    ending.saved(time.perf_counter() - began)
+    condition.record_save(time.perf_counter() - began)
     return Saved(step, str(path))
 
 
@@ -349,7 +349,7 @@ def _resumed(setup: Setup, store: Checkpoints, fresh: TrainState) -> TrainState:
     return store.load("latest", like_of)[2] if store.steps() else fresh
 
 
-def _speed(compiled: Compiled, pace: Pace, setup: Setup) -> dict[str, Any]:
+def _speed(compiled: Compiled, pace: DispatchSize, setup: Setup) -> dict[str, Any]:
     """Say how fast training goes, as JSON can hold it."""
     device, dtype = setup.mesh.devices.flat[0], jnp.dtype(setup.dtype).name
     achieved = compiled.flops_per_step / pace.seconds_per_step

@@ -23,7 +23,7 @@ SHARE, WHOLE = ("data",), ()
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_adams_moments_of_large_arrays_lie_in_shares_and_all_else_whole(kind, hidden, clip):
     mesh = sharding.data_mesh(2, [Device("gpu", id=i) for i in range(2)])
-    tx = optimizer.transform(OptimizerConfig(kind=kind, clip_norm=clip), 1e-3, mesh)
+    tx = optimizer.make_optimizer(OptimizerConfig(kind=kind, clip_norm=clip), 1e-3, mesh)
     state = jax.eval_shape(tx.init, PARAMS)
     found = optimizer_sharding(state, mesh)
     assert jax.tree.structure(found) == jax.tree.structure(state)

@@ -93,7 +93,7 @@ def test_a_batch_is_shared_by_a_number_of_devices_that_divides_it_and_the_slice(
 
 def test_a_large_array_is_cut_where_the_devices_divide_it():
     mesh = sharding.data_mesh(4, [Device("gpu", id=i) for i in range(4)])
-    least = sharding.LEAST_SHARED
+    least = sharding.MIN_SHARDED_SIZE
     cut = lambda *shape: tuple(sharding.sharded(mesh, jax.ShapeDtypeStruct(shape, jnp.float32)).spec)  # noqa: E731
     assert cut(4, least) == ("data",)
     assert cut(3, 8, least) == (None, "data")
@@ -232,12 +232,12 @@ def trained(workdir: Path, n_devices: int, parts: int, kind: str = "adamw", leas
     """
     training_setup.compute_dtype = lambda amp: jnp.float64
     sharding.data_mesh = partial(data_mesh, devices=jax.devices()[:n_devices])
-    sharding.LEAST_SHARED = least
+    sharding.MIN_SHARDED_SIZE = least
     setup = Setup.of(Workdir(workdir))
     params = setup.draw()
     setup = replace(setup, draw=lambda: jax.tree.map(lambda x: x.astype(jnp.float64), params))
     config = replace(setup.config, optimizer=replace(setup.config.optimizer, accumulation_steps=parts, kind=kind))
-    tx = optimizer.transform(config.optimizer, 1e-2, setup.mesh)
+    tx = optimizer.make_optimizer(config.optimizer, 1e-2, setup.mesh)
     state, count = setup.fresh_state(tx), np.int32(STEPS)
     step = compiled_updates(config, setup.graphdef, tx, setup.mesh, state)
     compiled = step.lower(state, setup.on_device, count).compile()

@@ -18,7 +18,7 @@ from chargpt_jax.ops.blockwise_attention import causal_attention
 from chargpt_jax.ops.cpu_kv_cache import Blocks
 from chargpt_jax.ops.dropout import Dropout, seeds_for
 from chargpt_jax.ops.kv_cache import Rows
-from chargpt_jax.training.step import nats
+from chargpt_jax.training.step import cross_entropy_sum
 from tests import reference
 from tests.pairing import from_reference, x64
 
@@ -249,7 +249,7 @@ def test_in_bfloat16_the_gradients_of_biases_are_summed_in_float32():
 
     def gradients(dtype):
         graphdef, params = create(config, 0, dtype)
-        loss = lambda p: nats(nnx.merge(graphdef, p)(tokens), jnp.roll(tokens, -1, 1)) / tokens.size  # noqa: E731
+        loss = lambda p: cross_entropy_sum(nnx.merge(graphdef, p)(tokens), jnp.roll(tokens, -1, 1)) / tokens.size  # noqa: E731
         blocks = jax.jit(jax.grad(loss))(params)["blocks"]
         layers = (blocks["attn"]["qkv"], blocks["attn"]["proj"], blocks["mlp"]["up"], blocks["mlp"]["down"])
         return [np.asarray(layer["bias"]) for layer in layers]

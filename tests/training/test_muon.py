@@ -8,8 +8,8 @@ import pytest
 
 from chargpt_jax.config import ModelConfig, OptimizerConfig
 from chargpt_jax.model.gpt import create
-from chargpt_jax.training.muon import MARGIN, POLYNOMIALS, is_hidden, orthogonal, scale_by_muon
-from chargpt_jax.training.optimizer import adamw, transform
+from chargpt_jax.training.muon import MARGIN, POLYNOMIALS, is_layer_matrix, orthogonal, scale_by_muon
+from chargpt_jax.training.optimizer import adamw, make_optimizer
 from tests.pairing import x64
 
 SHAPES = [(5, 5), (4, 9), (9, 4), (1, 6), (32, 96)]
@@ -112,7 +112,7 @@ def test_four_updates_are_those_of_the_formula(momentum, steps):
 def test_the_layers_matrices_are_muons_and_all_else_is_not():
     config = ModelConfig(64, 10, block_size=8, n_embd=8, n_head=2, n_head_dim=4, n_ff=12, n_layer=2)
     params = jax.eval_shape(lambda: create(config, seed=0)[1])
-    mask = jax.tree_util.tree_map_with_path(is_hidden, params)
+    mask = jax.tree_util.tree_map_with_path(is_layer_matrix, params)
     hidden = {jax.tree_util.keystr(path) for path, value in jax.tree_util.tree_leaves_with_path(mask) if value}
     kernels = {"['attn']['qkv']", "['attn']['proj']", "['mlp']['up']", "['mlp']['down']"}
     assert hidden == {f"['blocks']{name}['kernel']" for name in kernels}
@@ -145,7 +145,9 @@ def test_all_but_the_layers_matrices_move_as_with_adamw():
     config = OptimizerConfig(weight_decay=0.1, betas=(0.9, 0.95), kind="muon")
     params, gradients = model_like(9), [model_like(seed) for seed in range(3)]
     for mine, plain in zip(
-        moves(transform(config, rate), params, gradients), moves(adamw(config, rate), params, gradients), strict=True
+        moves(make_optimizer(config, rate), params, gradients),
+        moves(adamw(config, rate), params, gradients),
+        strict=True,
     ):
         others = [name for name in plain if "blocks" not in name or "bias" in name]
         assert len(others) == 3
@@ -158,7 +160,7 @@ def test_the_matrices_move_by_the_rate_times_the_factor_and_shrink_by_the_rate_t
     config = OptimizerConfig(weight_decay=0.5, kind="muon", muon_factor=4.0, muon_momentum=0.0, muon_steps=5)
     params, gradient = model_like(9), model_like(0)
     with x64(True):
-        (got,) = moves(transform(config, 0.01), params, [gradient])
+        (got,) = moves(make_optimizer(config, 0.01), params, [gradient])
     for name, keys in {"proj": ("attn", "proj"), "down": ("mlp", "down")}.items():
         x, g = (tree["blocks"][keys[0]][keys[1]]["kernel"] for tree in (params, gradient))
         expected = -0.01 * (4 * expected_direction(name, g, 5) + 0.5 * x)
@@ -169,7 +171,7 @@ def test_the_gradient_is_clipped_first():
     """Muon forgets a matrix's size, but not how gradients compare from update to update."""
     params, short, long = model_like(9), model_like(0), jax.tree.map(lambda x: 1e3 * x, model_like(1))
     free, clipped = (
-        moves(transform(OptimizerConfig(kind="muon", clip_norm=limit), 0.01), params, [short, long])[-1]
+        moves(make_optimizer(OptimizerConfig(kind="muon", clip_norm=limit), 0.01), params, [short, long])[-1]
         for limit in (None, 1.0)
     )
     name = "['blocks']['mlp']['down']['kernel']"

@@ -55,7 +55,7 @@ def quiet(_: str) -> None:
 def final(workdir):
     """Return the arrays of a run's last checkpoint, by path."""
     setup = stages.Setup.of(Workdir(workdir))
-    tx = stages.optimizer.transform(setup.config.optimizer, lambda count: 0.0 * count)
+    tx = stages.optimizer.empty(setup.config.optimizer)
     store = Checkpoints(Workdir(workdir).checkpoints)
     fresh = setup.fresh_state(tx)
     _, _, state = store.load("latest", lambda record: fresh)
@@ -130,8 +130,8 @@ def test_the_speed_of_training_is_written_down(whole):
 
 
 def test_where_the_peak_is_known_the_part_of_it_that_was_reached_is_written_down(whole, monkeypatch):
-    setup, timed = stages.Setup.of(Workdir(whole[0])), stages.Pace(small_config("x"))
-    timed.took(0.5, 10)
+    setup, timed = stages.Setup.of(Workdir(whole[0])), stages.DispatchSize(small_config("x"))
+    timed.record(0.5, 10)
     monkeypatch.setattr(stages, "peak_flops", lambda device, dtype: 1e9 if dtype == "float32" else None)
     assert stages._speed(Compiled(1.0, 1e7), timed, setup)["mfu"] == pytest.approx(1e7 / 0.05 / 1e9)
 
@@ -306,26 +306,26 @@ def test_every_shipped_config_resumes_bit_for_bit_after_crashes_at_random_writes
 def test_time_is_up_when_a_dispatch_and_two_saves_no_longer_fit(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(pacing.time, "monotonic", lambda: now)
-    ending = pacing.Ending(lambda: None, max_minutes=1.0)
-    assert not ending.near(40.0)
-    ending.saved(10.0)
-    assert ending.spare() == 39.0
+    condition = pacing.StopCondition(lambda: None, max_minutes=1.0)
+    assert not condition.reached(40.0)
+    condition.record_save(10.0)
+    assert condition.seconds_left() == 39.0
     now += 30
-    assert not ending.near(8.9)
-    assert ending.near(9.1)
+    assert not condition.reached(8.9)
+    assert condition.reached(9.1)
     now -= 30
-    assert ending.near()  # it stays so
-    assert (ending.signal, ending.out_of_time) == (None, True)
-    assert not pacing.Ending(lambda: None).near(1e9)
+    assert condition.reached()  # it stays so
+    assert (condition.signal, condition.out_of_time) == (None, True)
+    assert not pacing.StopCondition(lambda: None).reached(1e9)
 
 
 def test_near_the_end_of_the_time_a_dispatch_holds_what_still_fits(text):
-    timed = stages.Pace(small_config(text))
-    assert (timed.fitting(math.inf), timed.fitting(3.0)) == (pacing.MOST_STEPS, 1)
-    timed.took(1.0, 10)
-    assert timed.fitting(1.3) == 10
-    assert timed.fitting(0.001) == 1
-    assert timed.fitting(1e9) == pacing.MOST_STEPS
+    timed = stages.DispatchSize(small_config(text))
+    assert (timed.steps_within(math.inf), timed.steps_within(3.0)) == (pacing.MAX_DISPATCH_STEPS, 1)
+    timed.record(1.0, 10)
+    assert timed.steps_within(1.3) == 10
+    assert timed.steps_within(0.001) == 1
+    assert timed.steps_within(1e9) == pacing.MAX_DISPATCH_STEPS
 
 
 def test_a_finished_run_has_nothing_left_to_do(whole, text):
@@ -345,7 +345,7 @@ def test_training_compiles_once_for_dispatches_of_any_length(text, tmp_path, mon
 
 
 def test_validation_compiles_once_for_all_of_a_run(text, tmp_path, monkeypatch):
-    traces = traces_of(setup, "validation_nats", monkeypatch)
+    traces = traces_of(setup, "validation_step", monkeypatch)
     events = list(stages.train(small_config(text), tmp_path, quiet))
     assert len([event for event in events if isinstance(event, Validated)]) > 1
     assert len(traces) == 1
@@ -434,7 +434,7 @@ def test_a_failure_in_drawing_while_the_updates_are_traced_is_told(text, tmp_pat
 
     setup = dataclasses.replace(stages.Setup.of(Workdir(tmp_path)), draw=draw)
     with pytest.raises(MemoryError):
-        setup.begin(stages.optimizer.transform(setup.config.optimizer, 1e-3))
+        setup.begin(stages.optimizer.make_optimizer(setup.config.optimizer, 1e-3))
 
 
 def test_the_range_test_compiles_once(text, tmp_path, monkeypatch):
@@ -494,10 +494,10 @@ def test_one_distinct_character_is_refused(tmp_path):
 
 
 def test_pace_aims_at_two_seconds_whatever_the_first_dispatch_took(text):
-    timed = stages.Pace(small_config(text))
+    timed = stages.DispatchSize(small_config(text))
     assert timed.steps == 1
     for seconds in (9.0, 0.01, 0.04, 0.16, 0.64):
-        timed.took(seconds, timed.steps)
+        timed.record(seconds, timed.steps)
     assert math.isclose(timed.seconds_per_step, 0.01, rel_tol=0.5)
     assert 100 <= timed.steps <= 200
 

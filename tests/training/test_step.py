@@ -13,8 +13,8 @@ from flax import nnx
 
 from chargpt_jax.config import ModelConfig, OptimizerConfig
 from chargpt_jax.model.gpt import create
-from chargpt_jax.training.optimizer import adamw, transform
-from chargpt_jax.training.step import create_state, eval_step, nats, train_step
+from chargpt_jax.training.optimizer import adamw, make_optimizer
+from chargpt_jax.training.step import create_state, cross_entropy_sum, eval_step, train_step
 from tests import reference
 
 CONFIG = ModelConfig(
@@ -32,8 +32,8 @@ def batch(seed: int = 0):
     return jnp.asarray(text[:, :-1]), jnp.asarray(targets)
 
 
-def step_of(parts: int = 1, tx=TX, graphdef=GRAPHDEF):
-    return jax.jit(partial(train_step, graphdef=graphdef, tx=tx, parts=parts))
+def step_of(microbatches: int = 1, tx=TX, graphdef=GRAPHDEF):
+    return jax.jit(partial(train_step, graphdef=graphdef, tx=tx, microbatches=microbatches))
 
 
 STEP = step_of()
@@ -43,7 +43,7 @@ def test_loss_is_the_mean_over_targets_that_are_not_padding():
     rng = np.random.default_rng(0)
     logits, targets = rng.normal(size=(3, 5, 64)), rng.integers(0, 4, (3, 5))
     expected = [reference.loss(row, target) for row, target in zip(logits, targets, strict=True)]
-    ours = nats(jnp.asarray(logits, jnp.float32), jnp.asarray(targets))
+    ours = cross_entropy_sum(jnp.asarray(logits, jnp.float32), jnp.asarray(targets))
     np.testing.assert_allclose(ours, sum(total for total, _ in expected), rtol=1e-5)
 
 
@@ -55,11 +55,11 @@ def test_an_update_lowers_the_loss_on_its_batch():
     assert int(state.step) == 21
 
 
-@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_accumulation_equals_the_large_batch(parts):
+@pytest.mark.parametrize("microbatches", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_accumulation_equals_the_large_batch(microbatches):
     """With dropout on, and with sequences that hold different numbers of characters."""
     whole, one = STEP(create_state(PARAMS, TX, 0), batch())
-    split, other = step_of(parts)(create_state(PARAMS, TX, 0), batch())
+    split, other = step_of(microbatches)(create_state(PARAMS, TX, 0), batch())
     np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-6)
     np.testing.assert_allclose(one["grad_norm"], other["grad_norm"], rtol=1e-5)
     moments = lambda state: jax.tree.leaves(state.opt_state)  # noqa: E731
@@ -138,7 +138,7 @@ def test_an_update_is_exact_and_adds_in_one_order(kind, platform):
     """Every product of float32 is one, forward, backward and in the optimizer; nothing is scattered to many places."""
     config = dataclasses.replace(CONFIG, attention_block=5)
     graphdef, params = create(config, 0, jnp.float32, platform)
-    tx = transform(OptimizerConfig(kind=kind), 1e-3)
+    tx = make_optimizer(OptimizerConfig(kind=kind), 1e-3)
     step = partial(train_step, graphdef=graphdef, tx=tx)
     found = list(lines(jax.make_jaxpr(step)(create_state(params, tx, 0), batch()).jaxpr))
     dots = [line for line in found if line.primitive.name == "dot_general"]
