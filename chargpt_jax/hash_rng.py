@@ -1,9 +1,9 @@
-"""Random bits from a counter hash: cheap to make, quick to compile, equal on every device and layout.
+"""Random bits from a counter-based hash: fast to compute, fast to compile, equal on every device and sharding.
 
-JAX's Threefry is a cryptographic stream: it costs more than the rest of a small model's training step, and each place
-that draws from it takes a tenth of a second to compile. Initial parameters, the order of batches and dropout's masks
-need far less. Here a number goes through two multiply-xorshift rounds (constants: Ellis 2018, "lowbias32") with a
-64-bit seed; what comes out depends on the seed and the number alone.
+JAX's Threefry is a cryptographic generator. It takes longer than the rest of a small model's training step, and each
+use takes 0.1 s to compile. Initial parameters, the order of batches and dropout masks need far less. Here a counter
+goes through two multiply-xorshift rounds (constants: Ellis 2018, "lowbias32") with a 64-bit seed. The result depends
+only on the seed and the counter.
 """
 
 import jax
@@ -18,7 +18,7 @@ def seeds_of(key: jax.Array) -> jax.Array:
 
 
 def derive(seeds: jax.Array, number: jax.Array | int) -> jax.Array:
-    """Make new seeds, unrelated for every number.
+    """Return new seeds, independent for each number.
 
     Args:
         seeds: uint32 [..., 2].

@@ -1,10 +1,11 @@
-"""The batch of a given step, and the windows of a full validation pass.
+"""The training batch of a step, and the batches of a validation.
 
-There is no iterator: a training batch is a pure function of (tokens, key, step), computed inside jit from the corpus
-on the device, so a resumed run sees exactly what an uninterrupted one sees. B is the batch, T the block size.
+There is no iterator. A training batch is a pure function of (tokens, key, step), computed inside jit from the corpus on
+the device, so a resumed run gets exactly the batches of an uninterrupted run. B is the batch size, T the block size.
 
-Each pass over the training text cuts it into consecutive windows at a random phase and visits them in a random order,
-so that a pass sees every character once (but for less than two windows at the ends, which the next phase shifts).
+Each pass over the training set splits it into consecutive windows, starting at a random offset, and visits the windows
+in a random order. A pass therefore covers each character once, except for less than two windows at the ends; the next
+pass has another offset.
 """
 
 import math
@@ -18,22 +19,22 @@ from chargpt_jax.errors import UserError
 from chargpt_jax.hash_rng import derive, draw, seeds_of, unit
 
 Batch = tuple[jax.Array, jax.Array]
-"""Inputs and targets, int32 [B, T] each; a target of 0 does not count."""
+"""Inputs and targets, int32 [B, T] each; targets of 0 are padding and do not count."""
 
 
 def split(tokens: np.ndarray, train_split: float, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a corpus into its leading training part and the held-out rest.
+    """Split a corpus into the training set, its leading part, and the validation set.
 
     Args:
         tokens: int32 [N].
-        train_split: the training part's share.
+        train_split: fraction of the corpus in the training set.
         block_size: T.
 
     Returns:
-        The two parts, int32 [n] and [N - n], with n = int(train_split * N).
+        The two sets, int32 [n] and [N - n], with n = int(train_split * N).
 
     Raises:
-        UserError: where a part is shorter than a window and its next character.
+        UserError: if a set is shorter than block_size + 1 characters.
     """
     n = int(train_split * len(tokens))
     for name, part in (("training", tokens[:n]), ("validation", tokens[n:])):
@@ -47,12 +48,12 @@ def split(tokens: np.ndarray, train_split: float, block_size: int) -> tuple[np.n
 
 
 def windows_per_pass(n_tokens: int, block_size: int) -> int:
-    """Count the windows of one pass over n_tokens; at least 1."""
+    """Return the number of windows in one pass over n_tokens, at least 1."""
     return max(1, (n_tokens - 1) // block_size - 1)
 
 
 def steps_per_epoch(n_tokens: int, block_size: int, data: DataConfig, short_epochs: bool = False) -> int:
-    """Count the updates in which the training text is covered `oversample` times; at least 1.
+    """Return the number of training steps that cover the training set `oversample` times, at least 1.
 
     With `short_epochs` that number is divided by the batch size once more, and rounded like the original's.
     """
@@ -62,19 +63,19 @@ def steps_per_epoch(n_tokens: int, block_size: int, data: DataConfig, short_epoc
 
 
 def _crops_per_epoch(n_tokens: int, block_size: int, batch_size: int, oversample: float = 1.0) -> int:
-    """Count the sequences in what the ancestor takes for an epoch: too few by a factor of batch_size; at least 1."""
+    """Return the number of sequences in an epoch of the original, which divides by batch_size too often; at least 1."""
     return max(1, math.ceil((n_tokens - block_size - 1) * oversample / batch_size / block_size))
 
 
 def batch_at(tokens: jax.Array, key: jax.Array, step: jax.Array, block_size: int, data: DataConfig) -> Batch:
-    """Gather the training batch of a step; call it inside jit.
+    """Return the training batch of a step; call it inside jit.
 
     Args:
-        tokens: int32 [n], the training part.
+        tokens: int32 [n], the training set.
         key: the run's data key.
         step: int32 scalar, counted from 0.
         block_size: T.
-        data: batch_size and padding_chance are read.
+        data: batch_size and padding_chance are used.
 
     Returns:
         Inputs and targets, int32 [B, T]: the same windows, one character apart.
@@ -93,32 +94,33 @@ def batch_at(tokens: jax.Array, key: jax.Array, step: jax.Array, block_size: int
 
 
 def below(limit: int, bits: jax.Array) -> jax.Array:
-    """Turn 32 bits into a whole number, int32, from 0 to limit - 1 (each to within limit / 2**32 as likely)."""
-    return (bits % jnp.uint32(limit)).astype(jnp.int32)
+    """Map 32 random bits to an integer, int32, from 0 to limit - 1; probabilities differ by at most limit / 2**32."""
+    remainder: jax.Array = bits % jnp.uint32(limit)
+    return remainder.astype(jnp.int32)
 
 
 def _padded(text: jax.Array, seeds: jax.Array, chance: float) -> Batch:
-    """Split int32 [T + 1] into inputs and targets, sometimes with padding in place of up to a third of the front."""
+    """Split int32 [T + 1] into inputs and targets; with probability `chance`, pad up to a third of the front."""
     if not chance:
         return text[:-1], text[1:]
     block_size = text.shape[0] - 1
     length = 1 + below(max(2, block_size // 3) - 1, draw(seeds, 1))
     length = jnp.where(unit(draw(seeds, 0)) < chance, length, 0)
-    place = jnp.arange(block_size)
-    # The first target after the padding is kept: padding is also how a text begins.
-    return jnp.where(place < length, 0, text[:-1]), jnp.where(place < length - 1, 0, text[1:])
+    position = jnp.arange(block_size)
+    # The first target after the padding counts: padding also marks the beginning of a text.
+    return jnp.where(position < length, 0, text[:-1]), jnp.where(position < length - 1, 0, text[1:])
 
 
 def shuffled(index: jax.Array, size: int, seeds: jax.Array) -> jax.Array:
-    """Return where `index` lies in a random order of range(size), without making the order.
+    """Return element `index` of a random permutation of range(size), without computing the whole permutation.
 
-    A four-round Feistel network permutes the next even power of two; an image outside range(size) is sent through
-    again until it falls inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A four-round Feistel network permutes range(4**k), the next even power of two. A result outside range(size) is
+    permuted again until it is inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
 
     Args:
         index: int32 scalar in [0, size).
-        size: length of the order.
-        seeds: uint32 [2]; select the order.
+        size: length of the permutation.
+        seeds: uint32 [2]; they select the permutation.
     """
     half = max(1, math.ceil(math.log2(max(size, 2)) / 2))
     mask = jnp.uint32(2**half - 1)
@@ -128,23 +130,24 @@ def shuffled(index: jax.Array, size: int, seeds: jax.Array) -> jax.Array:
         left, right = x >> half, x & mask
         for own in rounds:
             left, right = right, left ^ (draw(own, right) & mask)
-        return (left << half) | right
+        joined: jax.Array = (left << half) | right
+        return joined
 
     image = jax.lax.while_loop(lambda x: x >= size, permute, permute(index.astype(jnp.uint32)))
     return image.astype(jnp.int32)
 
 
 def validation_batches(tokens: np.ndarray, n_train: int, block_size: int, batch_size: int) -> tuple[np.ndarray, ...]:
-    """Cut the held-out part into windows in which each of its characters is a target exactly once.
+    """Split the validation set into windows in which each of its characters is a target exactly once.
 
     Args:
-        tokens: int32 [N], the whole corpus: the first held-out character is predicted from the last training one.
-        n_train: length of the training part.
+        tokens: int32 [N], the whole corpus: the first character is predicted from the last one of the training set.
+        n_train: length of the training set.
         block_size: T.
         batch_size: B.
 
     Returns:
-        Inputs and targets, int32 [steps, B, T]; what fills up the last batch is 0 and does not count.
+        Inputs and targets, int32 [batches, B, T]; the last batch is filled with padding.
     """
     per_batch = batch_size * block_size
     steps = -(-(len(tokens) - n_train) // per_batch)
@@ -156,16 +159,16 @@ def validation_batches(tokens: np.ndarray, n_train: int, block_size: int, batch_
 
 
 def validation_crops(tokens: jax.Array, key: jax.Array, block_size: int, data: DataConfig) -> Batch:
-    """Draw what the ancestor validates on: a few crops of the held-out part, anywhere, some with padding in front.
+    """Return validation batches like the original's: a few random crops of the validation set, some with padding.
 
     Args:
-        tokens: int32 [n], the held-out part; nothing is written into it.
+        tokens: int32 [n], the validation set.
         key: selects the crops.
         block_size: T.
-        data: batch_size and padding_chance are read.
+        data: batch_size and padding_chance are used.
 
     Returns:
-        Inputs and targets, int32 [steps, B, T]; what fills up the last batch is 0 and does not count.
+        Inputs and targets, int32 [batches, B, T]; the last batch is filled with padding.
     """
     count = _crops_per_epoch(tokens.shape[0], block_size, data.batch_size)
     steps = math.ceil(count / data.batch_size)

@@ -1,4 +1,4 @@
-"""Data types per device, XLA options, sharding, start-up."""
+"""Everything that depends on the devices: dtypes, XLA compiler options, sharding, start-up."""
 
 from typing import Any
 

@@ -1,45 +1,48 @@
-"""What a program may do on a platform: the dtype of its matrix products, and the options for XLA."""
+"""The choices that depend on the platform: the dtype of matrix multiplications, and XLA compiler options."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from chargpt_jax.config import AmpConfig
 from chargpt_jax.errors import UserError
 
-DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
+
+Options = dict[str, str | int | bool]
+"""XLA compiler options, as jax.jit takes them."""
 
 GPUS = ("gpu", "cuda", "rocm")
-"""What JAX calls the platform of a GPU."""
+"""JAX's names for the platform of a GPU."""
 
 
 BFLOAT16_ON_CPU = (0, 9, 0)
-"""The first JAX found to multiply bfloat16 into float32 on a CPU; 0.8.0 refuses when the program runs."""
+"""The first JAX version that was found to multiply bfloat16 into float32 on a CPU; 0.8.0 fails at run time."""
 
 
-def compute_dtype(amp: AmpConfig, device: Any = None) -> Any:
-    """Choose the dtype of matrix products.
+def compute_dtype(amp: AmpConfig, device: jax.Device | None = None) -> DTypeLike:
+    """Return the dtype of matrix multiplications.
 
     TPU: bfloat16. GPU: bfloat16 from compute capability 8.0 (Ampere) on, float16 before (the T4 is 7.5). CPU: float32.
 
     Args:
-        amp: as configured; a dtype other than 'auto' is taken as it is.
-        device: a JAX device; None: the first one.
+        amp: the config section; a dtype other than 'auto' is used as it is.
+        device: a JAX device; None: the first local device.
 
     Raises:
-        UserError: for bfloat16 on a CPU with a JAX that cannot multiply it.
+        UserError: for bfloat16 on a CPU if the JAX version does not support it.
     """
     if not amp.enabled:
         return jnp.float32
     device = jax.local_devices()[0] if device is None else device
     if amp.dtype == "bfloat16" and device.platform == "cpu" and jax.__version_info__ < BFLOAT16_ON_CPU:
         raise UserError(
-            f"amp.dtype is 'bfloat16', but jax {jax.__version__} cannot multiply that on a CPU: take 'float32' (no "
-            "slower there), or jax 0.9 or newer."
+            f"amp.dtype is 'bfloat16', but jax {jax.__version__} cannot multiply that on a CPU: use 'float32' (as fast "
+            "there), or jax 0.9 or newer."
         )
     if amp.dtype != "auto":
         return DTYPES[amp.dtype]
@@ -52,57 +55,59 @@ def compute_dtype(amp: AmpConfig, device: Any = None) -> Any:
 
 
 def on_cpu(platform: str | None) -> bool:
-    """Say whether a program that is made for a platform, None: JAX's default, is made for a CPU."""
+    """Return whether a platform is a CPU; None: JAX's default platform."""
     return (platform or jax.default_backend()) == "cpu"
 
 
-ON_CPU: dict[str, Any] = {
+ON_CPU: Options = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_cpu_use_fusion_emitters": False,
 }
-"""What XLA is told when it compiles an update, a validation or a first state for a CPU, where it knows of it.
+"""XLA compiler options for training steps, validation and initialisation on a CPU.
 
-To take a program's instructions in the order that needs least memory: left alone it takes one by which several can run
-at once, and devices that share the cores then wait for each other, up to 1.35 times as long an update. And to write
-kernels without MLIR, which takes more than a MiB for each and longer, for kernels that are no faster here.
+- Memory-optimised scheduling: the default order runs instructions concurrently, so devices that share the cores wait
+  for each other (training steps take up to 1.35x as long).
+- No MLIR emitters: they take longer and more than a MiB per kernel, for kernels that are no faster here.
+
+Options that this XLA version does not know are dropped.
 """
 
 
-ON_GPU: dict[str, Any] = {"xla_gpu_deterministic_ops": True}
-"""The same for a GPU: to take kernels that add in one order, and always the same ones rather than the quickest of a
-race, so that a run that goes on after a crash, compiled anew, has the bits that it would have had."""
+ON_GPU: Options = {"xla_gpu_deterministic_ops": True}
+"""The same for a GPU: deterministic kernels, chosen without autotuning, so that a resumed run, which is compiled again,
+is bit-identical to an uninterrupted one."""
 
 
-WRITING_ON_CPU: dict[str, Any] = {"xla_cpu_prefer_vector_width": 512, "xla_backend_optimization_level": 1}
-"""What XLA is told when it compiles the writing of text for a CPU, where it knows of it. Elsewhere nothing is told.
+WRITING_ON_CPU: Options = {"xla_cpu_prefer_vector_width": 512, "xla_backend_optimization_level": 1}
+"""XLA compiler options for generation on a CPU; other platforms have none.
 
-To take the widest vectors, where the CPU has them, and not half of them. And to unroll less: loops over the few dozen
-numbers of a small model it would unroll whole, one number after the other, and then find no vectors in them.
+- The widest vectors that the CPU has; the default is half of them.
+- Less unrolling: XLA would fully unroll the short loops of a small model, and then not vectorise them.
 """
 
 
-def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
-    """Return what XLA is told when it compiles for a mesh, in the terms of jax.jit's compiler_options."""
+def compiler_options(mesh: Mesh) -> Options | None:
+    """Return the XLA compiler options for training on a mesh, for jax.jit's compiler_options."""
     platform = mesh.devices.flat[0].platform
     options = ON_CPU if platform == "cpu" else ON_GPU if platform in GPUS else {}
     return dict(_known(tuple(options.items()))) or None
 
 
-def writing_options(platform: str) -> dict[str, Any] | None:
-    """Return what XLA is told when it compiles the writing of text for a platform, in the terms of jax.jit."""
+def writing_options(platform: str) -> Options | None:
+    """Return the XLA compiler options for generation on a platform, for jax.jit's compiler_options."""
     return dict(_known(tuple(WRITING_ON_CPU.items()))) or None if platform == "cpu" else None
 
 
 @functools.cache
-def _known(options: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
-    """Return those of these options that this XLA knows: one that it does not know would end the program."""
-    # All at once first, since each try takes a twentieth of a second.
-    if not options or _taken(options):
+def _known(options: tuple[tuple[str, str | int | bool], ...]) -> tuple[tuple[str, str | int | bool], ...]:
+    """Return the options that this XLA version knows; an unknown option is an error."""
+    # First all at once, since each try takes 0.05 s.
+    if not options or _accepted(options):
         return options
-    return tuple(option for option in options if _taken((option,)))
+    return tuple(option for option in options if _accepted((option,)))
 
 
-def _taken(options: tuple[tuple[str, Any], ...]) -> bool:
+def _accepted(options: tuple[tuple[str, str | int | bool], ...]) -> bool:
     try:
         jax.jit(lambda: 0, compiler_options=dict(options)).lower().compile()
     except RuntimeError:

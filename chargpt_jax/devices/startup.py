@@ -1,4 +1,4 @@
-"""Quick starts: every core as a device, the compilation cache, no garbage collection during imports."""
+"""Fast start-up: one device per CPU core, the compilation cache, no garbage collection during imports."""
 
 import contextlib
 import gc
@@ -6,51 +6,51 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-MOST_CORES = 8
-"""A CPU counts as one device a core, up to so many; the rest serve them all."""
+MAX_CORES = 8
+"""Each CPU core counts as one device, up to this number; further cores help all of them."""
 
 
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
-    """Leave garbage lying while much is made that stays: what imports and tracing make.
+    """Disable the cyclic garbage collector while imports and tracing create many long-lived objects.
 
-    Python looks for cycles of garbage each time a quarter more is there than the last time, and looks at everything
-    each time: a tenth of the time until the first update, for a few MiB. Afterwards it looks again, if it did before.
+    It would take 10 % of the time to the first step and free a few MiB. It is enabled again afterwards if it was
+    enabled before.
     """
-    looked = gc.isenabled()
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if not gc.get_freeze_count():  # What was made counts as old at once.
+        if not gc.get_freeze_count():  # moves the new objects to the oldest generation
             gc.freeze()
             gc.unfreeze()
-        if looked:
+        if enabled:
             gc.enable()
 
 
 def use_every_core() -> None:
-    """Let a CPU count as one device a core, which share a batch: a core works faster on rows of its own.
+    """Make each CPU core a device, so that the batch is split over the cores, which is faster.
 
-    Without effect once JAX has started its devices, or where XLA_FLAGS or JAX_NUM_CPU_DEVICES say how many there are.
+    This has no effect if JAX is already initialised, or if XLA_FLAGS or JAX_NUM_CPU_DEVICES set the number of devices.
     """
     import jax
 
-    said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if said or getattr(jax.config, "jax_num_cpu_devices", -1) >= 0:
+    is_set = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if is_set or getattr(jax.config, "jax_num_cpu_devices", -1) >= 0:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Refused where JAX has started: then there are as many as there are.
+    # RuntimeError: JAX is already initialised; the number of devices stays as it is.
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", min(cores, MOST_CORES))
+        jax.config.update("jax_num_cpu_devices", min(cores, MAX_CORES))
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Keep compiled programs in a folder, so that the next start is quick; JAX_COMPILATION_CACHE_DIR goes first."""
+    """Cache compiled programs in a folder, for a faster next start; JAX_COMPILATION_CACHE_DIR has precedence."""
     import jax
 
     if os.environ.get("JAX_COMPILATION_CACHE_DIR") or getattr(jax.config, "jax_compilation_cache_dir", None):
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # The small ones too: each is quicker read than compiled.
+    # Cache small programs too: reading one is faster than compiling it.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

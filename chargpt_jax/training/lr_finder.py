@@ -1,12 +1,12 @@
 """The multi-zoom learning-rate range test (after Smith 2017, "Cyclical Learning Rates"), as events and a typed result.
 
-Every zoom trains a few steps from the initial parameters with a fresh optimizer and ever larger rates, looks at where
-the loss fell, and hands a narrower range to the next. The search itself knows nothing of JAX: it asks a function for
-the losses at a zoom's rates, so it can be tested on any loss.
+Each zoom trains a few steps from the initial parameters, with a new optimizer state and increasing learning rates,
+and narrows the range for the next zoom around the rates at which the loss fell. The search does not use JAX: a function
+returns the losses at a zoom's learning rates, so tests can use any loss.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,16 +15,18 @@ from chargpt_jax.errors import UserError
 from chargpt_jax.events import LRFinderResult, LRFinderStep, Zoom
 
 LossesOf = Callable[[int, Sequence[float]], Iterable[float]]
-"""(zoom, rates) -> the losses before each rate's update, in nats, one after the other from the initial state."""
+"""(zoom, rates) -> the loss in nats before each training step, made one after the other from the initial state."""
 
 Range = tuple[float, float]
+
+State = TypeVar("State")
 
 
 def search(losses_of: LossesOf, config: LRFinderConfig) -> Iterator[LRFinderStep | Zoom | LRFinderResult]:
     """Run the range test; the last event is its result.
 
     Raises:
-        UserError: where no zoom had two points of falling loss.
+        UserError: if no zoom had two points of falling loss.
     """
     span, lowest, zooms = (config.start_lr, config.end_lr), float("inf"), []
     for number in range(config.num_zooms):
@@ -54,44 +56,44 @@ def search(losses_of: LossesOf, config: LRFinderConfig) -> Iterator[LRFinderStep
 
 
 def result_from(saved: Any) -> LRFinderResult:
-    """Return the result that lr_finder.json holds.
+    """Return the range test's result from the content of lr_finder.json.
 
     Raises:
-        ValueError: where it is not one, as when somebody else wrote it.
+        ValueError: if the content is invalid: the file is untrusted input.
     """
     try:
         zooms = tuple(_zoom_from(**zoom) for zoom in saved["zooms"])
         rate, start_lr, end_lr = (_number(saved[name]) for name in ("learning_rate", "start_lr", "end_lr"))
         if saved["method"] not in ("steepest", "lowest", "balanced"):
-            raise ValueError("it names no method")
+            raise ValueError("it has no valid method")
         return LRFinderResult(rate, saved["method"], start_lr, end_lr, zooms)
     except (TypeError, LookupError) as error:
-        raise ValueError(f"it is no range test: {type(error).__name__}") from None
+        raise ValueError(f"it is not the result of a range test: {type(error).__name__}") from None
 
 
 def _zoom_from(*, number: int, lrs: Sequence[float], losses: Sequence[float], **rates: float) -> Zoom:
     if type(number) is not int or not isinstance(lrs, list) or not isinstance(losses, list) or len(lrs) != len(losses):
-        raise ValueError("a zoom has as many losses as rates")
+        raise ValueError("a zoom must have as many losses as learning rates")
     rates = {name: _number(rate) for name, rate in rates.items()}
     return Zoom(number=number, lrs=tuple(map(_number, lrs)), losses=tuple(map(_number, losses)), **rates)
 
 
 def _number(value: Any) -> float:
     if type(value) not in (int, float) or not 0 <= value < 1e30:
-        raise ValueError("a rate or a loss is a number, not below 0")
+        raise ValueError("a learning rate or loss must be a number of at least 0")
     return float(value)
 
 
 def log_spaced(span: Range, count: int) -> np.ndarray:
-    """Return `count` rates from one end of a range to the other, evenly in log space; float64 [count]."""
+    """Return `count` learning rates, evenly spaced over a range in log space; float64 [count]."""
     return np.exp(np.linspace(np.log(span[0]), np.log(span[1]), count))
 
 
 def steepest_rate(lrs: Sequence[float], losses: Sequence[float]) -> float:
-    """Return where the loss falls fastest: a mean of the log midpoints, weighted by how much faster than the slowest.
+    """Return the learning rate of the steepest descent: a weighted mean, in log space, of the midpoints.
 
-    With g the successive differences of the losses the weights are max(0, -(g - max g)); where all vanish (two
-    points, or equal differences) it is the geometric mean of the ends.
+    With g the successive differences of the losses, the weights are max(0, -(g - max g)). If all are 0 (two points, or
+    equal differences), the result is the geometric mean of the ends.
     """
     logs, falls = np.log(lrs), np.diff(losses)
     weights = np.maximum(0, -(falls - falls.max()))
@@ -101,29 +103,31 @@ def steepest_rate(lrs: Sequence[float], losses: Sequence[float]) -> float:
 
 
 def lowest_rate(lrs: Sequence[float], losses: Sequence[float]) -> float:
-    """Return the rate at the least loss."""
+    """Return the learning rate at the lowest loss."""
     return float(lrs[int(np.argmin(losses))])
 
 
 def propose(method: str, steepest: float, lowest: float) -> Range:
-    """Return the range that a method wants to look at next: one rate twice, or for 'balanced' both."""
+    """Return the range that a method proposes: its learning rate twice, or for 'balanced' those of both methods."""
     return {"steepest": (steepest, steepest), "lowest": (lowest, lowest), "balanced": (steepest, lowest)}[method]
 
 
 def zoom_in(proposed: Range, current: Range, zoom_factor: float) -> Range:
-    """Move each end of the current range by 1 - zoom_factor of its way, in log space, to the proposed one."""
+    """Move each end of the current range towards the proposed one, in log space, by the fraction 1 - zoom_factor."""
     old, new = np.log(current), np.log(proposed)
     low, high = np.exp(old + (1 - zoom_factor) * (new - old))
     return float(low), float(high)
 
 
-def trainer_losses(start: Callable[[int], Any], train: Callable[[Any, Sequence[float]], tuple[Any, Any]]) -> LossesOf:
-    """Make the loss function of a real training run.
+def trainer_losses(
+    start: Callable[[int], State], train: Callable[[State, Sequence[float]], tuple[State, np.ndarray]]
+) -> LossesOf:
+    """Return the loss function of a real model.
 
     Args:
-        start: zoom -> the initial state, its optimizer fresh, its data going on where the last zoom's ended.
-        train: (state, rates) -> the state after updates with the first of these rates, as many as are made at once
-            and at least one, and the losses before each.
+        start: zoom -> the initial state with a new optimizer state; its batches continue after those of the last zoom.
+        train: (state, rates) -> (new state, losses): one dispatch of at least one step with the first of the learning
+            rates, and the loss before each step.
     """
 
     def losses_of(zoom: int, rates: Sequence[float]) -> Iterator[float]:

@@ -28,10 +28,10 @@ from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.gpt import create
 from chargpt_jax.ops import blockwise_attention
 from chargpt_jax.ops.cpu_kv_cache import Blocks
-from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
 from chargpt_jax.training import setup as training_setup
-from chargpt_jax.training.setup import Setup, compiled_updates
+from chargpt_jax.training.run import Run
+from chargpt_jax.training.setup import Setup, jit_train_steps
 from chargpt_jax.training.stages import prepare
 from tests.corpus_text import write_words
 
@@ -124,7 +124,7 @@ def counted(first: str = "pass", **environment: str) -> int:
 
 def test_a_cpu_counts_as_one_device_a_core_up_to_a_limit():
     assert counted() == 4
-    assert counted("startup.MOST_CORES = 3") == 3
+    assert counted("startup.MAX_CORES = 3") == 3
 
 
 @pytest.mark.parametrize(
@@ -233,13 +233,13 @@ def trained(workdir: Path, n_devices: int, parts: int, kind: str = "adamw", leas
     training_setup.compute_dtype = lambda amp: jnp.float64
     sharding.data_mesh = partial(data_mesh, devices=jax.devices()[:n_devices])
     sharding.MIN_SHARDED_SIZE = least
-    setup = Setup.of(Workdir(workdir))
+    setup = Setup.of(Run.load(workdir))
     params = setup.draw()
     setup = replace(setup, draw=lambda: jax.tree.map(lambda x: x.astype(jnp.float64), params))
     config = replace(setup.config, optimizer=replace(setup.config.optimizer, accumulation_steps=parts, kind=kind))
     tx = optimizer.make_optimizer(config.optimizer, 1e-2, setup.mesh)
-    state, count = setup.fresh_state(tx), np.int32(STEPS)
-    step = compiled_updates(config, setup.graphdef, tx, setup.mesh, state)
+    state, count = setup.initial_state(tx), np.int32(STEPS)
+    step = jit_train_steps(config, setup.graphdef, tx, setup.mesh, state)
     compiled = step.lower(state, setup.on_device, count).compile()
     losses: list[float] = []
     for _ in range(DISPATCHES):
