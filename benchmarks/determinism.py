@@ -34,6 +34,7 @@ from chargpt_jax.generation.sample import Sample
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer, stages
+from chargpt_jax.training.run import Run
 from chargpt_jax.training.setup import Setup
 from tests.corpus_text import small_config
 
@@ -85,9 +86,9 @@ def learned(workdir: Path) -> dict[str, np.ndarray]:
     'parameters ...' and 'optimizer ...' are the arrays of the last checkpoint. 'losses' and 'validation', float64
     [steps] in nats, are NaN at steps without a logged value.
     """
-    setup, log = Setup.of(Workdir(workdir)), Workdir(workdir).load_metrics()
+    setup, log = Setup.of(Run.load(workdir)), Workdir(workdir).load_metrics()
     store = Checkpoints(Workdir(workdir).checkpoints)
-    fresh = setup.fresh_state(optimizer.empty(setup.config.optimizer))
+    fresh = setup.initial_state(optimizer.empty(setup.config.optimizer))
     _, _, state = store.load("latest", lambda record: fresh)
     store.close()
     found = {

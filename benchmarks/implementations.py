@@ -91,13 +91,17 @@ class ChargptJax:
         """Compile training; each call is one dispatch, with as many steps as in a real training."""
         from chargpt_jax.training import optimizer
         from chargpt_jax.training.pacing import DispatchSize
-        from chargpt_jax.training.setup import Setup
+        from chargpt_jax.training.setup import Setup, jit_train_steps
 
         config = self.config
         setup = Setup.on(config, corpus(config), vocabulary=())
         schedule = optimizer.warmup_cosine(config.scheduler, 1e-3, 100)
         tx = optimizer.make_optimizer(config.optimizer, schedule, setup.mesh)
-        state, lowered = setup.begin(tx)
+        initial_state, shapes = setup.initial_state_in_background(tx), setup.state_shapes(tx)
+        lowered = jit_train_steps(config, setup.graphdef, tx, setup.mesh, shapes).lower(
+            shapes, setup.on_device, np.int32(1)
+        )
+        state = initial_state.result()
         dispatch, pace = lowered.compile(), DispatchSize(config)
 
         def train_steps() -> int:

@@ -20,9 +20,9 @@ import numpy as np
 from benchmarks.baselines import machine
 from chargpt_jax.config_io import load_config
 from chargpt_jax.events import LRFinderStep
-from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
-from chargpt_jax.training.setup import Setup
+from chargpt_jax.training.run import Run
+from chargpt_jax.training.setup import Setup, jit_train_steps
 from chargpt_jax.training.stages import find_lr
 
 
@@ -45,9 +45,13 @@ def main(words: Sequence[str] | None = None) -> None:
             for event in find_lr(config, workdir):
                 if isinstance(event, LRFinderStep):
                     times.append(time.perf_counter())
-            setup = Setup.of(Workdir(workdir))
-            state, lowered = setup.begin(optimizer.make_optimizer(config.optimizer, 1e-3, setup.mesh))
-            dispatch = lowered.compile()
+            setup = Setup.of(Run.load(workdir))
+            tx = optimizer.make_optimizer(config.optimizer, 1e-3, setup.mesh)
+            initial_state, shapes = setup.initial_state_in_background(tx), setup.state_shapes(tx)
+            lowered = jit_train_steps(config, setup.graphdef, tx, setup.mesh, shapes).lower(
+                shapes, setup.on_device, np.int32(1)
+            )
+            state, dispatch = initial_state.result(), lowered.compile()
             state, _ = dispatch(state, setup.on_device, np.int32(1))
             compiled = time.perf_counter()
             _, history = dispatch(state, setup.on_device, np.int32(steps))

@@ -31,7 +31,8 @@ from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.gpt import create
 from chargpt_jax.ops.cpu_kernel import in_one_kernel
 from chargpt_jax.training import optimizer
-from chargpt_jax.training.setup import compiled_updates, fresh_state
+from chargpt_jax.training.setup import jit_train_steps, state_sharding
+from chargpt_jax.training.step import create_state
 
 SIZES = {
     "model.block_size": (64, 128, 256, 512, 1024, 2048),
@@ -57,9 +58,10 @@ def trainer(config: Config) -> tuple[Callable[[], float], int]:
     graphdef, params = create(config.model, 0)
     mesh = sharding.data_mesh(config.data.batch_size)
     tx = optimizer.make_optimizer(config.optimizer, 1e-3, mesh)
-    state = fresh_state(params, tx, 0, np.float32, mesh)
+    state = create_state(params, tx, 0)
+    state = jax.device_put(state, state_sharding(state, mesh))
     tokens = jax.device_put(corpus(config), sharding.replicated(mesh))
-    dispatch = compiled_updates(config, graphdef, tx, mesh, state).lower(state, tokens, np.int32(1)).compile()
+    dispatch = jit_train_steps(config, graphdef, tx, mesh, state).lower(state, tokens, np.int32(1)).compile()
 
     def timed_step() -> float:
         nonlocal state

@@ -22,7 +22,8 @@ from benchmarks.implementations import config_for, corpus
 from chargpt_jax.devices import sharding, startup
 from chargpt_jax.model.gpt import create
 from chargpt_jax.training import optimizer
-from chargpt_jax.training.setup import compiled_updates, fresh_state
+from chargpt_jax.training.setup import jit_train_steps, state_sharding
+from chargpt_jax.training.step import create_state
 
 INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', re.MULTILINE)
 
@@ -71,9 +72,10 @@ def main(words: Sequence[str] | None = None) -> None:
     graphdef, params = create(config.model, 0)
     mesh = sharding.data_mesh(config.data.batch_size)
     tx = optimizer.make_optimizer(config.optimizer, 1e-3, mesh)
-    state = fresh_state(params, tx, 0, np.float32, mesh)
+    state = create_state(params, tx, 0)
+    state = jax.device_put(state, state_sharding(state, mesh))
     tokens = jax.device_put(corpus(config), sharding.replicated(mesh))
-    dispatch = compiled_updates(config, graphdef, tx, mesh, state).lower(state, tokens, np.int32(1)).compile()
+    dispatch = jit_train_steps(config, graphdef, tx, mesh, state).lower(state, tokens, np.int32(1)).compile()
     origin = dict(INSTRUCTION.findall(dispatch.as_text()))
     names = set(re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = ", dispatch.as_text(), re.MULTILINE))
     state, history = dispatch(state, tokens, np.int32(1))

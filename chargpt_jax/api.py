@@ -25,7 +25,7 @@ from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.devices import sharding, startup
 from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.errors import NoCheckpoint, UserError
-from chargpt_jax.events import Ended, Event, bits_per_character, perplexity
+from chargpt_jax.events import Ended, Event, LRFinderResult, bits_per_character, perplexity
 from chargpt_jax.generation.generate import Progress, advance, begin, bucket, score_tokens
 from chargpt_jax.generation.sample import Sample, Samples
 from chargpt_jax.generation.sampler import Sampler
@@ -36,10 +36,12 @@ from chargpt_jax.model.gpt import count_parameters, create
 from chargpt_jax.pictures import plots, report
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.workdir import Workdir, excused
-from chargpt_jax.training import optimizer
+from chargpt_jax.training import optimizer, stages
 from chargpt_jax.training.lr_finder import result_from
+from chargpt_jax.training.pacing import Stop
+from chargpt_jax.training.run import Run, Warn
 from chargpt_jax.training.setup import Setup, state_shapes
-from chargpt_jax.training.stages import Stop, find_lr, prepare, train
+from chargpt_jax.training.stages import prepare
 
 MOST_AT_ONCE = 32 * MAX_TEXT
 """Characters of all prompts and continuations together that are held in memory, at most."""
@@ -163,7 +165,7 @@ class Model:
         return text
 
 
-def load(workdir: str | Path, step: str | int = "best", warn: Callable[[str], None] = print) -> Model:
+def load(workdir: str | Path | Workdir, step: str | int = "best", warn: Warn = print) -> Model:
     """Load a trained model from a run's folder.
 
     Args:
@@ -213,7 +215,7 @@ def _shapes(config: Config, dtype: Any) -> tuple[nnx.GraphDef, Any]:
     return graphdef, sharding.with_sharding(here, state_shapes(params, tx, 0, dtype))
 
 
-def evaluate(workdir: str | Path, step: str | int = "best", warn: Callable[[str], None] = print) -> dict[str, Any]:
+def evaluate(workdir: str | Path | Workdir, step: str | int = "best", warn: Warn = print) -> dict[str, Any]:
     """Measure a trained model on the whole held-out part of its corpus.
 
     Returns:
@@ -222,13 +224,15 @@ def evaluate(workdir: str | Path, step: str | int = "best", warn: Callable[[str]
     Raises:
         UserError: where the workdir's vocabulary is not the one that the model was trained with.
     """
-    model = load(workdir, step, warn)
-    setup = Setup.of(Workdir(workdir))
-    if setup.vocabulary != model.tokenizer.vocabulary:
+    folder = Workdir(workdir)
+    model = load(folder, step, warn)
+    run = Run.load(folder)
+    if run.tokenizer.vocabulary != model.tokenizer.vocabulary:
         raise UserError(
-            f"The vocabulary of {Workdir(workdir).path} is not the one that checkpoint {model.step} was trained with: "
-            "restore corpus/ as it was."
+            f"The vocabulary in {folder.path} differs from that of checkpoint {model.step}: restore the files in "
+            "corpus/."
         )
+    setup = Setup.of(run)
     loss = setup.validator(whole=True)(jax.device_put(model.params, sharding.replicated(setup.mesh)), model.step)
     assert loss is not None
     return {
@@ -241,34 +245,75 @@ def evaluate(workdir: str | Path, step: str | int = "best", warn: Callable[[str]
     }
 
 
-def run(
+def find_lr(config: Config, workdir: str | Path | Workdir, warn: Warn = print) -> Iterator[Event]:
+    """Run the learning-rate range test; write its result, its plot, and the learning rate into the run's config."""
+    folder = Workdir(workdir)
+    for event in stages.find_lr(config, folder, warn):
+        _plot_range_test(event, folder, warn)
+        yield event
+
+
+def train(
     config: Config,
-    workdir: str | Path,
-    warn: Callable[[str], None] = print,
+    workdir: str | Path | Workdir,
+    warn: Warn = print,
     stop: Stop = lambda: None,
     max_minutes: float | None = None,
 ) -> Iterator[Event]:
-    """Do the whole story: prepare, find_lr where no rate is given, train, write samples, draw the report.
+    """Train to the end of the schedule, resuming from the newest checkpoint; see `stages.train` for the arguments.
 
-    `stop` and `max_minutes` are as for `train`; where they end it, samples and report are left for the next time.
+    If the config has no learning rate, the range test runs first.
     """
-    complete, workdir = True, Workdir(workdir).path  # absolute, whatever folder the reader of events goes to
-    for event in train(config, workdir, warn, stop, max_minutes):
+    folder = Workdir(workdir)
+    for event in stages.train(config, folder, warn, stop, max_minutes):
+        _plot_range_test(event, folder, warn)
+        yield event
+
+
+def run(
+    config: Config,
+    workdir: str | Path | Workdir,
+    warn: Warn = print,
+    stop: Stop = lambda: None,
+    max_minutes: float | None = None,
+) -> Iterator[Event]:
+    """Run all stages: prepare, find_lr if no learning rate is set, train, generate samples, write the report.
+
+    The arguments are those of `stages.train`. If `stop` or `max_minutes` ends training, samples and report are left
+    to the next call.
+    """
+    complete, folder = True, Workdir(workdir)  # its path is absolute, whatever folder the caller changes to
+    for event in stages.train(config, folder, warn, stop, max_minutes):
+        _plot_range_test(event, folder, warn)
         complete = not isinstance(event, Ended) or event.complete
         yield event
     if complete:
-        with excused("the samples", warn):
-            write_samples(workdir, warn)
-        with excused("the report", warn):
-            write_report(workdir)
+        with excused("The samples", warn):
+            write_samples(folder, warn)
+        with excused("The report", warn):
+            write_report(folder)
+
+
+def _plot_range_test(event: Event, folder: Workdir, warn: Warn) -> None:
+    """Write lr_finder.svg if an event is the result of the range test."""
+    if isinstance(event, LRFinderResult):
+        path = folder.lr_finder.with_suffix(".svg")
+        with excused(str(path), warn):
+            folder.write(path, _range_test_plot(event))
+
+
+def _range_test_plot(result: LRFinderResult) -> str:
+    zooms = [(zoom.lrs, zoom.losses) for zoom in result.zooms]
+    steepest = [zoom.steepest for zoom in result.zooms]
+    return plots.lr_finder_plot(zooms, steepest, result.learning_rate, result.method)
 
 
 def export(
-    workdir: str | Path,
+    workdir: str | Path | Workdir,
     out: str | Path,
     form: str = "hf",
     step: str | int = "best",
-    warn: Callable[[str], None] = print,
+    warn: Warn = print,
 ) -> Path:
     """Write a trained model to a new folder, for others to load.
 
@@ -287,9 +332,10 @@ def export(
     return convert.export(form, model.config, model.tokenizer, model.params, out, warn)
 
 
-def write_samples(workdir: str | Path, warn: Callable[[str], None] = print) -> Samples:
+def write_samples(workdir: str | Path | Workdir, warn: Warn = print) -> Samples:
     """Continue the config's sample prompts and keep the texts, as JSON and as sublines, in the workdir."""
-    folder, model = Workdir(workdir), load(workdir, warn=warn)
+    folder = Workdir(workdir)
+    model = load(folder, warn=warn)
     how = folder.load_config().sample
     # A text may lack every character of a prompt, as the newline: its own first character will do then.
     prompts = [prompt for prompt in how.prompts if model.tokenizer.drop_unknown(prompt)]
@@ -315,39 +361,36 @@ def save_samples(folder: Workdir, samples: Samples, name: str) -> list[Path]:
     return paths
 
 
-def corpus_text(workdir: str | Path) -> str:
+def corpus_text(workdir: str | Path | Workdir) -> str:
     """Return the text that a run learns from, training and held-out part."""
     folder = Workdir(workdir)
     return folder.load_tokenizer().decode([folder.load_tokens()])[0]
 
 
-def loss_curve(workdir: str | Path) -> str:
+def loss_curve(workdir: str | Path | Workdir) -> str:
     """Draw the losses of a run so far, as SVG."""
     log = Workdir(workdir).load_metrics()
     points = {kind: [(x["step"], x["loss"]) for x in log if x["event"] == kind] for kind in ("step", "validation")}
     return plots.loss_plot(points["step"], points["validation"])
 
 
-def write_report(workdir: str | Path) -> Path:
+def write_report(workdir: str | Path | Workdir) -> Path:
     """Draw a run as one HTML page (report.html) and its loss curve as loss.svg; return the page's path."""
     folder = Workdir(workdir)
-    curve = loss_curve(workdir)
+    curve = loss_curve(folder)
     folder.write(folder.path / "loss.svg", curve)
     figures = [("Loss on the training batches and on the whole held-out text.", curve)]
     figures += [("The learning-rate range test, zoom by zoom.", svg) for svg in _range_tests(folder)]
     figures += [("Written by the model: how unsure it was, and how surprised.", svg) for svg in _sublines(folder)]
-    facts = [(name, _shown(value)) for name, value in info(workdir).items()]
+    facts = [(name, _shown(value)) for name, value in info(folder).items()]
     folder.write(folder.report, report.report(f"A run of chargpt_jax: {folder.path.name}", facts, figures))
     return folder.report
 
 
 def _range_tests(folder: Workdir) -> Iterator[str]:
-    """Draw the range test anew, if there was one: an SVG that lies in the folder may be anybody's."""
+    """Plot the range test from its numbers, if there was one: an SVG file in the folder is untrusted input."""
     with contextlib.suppress(ValueError):
-        found = result_from(folder.load_json(folder.lr_finder))
-        zooms = [(zoom.lrs, zoom.losses) for zoom in found.zooms]
-        steepest = [zoom.steepest for zoom in found.zooms]
-        yield plots.lr_finder_plot(zooms, steepest, found.learning_rate, found.method)
+        yield _range_test_plot(result_from(folder.load_json(folder.lr_finder)))
 
 
 def _sublines(folder: Workdir) -> Iterator[str]:
@@ -357,7 +400,7 @@ def _sublines(folder: Workdir) -> Iterator[str]:
             yield from [sample.svg() for sample in Samples.from_dict(folder.load_json(path, MOST_SAMPLES_JSON))]
 
 
-def info(workdir: str | Path) -> dict[str, Any]:
+def info(workdir: str | Path | Workdir) -> dict[str, Any]:
     """Say what a run is, as JSON can hold it: its corpus, model, progress, the devices here, and how fast it trained.
 
     flops_per_step is as flops.py counts. None before the first validation: compile_seconds, seconds_per_step,

@@ -36,6 +36,7 @@ from chargpt_jax.errors import UserError
 from chargpt_jax.storage.state_arrays import Arrays, on_host
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
+from chargpt_jax.training.run import Run
 from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.stages import restored
 from chargpt_jax.training.step import TrainState
@@ -167,12 +168,12 @@ class _Bench:
     @cached_property
     def setup(self) -> Setup:
         """The setup of all trainings."""
-        return Setup.of(Workdir(self.folder / "whole-0"))
+        return Setup.of(Run.load(self.folder / "whole-0"))
 
     @cached_property
     def fresh(self) -> TrainState:
         """Its state before the first update."""
-        return self.setup.fresh_state(optimizer.empty(self.setup.config.optimizer))
+        return self.setup.initial_state(optimizer.empty(self.setup.config.optimizer))
 
     def fail(self, sentence: str) -> None:
         """Record a failed check."""

@@ -1,6 +1,6 @@
 """Ahead-of-time compile of a config's steps for a TPU that need not be there.
 
-The functions are those of a real run (`updates` and `validation_step` of assembly.py, `begin`, `inside` and `past`
+The functions are those of a real run (`train_steps` and `validation_step` of setup.py, `begin`, `inside` and `past`
 of generate.py), traced on shapes instead of arrays and compiled by libtpu for the devices of a named slice. This shows
 that they compile and what memory they take; it cannot show that they run, or how fast.
 """
@@ -26,7 +26,7 @@ from chargpt_jax.generation.generate import begin, bucket, inside, past
 from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.gpt import create
 from chargpt_jax.training import optimizer
-from chargpt_jax.training.setup import compiled_updates, laid_out, state_shapes, validation_step
+from chargpt_jax.training.setup import jit_train_steps, state_shapes, state_sharding, validation_step
 
 ALONE = "TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v4-8"
 """Environment that keeps libtpu from asking the network which machine this is, and from complaining about it."""
@@ -101,17 +101,18 @@ def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, para
     # Neither the rate nor the length of an epoch, which a run finds out, changes the program's shape.
     schedule = optimizer.warmup_cosine(config.scheduler, peak=1e-3, epoch_steps=100)
     tx = optimizer.make_optimizer(config.optimizer, schedule, mesh)
-    state = laid_out(state_shapes(params, tx, config.seed, dtype), mesh)
+    state = state_shapes(params, tx, config.seed, dtype)
+    state = sharding.with_sharding(state_sharding(state, mesh), state)
     yield Program(
         "training",
-        compiled_updates(config, graphdef, tx, mesh, state),
+        jit_train_steps(config, graphdef, tx, mesh, state),
         (state, sharding.with_sharding(everywhere, _ints(N_TRAIN)), _ints()),
         {},
         used,
     )
-    nats = jax.jit(partial(validation_step, graphdef=graphdef, mesh=mesh))
+    validation = jax.jit(partial(validation_step, graphdef=graphdef, mesh=mesh))
     batch = [_ints(config.data.batch_size, config.model.block_size)] * 2
-    yield Program("validation", nats, (state.params, *batch), {}, used)
+    yield Program("validation", validation, (state.params, *batch), {}, used)
 
 
 def _writing(config: Config, device: Any, graphdef: Any, params: Any) -> Iterator[Program]:

@@ -6,7 +6,6 @@ is written, and a folder is written atomically.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from chargpt_jax.interop.safetensors_file import write_safetensors
 from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
+from chargpt_jax.training.run import record_of
 from chargpt_jax.training.step import create_state
 
 FORMATS = ("original", "hf")
@@ -86,11 +86,7 @@ def _write_run(
     if not len(tokens):
         (folder.corpus / "tokens.npy").unlink()
     folder.save_config(config)
-    record = {
-        "config": dataclasses.asdict(config),
-        "vocabulary": list(tokenizer.vocabulary),
-        "corpus_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
-    }
+    record = record_of(config, tokenizer.vocabulary, tokens)
     tx = optimizer.empty(config.optimizer)
     state = create_state(jax.device_put(params), tx, config.seed, compute_dtype(config.amp))
     store = Checkpoints(folder.checkpoints)

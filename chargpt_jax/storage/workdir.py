@@ -7,7 +7,7 @@ Every file but metrics.jsonl is written atomically (atomic.py).
 """
 
 import contextlib
-import dataclasses
+import copy
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,9 +46,13 @@ class Workdir:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Set the run's folder. No folder is created yet; a relative path is made absolute now.
 
+        Given another Workdir, this one shares what it has read: its config and vocabulary.
+
         Raises:
             UserError: if the path is invalid.
         """
+        self._read: dict[Path, tuple[tuple[int, int, int], Any]] = path._read if isinstance(path, Workdir) else {}
+        path = os.fspath(path)
         if "\0" in str(path):
             raise UserError(f"--workdir is {str(path)!r}, but a path cannot contain NUL: give a folder.")
         try:
@@ -63,6 +67,9 @@ class Workdir:
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self.report = self.path / "report.html"
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     def check_writable(self) -> None:
         """Check, before any work is done, that the folder can hold a run.
@@ -109,11 +116,22 @@ class Workdir:
         Raises:
             UserError: if there is no run.
         """
-        return from_dict(self.load_json(self.config))
+        return copy.deepcopy(self._read_once(self.config, lambda: from_dict(self.load_json(self.config))))
+
+    def _read_once(self, path: Path, read: Callable[[], T]) -> T:
+        """Return read(), or the result of an earlier call if the file has not changed since."""
+        try:
+            version = _version(path)
+        except OSError:
+            return read()
+        if path not in self._read or self._read[path][0] != version:
+            self._read[path] = version, read()
+        return self._read[path][1]
 
     def save_config(self, config: Config) -> None:
         """Write the run's config."""
         self.write(self.config, to_json(config))
+        self._read[self.config] = _version(self.config), copy.deepcopy(config)
 
     def save_corpus(self, tokenizer: CharTokenizer, tokens: np.ndarray, sources: Sequence[dict[str, object]]) -> None:
         """Write the encoded corpus, int32 [N], its vocabulary and its sources."""
@@ -129,7 +147,8 @@ class Workdir:
 
     def load_tokenizer(self) -> CharTokenizer:
         """Read the vocabulary."""
-        return self._parsed(self.corpus / "vocabulary.json", CharTokenizer.from_saved)
+        path = self.corpus / "vocabulary.json"
+        return self._read_once(path, lambda: self._parsed(path, CharTokenizer.from_saved))
 
     def load_tokens(self) -> np.ndarray:
         """Read the corpus, int32 [N]. Its header is checked against the file size before memory is allocated.
@@ -157,10 +176,9 @@ class Workdir:
         """Read the sources of the corpus."""
         return self._parsed(self.corpus / "sources.json", _sources)
 
-    def save_lr_finder(self, result: Any, svg: str) -> None:
-        """Write the range test's result, a dataclass, and its plot."""
-        self.write(self.lr_finder, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-        self.write(self.lr_finder.with_suffix(".svg"), svg)
+    def save_lr_finder(self, result: Mapping[str, object]) -> None:
+        """Write the result of the range test."""
+        self.write(self.lr_finder, json.dumps(result, indent=2) + "\n")
 
     def save_speed(self, speed: Mapping[str, object]) -> None:
         """Write the training speed."""
@@ -281,6 +299,12 @@ def excused(what: str, warn: Callable[[str], None]) -> Iterator[None]:
         yield
     except OSError as error:
         warn(f"Cannot write {what} ({error.strerror}): the run continues without it.")
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    """Return numbers that change whenever a file is replaced or rewritten."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def _json_lines(lines: Sequence[dict[str, Any]]) -> str:

@@ -1,13 +1,12 @@
-"""A run's corpus, model and devices put together, and what is compiled of them.
+"""A run's model and devices, ready to train, and the three functions that are compiled for them.
 
-Three functions are compiled, each traced once whatever the lengths of epochs and dispatches: many updates a dispatch,
-many updates of the range test, one validation batch.
+The compiled functions are the training loop (many steps per dispatch), the steps of the range test, and one validation
+batch. Each is traced once, for epochs and dispatches of any length.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -17,165 +16,168 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from chargpt_jax.config import Config
 from chargpt_jax.data import batches
 from chargpt_jax.devices import sharding, startup
 from chargpt_jax.devices.platform import compiler_options, compute_dtype
 from chargpt_jax.model.gpt import plan
-from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.pacing import MAX_DISPATCH_STEPS
-from chargpt_jax.training.step import TrainState, create_state, data_key, eval_step, train_step, validation_key
+from chargpt_jax.training.run import Run, record_of
+from chargpt_jax.training.step import (
+    Params,
+    TrainState,
+    create_state,
+    data_key,
+    eval_step,
+    train_step,
+    validation_key,
+)
 
 Validator = Callable[..., float | None]
-"""(parameters, step, ended) -> nats per character."""
+"""(parameters, step, stop) -> validation loss, nats per character; None if stop() returned True meanwhile."""
+
+History = dict[str, jax.Array]
+"""train_step's scalars by name, float32 [MAX_DISPATCH_STEPS] each, one element per training step."""
 
 VALIDATED_AT_ONCE = 8192
-"""Characters of the held-out part in a batch at most, where a training batch has fewer."""
+"""Characters of the validation set in one batch, at most, if a training batch has fewer."""
 
 
-def updates(
+def train_steps(
     state: TrainState,
     tokens: jax.Array,
     count: jax.Array,
     *,
+    optimizer_at: Callable[[jax.Array], optax.GradientTransformation],
     config: Config,
-    graphdef: nnx.GraphDef,
-    tx: optax.GradientTransformation,
+    graphdef: nnx.GraphDef[Any],
     mesh: Mesh,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Make `count` updates (int32 scalar, at most MAX_DISPATCH_STEPS), each on the batch that its step says.
+) -> tuple[TrainState, History]:
+    """Make one dispatch: `count` training steps, each on the batch of its step.
+
+    Args:
+        state: before the dispatch.
+        tokens: int32 [n], the training set.
+        count: int32 scalar, at most MAX_DISPATCH_STEPS.
+        optimizer_at: the optimizer of the i-th step of the dispatch.
+        config: of the run.
+        graphdef: the static part of the model.
+        mesh: the devices.
 
     Returns:
-        The state after them, and train_step's scalars, float32 [MAX_DISPATCH_STEPS] each, of which `count` are filled.
+        The state after the dispatch, and the history, of which the first `count` elements are set.
     """
-    return _updated(state, tokens, count, lambda i: tx, config, graphdef, mesh)
-
-
-def probe(
-    state: TrainState,
-    tokens: jax.Array,
-    rates: jax.Array,
-    count: jax.Array,
-    *,
-    config: Config,
-    graphdef: nnx.GraphDef,
-    mesh: Mesh,
-) -> tuple[TrainState, jax.Array]:
-    """Make `count` updates with the first of some learning rates, float32 [MAX_DISPATCH_STEPS].
-
-    Returns:
-        The state after them, and the loss before each, float32 [MAX_DISPATCH_STEPS], of which `count` are filled.
-    """
-    tx_of = lambda i: optimizer.make_optimizer(config.optimizer, rates[i], mesh)  # noqa: E731
-    state, history = _updated(state, tokens, count, tx_of, config, graphdef, mesh)
-    return state, history["loss"]
-
-
-def _updated(
-    state: TrainState,
-    tokens: jax.Array,
-    count: jax.Array,
-    tx_of: Callable[[jax.Array], optax.GradientTransformation],
-    config: Config,
-    graphdef: nnx.GraphDef,
-    mesh: Mesh,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Make `count` updates, the i-th with the optimizer tx_of(i)."""
     step = partial(train_step, graphdef=graphdef, microbatches=config.optimizer.accumulation_steps, mesh=mesh)
 
-    def body(i: jax.Array, carry: Any) -> Any:
+    def body(i: jax.Array, carry: tuple[TrainState, History]) -> tuple[TrainState, History]:
         state, history = carry
-        state, scalars = step(state, _batch(state, tokens, config, mesh), tx=tx_of(i))
+        batch = batches.batch_at(tokens, data_key(state.key), state.step, config.model.block_size, config.data)
+        # The batch is replicated, and each device uses its part of it. If it were sharded from the start, the devices
+        # would wait for each other in the loops that make it, and to count its targets.
+        batch = jax.lax.with_sharding_constraint(batch, sharding.replicated(mesh))
+        state, scalars = step(state, batch, tx=optimizer_at(i))
         return state, {name: history[name].at[i].set(value) for name, value in scalars.items()}
 
     history = {name: jnp.zeros(MAX_DISPATCH_STEPS) for name in ("loss", "grad_norm")}
     return jax.lax.fori_loop(0, count, body, (state, history))
 
 
-def compiled_updates(
-    config: Config, graphdef: nnx.GraphDef, tx: optax.GradientTransformation, mesh: Mesh, state: TrainState
-) -> Any:
-    """Return `updates` under jit, for states like one of arrays or shapes, whose memory is reused."""
-    return _in_place(partial(updates, config=config, graphdef=graphdef, tx=tx, mesh=mesh), mesh, state)
+def range_test_steps(
+    state: TrainState,
+    tokens: jax.Array,
+    rates: jax.Array,
+    count: jax.Array,
+    *,
+    config: Config,
+    graphdef: nnx.GraphDef[Any],
+    mesh: Mesh,
+) -> tuple[TrainState, jax.Array]:
+    """Make `count` training steps with given learning rates, float32 [MAX_DISPATCH_STEPS], one per step.
 
+    Returns:
+        The state after them, and the loss before each step, float32 [MAX_DISPATCH_STEPS].
+    """
 
-def compiled_probe(config: Config, graphdef: nnx.GraphDef, mesh: Mesh, state: TrainState) -> Any:
-    """Return `probe` under jit, for states like one of arrays or shapes, whose memory is reused."""
-    return _in_place(partial(probe, config=config, graphdef=graphdef, mesh=mesh), mesh, state)
+    def optimizer_at(i: jax.Array) -> optax.GradientTransformation:
+        return optimizer.make_optimizer(config.optimizer, rates[i], mesh)
 
-
-def _in_place(f: Callable[..., Any], mesh: Mesh, state: TrainState) -> Any:
-    ends = state_sharding(state, mesh), sharding.replicated(mesh)
-    return jax.jit(f, donate_argnums=0, out_shardings=ends, compiler_options=compiler_options(mesh))
-
-
-def state_sharding(state: TrainState, mesh: Mesh) -> TrainState:
-    """Return how a training state, of arrays or shapes, lies: whole on every device, but for what an update shares."""
-    everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), state)
-    return dataclasses.replace(everywhere, opt_state=sharding.optimizer_sharding(state.opt_state, mesh))
+    state, history = train_steps(
+        state, tokens, count, optimizer_at=optimizer_at, config=config, graphdef=graphdef, mesh=mesh
+    )
+    return state, history["loss"]
 
 
 def validation_step(
-    params: Any, inputs: jax.Array, targets: jax.Array, *, graphdef: nnx.GraphDef, mesh: Mesh
+    params: Params, inputs: jax.Array, targets: jax.Array, *, graphdef: nnx.GraphDef[Any], mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the sum of losses in nats, and the characters, of one batch int32 [B, T]."""
+    """Return the sum of the losses in nats, and the number of targets, of one batch, int32 [B, T] each."""
     return eval_step(params, sharding.shard_batch(mesh, (inputs, targets)), graphdef=graphdef)
 
 
-def _batch(state: TrainState, tokens: jax.Array, config: Config, mesh: Mesh) -> batches.Batch:
-    batch = batches.batch_at(tokens, data_key(state.key), state.step, config.model.block_size, config.data)
-    # Whole on every device, which takes its rows from it: shared out from the start, its loops would wait for each
-    # other, and so would the count of its targets.
-    return jax.lax.with_sharding_constraint(batch, sharding.replicated(mesh))
+def jit_train_steps(
+    config: Config, graphdef: nnx.GraphDef[Any], tx: optax.GradientTransformation, mesh: Mesh, state: TrainState
+) -> jax.stages.Wrapped:
+    """Return `train_steps(state, tokens, count)` under jit, for states like the given one of arrays or shapes."""
+    f = partial(train_steps, optimizer_at=lambda i: tx, config=config, graphdef=graphdef, mesh=mesh)
+    return _jit_in_place(f, mesh, state)
 
 
-def fresh_state(params: Any, tx: optax.GradientTransformation, seed: int, dtype: Any, mesh: Mesh) -> TrainState:
-    """Return the state before the first update, sharded, in memory of its own (updates are made in place)."""
-    make = partial(create_state, tx=tx, seed=seed, dtype=dtype)
-    state = jax.jit(make, compiler_options=compiler_options(mesh))(params)
-    return jax.device_put(state, state_sharding(state, mesh))
+def jit_range_test_steps(
+    config: Config, graphdef: nnx.GraphDef[Any], mesh: Mesh, state: TrainState
+) -> jax.stages.Wrapped:
+    """Return `range_test_steps(state, tokens, rates, count)` under jit, for states like the given one."""
+    return _jit_in_place(partial(range_test_steps, config=config, graphdef=graphdef, mesh=mesh), mesh, state)
 
 
-def state_shapes(shapes: Any, tx: optax.GradientTransformation, seed: int, dtype: Any) -> TrainState:
-    """Return the training state of parameters of these shapes, as shapes."""
+def _jit_in_place(f: Callable[..., Any], mesh: Mesh, state: TrainState) -> jax.stages.Wrapped:
+    """Compile a function of a state so that the new state uses the memory of the old one (donation)."""
+    shardings = state_sharding(state, mesh), sharding.replicated(mesh)
+    return jax.jit(f, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options(mesh))
+
+
+def state_sharding(state: TrainState, mesh: Mesh) -> TrainState:
+    """Return the sharding of each array of a state: replicated, except for the sharded part of the optimizer's."""
+    shardings = jax.tree.map(lambda _: sharding.replicated(mesh), state)
+    return dataclasses.replace(shardings, opt_state=sharding.optimizer_sharding(state.opt_state, mesh))
+
+
+def state_shapes(shapes: Params, tx: optax.GradientTransformation, seed: int, dtype: DTypeLike) -> TrainState:
+    """Return the training state, as shapes, of a model whose parameters have these shapes."""
     return jax.eval_shape(partial(create_state, tx=tx, seed=seed, dtype=dtype), shapes)
-
-
-def laid_out(state: TrainState, mesh: Mesh) -> TrainState:
-    """Return a training state's shapes, said to lie as `state_sharding` has it: what can be compiled for."""
-    return sharding.with_sharding(state_sharding(state, mesh), state)
 
 
 @dataclasses.dataclass
 class Setup:
-    """A run's corpus, model and devices, ready to train; the same for every stage and every restart."""
+    """A run's corpus, model and devices, ready to train; the same for every stage and after every restart."""
 
     config: Config
     tokens: np.ndarray
     """int32 [N], the whole corpus."""
     n_train: int
     vocabulary: tuple[str, ...]
-    graphdef: nnx.GraphDef
-    shapes: dict[str, Any]
-    """The parameters' shapes."""
-    draw: Callable[[], dict[str, Any]]
-    """Draws the initial parameters, on one device; nothing keeps them."""
-    dtype: Any
+    graphdef: nnx.GraphDef[Any]
+    shapes: Params
+    """The shapes of the parameters."""
+    draw: Callable[[], Params]
+    """Initialises new parameters, on one device."""
+    dtype: DTypeLike
+    """Of matrix multiplications."""
     mesh: Mesh
     on_device: jax.Array
-    """int32 [n_train], the training part."""
+    """int32 [n_train], the training set."""
 
     @classmethod
-    def of(cls, workdir: Workdir) -> "Setup":
-        """Read a prepared workdir and build its model."""
-        return cls.on(workdir.load_config(), workdir.load_tokens(), workdir.load_tokenizer().vocabulary)
+    def of(cls, run: Run) -> "Setup":
+        """Build the model of a run."""
+        return cls.on(run.config, run.tokens, run.tokenizer.vocabulary)
 
     @classmethod
     @startup.gc_paused()
     def on(cls, config: Config, tokens: np.ndarray, vocabulary: tuple[str, ...]) -> "Setup":
-        """Build a config's model for a corpus, int32 [N]."""
+        """Build the model of a config for a corpus, int32 [N]."""
         startup.use_every_core()
         dtype = compute_dtype(config.amp)
         mesh = sharding.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps)
@@ -184,82 +186,64 @@ class Setup:
         graphdef, shapes, draw = plan(config.model, config.seed, dtype, compiler_options=compiler_options(mesh))
         return cls(config, tokens, len(train), vocabulary, graphdef, shapes, draw, dtype, mesh, on_device)
 
-    @property
-    def epoch_steps(self) -> int:
-        """Updates in an epoch."""
-        return batches.steps_per_epoch(
-            self.n_train, self.config.model.block_size, self.config.data, self.config.ancestor.short_epochs
-        )
+    def initial_state(self, tx: optax.GradientTransformation) -> TrainState:
+        """Return the state before the first step, with its shardings, in memory of its own (steps reuse it)."""
+        create = partial(create_state, tx=tx, seed=self.config.seed, dtype=self.dtype)
+        state = jax.jit(create, compiler_options=compiler_options(self.mesh))(self.draw())
+        return jax.device_put(state, state_sharding(state, self.mesh))
 
-    def fresh_state(self, tx: optax.GradientTransformation) -> TrainState:
-        """Return the state before the first update."""
-        return fresh_state(self.draw(), tx, self.config.seed, self.dtype, self.mesh)
-
-    @startup.gc_paused()
-    def begin(self, tx: optax.GradientTransformation) -> tuple[TrainState, Any]:
-        """Return the state before the first update, and `updates` traced and lowered, to be compiled.
-
-        The one is compiled and drawn while the other is traced, for tracing keeps one core busy.
-        """
-        with ThreadPoolExecutor(1) as thread:
-            fresh = thread.submit(self.fresh_state, tx)
-            state = self.state_shapes(tx)
-            update = compiled_updates(self.config, self.graphdef, tx, self.mesh, state)
-            lowered = update.lower(state, self.on_device, np.int32(1))
-            return fresh.result(), lowered
-
-    def prober(self, tx: optax.GradientTransformation) -> Any:
-        """Return `probe` under jit; it takes (state, tokens, rates, count) and reuses the state's memory."""
-        return compiled_probe(self.config, self.graphdef, self.mesh, self.state_shapes(tx))
+    def initial_state_in_background(self, tx: optax.GradientTransformation) -> Future[TrainState]:
+        """Compute the state before the first step in a thread: tracing the training step keeps one core busy."""
+        thread = ThreadPoolExecutor(1)
+        state = thread.submit(self.initial_state, tx)
+        thread.shutdown(wait=False)
+        return state
 
     def state_shapes(self, tx: optax.GradientTransformation) -> TrainState:
-        """Return the training state's shapes, and how it lies."""
-        return laid_out(state_shapes(self.shapes, tx, self.config.seed, self.dtype), self.mesh)
+        """Return the training state as shapes with shardings."""
+        state = state_shapes(self.shapes, tx, self.config.seed, self.dtype)
+        return sharding.with_sharding(state_sharding(state, self.mesh), state)
 
-    def validator(self, whole: bool = False) -> "Validator":
-        """Return the function from parameters, and their step, to the loss on the held-out part, in nats per character.
+    def validator(self, whole: bool = False) -> Validator:
+        """Return the function (parameters, step, stop) -> validation loss, nats per character.
 
-        The step matters only where the config asks for random crops, and `whole` does not overrule it. A third
-        argument is asked before every batch; where it says yes the loss is None.
+        The step only matters if the config asks for random crops and `whole` is False. stop() is called before each
+        batch; if it returns True the loss is None.
         """
         crops = self.config.ancestor.random_validation and not whole
         windows_at = self._crops() if crops else self._windows()
         step = partial(validation_step, graphdef=self.graphdef, mesh=self.mesh)
-        step_on = jax.jit(step, compiler_options=compiler_options(self.mesh))
+        loss_sum = jax.jit(step, compiler_options=compiler_options(self.mesh))
 
-        def loss(params: Any, step: int, ended: Callable[[], bool] = lambda: False) -> float | None:
+        def loss(params: Params, step: int, stop: Callable[[], bool] = lambda: False) -> float | None:
             pairs = []
-            for x, y in zip(*windows_at(step), strict=True):
-                if ended():
+            for inputs, targets in zip(*windows_at(step), strict=True):
+                if stop():
                     return None
-                # Awaited one by one: with several CPU devices two dispatches in flight can deadlock.
-                pairs.append(jax.device_get(step_on(params, x, y)))
-            if crops:  # the ancestor takes the mean of its batches' means
+                # Wait for each result: with several CPU devices, two dispatches in flight can deadlock.
+                pairs.append(jax.device_get(loss_sum(params, inputs, targets)))
+            if crops:  # the original averages the means of its batches
                 return sum(float(total) / int(count) for total, count in pairs) / len(pairs)
             return sum(float(total) for total, _ in pairs) / sum(int(count) for _, count in pairs)
 
         return loss
 
     def _windows(self) -> Callable[[int], tuple[np.ndarray, ...]]:
-        """Return the function from a step to the inputs and targets, int32 [batches, B, T], to validate on after it."""
+        """Return the function from a step to its validation inputs and targets, int32 [batches, B, T]."""
         block_size, batch_size = self.config.model.block_size, self.config.data.batch_size
-        # Short batches are taken together: nothing is kept for a backward pass, and a dispatch costs what it costs.
+        # Short batches are merged: validation stores no activations, and each dispatch has a fixed cost.
         characters = min(VALIDATED_AT_ONCE, len(self.tokens) - self.n_train)
         batch_size *= max(1, characters // (batch_size * block_size))
         windows = batches.validation_batches(self.tokens, self.n_train, block_size, batch_size)
         return lambda step: windows
 
     def _crops(self) -> Callable[[int], tuple[np.ndarray, ...]]:
-        """Return the same for the ancestor's way: crops that each step draws anew."""
+        """Return the same function for validation like the original's: new random crops at each step."""
         data = self.config.data
         draw = jax.jit(partial(batches.validation_crops, block_size=self.config.model.block_size, data=data))
-        held_out, key = self.tokens[self.n_train :], jax.random.key(self.config.seed)
-        return lambda step: jax.device_get(draw(held_out, validation_key(key, step)))
+        validation_set, key = self.tokens[self.n_train :], jax.random.key(self.config.seed)
+        return lambda step: jax.device_get(draw(validation_set, validation_key(key, step)))
 
     def record(self) -> dict[str, Any]:
-        """Return what a checkpoint says of itself, as JSON."""
-        return {
-            "config": dataclasses.asdict(self.config),
-            "vocabulary": list(self.vocabulary),
-            "corpus_sha256": hashlib.sha256(self.tokens.tobytes()).hexdigest(),
-        }
+        """Return the description of the run that is saved in a checkpoint, as JSON can hold it."""
+        return record_of(self.config, self.vocabulary, self.tokens)

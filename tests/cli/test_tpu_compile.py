@@ -16,8 +16,8 @@ from jax import export
 from chargpt_jax.cli import tpu_compile as ahead
 from chargpt_jax.config import Config
 from chargpt_jax.errors import UserError
-from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
+from chargpt_jax.training.run import Run
 from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.stages import prepare
 from tests.corpus_text import small_config, write_words
@@ -72,13 +72,13 @@ def test_every_step_lowers_for_an_accelerator_without_library_calls_or_products_
 def test_what_is_compiled_has_the_shapes_of_a_real_run(tmp_path):
     config = small_config(write_words(tmp_path / "words.txt"))
     list(prepare(config, tmp_path / "run"))
-    setup = Setup.of(Workdir(tmp_path / "run"))
+    setup = Setup.of(Run.load(tmp_path / "run"))
     tx = optimizer.make_optimizer(setup.config.optimizer, optimizer.warmup_cosine(setup.config.scheduler, 1e-2, 10))
     training, validation, *_ = ahead.programs(setup.config, jax.local_devices())
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)  # noqa: E731
-    assert shapes(training.args[0]) == shapes(setup.fresh_state(tx))
+    assert shapes(training.args[0]) == shapes(setup.initial_state(tx))
     assert training.args[1].sharding == setup.on_device.sharding
-    assert shapes(validation.args[0]) == shapes(setup.fresh_state(tx).params)
+    assert shapes(validation.args[0]) == shapes(setup.initial_state(tx).params)
 
 
 def test_the_model_is_made_for_the_devices_that_it_is_compiled_for(monkeypatch):

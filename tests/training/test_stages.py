@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from chargpt_jax import api
 from chargpt_jax.cli.selftest import shrunk
 from chargpt_jax.config_io import load_config
 from chargpt_jax.devices.platform import BFLOAT16_ON_CPU
@@ -31,7 +32,9 @@ from chargpt_jax.events import (
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.state_arrays import on_host
 from chargpt_jax.storage.workdir import Log, Workdir
-from chargpt_jax.training import pacing, setup, stages
+from chargpt_jax.training import loop, optimizer, pacing, setup, stages
+from chargpt_jax.training.run import Run
+from chargpt_jax.training.setup import Setup
 from tests.corpus_text import FLOOR, small_config, write_words
 
 
@@ -54,10 +57,10 @@ def quiet(_: str) -> None:
 
 def final(workdir):
     """Return the arrays of a run's last checkpoint, by path."""
-    setup = stages.Setup.of(Workdir(workdir))
-    tx = stages.optimizer.empty(setup.config.optimizer)
+    setup = Setup.of(Run.load(workdir))
+    tx = optimizer.empty(setup.config.optimizer)
     store = Checkpoints(Workdir(workdir).checkpoints)
-    fresh = setup.fresh_state(tx)
+    fresh = setup.initial_state(tx)
     _, _, state = store.load("latest", lambda record: fresh)
     store.close()
     return on_host(state)
@@ -130,10 +133,10 @@ def test_the_speed_of_training_is_written_down(whole):
 
 
 def test_where_the_peak_is_known_the_part_of_it_that_was_reached_is_written_down(whole, monkeypatch):
-    setup, timed = stages.Setup.of(Workdir(whole[0])), stages.DispatchSize(small_config("x"))
+    setup, timed = Setup.of(Run.load(whole[0])), pacing.DispatchSize(small_config("x"))
     timed.record(0.5, 10)
-    monkeypatch.setattr(stages, "peak_flops", lambda device, dtype: 1e9 if dtype == "float32" else None)
-    assert stages._speed(Compiled(1.0, 1e7), timed, setup)["mfu"] == pytest.approx(1e7 / 0.05 / 1e9)
+    monkeypatch.setattr(loop, "peak_flops", lambda device, dtype: 1e9 if dtype == "float32" else None)
+    assert loop.speed(Compiled(1.0, 1e7), timed, setup)["mfu"] == pytest.approx(1e7 / 0.05 / 1e9)
 
 
 @pytest.mark.parametrize("when", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -320,7 +323,7 @@ def test_time_is_up_when_a_dispatch_and_two_saves_no_longer_fit(monkeypatch):
 
 
 def test_near_the_end_of_the_time_a_dispatch_holds_what_still_fits(text):
-    timed = stages.DispatchSize(small_config(text))
+    timed = pacing.DispatchSize(small_config(text))
     assert (timed.steps_within(math.inf), timed.steps_within(3.0)) == (pacing.MAX_DISPATCH_STEPS, 1)
     timed.record(1.0, 10)
     assert timed.steps_within(1.3) == 10
@@ -337,7 +340,7 @@ def test_a_finished_run_has_nothing_left_to_do(whole, text):
 
 
 def test_training_compiles_once_for_dispatches_of_any_length(text, tmp_path, monkeypatch):
-    traces = traces_of(setup, "updates", monkeypatch)
+    traces = traces_of(setup, "train_steps", monkeypatch)
     events = list(stages.train(small_config(text), tmp_path, quiet))
     lengths = np.diff([0] + [event.step for event in events if isinstance(event, Steps)])
     assert len(set(lengths)) > 1
@@ -353,8 +356,8 @@ def test_validation_compiles_once_for_all_of_a_run(text, tmp_path, monkeypatch):
 
 def test_short_batches_are_validated_together_with_the_same_result(text, tmp_path, monkeypatch):
     list(stages.prepare(small_config(text), tmp_path, quiet))
-    setup, asked, losses = stages.Setup.of(Workdir(tmp_path)), [], []
-    params = jax.tree.map(np.asarray, setup.draw())
+    run, asked, losses = Setup.of(Run.load(tmp_path)), [], []
+    params = jax.tree.map(np.asarray, run.draw())
     for most in (1, 600, 10**6):  # a batch of training is 8 x 32 characters
         monkeypatch.setattr(setup, "VALIDATED_AT_ONCE", most)
         asked.append(0)
@@ -363,8 +366,8 @@ def test_short_batches_are_validated_together_with_the_same_result(text, tmp_pat
             asked[-1] += 1
             return False
 
-        losses.append(setup.validator()(params, 0, ended))
-    held_out = len(setup.tokens) - setup.n_train
+        losses.append(run.validator()(params, 0, ended))
+    held_out = len(run.tokens) - run.n_train
     assert asked == [-(-held_out // 256), -(-held_out // 512), 2]  # the last: all that fill batches, and the rest
     assert held_out % 256
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
@@ -396,7 +399,7 @@ def test_the_ancestors_ways_can_be_switched_on(text, tmp_path):
     assert rates[0] == pytest.approx(1e-3)
     assert rates[steps:] == pytest.approx([1e-2] * 2 * steps)
 
-    setup = stages.Setup.of(Workdir(tmp_path))
+    setup = Setup.of(Run.load(tmp_path))
     params = jax.tree.map(np.asarray, setup.draw())
     crops, windows = setup.validator(), setup.validator(whole=True)
     assert crops(params, 1) == crops(params, 1) != crops(params, 2)
@@ -409,7 +412,7 @@ def test_without_a_rate_the_range_test_finds_one_and_the_config_keeps_it(text, t
     config = small_config(text)
     config.optimizer.learning_rate = None
     config.scheduler.max_steps = 3
-    events = list(stages.train(config, tmp_path, quiet))
+    events = list(api.train(config, tmp_path, quiet))
     steps = [event for event in events if isinstance(event, LRFinderStep)]
     (result,) = [event for event in events if isinstance(event, LRFinderResult)]
     started = next(event for event in events if isinstance(event, TrainStarted))
@@ -432,13 +435,14 @@ def test_a_failure_in_drawing_while_the_updates_are_traced_is_told(text, tmp_pat
     def draw():
         raise MemoryError
 
-    setup = dataclasses.replace(stages.Setup.of(Workdir(tmp_path)), draw=draw)
+    setup = dataclasses.replace(Setup.of(Run.load(tmp_path)), draw=draw)
+    state = setup.initial_state_in_background(optimizer.make_optimizer(setup.config.optimizer, 1e-3))
     with pytest.raises(MemoryError):
-        setup.begin(stages.optimizer.make_optimizer(setup.config.optimizer, 1e-3))
+        state.result()
 
 
 def test_the_range_test_compiles_once(text, tmp_path, monkeypatch):
-    traces = traces_of(setup, "probe", monkeypatch)
+    traces = traces_of(setup, "range_test_steps", monkeypatch)
     list(stages.find_lr(small_config(text), tmp_path, quiet))
     assert len(traces) == 1
 
@@ -450,7 +454,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(text, tmp_pa
     config.scheduler.min_lr_factor = 0.0
     config.train.validate_every = 1 / 40
     config.scheduler.max_steps = 200
-    with pytest.raises(NonFiniteLoss, match=r"the loss is (nan|inf).*(checkpoint of step \d+ is kept)"):
+    with pytest.raises(NonFiniteLoss, match=r"diverged at step \d+: loss (nan|inf).* last checkpoint is step \d+"):
         list(stages.train(config, tmp_path, quiet))
     assert all(np.isfinite(x).all() for x in final(tmp_path).values())
 
@@ -474,7 +478,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused_before_training(whole, te
     folder = Workdir(tmp_path)
     tokens = folder.load_tokens()
     folder.save_corpus(folder.load_tokenizer(), tokens[::-1].copy(), folder.load_sources())
-    with pytest.raises(UserError, match="is of another run .*corpus_sha256 differs"):
+    with pytest.raises(UserError, match="belongs to a different run .*corpus_sha256 differs"):
         list(stages.train(config, tmp_path, quiet))
 
 
@@ -494,7 +498,7 @@ def test_one_distinct_character_is_refused(tmp_path):
 
 
 def test_pace_aims_at_two_seconds_whatever_the_first_dispatch_took(text):
-    timed = stages.DispatchSize(small_config(text))
+    timed = pacing.DispatchSize(small_config(text))
     assert timed.steps == 1
     for seconds in (9.0, 0.01, 0.04, 0.16, 0.64):
         timed.record(seconds, timed.steps)

@@ -1,0 +1,263 @@
+"""The training loop: validate, save, dispatch, log, report."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from chargpt_jax.devices import sharding
+from chargpt_jax.errors import NonFiniteLoss
+from chargpt_jax.events import (
+    Compiled,
+    Ended,
+    Event,
+    Saved,
+    Steps,
+    TrainStarted,
+    Validated,
+    bits_per_character,
+)
+from chargpt_jax.model.flops import peak_flops, training_flops
+from chargpt_jax.model.gpt import count_parameters
+from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
+from chargpt_jax.storage.lock import Lock
+from chargpt_jax.storage.workdir import Log, excused
+from chargpt_jax.training.pacing import DispatchSize, StopCondition
+from chargpt_jax.training.run import Run, Warn
+from chargpt_jax.training.setup import Setup
+from chargpt_jax.training.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """The results of one dispatch: an element per training step."""
+
+    losses: np.ndarray
+    """float32, nats per character."""
+    grad_norms: np.ndarray
+    """float32."""
+    seconds: np.ndarray
+    """Training time of the run at the end of each step; the steps of a dispatch are assumed to take equal times."""
+
+
+class TrainingLoop:
+    """The state of a run in training, and what is done with it."""
+
+    def __init__(
+        self,
+        run: Run,
+        setup: Setup,
+        state: TrainState,
+        learning_rate_at: Callable[[int], jax.Array],
+        store: Checkpoints,
+        lock: Lock,
+        condition: StopCondition,
+        warn: Warn,
+    ) -> None:
+        """Continue the log of the run after the step of `state`."""
+        self.run, self.setup, self.state, self.learning_rate_at = run, setup, state, learning_rate_at
+        self.store, self.lock, self.condition, self.warn = store, lock, condition, warn
+        self.size = DispatchSize(run.config)
+        self.epoch_steps, self.total_steps = run.epoch_steps, run.total_steps
+        self.validate_every = max(1, round(run.config.train.validate_every * self.epoch_steps))
+        self.step = self.saved_step = int(state.step)
+        self.log = Log(run.workdir, self.step, warn)
+        validations = [line for line in self.log.lines if line["event"] == "validation"]
+        self.seconds: float = max((line.get("seconds", 0.0) for line in self.log.lines), default=0.0)
+        """Of training and validation, without interruptions of the run."""
+        self.best_loss: float = min((line["loss"] for line in validations), default=math.inf)
+        self.validated_step: int = max((line["step"] for line in validations), default=0)
+
+    def events(self, lowered: jax.stages.Lowered, tracing: float) -> Iterator[Event]:
+        """Train until the schedule ends or the stop condition is reached.
+
+        Args:
+            lowered: the traced dispatch, `setup.train_steps`, ready to be compiled.
+            tracing: the seconds that tracing took.
+        """
+        yield self.started()
+        if not self.condition.reached():
+            yield self.compile(lowered, tracing)
+            while True:
+                self.lock.alive()
+                loss = self.validate() if self.validation_is_due() else None
+                if loss is not None:
+                    # The log line is written before the checkpoint. After a crash between the two, training resumes
+                    # from an earlier step and drops the line.
+                    validated, saved = self.log_validation(loss), self.save(loss)
+                    yield validated
+                    yield saved
+                if self.is_finished():
+                    break
+                dispatched = self.dispatch()
+                self.log_steps(dispatched)
+                yield self.progress(dispatched)
+            if self.step > self.saved_step:
+                yield self.save(UNVALIDATED)
+        yield Ended(self.step, self.seconds, self.best_loss, self.condition.signal, self.condition.out_of_time)
+
+    def started(self) -> TrainStarted:
+        """Return the event that describes the model, the schedule and the losses logged so far."""
+        config = self.run.config
+        assert config.optimizer.learning_rate is not None
+        return TrainStarted(
+            parameters=count_parameters(self.setup.shapes),
+            first_step=self.step,
+            total_steps=self.total_steps,
+            epoch_steps=self.epoch_steps,
+            epochs=self.total_steps / self.epoch_steps,
+            learning_rate=config.optimizer.learning_rate,
+            device=sharding.describe(self.setup.mesh),
+            dtype=jnp.dtype(self.setup.dtype).name,
+            training=self._logged_losses("step"),
+            validation=self._logged_losses("validation"),
+        )
+
+    def _logged_losses(self, kind: str) -> tuple[tuple[int, float], ...]:
+        return tuple((line["step"], line["loss"]) for line in self.log.lines if line["event"] == kind)
+
+    def compile(self, lowered: jax.stages.Lowered, tracing: float) -> Compiled:
+        """Compile the dispatch."""
+        config, began = self.run.config, time.perf_counter()
+        self._dispatch = lowered.compile()
+        seconds = tracing + time.perf_counter() - began
+        self._validator = self.setup.validator()
+        # The first validation is compiled without a check of the time limit; it takes no longer than the dispatch.
+        self._validation_compile_seconds = seconds
+        self.compiled = Compiled(seconds, training_flops(config.model, config.data.batch_size))
+        return self.compiled
+
+    def validation_is_due(self) -> bool:
+        """Return whether this step is to be validated, and there is time for it."""
+        due = self.step % self.validate_every == 0 or self.step == self.total_steps
+        return due and self.step > self.validated_step and not self.condition.reached(self._validation_compile_seconds)
+
+    def validate(self) -> float | None:
+        """Return the validation loss, nats per character, or None if the stop condition was reached meanwhile."""
+        began = time.perf_counter()
+        loss = self._validator(self.state.params, self.step, self.condition.reached)
+        self.seconds, self._validation_compile_seconds = self.seconds + time.perf_counter() - began, 0.0
+        if loss is not None:
+            self._check_finite(np.array([loss]), np.zeros(1), self.step - 1)
+        return loss
+
+    def log_validation(self, loss: float) -> Validated:
+        """Log a validation loss, and update the file with the training speed."""
+        found = Validated(
+            self.step,
+            self.step / self.epoch_steps,
+            loss,
+            bits_per_character(loss),
+            loss < self.best_loss,
+            self.seconds,
+        )
+        self.best_loss, self.validated_step = min(self.best_loss, loss), self.step
+        with excused(str(self.run.workdir.speed), self.warn):
+            if math.isfinite(self.size.seconds_per_step):
+                self.run.workdir.save_speed(speed(self.compiled, self.size, self.setup))
+        self.log.add([{"event": "validation", **dataclasses.asdict(found)}], durably=True)
+        return found
+
+    def save(self, loss: float) -> Saved:
+        """Save a checkpoint with a validation loss, or UNVALIDATED; record how long that takes."""
+        began = time.perf_counter()
+        path = self.store.save(self.state, self.setup.record(), loss)
+        self.condition.record_save(time.perf_counter() - began)
+        self.saved_step = self.step
+        return Saved(self.step, str(path))
+
+    def is_finished(self) -> bool:
+        """Return whether the schedule has ended, or no time is left for another step."""
+        return self.condition.reached(self.size.seconds_for(1)) or self.step == self.total_steps
+
+    def dispatch(self) -> Dispatched:
+        """Make as many training steps as fit into a dispatch, and before the next validation."""
+        count = min(
+            self.size.steps,
+            self.validate_every - self.step % self.validate_every,
+            self.total_steps - self.step,
+            self.size.steps_within(self.condition.seconds_left()),
+        )
+        began = time.perf_counter()
+        self.state, history = self._dispatch(self.state, self.setup.on_device, np.int32(count))
+        # Wait for the result: with several CPU devices, two dispatches in flight can deadlock.
+        losses, norms = (np.asarray(history[name])[:count] for name in ("loss", "grad_norm"))
+        elapsed = time.perf_counter() - began
+        self.size.record(elapsed, count)
+        times = np.linspace(self.seconds, self.seconds + elapsed, count + 1)[1:]
+        self._check_finite(losses, norms, self.step)
+        self.step, self.seconds = self.step + count, float(times[-1])
+        return Dispatched(losses, norms, times)
+
+    def _check_finite(self, losses: np.ndarray, norms: np.ndarray, step: int) -> None:
+        """Raise NonFiniteLoss at the first NaN or infinite loss or gradient norm after `step`.
+
+        With loss scaling (float16) an infinite gradient norm is normal.
+        """
+        scaled = self.state.loss_scale is not None
+        bad = ~np.isfinite(losses) | (~np.isfinite(norms) & (not scaled))
+        if not bad.any():
+            return
+        at, kept = int(np.argmax(bad)), self.store.steps()
+        last = f"The last checkpoint is step {kept[-1]}" if kept else "There is no checkpoint yet"
+        raise NonFiniteLoss(
+            f"Training diverged at step {step + at + 1}: loss {losses[at]}, gradient norm {norms[at]}. {last}. Lower "
+            "optimizer.learning_rate, or set optimizer.clip_norm=1.0."
+        )
+
+    def log_steps(self, dispatched: Dispatched) -> None:
+        """Log the steps of a dispatch whose number is a multiple of log_every."""
+        first, every = self.step - len(dispatched.losses) + 1, self.run.config.train.log_every
+        self.log.add(
+            [
+                {
+                    "event": "step",
+                    "step": step,
+                    "loss": float(loss),
+                    "learning_rate": float(self.learning_rate_at(step - 1)),
+                    "grad_norm": float(norm),
+                    "seconds": float(seconds),
+                }
+                for step, loss, norm, seconds in zip(
+                    range(first, self.step + 1),
+                    dispatched.losses,
+                    dispatched.grad_norms,
+                    dispatched.seconds,
+                    strict=True,
+                )
+                if step % every == 0
+            ]
+        )
+
+    def progress(self, dispatched: Dispatched) -> Steps:
+        """Return the event that reports the last step of a dispatch."""
+        config = self.run.config
+        return Steps(
+            step=self.step,
+            epoch=self.step / self.epoch_steps,
+            loss=float(dispatched.losses[-1]),
+            learning_rate=float(self.learning_rate_at(self.step - 1)),
+            grad_norm=float(dispatched.grad_norms[-1]),
+            tokens_per_second=config.data.batch_size * config.model.block_size / self.size.seconds_per_step,
+            seconds=self.seconds,
+            seconds_left=(self.total_steps - self.step) * self.size.seconds_per_step,
+        )
+
+
+def speed(compiled: Compiled, size: DispatchSize, setup: Setup) -> dict[str, Any]:
+    """Return the content of speed.json: the training speed, and the fraction of peak FLOP/s (mfu) if that is known."""
+    device, dtype = setup.mesh.devices.flat[0], jnp.dtype(setup.dtype).name
+    achieved, peak = compiled.flops_per_step / size.seconds_per_step, peak_flops(device, dtype)
+    return {
+        "device": sharding.describe(setup.mesh),
+        "compile_seconds": compiled.seconds,
+        "seconds_per_step": size.seconds_per_step,
+        "flops_per_step": compiled.flops_per_step,
+        "flops_per_second": achieved,
+        "mfu": achieved / (peak * setup.mesh.size) if peak else None,
+    }

@@ -1,0 +1,183 @@
+"""A run, resolved once: its workdir, config and corpus are read and checked here and then passed to every stage."""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+
+from chargpt_jax.config import Config, validate
+from chargpt_jax.data import batches
+from chargpt_jax.data.corpus import load_corpus
+from chargpt_jax.data.tokenizer import CharTokenizer
+from chargpt_jax.errors import UserError
+from chargpt_jax.events import Prepared
+from chargpt_jax.storage.checkpoint import Checkpoints
+from chargpt_jax.storage.workdir import Workdir
+from chargpt_jax.training import optimizer
+
+Warn = Callable[[str], None]
+"""Receives a message for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The workdir, config and corpus of one run."""
+
+    workdir: Workdir
+    config: Config
+    """As saved in the workdir, with the fields that depend on the corpus filled in."""
+    tokenizer: CharTokenizer
+    tokens: np.ndarray
+    """int32 [N], the whole corpus."""
+    sources: Sequence[dict[str, Any]]
+
+    @classmethod
+    def load(cls, workdir: str | Path | Workdir) -> "Run":
+        """Read a prepared workdir.
+
+        Raises:
+            UserError: if a file is missing or damaged.
+        """
+        folder = Workdir(workdir)
+        config, tokenizer = folder.load_config(), folder.load_tokenizer()
+        return cls(folder, config, tokenizer, folder.load_tokens(), folder.load_sources())
+
+    @classmethod
+    def prepare(cls, config: Config, folder: Workdir, warn: Warn) -> "Run":
+        """Resume a run, or create it: load the text, encode it and write it to the workdir with the config.
+
+        The caller holds the workdir's lock.
+
+        Raises:
+            UserError: if the config, the workdir or the text is invalid; nothing has been written then.
+        """
+        folder.check_config(config)
+        if folder.has_corpus() and folder.config.exists():
+            saved = cls.load(folder)
+            run = dataclasses.replace(saved, config=_merge(saved.config, config))
+            run = dataclasses.replace(run, config=_with_vocabulary(run.config, run.tokenizer))
+            _check_split(run)
+            _check_length(run)
+        else:
+            run = cls._create(config, folder, warn)
+            _check_split(run)
+            _check_length(run)
+            folder.save_corpus(run.tokenizer, run.tokens, run.sources)
+        folder.save_config(run.config)
+        return run
+
+    @classmethod
+    def _create(cls, config: Config, folder: Workdir, warn: Warn) -> "Run":
+        text, found = load_corpus(config.data, warn=warn)
+        tokenizer, sources = CharTokenizer.from_text(text), [dataclasses.asdict(source) for source in found]
+        if tokenizer.n_ids < 3:
+            raise UserError(f"The text has one distinct character, {text[0]!r}, but must have at least two.")
+        return cls(folder, _with_vocabulary(config, tokenizer), tokenizer, tokenizer.encode_text(text), sources)
+
+    @property
+    def n_train(self) -> int:
+        """Characters in the training set."""
+        return int(self.config.data.train_split * len(self.tokens))
+
+    @property
+    def epoch_steps(self) -> int:
+        """Training steps in an epoch."""
+        config = self.config
+        return batches.steps_per_epoch(self.n_train, config.model.block_size, config.data, config.ancestor.short_epochs)
+
+    @property
+    def total_steps(self) -> int:
+        """Training steps in the whole run."""
+        return optimizer.total_steps(self.config.scheduler, self.epoch_steps)
+
+    def schedule(self) -> optax.Schedule:
+        """Return the learning rate as a function of the step."""
+        config, peak = self.config, self.config.optimizer.learning_rate
+        assert peak is not None
+        return optimizer.warmup_cosine(config.scheduler, peak, self.epoch_steps, config.ancestor.decay)
+
+    def with_learning_rate(self, learning_rate: float) -> "Run":
+        """Return this run with a learning rate, which is written to its config file as well."""
+        found = dataclasses.replace(self.config.optimizer, learning_rate=learning_rate)
+        run = dataclasses.replace(self, config=dataclasses.replace(self.config, optimizer=found))
+        self.workdir.save_config(run.config)
+        return run
+
+    def prepared(self) -> Prepared:
+        """Return the event that describes the corpus."""
+        return Prepared(
+            titles=tuple(source["title"] for source in self.sources),
+            characters=len(self.tokens),
+            n_train=self.n_train,
+            n_validation=len(self.tokens) - self.n_train,
+            n_ids=self.tokenizer.n_ids,
+            vocab_size=self.config.model.vocab_size,
+            stand_in_for=next((source["stand_in_for"] for source in self.sources if source["stand_in_for"]), None),
+        )
+
+
+def checked_workdir(config: Config, workdir: str | Path | Workdir) -> Workdir:
+    """Return the workdir, after checking the config and that the folder can hold a run."""
+    validate(config)
+    folder = Workdir(workdir)
+    folder.check_writable()
+    return folder
+
+
+def record_of(config: Config, vocabulary: Sequence[str], tokens: np.ndarray) -> dict[str, Any]:
+    """Return the description of a run that is saved in its checkpoints, as JSON can hold it."""
+    return {
+        "config": dataclasses.asdict(config),
+        "vocabulary": list(vocabulary),
+        "corpus_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+    }
+
+
+def _merge(saved: Config, given: Config) -> Config:
+    """Return the given config, with the fields that the run has filled in taken from the saved one."""
+    rate = given.optimizer.learning_rate or saved.optimizer.learning_rate
+    model = dataclasses.replace(given.model, vocab_size=saved.model.vocab_size, used_ids=saved.model.used_ids)
+    return dataclasses.replace(given, model=model, optimizer=dataclasses.replace(given.optimizer, learning_rate=rate))
+
+
+def _with_vocabulary(config: Config, tokenizer: CharTokenizer) -> Config:
+    """Fill in the fields that depend on the corpus.
+
+    Raises:
+        UserError: if the config sets them to values that do not fit.
+    """
+    size = config.model.vocab_size
+    if size and size < tokenizer.n_ids:
+        raise UserError(
+            f"model.vocab_size is {size}, but must be at least {tokenizer.n_ids}, the token ids of the corpus with "
+            "padding: leave it at 0."
+        )
+    if config.model.used_ids not in (0, tokenizer.n_ids):
+        raise UserError(
+            f"model.used_ids is {config.model.used_ids}, but must be {tokenizer.n_ids}, the token ids of the corpus "
+            "with padding: leave it at 0."
+        )
+    model = dataclasses.replace(config.model, vocab_size=size or tokenizer.vocab_size, used_ids=tokenizer.n_ids)
+    return dataclasses.replace(config, model=model)
+
+
+def _check_split(run: Run) -> None:
+    batches.split(run.tokens, run.config.data.train_split, run.config.model.block_size)
+
+
+def _check_length(run: Run) -> None:
+    """Check that the schedule is not shorter than the steps already made: it may grow, but not shrink below them."""
+    with contextlib.closing(Checkpoints(run.workdir.checkpoints)) as store:
+        made = max(store.steps(), default=0)
+    scheduler, total = run.config.scheduler, run.total_steps
+    if made > total:
+        name = "epochs" if scheduler.max_steps is None else "max_steps"
+        raise UserError(
+            f"scheduler.{name} is {getattr(scheduler, name):g} ({total:,} training steps), but the run in "
+            f"{run.workdir.path} is already at step {made:,}: increase it, or use another --workdir."
+        )
