@@ -169,13 +169,3 @@ class Ended:
 
 
 Event = Prepared | LRFinderStep | Zoom | LRFinderResult | TrainStarted | Compiled | Steps | Validated | Saved | Ended
-
-
-def perplexity(nats: float) -> float:
-    """Return exp of a loss in nats: the number of equally likely characters with the same loss."""
-    return math.exp(nats) if nats < 700 else math.inf
-
-
-def bits_per_character(nats: float) -> float:
-    """Return a loss in nats as bits."""
-    return nats / math.log(2)

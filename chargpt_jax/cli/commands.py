@@ -5,6 +5,7 @@ JAX is imported inside the functions, so that a mistyped command is answered at 
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -48,9 +49,9 @@ class Request:
         """The value of --mode."""
         return str(self.flags.mode)
 
-    @property
+    @functools.cached_property
     def folder(self) -> "Workdir":
-        """The workdir."""
+        """The workdir; each of its files that are read to resolve the run is read once."""
         from chargpt_jax.storage.workdir import Workdir
 
         return Workdir(self.workdir)
@@ -100,7 +101,7 @@ def read(argv: Sequence[str], signals: Signals) -> Request:
 def run(request: Request) -> int:
     """Do all stages: prepare the text, find a learning rate, train, generate samples, write the report."""
     with Session(request) as session:
-        events = session.api.run(request.config, request.workdir, warn, request.signals.received, request.minutes_left)
+        events = session.api.run(request.config, request.folder, warn, request.signals.received, request.minutes_left)
         for event in session.profiled(events):
             if session.show(event):
                 break
@@ -110,9 +111,7 @@ def run(request: Request) -> int:
 def train(request: Request) -> int:
     """Train, or resume training."""
     with Session(request) as session:
-        events = session.api.train(
-            request.config, request.workdir, warn, request.signals.received, request.minutes_left
-        )
+        events = session.api.train(request.config, request.folder, warn, request.signals.received, request.minutes_left)
         for event in session.profiled(events):
             if session.show(event):
                 break
@@ -122,7 +121,7 @@ def train(request: Request) -> int:
 def prepare(request: Request) -> int:
     """Load, clean and encode the text."""
     with Session(request) as session:
-        for event in session.api.prepare(request.config, request.workdir, warn):
+        for event in session.api.prepare(request.config, request.folder, warn):
             session.show(event)
     return session.finish()
 
@@ -132,7 +131,7 @@ def find_lr(request: Request) -> int:
     from chargpt_jax.events import LRFinderResult
 
     with Session(request) as session:
-        for event in session.api.find_lr(request.config, request.workdir, warn):
+        for event in session.api.find_lr(request.config, request.folder, warn):
             session.show(event)
     if request.flags.json and isinstance(session.last, LRFinderResult):
         print(as_json(dataclasses.asdict(session.last)))
@@ -212,7 +211,7 @@ def _print_samples(folder: "Workdir", out: TextIO) -> None:
 
 def evaluate(request: Request) -> int:
     """Compute the loss on the full validation set."""
-    result = _api().evaluate(request.workdir, request.step, warn)
+    result = _api().evaluate(request.folder, request.step, warn)
     text = "{loss:.4f} nats = {bits_per_character:.4f} bits per character, validation set of {tokens:,} characters"
     print(as_json(result) if request.flags.json else text.format(**result) + f" (step {result['step']:,})")
     return 0
@@ -226,7 +225,7 @@ def generate(request: Request) -> int:
     streaming = flags.stream and not flags.json
     if streaming and len(prompts) > 1:
         raise UserError(f"--stream prints one sequence, but there are {len(prompts)} prompts: give one --prompt.")
-    model = _api().load(request.workdir, request.step, warn)
+    model = _api().load(request.folder, request.step, warn)
     if streaming:
         _stream(0, prompts[0])
     samples = model.generate(
@@ -260,7 +259,7 @@ def score(request: Request) -> int:
         raise UserError("--mode=score needs a text: give either --text or --text_file.")
     text = flags.text if flags.text is not None else corpus.read_text(Path(flags.text_file))
     api = _api()
-    model = api.load(request.workdir, request.step, warn)
+    model = api.load(request.folder, request.step, warn)
     sample = model.score(text, stride=flags.stride, skip_unknown=flags.skip_unknown)
     _save_and_print(request, api.Samples([sample]), "scored")
     return 0
@@ -303,7 +302,7 @@ def import_original(request: Request) -> int:
 
 def info(request: Request) -> int:
     """Print a run's settings, progress and speed."""
-    facts = _api().info(request.workdir)
+    facts = _api().info(request.folder)
     lines = [one_line(f"{name}: {'not known' if value is None else value}") for name, value in facts.items()]
     print(as_json(facts) if request.flags.json else "\n".join(lines))
     return 0

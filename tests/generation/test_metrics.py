@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chargpt_jax.events import bits_per_character, perplexity
 from chargpt_jax.generation.metrics import (
     surprisal_and_entropy,
     surprise_surprise,
