@@ -1,8 +1,7 @@
-"""Find a text, cut the licence off, mend it, and say where it came from.
+"""Load a text, remove the licence, repair encoding errors, and record its source.
 
-A text is looked for where the user points (a path or an address), then in the cache, then on the web; where a download
-fails, the text that ships with Python stands in, loudly. How a text is fetched and kept is left to `download.py`, and
-what a character becomes to `tokenizer.py`.
+A text is read from a file, from the download cache or from the web. If a download fails, a text that ships with Python
+is used instead, with a warning. `download.py` downloads and caches; `tokenizer.py` encodes characters.
 """
 
 import hashlib
@@ -19,10 +18,10 @@ from chargpt_jax.data.download import DownloadError, Page, default_cache, fetch,
 from chargpt_jax.errors import UserError
 
 MOST_SCORED = 4 * MAX_TEXT
-"""Bytes of a text that is read to be scored: as many as its characters may take in UTF-8."""
+"""Maximum size of a text to be scored, bytes: the most that its characters can take in UTF-8."""
 
 SHORTEST_CUT = 1_000
-"""Characters that a text must keep after something was cut from it; it must also keep a tenth of them."""
+"""Minimum number of characters after a part was removed; 10 % of the text must be left as well."""
 
 _BOOK = r"PROJECT\s+GUTENBERG(?:['’]S)?\s+E-?(?:BOOK|TEXT)\b"
 _START = re.compile(
@@ -42,7 +41,7 @@ _PRODUCER = re.compile(r"\s*(?:Produced|E-?text\s+prepared)\s+by\b(?:(?!\n[ \t]*
 
 @dataclass(frozen=True)
 class Source:
-    """Where a part of the corpus came from, and what it was when it was used."""
+    """The source of a part of the corpus, and the state of that part when it was used."""
 
     title: str
     kind: str
@@ -53,9 +52,9 @@ class Source:
     """Of the UTF-8 of this source's final text, in hexadecimal."""
     characters: int
     fixes: tuple[tuple[str, str], ...]
-    """What ftfy mended: pairs of action and parameter, in order."""
+    """Encoding errors that ftfy repaired: pairs of action and parameter, in order."""
     stand_in_for: str | None = None
-    """The source that could not be had, where this one is its stand-in."""
+    """The source that could not be downloaded, if this one is its stand-in."""
 
 
 Part = tuple[str, Source]
@@ -68,10 +67,10 @@ def _to_stderr(line: str) -> None:
 def load_corpus(
     config: DataConfig, *, cache: Path | None = None, warn: Callable[[str], None] = _to_stderr
 ) -> tuple[str, tuple[Source, ...]]:
-    """Return the text of all of `config.source`, end to end, and where each part of it came from.
+    """Return the concatenated texts of `config.source`, and the source of each.
 
     Raises:
-        UserError: where a source is missing or bad, or where `start_at` is not a regular expression or has no match.
+        UserError: if a source is missing or invalid, or `start_at` is not a regular expression or has no match.
     """
     try:
         start = re.compile(config.start_at, re.MULTILINE)
@@ -93,7 +92,7 @@ def load_corpus(
             continue
         for page in pages:
             body, title = _cut_licence(_decode(page), kind, page.url)
-            if page.key:  # kept only now: a bad page is to be fetched again
+            if page.key:  # cached only now, so that an invalid page is downloaded again
                 keep(page, cache, warn)
             parts.append(_finish(kind, page.url, title, _start_at(body, start, page.url)))
     if missing:  # one stand-in for all: twice the same text would put training text into the validation split
@@ -104,10 +103,10 @@ def load_corpus(
 def read_text(path: str | Path) -> str:
     """Return a local text file by the rules for sources: strict UTF-8, no byte order mark, plain line ends.
 
-    Nothing is cut off or mended, and an empty text is one too. More than `MOST_SCORED` bytes are not read.
+    No part is removed or repaired, and the text may be empty. At most `MOST_SCORED` bytes are read.
 
     Raises:
-        UserError: where the file cannot be read, or is not a text in UTF-8.
+        UserError: if the file is unreadable, too large or not UTF-8.
     """
     return _decode(Page(str(path), _read_file(str(path), MOST_SCORED, "give its parts one by one")))
 
@@ -135,7 +134,7 @@ def _stand_in(missing: dict[str, str], config: DataConfig, warn: Callable[[str],
         )
     text, source = _stdlib_part(names)
     warn(
-        f"WARNING: {names} could not be downloaded ({reasons}); the text is now a STAND-IN, {source.title!r}, which "
+        f"WARNING: {names} could not be downloaded ({reasons}). Using a STAND-IN text instead: {source.title!r}, which "
         "ships with Python."
     )
     return text, source
@@ -255,8 +254,8 @@ def _plausible(cut: str, text: str, where: str, by: str) -> str:
     least = max(SHORTEST_CUT, len(text) / 10)
     if len(cut.strip()) < least:
         raise UserError(
-            f"{where} keeps {len(cut.strip()):,} of {len(text):,} characters after {by}, but {least:,.0f} is the least "
-            "that is plausible: look at the text, cut it by hand and give the file."
+            f"Only {len(cut.strip()):,} of {len(text):,} characters of {where} remain after {by} (at least "
+            f"{least:,.0f} expected): check the text, or trim it by hand and give the file."
         )
     return cut
 

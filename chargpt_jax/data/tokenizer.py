@@ -1,12 +1,11 @@
-"""Characters to integers and back.
+"""Convert characters to token ids and back, without JAX.
 
-The vocabulary is the sorted set of a text's characters with '' in front: id 0 is padding, and sorting code points
-gives every character the id that the PyTorch ancestor gives it. Nothing here depends on JAX.
+The vocabulary is the sorted set of a text's characters, after '' (padding, id 0). Sorting by code point gives each
+character the id that it has in the original.
 """
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from chargpt_jax.config import VOCAB_MULTIPLE
 from chargpt_jax.errors import UserError
 
 PADDING = 0
-"""The id of '' : it stands before short sequences, is never a target, and decodes to nothing."""
+"""The id of '': it precedes short sequences, is never a target, and decodes to ''."""
 
 
 class CharTokenizer:
@@ -31,7 +30,7 @@ class CharTokenizer:
         return cls(set(text))
 
     @classmethod
-    def from_saved(cls, names: Any) -> "CharTokenizer":
+    def from_saved(cls, names: object) -> "CharTokenizer":
         """Make the tokenizer whose vocabulary was saved, '' first and the rest in order, as it stands in a file.
 
         Raises:
@@ -47,12 +46,12 @@ class CharTokenizer:
 
     @property
     def n_ids(self) -> int:
-        """How many ids mean something: the characters and the padding."""
+        """Number of token ids in use: the characters and the padding."""
         return len(self.vocabulary)
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding table: `n_ids` rounded up to a multiple of 64."""
+        """Size of the embedding table: `n_ids` rounded up to a multiple of 64."""
         return -(-self.n_ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def unknown(self, text: str) -> list[str]:
@@ -75,16 +74,16 @@ class CharTokenizer:
             UserError: naming a character without an id, and its code point.
         """
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.int64)
-        places = np.searchsorted(self._codes, codes)
-        known = places < len(self._codes)
-        known[known] = self._codes[places[known]] == codes[known]
+        positions = np.searchsorted(self._codes, codes)
+        known = positions < len(self._codes)
+        known[known] = self._codes[positions[known]] == codes[known]
         if not known.all():
             at = int(np.argmin(known))
             raise UserError(
                 f"The text has {text[at]!r} (U+{ord(text[at]):04X}) at character {at}, which is not in the vocabulary "
                 "of this model: leave it out, or pass --skip_unknown to drop such characters."
             )
-        return (places + 1).astype(np.int32)
+        return (positions + 1).astype(np.int32)
 
     def encode(self, texts: Sequence[str], block_size: int | None = None) -> np.ndarray:
         """Encode texts into one array, padded on the left with 0.
