@@ -83,9 +83,6 @@ MAY_IMPORT = {
 }
 """The folders, or files at the top, that a folder may import, at any time: docs/architecture.md explains the order."""
 
-IMPORTS_TO_REMOVE = {("training.stages", "pictures")}
-"""Imports against the table that are still to be removed: (file, folder)."""
-
 
 def folder(name: str) -> str:
     """Return the folder of a file, or the file itself at the top of the package."""
@@ -96,7 +93,7 @@ def test_folders_import_only_what_the_table_allows():
     assert set(MAY_IMPORT) == {folder(name) for name in FILES}
     found = {(name, folder(other)) for name in FILES for other in own(name, True) | own(name, False)}
     against = {(name, other) for name, other in found if other not in (folder(name), *MAY_IMPORT[folder(name)].split())}
-    assert against <= IMPORTS_TO_REMOVE
+    assert against == set()
 
 
 def test_import_table_has_no_cycle():
