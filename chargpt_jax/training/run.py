@@ -34,7 +34,8 @@ class Run:
     tokenizer: CharTokenizer
     tokens: np.ndarray
     """int32 [N], the whole corpus."""
-    sources: Sequence[dict[str, Any]]
+    sources: Sequence[dict[str, Any]] = ()
+    """Where the text comes from; only `prepare` reads it."""
 
     @classmethod
     def load(cls, workdir: str | Path | Workdir) -> "Run":
@@ -45,7 +46,7 @@ class Run:
         """
         folder = Workdir(workdir)
         config, tokenizer = folder.load_config(), folder.load_tokenizer()
-        return cls(folder, config, tokenizer, folder.load_tokens(), folder.load_sources())
+        return cls(folder, config, tokenizer, folder.load_tokens())
 
     @classmethod
     def prepare(cls, config: Config, folder: Workdir, warn: Warn) -> "Run":
@@ -59,8 +60,8 @@ class Run:
         folder.check_config(config)
         if folder.has_corpus() and folder.config.exists():
             saved = cls.load(folder)
-            run = dataclasses.replace(saved, config=_merge(saved.config, config))
-            run = dataclasses.replace(run, config=_with_vocabulary(run.config, run.tokenizer))
+            filled_in = _with_vocabulary(_merge(saved.config, config), saved.tokenizer)
+            run = dataclasses.replace(saved, config=filled_in, sources=folder.load_sources())
             _check_split(run)
             _check_length(run)
         else:
