@@ -25,10 +25,11 @@ from flax import nnx
 from chargpt_jax.config import LRFinderConfig, ModelConfig, OptimizerConfig, SchedulerConfig
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.events import LRFinderResult
-from chargpt_jax.generation.generate import advance, begin, bucket
+from chargpt_jax.generation.generate import bucket, decode, prefill
 from chargpt_jax.generation.metrics import surprise_surprise
 from chargpt_jax.generation.sampler import Sampler
-from chargpt_jax.model.gpt import create
+from chargpt_jax.model.init import create
+from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.training.lr_finder import LossesOf, search, trainer_losses
 from chargpt_jax.training.optimizer import adamw, warmup_cosine
 from chargpt_jax.training.step import create_state, train_step
@@ -116,7 +117,7 @@ def torch_model(dtype: torch.dtype, **settings: Any) -> pytorch_reference.GPT:
 def our_model(precision: str) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Return our model and the common parameters; for float64, call it and use them inside x64."""
     params = from_reference(parameters(), SIZES["n_layer"], np.float64 if precision == "float64" else np.float32)
-    graphdef, _ = jax.eval_shape(lambda: create(CONFIG, 0, jnp.dtype(precision)))
+    graphdef, _ = jax.eval_shape(lambda: create(CONFIG, 0, ops_for(precision, CONFIG.attention_block)))
     return graphdef, jax.tree.map(jnp.asarray, params)
 
 
@@ -220,8 +221,8 @@ def written(precision: str, count: int = 30, temperature: float = 1.0) -> tuple[
         tokens = np.zeros((rows, bucket(n_prompt + count)), np.int32)
         tokens[:, :n_prompt] = given
         width = min(CONFIG.block_size, bucket(n_prompt))
-        progress = begin(params, tokens, np.full(rows, n_prompt, np.int32), graphdef=graphdef, width=width)
-        progress = advance(params, progress, count, Sampler(temperature).with_key(jax.random.key(4)), graphdef=graphdef)
+        progress = prefill(params, tokens, np.full(rows, n_prompt, np.int32), graphdef=graphdef, width=width)
+        progress = decode(params, progress, count, Sampler(temperature).with_key(jax.random.key(4)), graphdef=graphdef)
         end = n_prompt + count
         surprisal, entropy = np.asarray(progress.surprisal)[:, :end], np.asarray(progress.entropy)[:, :end]
         s2 = surprise_surprise(surprisal, entropy, SIZES["vocab_size"])

@@ -120,11 +120,14 @@ class ChargptJax:
 
         from chargpt_jax.devices import sharding
         from chargpt_jax.devices.platform import compute_dtype
-        from chargpt_jax.generation.generate import advance, begin, bucket
+        from chargpt_jax.generation.generate import bucket, decode, prefill
         from chargpt_jax.generation.sampler import Sampler
-        from chargpt_jax.model.gpt import create
+        from chargpt_jax.model.init import create
+        from chargpt_jax.ops.choose import ops_for
 
-        graphdef, params = create(self.config.model, 0, compute_dtype(self.config.amp))
+        graphdef, params = create(
+            self.config.model, 0, ops_for(compute_dtype(self.config.amp), self.config.model.attention_block)
+        )
         mesh = sharding.data_mesh(batch)
         params = jax.device_put(params, sharding.replicated(mesh))
         tokens = np.zeros((batch, bucket(prompt + count)), np.int32)  # as in Model.generate
@@ -133,8 +136,8 @@ class ChargptJax:
 
         def generate(length: int) -> None:
             options = {"graphdef": graphdef, "mesh": mesh, "once": True}  # as in Model.generate without on_text
-            progress = begin(params, tokens, np.full(batch, prompt, np.int32), width=width, **options)
-            progress = advance(params, progress, length, drawing, **options)
+            progress = prefill(params, tokens, np.full(batch, prompt, np.int32), width=width, **options)
+            progress = decode(params, progress, length, drawing, **options)
             np.asarray(progress.tokens)
 
         return generate

@@ -24,7 +24,8 @@ from chargpt_jax.config import Config, ModelConfig
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.interop import convert
 from chargpt_jax.interop.ancestor import to_params
-from chargpt_jax.model.gpt import create
+from chargpt_jax.model.init import create
+from chargpt_jax.ops.choose import ops_for
 from tests import reference
 
 ALPHABET = " \n\t\r" + "".join(map(chr, range(33, 127))) + "é漢😀\u0301\u200d\u2028"
@@ -39,7 +40,9 @@ def model() -> Model:
     drawn = reference.random_parameters(np.random.default_rng(0), **sizes)
     drawn["lm_head.weight"] = drawn["transformer.wte.weight"]
     params = to_params({name: array.astype(np.float32) for name, array in drawn.items()}, config)
-    return Model(Config(model=config), tokenizer, create(config, 0)[0], params, 0)
+    return Model(
+        Config(model=config), tokenizer, create(config, 0, ops_for(query_block=config.attention_block))[0], params, 0
+    )
 
 
 def text(length: int) -> str:

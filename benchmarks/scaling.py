@@ -26,9 +26,10 @@ from benchmarks.implementations import config_for, corpus
 from chargpt_jax.config import Config
 from chargpt_jax.devices import sharding, startup
 from chargpt_jax.devices.platform import on_cpu, writing_options
-from chargpt_jax.generation.generate import advance, begin
+from chargpt_jax.generation.generate import decode, prefill
 from chargpt_jax.generation.sampler import Sampler
-from chargpt_jax.model.gpt import create
+from chargpt_jax.model.init import create
+from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.ops.cpu_kernel import in_one_kernel
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import jit_train_steps, state_sharding
@@ -55,7 +56,7 @@ def changed(field: str, value: int) -> Config:
 
 def trainer(config: Config) -> tuple[Callable[[], float], int]:
     """Compile a training step; return a function that runs and times one, and the bytes of temporaries."""
-    graphdef, params = create(config.model, 0)
+    graphdef, params = create(config.model, 0, ops_for(query_block=config.model.attention_block))
     mesh = sharding.data_mesh(config.data.batch_size)
     tx = optimizer.make_optimizer(config.optimizer, 1e-3, mesh)
     state = create_state(params, tx, 0)
@@ -98,20 +99,20 @@ def training(sizes: dict[str, Sequence[int]], rounds: int) -> list[dict[str, Any
 def generation(config: Config, pieces: int, rounds: int) -> list[dict[str, Any]]:
     """Time generation with batch size 1 in equal pieces of the context; return one row per piece."""
     context = config.model.block_size
-    graphdef, params = create(config.model, 0)
+    graphdef, params = create(config.model, 0, ops_for(query_block=config.model.attention_block))
     tokens, count = np.zeros((1, context), np.int32), (context - 1) // pieces
     tokens[0, 0] = 1
     drawing = Sampler().with_key(jax.random.key(0))
-    progress = begin(params, tokens, np.array([1], np.int32), graphdef=graphdef, width=1)
+    progress = prefill(params, tokens, np.array([1], np.int32), graphdef=graphdef, width=1)
     cache = sum(x.nbytes for x in jax.tree.leaves(progress.cache))
     positions = [1 + piece * count for piece in range(pieces)]
     reads = [reading(cache * (position + count // 2) // context) for position in positions]
     times: list[list[tuple[float, float]]] = [[] for _ in positions]
     for _ in range(rounds + 1):
-        progress = begin(params, tokens, np.array([1], np.int32), graphdef=graphdef, width=1)
+        progress = prefill(params, tokens, np.array([1], np.int32), graphdef=graphdef, width=1)
         for piece, read in enumerate(reads):
             began = time.perf_counter()
-            progress = advance(params, progress, count, drawing, graphdef=graphdef)
+            progress = decode(params, progress, count, drawing, graphdef=graphdef)
             np.asarray(progress.tokens)
             times[piece].append(((time.perf_counter() - began) / count, read()))
     medians = [[statistics.median(column) for column in zip(*t[1:], strict=True)] for t in times]

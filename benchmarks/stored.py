@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from chargpt_jax.config import Config, ModelConfig, OptimizerConfig
-from chargpt_jax.model.gpt import create
+from chargpt_jax.model.init import create
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.training.optimizer import adamw
 from chargpt_jax.training.step import TrainState, create_state

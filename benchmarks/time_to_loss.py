@@ -141,7 +141,7 @@ def ours(text_file: Path, folder: Path, flags: Sequence[str]) -> dict[str, Any]:
     from flax import nnx
 
     from chargpt_jax import api
-    from chargpt_jax.model.gpt import count_parameters
+    from chargpt_jax.model.init import count_parameters
     from chargpt_jax.storage.workdir import Workdir
 
     model, text = api.load(run, "latest"), Workdir(run).load_tokens()

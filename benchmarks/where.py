@@ -20,7 +20,8 @@ from jax.profiler import ProfileData
 from benchmarks.baselines import machine
 from benchmarks.implementations import config_for, corpus
 from chargpt_jax.devices import sharding, startup
-from chargpt_jax.model.gpt import create
+from chargpt_jax.model.init import create
+from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import jit_train_steps, state_sharding
 from chargpt_jax.training.step import create_state
@@ -69,7 +70,7 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
     startup.use_every_core()
     config = config_for(args.config)
-    graphdef, params = create(config.model, 0)
+    graphdef, params = create(config.model, 0, ops_for(query_block=config.model.attention_block))
     mesh = sharding.data_mesh(config.data.batch_size)
     tx = optimizer.make_optimizer(config.optimizer, 1e-3, mesh)
     state = create_state(params, tx, 0)

@@ -9,210 +9,36 @@ model.score("A text of your own.")
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
-from chargpt_jax.config import MAX_STEPS, MAX_TEXT, Config, shown
-from chargpt_jax.config_io import from_dict
+from chargpt_jax.config import Config
 from chargpt_jax.data import batches
-from chargpt_jax.data.tokenizer import CharTokenizer
-from chargpt_jax.devices import sharding, startup
+from chargpt_jax.devices import sharding
 from chargpt_jax.devices.platform import compute_dtype
-from chargpt_jax.errors import NoCheckpoint, UserError
+from chargpt_jax.errors import UserError
 from chargpt_jax.events import Ended, Event, LRFinderResult, bits_per_character, perplexity
-from chargpt_jax.generation.generate import Progress, advance, begin, bucket, score_tokens
 from chargpt_jax.generation.sample import Sample, Samples
-from chargpt_jax.generation.sampler import Sampler
+from chargpt_jax.generation.trained_model import Model, load, state_shapes_of
 from chargpt_jax.interop import convert
 from chargpt_jax.interop.convert import import_original
 from chargpt_jax.model.flops import training_flops
-from chargpt_jax.model.gpt import count_parameters, create
+from chargpt_jax.model.init import count_parameters
 from chargpt_jax.pictures import plots, report
-from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.workdir import Workdir, excused
 from chargpt_jax.training import optimizer, stages
 from chargpt_jax.training.lr_finder import result_from
 from chargpt_jax.training.pacing import Stop
 from chargpt_jax.training.run import Run, Warn
-from chargpt_jax.training.setup import Setup, state_shapes
+from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.stages import prepare
-
-MOST_AT_ONCE = 32 * MAX_TEXT
-"""Characters of all prompts and continuations together that are held in memory, at most."""
 
 MOST_SAMPLES_JSON = 512 << 20
 """Bytes of a file of samples that is drawn into a report: some hundred for each character."""
-
-
-class Model:
-    """A trained model with its vocabulary; `load` makes one."""
-
-    def __init__(self, config: Config, tokenizer: CharTokenizer, graphdef: nnx.GraphDef, params: Any, step: int):
-        """Put together what a checkpoint holds."""
-        self.config, self.tokenizer, self.graphdef, self.params, self.step = config, tokenizer, graphdef, params, step
-
-    def generate(
-        self,
-        prompts: str | Sequence[str],
-        max_new_tokens: int = 300,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        skip_unknown: bool = False,
-        on_text: Callable[[int, str], None] | None = None,
-    ) -> Samples:
-        """Continue one or more prompts.
-
-        Args:
-            prompts: texts of at least one character each; of one longer than block_size the last block_size
-                characters are read. All prompts and continuations together: at most `MOST_AT_ONCE` characters.
-            max_new_tokens: characters to write, 1 to `MAX_TEXT`.
-            temperature: 0 takes the likeliest character each time.
-            top_k: draw among the k likeliest characters.
-            top_p: draw among the likeliest that hold this mass.
-            seed: the same seed and prompts give the same text; 0 or more, below 2**31.
-            skip_unknown: drop characters that the model has never seen, instead of refusing them.
-            on_text: called with (index of the prompt, new text) while the text grows.
-
-        Raises:
-            UserError: for an argument that makes no sense, in one sentence.
-        """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        sampler = Sampler(temperature, top_k, top_p)
-        if not 1 <= max_new_tokens <= MAX_TEXT:
-            raise UserError(
-                f"max_new_tokens is {shown(max_new_tokens)}, but it must be between 1 and {MAX_TEXT:,}: try 500."
-            )
-        if not 0 <= seed < MAX_STEPS:
-            raise UserError(f"seed is {shown(seed)}, but it must be at least 0 and below {MAX_STEPS:,}: try 0.")
-        if not prompts:
-            raise UserError("There is no prompt, but the model needs a character to go on from: try '\n'.")
-        prompts = [self._readable(prompt, skip_unknown) for prompt in prompts]
-        longest, block_size = max(map(len, prompts)), self.config.model.block_size
-        if len(prompts) * (longest + max_new_tokens) > MOST_AT_ONCE:
-            raise UserError(
-                f"{len(prompts):,} texts of up to {longest + max_new_tokens:,} characters are too many at once, with "
-                f"more than {MOST_AT_ONCE:,} in all: ask for fewer or shorter ones."
-            )
-        rows = [self.tokenizer.encode_text(prompt) for prompt in prompts]
-        tokens = np.zeros((len(rows), bucket(longest + max_new_tokens)), np.int32)
-        for buffer, row in zip(tokens, rows, strict=True):
-            buffer[: len(row)] = row
-        lengths = np.array([len(row) for row in rows], np.int32)
-        width = min(block_size, bucket(longest), tokens.shape[1])
-        mesh = sharding.data_mesh(len(rows), tell=False)
-        params = jax.device_put(self.params, sharding.replicated(mesh))
-        once = on_text is None
-        progress = begin(params, tokens, lengths, graphdef=self.graphdef, width=width, mesh=mesh, once=once)
-        piece, drawing = max_new_tokens if once else 16, sampler.with_key(jax.random.key(seed))
-        for done in range(0, max_new_tokens, piece):
-            count = min(piece, max_new_tokens - done)
-            progress = advance(params, progress, count, drawing, graphdef=self.graphdef, mesh=mesh, once=once)
-            if on_text is not None:
-                for i, row in enumerate(np.asarray(progress.tokens)):
-                    start = lengths[i] + done
-                    on_text(i, self.tokenizer.decode([row[start : start + count]])[0])
-        return self._samples(prompts, rows, progress, max_new_tokens)
-
-    def _samples(self, prompts: list[str], rows: list[np.ndarray], progress: Progress, count: int) -> Samples:
-        tokens, surprisal, entropy = (np.array(a) for a in (progress.tokens, progress.surprisal, progress.entropy))
-        samples = Samples()
-        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-            end = len(row) + count
-            if len(row) > self.config.model.block_size:  # the prefill saw only its last window
-                surprisal[i, : len(row)], entropy[i, : len(row)] = self._measure(row)
-            names = tuple(self.tokenizer.decode_each([tokens[i, :end]])[0])
-            samples.append(Sample(prompt, names, surprisal[i, :end], entropy[i, :end], self.config.model.vocab_size))
-        return samples
-
-    def score(self, text: str, *, stride: int | None = None, skip_unknown: bool = False) -> Sample:
-        """Measure a given text.
-
-        Args:
-            text: at least two characters.
-            stride: past block_size, each character is judged from at least block_size - stride characters before it;
-                1 gives exactly what generation would see, at the cost of a window a character. None: half of it.
-            skip_unknown: drop characters that the model has never seen, instead of refusing them.
-
-        Raises:
-            UserError: for a text or stride that makes no sense, in one sentence.
-        """
-        text = self._readable(text, skip_unknown)
-        if len(text) < 2:
-            raise UserError("The text has one character, but the first has nothing to be judged by: give two or more.")
-        tokens = self.tokenizer.encode_text(text)
-        surprisal, entropy = self._measure(tokens, stride)
-        return Sample(text, tuple(text), surprisal, entropy, self.config.model.vocab_size)
-
-    def _measure(self, tokens: np.ndarray, stride: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        block_size = self.config.model.block_size
-        return score_tokens(self.params, tokens, graphdef=self.graphdef, block_size=block_size, stride=stride)
-
-    def _readable(self, text: str, skip_unknown: bool) -> str:
-        text = self.tokenizer.drop_unknown(text) if skip_unknown else text
-        if not text:
-            raise UserError("The text is empty, but the model needs a character to go on from: try '\\n'.")
-        if len(text) > MAX_TEXT:
-            raise UserError(f"The text has {len(text):,} characters, but {MAX_TEXT:,} are the most: give a part of it.")
-        return text
-
-
-def load(workdir: str | Path | Workdir, step: str | int = "best", warn: Warn = print) -> Model:
-    """Load a trained model from a run's folder.
-
-    Args:
-        workdir: of the run.
-        step: 'best' by validation, 'latest', or a step's number.
-        warn: told which checkpoints are damaged; another is loaded instead, unless a number was asked for.
-
-    Raises:
-        UserError: where the folder is not a run.
-        NoCheckpoint: where it holds no such checkpoint, or none that passes verification.
-    """
-    startup.use_every_core()
-    folder = Workdir(workdir)
-    folder.load_config()  # says so where this is no run
-    if not folder.checkpoints.is_dir():
-        raise NoCheckpoint(f"{folder.path} holds no checkpoint: train first.")
-
-    made: dict[int, tuple[Config, nnx.GraphDef]] = {}
-
-    def like_of(record: dict[str, Any]) -> Any:
-        config = from_dict(record["config"])
-        graphdef, like = _shapes(config, compute_dtype(config.amp))
-        made[record["step"]] = config, graphdef
-        return like
-
-    store = Checkpoints(folder.checkpoints, warn=warn)
-    try:
-        chosen, record, state = store.load(step, like_of)
-    finally:
-        store.close()
-    config, graphdef = made[chosen]
-    return Model(config, _vocabulary(record, folder.checkpoints / str(chosen)), graphdef, state.params, chosen)
-
-
-def _vocabulary(record: dict[str, Any], where: Path) -> CharTokenizer:
-    try:
-        return CharTokenizer.from_saved(record.get("vocabulary"))
-    except ValueError as error:
-        raise NoCheckpoint(f"{where} cannot be used: {error}.") from None
-
-
-def _shapes(config: Config, dtype: Any) -> tuple[nnx.GraphDef, Any]:
-    """Return a model's static half, and its training state with shapes in place of arrays, on one device."""
-    tx = optimizer.empty(config.optimizer)
-    graphdef, params = jax.eval_shape(lambda: create(config.model, 0, dtype))
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return graphdef, sharding.with_sharding(here, state_shapes(params, tx, 0, dtype))
 
 
 def evaluate(workdir: str | Path | Workdir, step: str | int = "best", warn: Warn = print) -> dict[str, Any]:
@@ -409,7 +235,7 @@ def info(workdir: str | Path | Workdir) -> dict[str, Any]:
     folder = Workdir(workdir)
     config, sources, speed = folder.load_config(), folder.load_sources(), folder.load_speed()
     log = [line for line in folder.load_metrics() if line["event"] == "validation"]
-    _, like = _shapes(config, compute_dtype(config.amp))
+    _, like = state_shapes_of(config, compute_dtype(config.amp))
     n = int(sum(source["characters"] for source in sources))
     epoch_steps = batches.steps_per_epoch(
         int(config.data.train_split * n), config.model.block_size, config.data, config.ancestor.short_epochs

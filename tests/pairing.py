@@ -5,7 +5,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from chargpt_jax.config import ModelConfig
+from chargpt_jax.model.init import create
+from chargpt_jax.ops.choose import ops_for
 
 # Our path below 'blocks' -> the ancestor's name below 'transformer.blocks.N', and whether the matrix is transposed.
 LAYER = {
@@ -22,6 +27,11 @@ LAYER = {
     ("mlp", "down", "kernel"): ("mlp.net.2.weight", True),
     ("mlp", "down", "bias"): ("mlp.net.2.bias", False),
 }
+
+
+def built(config: ModelConfig, seed: int = 0, dtype: Any = jnp.float32, platform: str | None = None) -> Any:
+    """Return a model's static description and parameters, with the operations that a run would use on a platform."""
+    return create(config, seed, ops_for(dtype, config.attention_block, platform))
 
 
 def from_reference(params: dict[str, np.ndarray], n_layer: int, dtype: Any) -> dict[str, Any]:

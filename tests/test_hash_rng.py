@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from chargpt_jax.hash_rng import derive, draw, seeds_of, unit
-from chargpt_jax.model.gpt import uniform
+from chargpt_jax.model.init import uniform
 
 SEEDS = derive(seeds_of(jax.random.key(1)), jnp.arange(64))
 

@@ -19,11 +19,10 @@ from chargpt_jax.config import DataConfig, validate  # noqa: E402
 from chargpt_jax.config_io import differences, load_config  # noqa: E402
 from chargpt_jax.data.batches import batch_at  # noqa: E402
 from chargpt_jax.events import TrainStarted, Validated  # noqa: E402
-from chargpt_jax.model.gpt import create  # noqa: E402
 from chargpt_jax.ops.dropout import seeds_for  # noqa: E402
 from tests import pytorch_reference  # noqa: E402
 from tests.corpus_text import small_config, write_words  # noqa: E402
-from tests.pairing import by_name  # noqa: E402
+from tests.pairing import built, by_name  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -91,7 +90,7 @@ def test_both_sides_pad_by_the_same_rule_on_a_copy():
 def test_dropout_changes_logits_as_much_on_both_sides():
     """From the same parameters, the mean and the standard deviation over 2,000 masks, at each of 24 places."""
     tokens = np.broadcast_to(fidelity.batch(0)[0][1], (2000, 24))
-    graphdef, _ = jax.eval_shape(lambda: create(dataclasses.replace(fidelity.CONFIG, dropout=0.5), 0, jnp.float32))
+    graphdef, _ = jax.eval_shape(lambda: built(dataclasses.replace(fidelity.CONFIG, dropout=0.5), 0, jnp.float32))
     _, params = fidelity.our_model("float32")
     seeds = seeds_for(jax.random.key(0), 2000)
     ours = np.asarray(jax.jit(lambda p: nnx.merge(graphdef, p)(tokens, seeds))(params))

@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
 from chargpt_jax.config import Config
 from chargpt_jax.devices import sharding
 from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.errors import UserError
-from chargpt_jax.generation.generate import begin, bucket, inside, past
+from chargpt_jax.generation.generate import beyond_context, bucket, decoding_program, inside_context, prefill
 from chargpt_jax.generation.sampler import Sampler
-from chargpt_jax.model.gpt import create
+from chargpt_jax.model.init import abstract_model
+from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import jit_train_steps, state_shapes, state_sharding, validation_step
 
@@ -90,9 +90,9 @@ def programs(config: Config, on: Sequence[Any]) -> Iterator[Program]:
     if not config.model.vocab_size:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=128, used_ids=97))
     dtype = compute_dtype(config.amp, on[0])
-    graphdef, params = jax.eval_shape(partial(create, config.model, config.seed, dtype, on[0].platform))
+    graphdef, params = abstract_model(config.model, ops_for(dtype, config.model.attention_block, on[0].platform))
     yield from _training(config, on, dtype, graphdef, params)
-    yield from _writing(config, on[0], graphdef, params)
+    yield from _generation(config, on[0], graphdef, params)
 
 
 def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, params: Any) -> Iterator[Program]:
@@ -115,22 +115,24 @@ def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, para
     yield Program("validation", validation, (state.params, *batch), {}, used)
 
 
-def _writing(config: Config, device: Any, graphdef: Any, params: Any) -> Iterator[Program]:
-    """Give the programs that go on from the config's sample prompts; what is past the window, where they go there."""
-    here, how, used = SingleDeviceSharding(device), config.sample, f"1 x {device.device_kind}"
-    params, rows, longest = sharding.with_sharding(here, params), len(how.prompts), max(map(len, how.prompts))
+def _generation(config: Config, device: Any, graphdef: Any, params: Any) -> Iterator[Program]:
+    """Yield the programs that continue the config's sample prompts, also beyond the context if they go there."""
+    mesh, how = sharding.data_mesh(1, [device]), config.sample
+    here, used = sharding.replicated(mesh), sharding.describe(mesh)
+    params, B, longest = sharding.with_sharding(here, params), len(how.prompts), max(map(len, how.prompts))
     length = bucket(longest + how.max_new_tokens)
     width = min(config.model.block_size, bucket(longest), length)
-    prompts = (params, _ints(rows, length), _ints(rows))
-    yield Program("prefill", begin, prompts, {"graphdef": graphdef, "width": width}, used)
-    progress = sharding.with_sharding(here, jax.eval_shape(partial(begin, graphdef=graphdef, width=width), *prompts))
-    drawing = jax.eval_shape(Sampler(how.temperature, how.top_k, how.top_p).with_key, jax.eval_shape(jax.random.key, 0))
-    static, write = {"graphdef": graphdef}, inside(device.platform, last=False).compiled
-    args = (params, (_ints(rows), progress), drawing)
-    yield Program("decoding", write, args, static | {"kernels": True}, used)
+    prompts = (params, *sharding.with_sharding(here, (_ints(B, length), _ints(B))))
+    static = {"graphdef": graphdef, "width": width, "mesh": mesh}
+    yield Program("prefill", prefill, prompts, static, used)
+    state = sharding.with_sharding(here, jax.eval_shape(partial(prefill, **static), *prompts))
+    sampler = jax.eval_shape(Sampler(how.temperature, how.top_k, how.top_p).with_key, jax.eval_shape(jax.random.key, 0))
+    cache, carry = state.cache, (_ints(B), dataclasses.replace(state, cache=None))
+    inside = decoding_program(inside_context, graphdef, mesh, type(cache), False)
+    yield Program("decoding", inside, (params, carry, cache, sampler), {}, used)
     if longest + how.max_new_tokens > config.model.block_size:
-        args = (params, (_ints(rows), dataclasses.replace(progress, cache=None)), drawing)
-        yield Program("past the window", past(device.platform, alone=False), args, static, used)
+        beyond = decoding_program(beyond_context, graphdef, mesh, type(cache), False)
+        yield Program("beyond the context", beyond, (params, carry, None, sampler), {}, used)
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

@@ -1,18 +1,18 @@
-"""Writing on: prefill, then a compiled loop with a cache and, past the window, one without; and scoring a given text.
+"""Text generation: prefill, decoding with a KV cache inside the context, and recomputation beyond it.
 
-Rows of a batch may have prompts of different lengths: each row sits at the left of its buffer and keeps its own
-position, so no row sees padding and a row's text does not depend on its neighbours. They are written by a character in
-turn, or one after the other where that is quicker.
+The sequences of a batch may have prompts of different lengths. Each is left-aligned in its buffer and has its own
+length, so no sequence sees padding, and its text does not depend on its neighbours.
 
-Inside the first `block_size` characters each new one costs one pass of one token against the cache. Past them no
-cache is exact: a window's deeper keys were computed with context that has left it. There the last `block_size`
-characters are read anew for every character, with positions from the window's start: the ancestor's values exactly.
+Inside the first `block_size` characters each new one costs one pass of one token against the cache. Beyond them no
+cache is exact: the deeper keys of a window were computed with context that has left it. There the last `block_size`
+characters are read again for every character, with positions from the window's start, which gives exactly the
+original's values.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any
 
 import flax.struct
 import jax
@@ -21,28 +21,24 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from chargpt_jax.devices.platform import writing_options
-from chargpt_jax.errors import UserError
 from chargpt_jax.generation.metrics import surprisal_and_entropy, token_metrics
-from chargpt_jax.generation.sampler import Drawing
-from chargpt_jax.model.gpt import Cache, count_parameters
-from chargpt_jax.ops.cpu_kernel import WithKernels, in_one_kernel, kernels_allowed, writes_alone
-from chargpt_jax.ops.cpu_kv_cache import Blocks
-from chargpt_jax.ops.kv_cache import Rows
+from chargpt_jax.generation.sampler import SamplerState
+from chargpt_jax.model.gpt import GPT, Block
+from chargpt_jax.model.init import Params, count_parameters
+from chargpt_jax.ops.choose import jit_for_generation
+from chargpt_jax.ops.kv_cache import Generation, KVCache, Loop
+from chargpt_jax.ops.plain import rotary
 
-MOST_PLACES, MOST_DRAWN = 16, 2**20
-"""For so many places at most, of so many numbers in all, the noise of drawing is made at once.
+MAX_POSITIONS, MAX_GUMBEL = 16, 2**20
+"""Gumbel noise is computed for up to so many positions at once, and up to so many elements.
 
-Made place by place it took an eighth of a small model's time on a CPU.
+Position by position it would take 12.5 % of a small model's time on a CPU.
 """
-
-MOST_IN_KERNEL = 1024
-"""Characters of a vocabulary up to which drawing is part of a kernel; of more XLA leaves some work to a library."""
 
 
 @flax.struct.dataclass
-class Progress:
-    """A batch of texts under way; N is the buffer's length."""
+class DecodeState:
+    """A batch of sequences that are being generated; N is the buffer's length."""
 
     tokens: jax.Array
     """int32 [B, N]; 0 from `length` on."""
@@ -50,316 +46,263 @@ class Progress:
     """int32 [B]."""
     logits: jax.Array
     """float32 [B, V], for the next token."""
-    cache: Cache | None
-    """Keys and values; of use while every length is below block_size. None: no more is to be written with them."""
+    cache: KVCache | None
+    """Keys and values, used while every length is below block_size; None: not needed."""
     surprisal: jax.Array
-    """float32 [B, N], nats; NaN where undefined."""
+    """float32 [B, N], nats; NaN if undefined."""
     entropy: jax.Array
-    """float32 [B, N], nats; NaN where undefined."""
+    """float32 [B, N], nats; NaN if undefined."""
 
 
-Carry = tuple[jax.Array, Progress]
-"""How many characters each text lacks, int32 [B], and the texts so far."""
+Carry = tuple[jax.Array, DecodeState]
+"""How many tokens each sequence still lacks, int32 [B], and the sequences, without their cache."""
+
+BATCH: Any = PartitionSpec("data")
+LAYERS: Any = PartitionSpec(None, "data")
+SHARDED = DecodeState(tokens=BATCH, length=BATCH, logits=BATCH, cache=LAYERS, surprisal=BATCH, entropy=BATCH)
+"""The devices of a mesh split a batch; none waits for another."""
 
 
 def bucket(length: int) -> int:
-    """Round a length up to a power of two, at least 64, so that few lengths need a compilation of their own."""
+    """Round a length up to a power of two, at least 64, so that few lengths need their own compilation."""
     return max(64, 1 << (length - 1).bit_length())
 
 
-ROWS: Any = PartitionSpec("data")
-ROWS_OF_LAYERS: Any = PartitionSpec(None, "data")
-SHARED = Progress(tokens=ROWS, length=ROWS, logits=ROWS, cache=ROWS_OF_LAYERS, surprisal=ROWS, entropy=ROWS)
-"""How the devices of a mesh share a batch: each takes some rows, and none waits for another."""
-
-
-@partial(jax.jit, static_argnames=("graphdef", "width", "mesh", "once"))
-def begin(
-    params: Any,
+@partial(jax.jit, static_argnames=("graphdef", "width", "mesh", "final"))
+def prefill(
+    params: Params,
     tokens: jax.Array,
     length: jax.Array,
     *,
     graphdef: nnx.GraphDef,
     width: int,
     mesh: Mesh | None = None,
-    once: bool = False,
-) -> Progress:
+    final: bool = False,
+) -> DecodeState:
     """Read the prompts.
 
     Args:
         params: of the model.
-        tokens: int32 [B, N], prompts at the left, room for the answers at the right.
+        tokens: int32 [B, N], left-aligned prompts and space for the continuations.
         length: int32 [B], the prompts' lengths.
-        graphdef: the model's static half.
-        width: how much of the buffer holds every prompt, or block_size where that is less.
-        mesh: the devices that share the rows; None: one does it all.
-        once: all the rest is written by one call of `advance`, which is told so too. Where texts are written alone
-            room is then made for the keys and values of one, not of all.
+        graphdef: the model's static description.
+        width: a length that holds every prompt, or block_size if that is less.
+        mesh: the devices that split the batch; None: one device.
+        final: one call of `decode` follows, with `final` as well. A cache for sequences that are generated one by one
+            is then allocated for one of them, not for all.
     """
-    read = partial(_begin, graphdef=graphdef, width=width, once=once)
+    read = partial(_prefill, graphdef=graphdef, width=width, final=final)
     if mesh is not None:
-        specs = (PartitionSpec(), ROWS, ROWS)
-        read = jax.shard_map(read, mesh=mesh, in_specs=specs, out_specs=SHARED, check_vma=False)
+        specs = (PartitionSpec(), BATCH, BATCH)
+        read = jax.shard_map(read, mesh=mesh, in_specs=specs, out_specs=SHARDED, check_vma=False)
     return read(params, tokens, length)
 
 
-def _begin(
-    params: Any, tokens: jax.Array, length: jax.Array, *, graphdef: nnx.GraphDef, width: int, once: bool
-) -> Progress:
-    model = nnx.merge(graphdef, params)
-    N = tokens.shape[1]
-    capacity = _capacity(model, tokens)
-    window, last = _window(tokens, length, width)
+def _prefill(
+    params: Params, tokens: jax.Array, length: jax.Array, *, graphdef: nnx.GraphDef, width: int, final: bool
+) -> DecodeState:
+    model: GPT = nnx.merge(graphdef, params)
+    B, N = tokens.shape
+    capacity = min(model.config.block_size, N)
+    window, last = last_window(tokens, length, width)
     x, (keys, values) = model.prefill(window)
     logits = model.logits(x)
-    surprisal, entropy = token_metrics(logits, window)
-    wide = lambda a: jnp.pad(a, ((0, 0), (0, N - width)), constant_values=jnp.nan)  # noqa: E731
-    texts, kept = len(length), 2 * keys[:, 0, :, :, 0].size * capacity
-    alone = writes_alone(texts, kept, count_parameters(params), jnp.finfo(model.dtype).bits, model.platform)
-    cache: Cache = (Blocks if alone else Rows).of(keys, values)
-    return Progress(
+    cache_elements = 2 * keys[:, 0, :, :, 0].size * capacity
+    cache_type = model.ops.cache_type(B, cache_elements, count_parameters(params))
+
+    def padded(metric: jax.Array) -> jax.Array:
+        return jnp.pad(metric, ((0, 0), (0, N - width)), constant_values=jnp.nan)
+
+    surprisal, entropy = map(padded, token_metrics(logits, window))
+    return DecodeState(
         tokens=tokens,
         length=length,
-        logits=logits[jnp.arange(len(length)), last],
-        cache=cache if once and alone else cache.enlarged(capacity),
-        surprisal=wide(surprisal),
-        entropy=wide(entropy),
+        logits=logits[jnp.arange(B), last],
+        cache=cache_type.of(keys, values).allocated(capacity, final),
+        surprisal=surprisal,
+        entropy=entropy,
     )
 
 
-def advance(
-    params: Any,
-    progress: Progress,
+def decode(
+    params: Params,
+    state: DecodeState,
     count: int,
-    drawing: Drawing,
+    sampler: SamplerState,
     *,
     graphdef: nnx.GraphDef,
     mesh: Mesh | None = None,
-    once: bool = False,
-) -> Progress:
-    """Write `count` more tokens on every row; any count shares a compilation.
+    final: bool = False,
+) -> DecodeState:
+    """Generate `count` more tokens for every sequence; any count shares a compilation.
 
-    Advancing in one go or in pieces, cached or not, on one device or many, gives the same text. `progress` is donated.
-    `once` as for `begin`; nothing can be written after that.
+    One call or several, with a cache or without, on one device or many, give the same text. `state` is donated. `final`
+    as for `prefill`: nothing can be generated after that.
 
-    What lies past the window is another program's, compiled when it is first needed: most texts end inside.
+    Decoding beyond the context is a second program, compiled when it is first needed: most texts end inside.
     """
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    how = {"graphdef": graphdef, "mesh": mesh}
-    alone, lacking = isinstance(progress.cache, Blocks), np.full(len(progress.length), count, np.int32)
-    left, progress = inside(platform, alone and once)(params, (lacking, progress), drawing, **how)
+    cache, carry = state.cache, (np.full(len(state.length), count, np.int32), replace(state, cache=None))
+    assert cache is not None
+    cache_type, final = type(cache), final and cache.one_by_one
+    inside = decoding_program(inside_context, graphdef, mesh, cache_type, final)
+    (left, state), cache = inside(params, carry, cache, sampler)
     if np.asarray(left).any():
-        without = left, replace(progress, cache=None)
-        progress = replace(past(platform, alone)(params, without, drawing, **how)[1], cache=progress.cache)
-    return progress
+        beyond = decoding_program(beyond_context, graphdef, mesh, cache_type, False)
+        (left, state), _ = beyond(params, (left, state), None, sampler)
+    return replace(state, cache=cache)
 
 
 @cache
-def inside(platform: str, last: bool) -> WithKernels:
-    """Return the program that writes until texts end, or the window does.
+def decoding_program(
+    loop_of: Callable[..., Loop], graphdef: nnx.GraphDef, mesh: Mesh | None, cache_type: type[KVCache], final: bool
+) -> Callable[..., tuple[Carry, KVCache | None]]:
+    """Return a compiled generation loop, from (params, carry, cache, sampler) to (carry, cache).
 
     Args:
-        platform: 'cpu' or another.
-        last: the keys and values, Blocks, are not given back.
+        loop_of: `inside_context` or `beyond_context`.
+        graphdef: the model's static description.
+        mesh: the devices that split the batch; None: one device.
+        cache_type: knows how a batch is generated: in lockstep, or one sequence after the other.
+        final: the cache is not returned.
     """
-
-    def write_inside(*args: Any, kernels: bool, **how: Any) -> Carry:
-        with kernels_allowed(kernels):
-            return _on_each_device(partial(_inside, last=last), *args, **how)
-
-    return WithKernels(_compiled(write_inside, platform, () if last else 1, "kernels"))
-
-
-@cache
-def past(platform: str, alone: bool) -> Callable[..., Carry]:
-    """Return the program that writes on without a cache: each text by itself where so told, else all in turn."""
-
-    def write_past(*args: Any, **how: Any) -> Carry:
-        return _on_each_device(partial(_past, alone=alone), *args, **how)
-
-    return _compiled(write_past, platform, 1)
-
-
-def _compiled(write: Callable[..., Carry], platform: str, donated: Any, *static: str) -> Callable[..., Carry]:
-    options, static = writing_options(platform), ("graphdef", "mesh", *static)
-    return jax.jit(write, static_argnames=static, donate_argnums=donated, compiler_options=options)
-
-
-def _on_each_device(
-    write: Callable[..., Carry],
-    params: Any,
-    carry: Carry,
-    drawing: Drawing,
-    *,
-    graphdef: nnx.GraphDef,
-    mesh: Mesh | None = None,
-) -> Carry:
-    """Let the devices of a mesh write on some rows each, by write(model, carry, the rows' numbers, drawing)."""
-
-    def write_on(params: Any, carry: Carry, numbers: jax.Array, drawing: Drawing) -> Carry:
-        return write(nnx.merge(graphdef, params), carry, numbers, drawing)
-
+    run: Callable[..., Any] = partial(cache_type.generate, partial(_plan, loop_of, graphdef, mesh), final=final)
     if mesh is not None:
-        shared = (ROWS, SHARED)
-        specs = (PartitionSpec(), shared, ROWS, PartitionSpec())
-        write_on = jax.shard_map(write_on, mesh=mesh, in_specs=specs, out_specs=shared, check_vma=False)
-    return write_on(params, carry, jnp.arange(len(carry[0])), drawing)
+        specs = (PartitionSpec(), BATCH, LAYERS, PartitionSpec())
+        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(BATCH, LAYERS), check_vma=False)
+    return jit_for_generation(mesh)(run, donate_argnums=() if final else (1, 2))
 
 
-def _inside(model: Any, carry: Carry, numbers: jax.Array, drawing: Drawing, *, last: bool) -> Carry:
-    """Write with a cache, in turn until one text fills its window, or one text after the other until each does."""
-
-    def write(decode: Callable[..., tuple[jax.Array, Cache]], carry: Carry, numbers: jax.Array) -> Carry:
-        def predicted(p: Progress) -> Progress:
-            logits, cache = decode(p.tokens[jnp.arange(len(numbers)), p.length - 1], p.length - 1, p.cache)
-            return replace(p, logits=logits, cache=cache)
-
-        def unfinished(carry: Carry) -> jax.Array:
-            return jnp.any(carry[0] > 0) & (jnp.max(carry[1].length) < model.config.block_size)
-
-        go_on = partial(_write_on, predicted, unfinished, drawing, numbers)
-        alone, few = isinstance(carry[1].cache, Blocks), carry[1].logits.size <= MOST_IN_KERNEL
-        return (in_one_kernel(go_on) if alone and few and not drawing.sorts else go_on)(carry)
-
-    (left, progress), b = carry, len(numbers)
-    kept = progress.cache
-    if not isinstance(kept, Blocks):
-        return write(model.decode, carry, numbers)
-
-    def one(row: jax.Array, carry: Carry, number: jax.Array, room: Blocks) -> tuple[Carry, Blocks]:
-        place = None if last or b == 1 else lambda layer: layer * b + row
-        mine = room.begun_with(kept.only(row)) if last else room
-        left, done = write(partial(model.decode, place=place), (carry[0], replace(carry[1], cache=mine)), number)
-        return (left, replace(done, cache=None)), cast(Blocks, done.cache)
-
-    if last:  # room for the keys and values of one, which are let go
-        room = kept.only(jnp.zeros((), int)).enlarged(_capacity(model, progress.tokens))
-    else:  # all layers of all rows on one axis, so that a row's are updated where they are
-        room = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
-    (left, progress), room = _row_after_row(one, (left, replace(progress, cache=None)), numbers, room)
-    return left, replace(progress, cache=None if last else jax.tree.map(lambda x, to: x.reshape(to.shape), room, kept))
-
-
-def _past(model: Any, carry: Carry, numbers: jax.Array, drawing: Drawing, *, alone: bool) -> Carry:
-    """Read the last window anew for every character."""
-    width = _capacity(model, carry[1].tokens)
-
-    def predicted(p: Progress) -> Progress:
-        return replace(p, logits=model.predict(*_window(p.tokens, p.length, width)))
-
-    def write(carry: Carry, numbers: jax.Array) -> Carry:
-        return _write_on(predicted, lambda carry: jnp.any(carry[0] > 0), drawing, numbers, carry)
-
-    if not alone:
-        return write(carry, numbers)
-    return _row_after_row(lambda _, own, number, kept: (write(own, number), kept), carry, numbers, None)[0]
-
-
-def _row_after_row(
-    write: Callable[..., tuple[Carry, Any]], carry: Carry, numbers: jax.Array, kept: Any
-) -> tuple[Carry, Any]:
-    """Call write(row, its carry, its number in the whole batch, kept) -> (carry, kept) for one row after the other."""
-
-    def one(row: jax.Array, whole: tuple[Carry, Any]) -> tuple[Carry, Any]:
-        carry, kept = whole
-        own = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1)  # noqa: E731
-        back = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, 0)  # noqa: E731
-        done, kept = write(row, jax.tree.map(own, carry), own(numbers), kept)
-        return jax.tree.map(back, carry, done), kept
-
-    return jax.lax.fori_loop(0, len(numbers), one, (carry, kept))
-
-
-def _write_on(
-    predicted: Callable[[Progress], Progress],
-    unfinished: Callable[[Carry], jax.Array],
-    drawing: Drawing,
-    numbers: jax.Array,
+def _plan(
+    loop_of: Callable[..., Loop],
+    graphdef: nnx.GraphDef,
+    mesh: Mesh | None,
+    params: Params,
     carry: Carry,
-) -> Carry:
-    """Write a character of each text and predict the next, in turn; noise is drawn for some places ahead."""
-    logits, rows = carry[1].logits, jnp.arange(len(numbers))
-    places_at_once = max(1, min(MOST_PLACES, MOST_DRAWN // logits.size))
-
-    def written(p: Progress, noise: jax.Array) -> Progress:
-        token = drawing.tokens(p.logits, noise)
-        surprisal, entropy = surprisal_and_entropy(p.logits, token)
-        return replace(
-            p,
-            tokens=p.tokens.at[rows, p.length].set(token),
-            surprisal=p.surprisal.at[rows, p.length].set(surprisal),
-            entropy=p.entropy.at[rows, p.length].set(entropy),
-            length=p.length + 1,
-        )
-
-    def some(carry: Carry) -> Carry:
-        noise = drawing.noise(numbers, carry[1].length + jnp.arange(places_at_once)[:, None], logits)
-
-        def one(number_and_carry: tuple[jax.Array, Carry]) -> tuple[jax.Array, Carry]:
-            number, (left, p) = number_and_carry
-            return number + 1, (left - 1, predicted(written(p, noise[number])))
-
-        some_left = lambda c: (c[0] < places_at_once) & unfinished(c[1])  # noqa: E731
-        return jax.lax.while_loop(some_left, one, (jnp.int32(0), carry))[1]
-
-    return jax.lax.while_loop(unfinished, some, carry)
+    sampler: SamplerState,
+) -> Generation:
+    """Say which sequences of the batch this device has, and how a loop for some of them is made."""
+    model: GPT = nnx.merge(graphdef, params)
+    B, N = carry[1].tokens.shape
+    first = 0 if mesh is None or mesh.size == 1 else jax.lax.axis_index("data") * B
+    return Generation(
+        indices=first + jnp.arange(B),
+        loop_of=partial(loop_of, model, sampler),
+        capacity=min(model.config.block_size, N),
+        vocab_size=model.config.vocab_size,
+        sorts=sampler.sorts,
+    )
 
 
-def _capacity(model: Any, tokens: jax.Array) -> int:
-    """Return for how many places of each row, int32 [B, N] in all, keys and values are ever kept."""
-    return min(model.config.block_size, tokens.shape[1])
+def inside_context(
+    model: GPT, sampler: SamplerState, indices: jax.Array, run_layers: Callable[..., Any] | None = None
+) -> Loop:
+    """Return the loop that generates with a cache, until one of its sequences fills the context."""
+
+    def predict(state: DecodeState, cache: KVCache) -> tuple[DecodeState, KVCache]:
+        last = state.tokens[jnp.arange(len(indices)), state.length - 1]
+        logits, cache = model.decode(last, state.length - 1, cache, run_layers)
+        return replace(state, logits=logits), cache
+
+    def unfinished(left: jax.Array, state: DecodeState) -> jax.Array:
+        return jnp.any(left > 0) & (jnp.max(state.length) < model.config.block_size)
+
+    return generation_loop(predict, unfinished, sampler, indices, model.config.vocab_size)
 
 
-def _window(tokens: jax.Array, length: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-    """Cut the last `width` tokens before each row's length; return them and where in them the last one stands."""
+def beyond_context(model: GPT, sampler: SamplerState, indices: jax.Array) -> Loop:
+    """Return the loop that reads the last window again for every token."""
+
+    def predict(state: DecodeState, cache: None) -> tuple[DecodeState, None]:
+        width = min(model.config.block_size, state.tokens.shape[1])
+        return replace(state, logits=predict_last(model, *last_window(state.tokens, state.length, width))), cache
+
+    def unfinished(left: jax.Array, state: DecodeState) -> jax.Array:
+        return jnp.any(left > 0)
+
+    return generation_loop(predict, unfinished, sampler, indices, model.config.vocab_size)
+
+
+def generation_loop(
+    predict: Callable[[DecodeState, Any], tuple[DecodeState, Any]],
+    unfinished: Callable[[jax.Array, DecodeState], jax.Array],
+    sampler: SamplerState,
+    indices: jax.Array,
+    vocab_size: int,
+) -> Loop:
+    """Return the loop: sample a token of every sequence, append it, predict the next.
+
+    Args:
+        predict: computes the logits after the last token.
+        unfinished: whether to go on.
+        sampler: how tokens are sampled.
+        indices: int32 [B], the sequences' indices in the batch: their random numbers depend on them.
+        vocab_size: V.
+    """
+    B = len(indices)
+    positions_at_once = max(1, min(MAX_POSITIONS, MAX_GUMBEL // (B * vocab_size)))
+
+    def some_tokens(carry: Any) -> Any:
+        (_, state), _ = carry
+        positions = state.length + jnp.arange(positions_at_once)[:, None]
+        gumbel = sampler.gumbel(indices, positions, state.logits)
+
+        def one_token(counted: Any) -> Any:
+            i, ((left, state), cache) = counted
+            token = sampler.sample(state.logits, gumbel[i])
+            state, cache = predict(appended(state, token), cache)
+            return i + 1, ((left - 1, state), cache)
+
+        def some_left(counted: Any) -> jax.Array:
+            i, (carry, _) = counted
+            return (i < positions_at_once) & unfinished(*carry)
+
+        return jax.lax.while_loop(some_left, one_token, (jnp.int32(0), carry))[1]
+
+    return partial(jax.lax.while_loop, lambda carry: unfinished(*carry[0]), some_tokens)
+
+
+def appended(state: DecodeState, token: jax.Array) -> DecodeState:
+    """Append a token, int32 [B], and its metrics to every sequence."""
+    batch = jnp.arange(len(token))
+    surprisal, entropy = surprisal_and_entropy(state.logits, token)
+    return replace(
+        state,
+        tokens=state.tokens.at[batch, state.length].set(token),
+        surprisal=state.surprisal.at[batch, state.length].set(surprisal),
+        entropy=state.entropy.at[batch, state.length].set(entropy),
+        length=state.length + 1,
+    )
+
+
+def predict_last(model: GPT, tokens: jax.Array, last: jax.Array) -> jax.Array:
+    """Predict the token after one position of each sequence: what a call of the model gives there, in less work.
+
+    Of the last layer only keys and values are computed at the other positions.
+
+    Args:
+        model: the model.
+        tokens: int32 [B, T].
+        last: int32 [B], the positions.
+
+    Returns:
+        Logits, float32 [B, V].
+    """
+    T, D, index = tokens.shape[1], model.config.n_head_dim, model.config.n_layer - 1
+    x = model.features(tokens, layers=index)
+    graphdef, stacked = nnx.split(model.blocks)
+    block: Block = nnx.merge(graphdef, jax.tree.map(lambda stack: stack[index], stacked))
+    _, k, v = block.attn.project(block.ln_1(x), rotary(jnp.arange(T), D))
+    keys, values = k.swapaxes(2, 3), v.swapaxes(2, 3)
+
+    def attend(q: jax.Array, *_: jax.Array) -> tuple[jax.Array, None]:
+        return model.ops.query_attention(q[:, :, 0], keys, values, last)[:, :, None], None
+
+    own = x[jnp.arange(len(last)), last][:, None]
+    return model.logits(block(own, rotary(last[:, None, None], D), attend)[0])[:, 0]
+
+
+def last_window(tokens: jax.Array, length: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """Return the last `width` tokens before each sequence's length, and the index of the last one in them."""
     start = jnp.maximum(0, length - width)
     window = jax.vmap(lambda row, s: jax.lax.dynamic_slice(row, (s,), (width,)))(tokens, start)
     return window, length - start - 1
-
-
-@partial(jax.jit, static_argnames=("graphdef",))
-def _window_metrics(params: Any, windows: jax.Array, *, graphdef: nnx.GraphDef) -> tuple[jax.Array, jax.Array]:
-    return token_metrics(nnx.merge(graphdef, params)(windows), windows)
-
-
-def score_tokens(
-    params: Any,
-    tokens: np.ndarray,
-    *,
-    graphdef: nnx.GraphDef,
-    block_size: int,
-    stride: int | None = None,
-    rows: int = 8,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Measure a given text of any length.
-
-    Args:
-        params: of the model.
-        tokens: int32 [N], without padding.
-        graphdef: the model's static half.
-        block_size: of the model.
-        stride: how far windows past the first are apart: each of their characters has block_size - stride to
-            block_size characters of context (1: the context that generation has). None: half of block_size.
-        rows: windows a call.
-
-    Returns:
-        Surprisal and entropy, float32 [N] each, nats; NaN for the first character.
-    """
-    stride = max(1, block_size // 2) if stride is None else stride
-    if not 1 <= stride <= block_size:
-        raise UserError(f"stride is {stride}, but it must be between 1 and the block size {block_size}.")
-    # A window holds a token more than a context, for its last prediction's sake: token T is predicted from 0 to T - 1.
-    width = min(block_size + 1, bucket(len(tokens)))
-    starts = [0, *range(stride, len(tokens) - width + stride, stride)] if len(tokens) > width else [0]
-    padded = np.zeros(starts[-1] + width, np.int32)
-    padded[: len(tokens)] = tokens
-    results = np.full((2, len(padded)), np.nan, np.float32)
-    rows = min(rows, 1 << (len(starts) - 1).bit_length())
-    for at in range(0, len(starts), rows):
-        group = starts[at : at + rows]
-        windows = np.stack([padded[s : s + width] for s in group] + [padded[:width]] * (rows - len(group)))
-        pair = [np.asarray(a) for a in _window_metrics(params, windows, graphdef=graphdef)]
-        for row, start in enumerate(group):
-            first = 0 if start == 0 else width - stride
-            results[:, start + first : start + width] = [a[row, first:] for a in pair]
-    return results[0, : len(tokens)], results[1, : len(tokens)]

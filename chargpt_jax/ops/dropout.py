@@ -1,17 +1,17 @@
-"""Dropout whose masks are a counter hash: cheap, reproducible from (seed, step), equal on any device layout.
+"""Dropout with masks from a counter hash: cheap, reproducible from (seed, step), equal on any number of devices.
 
-Each element's place in its array is hashed (bits.py) with a 64-bit seed for each sequence. A mask depends on the
-sequence's seeds and the element's place and on nothing else, so splitting a batch, or a block of attention rows, gives
-the same masks as the whole. `bits="jax"` takes Threefry over the same places instead: what the hash is checked against,
-at a higher cost.
+Each element's index in its array is hashed (hash_rng.py) with a 64-bit seed per sequence. A mask depends on nothing
+else, so splitting a batch, or computing attention in blocks, gives the same masks. `bits="jax"` uses Threefry on the
+same indices: the tests compare the hash with it.
 """
 
 from dataclasses import dataclass
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 
-from chargpt_jax.hash_rng import draw
+from chargpt_jax.hash_rng import derive, draw
 
 
 @dataclass(frozen=True)
@@ -19,46 +19,61 @@ class Dropout:
     """How elements are dropped."""
 
     rate: float = 0.0
-    """The chance of an element to be dropped, in [0, 1)."""
+    """Probability that an element is dropped, in [0, 1)."""
     bits: str = "hash"
-    """Where masks come from: 'hash', or 'jax' for JAX's own bits."""
+    """Source of the random bits: 'hash', or 'jax' for Threefry."""
+
+
+NONE = Dropout()
 
 
 def seeds_for(key: jax.Array, batch_size: int) -> jax.Array:
-    """Draw a step's dropout seeds, uint32 [B, 2], one pair a sequence."""
+    """Return a training step's dropout seeds, uint32 [B, 2], one pair per sequence."""
     return jax.random.bits(key, (batch_size, 2), jnp.uint32)
 
 
-def keep_mask(seeds: jax.Array, place: jax.Array, how: Dropout) -> jax.Array:
-    """Say which elements survive.
+@overload
+def fold_seeds(seeds: jax.Array, index: jax.Array | int) -> jax.Array: ...
+@overload
+def fold_seeds(seeds: None, index: jax.Array | int) -> None: ...
+def fold_seeds(seeds: jax.Array | None, index: jax.Array | int) -> jax.Array | None:
+    """Return new seeds for a part of the model, unrelated for every index; None (no dropout) stays None."""
+    return None if seeds is None else derive(seeds, index)
+
+
+def keep_mask(seeds: jax.Array, index: jax.Array, how: Dropout) -> jax.Array:
+    """Return which elements are not dropped.
 
     Args:
         seeds: uint32 [B, 2].
-        place: uint32 [...], a number that tells the elements of one sequence apart.
-        how: rate and source.
+        index: uint32 [...], which identifies the elements of one sequence.
+        how: rate and source of random bits.
 
     Returns:
-        bool [B, ...], true with probability 1 - rate (to 2**-32).
+        bool [B, ...], True with probability 1 - rate (to 2**-32).
     """
-    bits = {"hash": _hashed, "jax": _threefry}[how.bits](seeds, place)
+    bits = {"hash": _hashed, "jax": _threefry}[how.bits](seeds, index)
     return bits >= jnp.uint32(min(round(how.rate * 2**32), 2**32 - 1))
 
 
 def dropout(x: jax.Array, seeds: jax.Array | None, how: Dropout) -> jax.Array:
-    """Drop elements of x [B, ...] with chance `rate` and scale the rest by 1 / (1 - rate); None: leave x alone."""
+    """Drop elements of x [B, ...] with probability `rate` and scale the rest by 1 / (1 - rate).
+
+    Without seeds x is returned as it is.
+    """
     if seeds is None or not how.rate:
         return x
-    place = jnp.arange(x[0].size, dtype=jnp.uint32).reshape(x.shape[1:])
-    return jnp.where(keep_mask(seeds, place, how), x * (1 / (1 - how.rate)), 0)
+    index = jnp.arange(x[0].size, dtype=jnp.uint32).reshape(x.shape[1:])
+    return jnp.where(keep_mask(seeds, index, how), x * (1 / (1 - how.rate)), 0)
 
 
-def _hashed(seeds: jax.Array, place: jax.Array) -> jax.Array:
-    """Return a uint32 [B, ...] for each of B seeds and each place."""
-    return draw(seeds.reshape(-1, *(1,) * place.ndim, 2), place)
+def _hashed(seeds: jax.Array, index: jax.Array) -> jax.Array:
+    """Return uint32 [B, ...]: random bits for each of B seeds and each index."""
+    return draw(seeds.reshape(-1, *(1,) * index.ndim, 2), index)
 
 
-def _threefry(seeds: jax.Array, place: jax.Array) -> jax.Array:
-    """Return the same from Threefry-2x32 with a sequence's seeds as its key and the place as its counter."""
+def _threefry(seeds: jax.Array, index: jax.Array) -> jax.Array:
+    """Return the same from Threefry-2x32, with a sequence's seeds as the key and the index as the counter."""
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-    keys = fold(jax.random.wrap_key_data(seeds, impl="threefry2x32"), place.reshape(-1))
-    return jax.random.key_data(keys)[..., 0].reshape(-1, *place.shape)
+    keys = fold(jax.random.wrap_key_data(seeds, impl="threefry2x32"), index.reshape(-1))
+    return jax.random.key_data(keys)[..., 0].reshape(-1, *index.shape)

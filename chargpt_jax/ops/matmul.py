@@ -1,34 +1,32 @@
-"""Matrix products, as exact as the dtype of what is multiplied, whatever they run on.
+"""Matrix multiplication in the full precision of its inputs' dtype, and embedding lookup, on every device.
 
-Left to themselves a TPU rounds float32 to bfloat16 before it multiplies, and a GPU from Ampere on to TF32, which keeps
-10 bits of 23. Here what is float32 is multiplied as float32; who wants it quicker computes in bfloat16, or sets
-JAX_DEFAULT_MATMUL_PRECISION, which goes first.
+By default JAX rounds float32 to bfloat16 on a TPU, and to TF32 (10 bits of 23) on a GPU from Ampere on. Here float32
+stays float32. For more speed compute in bfloat16, or set JAX_DEFAULT_MATMUL_PRECISION, which takes precedence.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
-def product(axes: str, a: jax.Array, b: jax.Array, dtype: Any = None) -> jax.Array:
-    """Multiply two arrays of one dtype as jnp.einsum has it.
+def matmul(axes: str, a: jax.Array, b: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+    """Multiply two arrays of one dtype, as jnp.einsum does.
 
     Args:
-        axes: in einsum's terms, 'bhtd,bhsd->bhts'.
+        axes: einsum's subscripts, for example 'bhtd,bhsd->bhts'.
         a, b: of one floating dtype.
-        dtype: of the result; None: float32, or theirs where that is wider.
+        dtype: of the result; None: float32, or the inputs' dtype if that is wider.
     """
     dtype = jnp.promote_types(a.dtype, jnp.float32) if dtype is None else dtype
     return jnp.einsum(axes, a, b, preferred_element_type=dtype, precision=_precision(a.dtype))
 
 
 @jax.custom_vjp
-def rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """Look up rows of a table; its gradient is a product, with a 1 for each place where a row was looked up.
+def deterministic_lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Look up embeddings; the gradient is a matrix multiplication with one-hot vectors.
 
-    Left to itself JAX would add to the table's rows one place after the other, or on a GPU in an order that differs
-    from run to run.
+    The default gradient is a scatter-add: one position after another on a CPU, and in an order that differs from run
+    to run on a GPU.
 
     Args:
         table: [V, C].
@@ -40,20 +38,20 @@ def rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
     return jnp.take(table, ids, axis=0)
 
 
-def _looked_up(table: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return rows_of(table, ids), (table, ids)
+def _lookup_forward(table: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return deterministic_lookup(table, ids), (table, ids)
 
 
-def _put_back(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None]:
+def _lookup_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None]:
     table, ids = saved
-    places = jax.nn.one_hot(ids.reshape(-1), table.shape[0], dtype=gradient.dtype)
-    return product("nv,nc->vc", places, gradient.reshape(-1, gradient.shape[-1]), gradient.dtype), None
+    one_hot = jax.nn.one_hot(ids.reshape(-1), table.shape[0], dtype=gradient.dtype)
+    return matmul("nv,nc->vc", one_hot, gradient.reshape(-1, gradient.shape[-1]), gradient.dtype), None
 
 
-rows_of.defvjp(_looked_up, _put_back)
+deterministic_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def _precision(dtype: Any) -> jax.lax.Precision | None:
-    """Return what jax.lax.dot is told: to be exact, for float32; nothing, where the user or the dtype has said it."""
-    said = getattr(jax.config, "jax_default_matmul_precision", None) is not None
-    return None if said or dtype != jnp.float32 else jax.lax.Precision.HIGHEST
+def _precision(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """Return HIGHEST for float32, and None (JAX's default) for other dtypes or if the user has set a precision."""
+    is_set = getattr(jax.config, "jax_default_matmul_precision", None) is not None
+    return None if is_set or dtype != jnp.float32 else jax.lax.Precision.HIGHEST

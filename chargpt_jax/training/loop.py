@@ -23,7 +23,7 @@ from chargpt_jax.events import (
     bits_per_character,
 )
 from chargpt_jax.model.flops import peak_flops, training_flops
-from chargpt_jax.model.gpt import count_parameters
+from chargpt_jax.model.init import count_parameters
 from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.storage.lock import Lock
 from chargpt_jax.storage.workdir import Log, excused

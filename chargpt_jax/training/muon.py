@@ -26,7 +26,7 @@ import optax
 from jax.sharding import Mesh
 
 from chargpt_jax.devices import sharding
-from chargpt_jax.ops.matmul import product
+from chargpt_jax.ops.matmul import matmul
 
 Params = dict[str, Any]
 """Nested dicts of arrays."""
@@ -62,13 +62,13 @@ def orthogonal(x: jax.Array, steps: int = len(POLYNOMIALS)) -> jax.Array:
     # Scale the largest element to 1, so that fourth powers stay within float32's range.
     x = x / jnp.maximum(jnp.max(jnp.abs(x), axis=(-1, -2), keepdims=True), jnp.finfo(x.dtype).tiny)
     for number, (a, b, c) in enumerate(POLYNOMIALS[:steps]):
-        square = product("...mk,...nk->...mn", x, x)
+        square = matmul("...mk,...nk->...mn", x, x)
         if number == 0:
             norm = MARGIN * jnp.sqrt(jnp.linalg.norm(square, axis=(-1, -2), keepdims=True))
             norm = jnp.where(norm > 0, norm, 1)
             x, square = x / norm, square / norm**2
-        fourth = product("...mk,...kn->...mn", square, square)
-        x = a * x + product("...mk,...kn->...mn", b * square + c * fourth, x)
+        fourth = matmul("...mk,...kn->...mn", square, square)
+        x = a * x + matmul("...mk,...kn->...mn", b * square + c * fourth, x)
     return x
 
 

@@ -22,7 +22,8 @@ from chargpt_jax.config import Config
 from chargpt_jax.data import batches
 from chargpt_jax.devices import sharding, startup
 from chargpt_jax.devices.platform import compiler_options, compute_dtype
-from chargpt_jax.model.gpt import plan
+from chargpt_jax.model.init import plan
+from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.pacing import MAX_DISPATCH_STEPS
 from chargpt_jax.training.run import Run, record_of
@@ -183,7 +184,12 @@ class Setup:
         mesh = sharding.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps)
         train, _ = batches.split(tokens, config.data.train_split, config.model.block_size)
         on_device = jax.device_put(train, sharding.replicated(mesh))
-        graphdef, shapes, draw = plan(config.model, config.seed, dtype, compiler_options=compiler_options(mesh))
+        graphdef, shapes, draw = plan(
+            config.model,
+            config.seed,
+            ops_for(dtype, config.model.attention_block),
+            compiler_options=compiler_options(mesh),
+        )
         return cls(config, tokens, len(train), vocabulary, graphdef, shapes, draw, dtype, mesh, on_device)
 
     def initial_state(self, tx: optax.GradientTransformation) -> TrainState:

@@ -23,9 +23,8 @@ from chargpt_jax.config import AmpConfig, ModelConfig
 from chargpt_jax.devices import platform, sharding, startup
 from chargpt_jax.devices.platform import BFLOAT16_ON_CPU, ON_CPU, compiler_options, compute_dtype
 from chargpt_jax.errors import UserError
-from chargpt_jax.generation.generate import advance, begin
+from chargpt_jax.generation.generate import decode, prefill
 from chargpt_jax.generation.sampler import Sampler
-from chargpt_jax.model.gpt import create
 from chargpt_jax.ops import blockwise_attention
 from chargpt_jax.ops.cpu_kv_cache import Blocks
 from chargpt_jax.training import optimizer
@@ -34,6 +33,7 @@ from chargpt_jax.training.run import Run
 from chargpt_jax.training.setup import Setup, jit_train_steps
 from chargpt_jax.training.stages import prepare
 from tests.corpus_text import write_words
+from tests.pairing import built
 
 
 @dataclass(frozen=True)
@@ -382,16 +382,16 @@ def written(n_devices: int, *, vocab_size: int = 64, n_embd: int = 8, block_size
     """Write on eight prompts of different lengths, inside the window and past it, on so many devices."""
     shape = {"n_head": 2, "n_head_dim": 4, "n_ff": 16, "n_layer": 2, "used_ids": 30}
     config = ModelConfig(vocab_size=vocab_size, n_embd=n_embd, block_size=block_size, **shape)
-    graphdef, params = create(config, 0)
+    graphdef, params = built(config, 0)
     N, count = block_size + 28, block_size + 8
     tokens = np.random.default_rng(0).integers(1, 30, (8, N)).astype(np.int32)
     lengths, mesh = np.arange(3, 11, dtype=np.int32), data_mesh(8, jax.devices()[:n_devices])
     tokens *= np.arange(N) < lengths[:, None]
     params = jax.device_put(params, sharding.replicated(mesh))
-    progress = begin(params, tokens, lengths, graphdef=graphdef, width=10, mesh=mesh)
+    progress = prefill(params, tokens, lengths, graphdef=graphdef, width=10, mesh=mesh)
     apart = isinstance(progress.cache, Blocks)
     drawing = Sampler().with_key(jax.random.key(3))
-    done = advance(params, progress, count, drawing, graphdef=graphdef, mesh=mesh)
+    done = decode(params, progress, count, drawing, graphdef=graphdef, mesh=mesh)
     return {
         "tokens": np.asarray(done.tokens).tolist(),
         "surprisal": np.nan_to_num(np.asarray(done.surprisal)).tolist(),

@@ -8,17 +8,16 @@ from flax import nnx
 
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.errors import UserError
-from chargpt_jax.generation.generate import advance, begin, bucket, inside, past, score_tokens
+from chargpt_jax.generation.generate import bucket, decode, inside, past, prefill, score_tokens
 from chargpt_jax.generation.metrics import surprisal_and_entropy
 from chargpt_jax.generation.sampler import Sampler
-from chargpt_jax.model.gpt import create
 from tests import reference
-from tests.pairing import from_reference
+from tests.pairing import built, from_reference
 
 CONFIG = ModelConfig(
     vocab_size=64, used_ids=30, block_size=24, n_embd=16, n_head=2, n_head_dim=8, n_ff=32, n_layer=2, attention_block=9
 )
-GRAPHDEF, _ = create(CONFIG, 0)
+GRAPHDEF, _ = built(CONFIG, 0)
 SIZES = {"vocab_size": 64, "n_embd": 16, "n_head": 2, "n_head_dim": 8, "n_ff": 32, "n_layer": 2}
 THEIRS = reference.random_parameters(np.random.default_rng(0), **SIZES)
 PARAMS = from_reference(THEIRS, 2, np.float32)
@@ -31,16 +30,16 @@ def prompts(*lengths: int, seed: int = 1) -> list[np.ndarray]:
     return [rng.integers(1, 30, n).astype(np.int32) for n in lengths]
 
 
-def generate(rows, count, *, pieces=None, key=KEY, once=False, **sampler):
+def generate(rows, count, *, pieces=None, key=KEY, final=False, **sampler):
     longest = max(map(len, rows))
     tokens = np.zeros((len(rows), bucket(longest + count)), np.int32)
     for buffer, row in zip(tokens, rows, strict=True):
         buffer[: len(row)] = row
     lengths = np.array([len(row) for row in rows], np.int32)
     width = min(CONFIG.block_size, bucket(longest))
-    p = begin(PARAMS, tokens, lengths, graphdef=GRAPHDEF, width=width, once=once)
+    p = prefill(PARAMS, tokens, lengths, graphdef=GRAPHDEF, width=width, final=final)
     for piece in pieces or [count]:
-        p = advance(PARAMS, p, piece, Sampler(**sampler).with_key(key), graphdef=GRAPHDEF, once=once)
+        p = decode(PARAMS, p, piece, Sampler(**sampler).with_key(key), graphdef=GRAPHDEF, final=final)
     return p
 
 
@@ -110,7 +109,7 @@ def test_writing_in_pieces_equals_writing_at_once(order):
 )
 def test_writing_once_equals_writing_with_more_to_come(order, sampler):
     rows = prompts(4, 9, 30)
-    more, once = generate(rows, 30, **sampler), generate(rows, 30, **sampler, once=True)
+    more, once = generate(rows, 30, **sampler), generate(rows, 30, **sampler, final=True)
     for ours, theirs in ((once.tokens, more.tokens), (once.surprisal, more.surprisal), (once.entropy, more.entropy)):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -130,14 +129,14 @@ def test_models_of_any_shape_write_alone_what_they_write_in_turn(rows, shape, mo
     L, H, D, C, block_size, V = shape
     sizes = {"n_layer": L, "n_head": H, "n_head_dim": D, "n_embd": C, "n_ff": 2 * C}
     config = ModelConfig(vocab_size=V, used_ids=V - 1, block_size=block_size, **sizes)
-    graphdef, params = create(config, 0)
+    graphdef, params = built(config, 0)
     tokens = np.random.default_rng(0).integers(1, V - 1, (rows, 128)).astype(np.int32)
     results = []
     for alone in (True, False):
         monkeypatch.setattr("chargpt_jax.generation.generate.writes_alone", lambda *_: alone)  # noqa: B023
         jax.clear_caches()
-        p = begin(params, tokens, np.full(rows, 5, np.int32), graphdef=graphdef, width=5)
-        results.append(advance(params, p, 110, Sampler().with_key(KEY), graphdef=graphdef))
+        p = prefill(params, tokens, np.full(rows, 5, np.int32), graphdef=graphdef, width=5)
+        results.append(decode(params, p, 110, Sampler().with_key(KEY), graphdef=graphdef))
     jax.clear_caches()
     np.testing.assert_array_equal(results[0].tokens, results[1].tokens)
     np.testing.assert_allclose(results[0].surprisal, results[1].surprisal, rtol=1e-5, atol=1e-5)
@@ -147,7 +146,7 @@ def test_writing_alone_makes_no_copy_of_what_is_kept(monkeypatch):
     monkeypatch.setattr("chargpt_jax.generation.generate.writes_alone", lambda *_: True)
     jax.clear_caches()
     tokens = np.zeros((50, 64), np.int32)
-    p = begin(PARAMS, tokens, np.full(50, 5, np.int32), graphdef=GRAPHDEF, width=5)
+    p = prefill(PARAMS, tokens, np.full(50, 5, np.int32), graphdef=GRAPHDEF, width=5)
     args = PARAMS, (np.full(50, 3, np.int32), p), Sampler().with_key(KEY)
     with jax.default_device(jax.devices("cpu")[0]):  # which there is beside any accelerator
         lowered = inside("cpu", False).compiled.lower(*args, graphdef=GRAPHDEF, kernels=True)

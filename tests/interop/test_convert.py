@@ -18,9 +18,9 @@ from chargpt_jax.interop import convert
 from chargpt_jax.interop.ancestor import from_original, from_params, read
 from chargpt_jax.interop.safetensors_file import read_npz, read_safetensors, write_safetensors
 from chargpt_jax.main import main
-from chargpt_jax.model.gpt import create
 from tests import reference
 from tests.interop.test_torch_pickle import View, save
+from tests.pairing import built
 
 LETTERS = [" ", "\n", *"abcdefghijk", "é", "😀"]
 CONFIG: dict[str, Any] = {
@@ -89,7 +89,7 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def logits(params: Any, model: Any, tokens: np.ndarray) -> np.ndarray:
-    graphdef, _ = create(model, 0)
+    graphdef, _ = built(model, 0)
     return np.asarray(jax.jit(lambda p, x: nnx.merge(graphdef, p)(x))(params, tokens))
 
 
@@ -111,7 +111,7 @@ def test_every_kind_of_file_gives_the_same_model(tmp_path, kind):
     assert not model.config.model.mask_unused_ids
     assert model.config.optimizer.learning_rate == 0.001
     assert model.tokenizer.vocabulary == ("", *sorted(LETTERS))
-    _, fresh = create(model.config.model, 0)
+    _, fresh = built(model.config.model, 0)
     assert jax.tree.map(np.shape, model.params) == jax.tree.map(np.shape, fresh)
     back = from_params(jax.tree.map(np.asarray, model.params), model.config.model)
     for name, array in original().items():

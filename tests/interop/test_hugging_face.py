@@ -13,8 +13,8 @@ from chargpt_jax.errors import UserError
 from chargpt_jax.interop import convert
 from chargpt_jax.interop.ancestor import to_params
 from chargpt_jax.interop.hugging_face import padding_name
-from chargpt_jax.model.gpt import create
 from tests.interop.test_convert import LETTERS, changed, logits, original
+from tests.pairing import built
 
 VOCABULARY = [*LETTERS, "\t", "\r", "\x00", "<", ">", "p", "'", "\u0301", "\u200d", "漢", "\u2028"]
 
@@ -23,7 +23,7 @@ def model(mask: bool, vocabulary: list[str] = VOCABULARY) -> Model:
     """Return a model with random numbers everywhere, none of them as initialised."""
     tokenizer = CharTokenizer(vocabulary)
     sizes = ModelConfig(**changed({})["model"], used_ids=tokenizer.n_ids, mask_unused_ids=mask)
-    graphdef, _ = create(sizes, 0)
+    graphdef, _ = built(sizes, 0)
     return Model(Config(model=sizes), tokenizer, graphdef, to_params(original(), sizes), 0)
 
 

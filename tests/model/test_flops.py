@@ -9,7 +9,7 @@ from flax import nnx
 
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.model.flops import peak_flops, training_flops
-from chargpt_jax.model.gpt import create
+from tests.pairing import built
 
 
 def test_a_step_is_three_times_the_products_that_xla_counts_in_a_forward_pass():
@@ -17,7 +17,7 @@ def test_a_step_is_three_times_the_products_that_xla_counts_in_a_forward_pass():
     config = ModelConfig(
         vocab_size=128, used_ids=97, block_size=64, n_embd=96, n_head=4, n_head_dim=32, n_ff=256, n_layer=1, remat=False
     )
-    graphdef, params = jax.eval_shape(lambda: create(config, 0))
+    graphdef, params = jax.eval_shape(lambda: built(config, 0))
     tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
     forward = jax.jit(lambda p, t: nnx.merge(graphdef, p)(t)).lower(params, tokens).compile().cost_analysis()["flops"]
     assert training_flops(config, 2) == pytest.approx(3 * forward, rel=0.1)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chargpt_jax.devices.platform import BFLOAT16_ON_CPU
-from chargpt_jax.ops.matmul import product, rows_of
+from chargpt_jax.ops.matmul import deterministic_lookup, matmul
 from tests.pairing import x64
 
 AXES = "btc,vc->btv"
@@ -21,7 +21,7 @@ def arrays(dtype):
 
 def asked(dtype):
     """Return the precision that a product of a dtype is traced with."""
-    (dot,) = jax.make_jaxpr(lambda a, b: product(AXES, a, b))(*arrays(dtype)).eqns
+    (dot,) = jax.make_jaxpr(lambda a, b: matmul(AXES, a, b))(*arrays(dtype)).eqns
     return dot.params["precision"]
 
 
@@ -43,14 +43,14 @@ def asked(dtype):
 def test_a_product_is_as_exact_as_its_dtype_and_summed_in_float32_or_wider(dtype, exact):
     with x64(dtype == jnp.float64):
         a, b = arrays(dtype)
-        ours = jax.jit(lambda a, b: product(AXES, a, b))(a, b)
+        ours = jax.jit(lambda a, b: matmul(AXES, a, b))(a, b)
         assert ours.dtype == jnp.promote_types(dtype, jnp.float32)
         expected = np.einsum(AXES, *(np.asarray(x, np.float64) for x in (a, b)))
         np.testing.assert_allclose(ours, expected, rtol=exact, atol=exact)
 
 
 def test_a_dtype_that_is_asked_for_is_the_results():
-    assert product(AXES, *arrays(jnp.bfloat16), jnp.bfloat16).dtype == jnp.bfloat16
+    assert matmul(AXES, *arrays(jnp.bfloat16), jnp.bfloat16).dtype == jnp.bfloat16
 
 
 def test_what_is_float32_is_multiplied_as_float32():
@@ -68,7 +68,7 @@ def test_who_asks_jax_for_less_gets_it():
 
 def test_gradients_are_as_exact():
     a, b = arrays(jnp.float32)
-    graph = jax.make_jaxpr(jax.grad(lambda a: jnp.sum(jnp.sin(product(AXES, a, b)))))(a)
+    graph = jax.make_jaxpr(jax.grad(lambda a: jnp.sum(jnp.sin(matmul(AXES, a, b)))))(a)
     dots = [line for line in graph.eqns if line.primitive.name == "dot_general"]
     assert len(dots) == 2
     assert {line.params["precision"] for line in dots} == {(jax.lax.Precision.HIGHEST,) * 2}
@@ -79,7 +79,7 @@ def test_gradients_are_as_exact():
 def test_rows_are_the_tables_bit_for_bit_and_their_gradient_sums_over_every_place(ids):
     table = jnp.asarray(np.random.default_rng(1).normal(size=(7, 3)), jnp.float32)
     weight = np.random.default_rng(2).normal(size=(len(ids), 3)).astype(np.float32)
-    rows, back = jax.vjp(lambda table: rows_of(table, jnp.array(ids)), table)
+    rows, back = jax.vjp(lambda table: deterministic_lookup(table, jnp.array(ids)), table)
     np.testing.assert_array_equal(rows, np.asarray(table)[ids])
     expected = np.zeros((7, 3))
     np.add.at(expected, ids, weight)

@@ -7,10 +7,9 @@ import optax
 import pytest
 
 from chargpt_jax.config import ModelConfig, OptimizerConfig
-from chargpt_jax.model.gpt import create
 from chargpt_jax.training.muon import MARGIN, POLYNOMIALS, is_layer_matrix, orthogonal, scale_by_muon
 from chargpt_jax.training.optimizer import adamw, make_optimizer
-from tests.pairing import x64
+from tests.pairing import built, x64
 
 SHAPES = [(5, 5), (4, 9), (9, 4), (1, 6), (32, 96)]
 
@@ -111,7 +110,7 @@ def test_four_updates_are_those_of_the_formula(momentum, steps):
 
 def test_the_layers_matrices_are_muons_and_all_else_is_not():
     config = ModelConfig(64, 10, block_size=8, n_embd=8, n_head=2, n_head_dim=4, n_ff=12, n_layer=2)
-    params = jax.eval_shape(lambda: create(config, seed=0)[1])
+    params = jax.eval_shape(lambda: built(config, seed=0)[1])
     mask = jax.tree_util.tree_map_with_path(is_layer_matrix, params)
     hidden = {jax.tree_util.keystr(path) for path, value in jax.tree_util.tree_leaves_with_path(mask) if value}
     kernels = {"['attn']['qkv']", "['attn']['proj']", "['mlp']['up']", "['mlp']['down']"}

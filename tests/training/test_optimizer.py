@@ -9,10 +9,9 @@ import optax
 import pytest
 
 from chargpt_jax.config import ModelConfig, OptimizerConfig, SchedulerConfig
-from chargpt_jax.model.gpt import create
 from chargpt_jax.training.optimizer import adamw, decay_mask, make_optimizer, total_steps, warmup_cosine
 from tests import reference
-from tests.pairing import x64
+from tests.pairing import built, x64
 
 N_LAYER = 3
 RATES = [3e-3, 1e-2, 2e-3, 5e-3, 1e-3]
@@ -115,7 +114,7 @@ def test_a_warm_up_is_as_many_steps_as_its_epochs_hold():
 
 def test_weight_decay_acts_on_the_kernels_and_the_embedding_and_on_nothing_else():
     config = ModelConfig(64, 10, block_size=8, n_embd=8, n_head=2, n_head_dim=4, n_ff=12, n_layer=2)
-    params = jax.eval_shape(lambda: create(config, seed=0)[1])
+    params = jax.eval_shape(lambda: built(config, seed=0)[1])
     mask = decay_mask(params)
     assert jax.tree.structure(mask) == jax.tree.structure(params)
     decayed = {jax.tree_util.keystr(path) for path, value in jax.tree_util.tree_leaves_with_path(mask) if value}

@@ -12,15 +12,15 @@ import pytest
 from flax import nnx
 
 from chargpt_jax.config import ModelConfig, OptimizerConfig
-from chargpt_jax.model.gpt import create
 from chargpt_jax.training.optimizer import adamw, make_optimizer
 from chargpt_jax.training.step import create_state, cross_entropy_sum, eval_step, train_step
 from tests import reference
+from tests.pairing import built
 
 CONFIG = ModelConfig(
     vocab_size=64, used_ids=30, block_size=12, n_embd=8, n_head=2, n_head_dim=4, n_ff=16, n_layer=2, dropout=0.2
 )
-GRAPHDEF, PARAMS = create(CONFIG, 0)
+GRAPHDEF, PARAMS = built(CONFIG, 0)
 TX = adamw(OptimizerConfig(), 1e-2)
 
 
@@ -92,7 +92,7 @@ def test_many_steps_trace_once():
 
 
 def test_float16_leaves_out_an_overflowing_update_and_halves_the_scale():
-    graphdef, params = create(CONFIG, 0, jnp.float16)
+    graphdef, params = built(CONFIG, 0, jnp.float16)
     step = step_of(graphdef=graphdef)
     state = create_state(params, TX, 0, jnp.float16)
     huge = state.replace(loss_scale=state.loss_scale.replace(scale=jnp.float32(2.0**40)))
@@ -105,7 +105,7 @@ def test_float16_leaves_out_an_overflowing_update_and_halves_the_scale():
 
 
 def test_float16_gradients_are_near_those_of_float32():
-    graphdef, _ = create(CONFIG, 0, jnp.float16)
+    graphdef, _ = built(CONFIG, 0, jnp.float16)
     _, exact = STEP(create_state(PARAMS, TX, 0), batch())
     _, rough = step_of(graphdef=graphdef)(create_state(PARAMS, TX, 0, jnp.float16), batch())
     np.testing.assert_allclose(rough["loss"], exact["loss"], rtol=2e-3)
@@ -116,7 +116,7 @@ def test_evaluation_has_no_dropout_and_counts_characters():
     inputs, targets = batch()
     total, count = jax.jit(partial(eval_step, graphdef=GRAPHDEF))(PARAMS, (inputs, targets))
     assert int(count) == 4 * 12 - 5
-    clean, _ = create(dataclasses.replace(CONFIG, dropout=0.0), 0)
+    clean, _ = built(dataclasses.replace(CONFIG, dropout=0.0), 0)
     logits = jax.jit(lambda p: nnx.merge(clean, p)(inputs))(PARAMS)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     np.testing.assert_allclose(total, jnp.sum(losses * (targets != 0)), rtol=1e-6)
@@ -137,7 +137,7 @@ def lines(graph):
 def test_an_update_is_exact_and_adds_in_one_order(kind, platform):
     """Every product of float32 is one, forward, backward and in the optimizer; nothing is scattered to many places."""
     config = dataclasses.replace(CONFIG, attention_block=5)
-    graphdef, params = create(config, 0, jnp.float32, platform)
+    graphdef, params = built(config, 0, jnp.float32, platform)
     tx = make_optimizer(OptimizerConfig(kind=kind), 1e-3)
     step = partial(train_step, graphdef=graphdef, tx=tx)
     found = list(lines(jax.make_jaxpr(step)(create_state(params, tx, 0), batch()).jaxpr))

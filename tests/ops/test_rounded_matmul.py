@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.devices.platform import BFLOAT16_ON_CPU
-from chargpt_jax.model.gpt import create
 from chargpt_jax.ops.precision import between_products, rounded_product, widened
+from tests.pairing import built
 
 NARROW = [
     pytest.param(
@@ -99,8 +99,8 @@ def test_only_a_cpu_keeps_wide_what_is_between_narrow_products(platform):
 def test_to_make_a_wide_model_starts_no_devices():
     """A process may still fork then, or say how many devices a CPU counts as."""
     code = (
-        "import jax; from chargpt_jax.model.gpt import create; from chargpt_jax.config import ModelConfig;"
-        "jax.eval_shape(lambda: create(ModelConfig(vocab_size=9, used_ids=9, n_layer=1), 0)[1]);"
+        "import jax; from tests.pairing import built; from chargpt_jax.config import ModelConfig;"
+        "jax.eval_shape(lambda: built(ModelConfig(vocab_size=9, used_ids=9, n_layer=1), 0)[1]);"
         "jax.config.update('jax_num_cpu_devices', 3); assert len(jax.devices('cpu')) == 3"
     )
     said = {name: text for name, text in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
@@ -109,7 +109,7 @@ def test_to_make_a_wide_model_starts_no_devices():
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_a_models_products_take_narrow_numbers_everywhere_but_in_a_cpus_attention(platform):
-    graphdef, params = create(CONFIG, 0, jnp.bfloat16, platform)
+    graphdef, params = built(CONFIG, 0, jnp.bfloat16, platform)
     tokens = jnp.ones((2, 8), jnp.int32)
     found = multiplied(lambda params: nnx.merge(graphdef, params).features(tokens), params)
     narrow = {kind for kind in found if kind[0] == kind[1] == "bf16"}

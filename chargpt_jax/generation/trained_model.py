@@ -1,0 +1,210 @@
+"""A trained model, loaded from a run: continue prompts, score texts."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from chargpt_jax.config import MAX_TEXT, Config, shown
+from chargpt_jax.config_io import from_dict
+from chargpt_jax.data.tokenizer import CharTokenizer
+from chargpt_jax.devices import sharding, startup
+from chargpt_jax.devices.platform import compute_dtype
+from chargpt_jax.errors import NoCheckpoint, UserError
+from chargpt_jax.generation.generate import DecodeState, bucket, decode, prefill
+from chargpt_jax.generation.sample import Sample, Samples
+from chargpt_jax.generation.sampler import Sampler
+from chargpt_jax.generation.score import score_tokens
+from chargpt_jax.model.init import Params, abstract_model
+from chargpt_jax.ops.choose import ops_for
+from chargpt_jax.storage.checkpoint import Checkpoints
+from chargpt_jax.storage.workdir import Workdir
+from chargpt_jax.training import optimizer
+from chargpt_jax.training.setup import state_shapes
+
+MAX_CHARACTERS = 32 * MAX_TEXT
+"""Characters of all prompts and continuations of one call, which are in memory together."""
+
+MAX_SEED = 2**31
+
+STREAMED = 16
+"""Characters that are generated between two calls of `on_text`."""
+
+
+class Model:
+    """A trained model with its vocabulary; `load` makes one."""
+
+    def __init__(self, config: Config, tokenizer: CharTokenizer, graphdef: nnx.GraphDef, params: Params, step: int):
+        """Put together what a checkpoint contains."""
+        self.config, self.tokenizer, self.graphdef, self.params, self.step = config, tokenizer, graphdef, params, step
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        max_new_tokens: int = 300,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        skip_unknown: bool = False,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> Samples:
+        """Continue one or more prompts.
+
+        Args:
+            prompts: strings of at least one character; the model reads the last block_size characters of a longer one.
+                All prompts and continuations together have at most `MAX_CHARACTERS`.
+            max_new_tokens: characters to generate, 1 to `MAX_TEXT`.
+            temperature: sampling temperature; 0: greedy.
+            top_k: sample from the k most likely characters; None: from all.
+            top_p: nucleus sampling: from the fewest most likely characters with total probability of at least p.
+            seed: 0 or more, below 2**31; the same seed and prompts give the same text.
+            skip_unknown: drop characters that are not in the vocabulary, instead of rejecting them.
+            on_text: called with (index of the prompt, new text) every 16 characters.
+
+        Raises:
+            UserError: if an argument is invalid.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        sampler = Sampler(temperature, top_k, top_p)
+        _check_generation(prompts, max_new_tokens, seed)
+        prompts = [self._known(prompt, skip_unknown) for prompt in prompts]
+        encoded = [self.tokenizer.encode_text(prompt) for prompt in prompts]
+        lengths = np.array([len(ids) for ids in encoded], np.int32)
+        longest = int(lengths.max())
+        if len(prompts) * (longest + max_new_tokens) > MAX_CHARACTERS:
+            raise UserError(
+                f"{len(prompts):,} prompts of up to {longest + max_new_tokens:,} characters with their continuations "
+                f"are more than {MAX_CHARACTERS:,} in total: ask for fewer or shorter ones."
+            )
+        tokens = np.zeros((len(prompts), bucket(longest + max_new_tokens)), np.int32)
+        for buffer, ids in zip(tokens, encoded, strict=True):
+            buffer[: len(ids)] = ids
+        mesh = sharding.data_mesh(len(prompts), tell=False)
+        how: dict[str, Any] = {"graphdef": self.graphdef, "mesh": mesh, "final": on_text is None}
+        params = jax.device_put(self.params, sharding.replicated(mesh))
+        width = min(self.config.model.block_size, bucket(longest), tokens.shape[1])
+        state, sampling = prefill(params, tokens, lengths, width=width, **how), sampler.with_key(jax.random.key(seed))
+        piece = max_new_tokens if on_text is None else STREAMED
+        for done in range(0, max_new_tokens, piece):
+            count = min(piece, max_new_tokens - done)
+            state = decode(params, state, count, sampling, **how)
+            if on_text is not None:
+                for i, ids in enumerate(np.asarray(state.tokens)):
+                    start = lengths[i] + done
+                    on_text(i, self.tokenizer.decode([ids[start : start + count]])[0])
+        return self._samples(prompts, encoded, state, max_new_tokens)
+
+    def _samples(self, prompts: list[str], encoded: list[np.ndarray], state: DecodeState, count: int) -> Samples:
+        tokens, surprisal, entropy = (np.array(a) for a in (state.tokens, state.surprisal, state.entropy))
+        samples = Samples()
+        for i, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
+            end = len(ids) + count
+            if len(ids) > self.config.model.block_size:  # prefill has read its last window only
+                surprisal[i, : len(ids)], entropy[i, : len(ids)] = self._measure(ids)
+            characters = tuple(self.tokenizer.decode_each([tokens[i, :end]])[0])
+            vocab_size = self.config.model.vocab_size
+            samples.append(Sample(prompt, characters, surprisal[i, :end], entropy[i, :end], vocab_size))
+        return samples
+
+    def score(self, text: str, *, stride: int | None = None, skip_unknown: bool = False) -> Sample:
+        """Compute the metrics of every character of a given text.
+
+        Args:
+            text: at least two characters.
+            stride: beyond block_size, each character is predicted from at least block_size - stride characters of
+                context; 1 gives exactly the context of generation, at the cost of one window per character. None: half
+                of block_size.
+            skip_unknown: drop characters that are not in the vocabulary, instead of rejecting them.
+
+        Raises:
+            UserError: if the text or the stride is invalid.
+        """
+        text = self._known(text, skip_unknown)
+        if len(text) < 2:
+            raise UserError(
+                "The text has 1 character, but scoring needs at least 2, because the first has no context: give a "
+                "longer text."
+            )
+        tokens = self.tokenizer.encode_text(text)
+        surprisal, entropy = self._measure(tokens, stride)
+        return Sample(text, tuple(text), surprisal, entropy, self.config.model.vocab_size)
+
+    def _measure(self, tokens: np.ndarray, stride: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        block_size = self.config.model.block_size
+        return score_tokens(self.params, tokens, graphdef=self.graphdef, block_size=block_size, stride=stride)
+
+    def _known(self, text: str, skip_unknown: bool) -> str:
+        text = self.tokenizer.drop_unknown(text) if skip_unknown else text
+        if not text:
+            raise UserError("The text is empty, but the model needs at least one character: try '\\n'.")
+        if len(text) > MAX_TEXT:
+            raise UserError(
+                f"The text has {len(text):,} characters, but {MAX_TEXT:,} is the maximum: give a part of it."
+            )
+        return text
+
+
+def _check_generation(prompts: list[str], max_new_tokens: int, seed: int) -> None:
+    if not 1 <= max_new_tokens <= MAX_TEXT:
+        raise UserError(
+            f"max_new_tokens is {shown(max_new_tokens)}, but it must be between 1 and {MAX_TEXT:,}: try 500."
+        )
+    if not 0 <= seed < MAX_SEED:
+        raise UserError(f"seed is {shown(seed)}, but it must be at least 0 and below {MAX_SEED:,}: try 0.")
+    if not prompts:
+        raise UserError("No prompt was given, but the model needs at least one character: try '\\n'.")
+
+
+def load(workdir: str | Path | Workdir, step: str | int = "best", warn: Callable[[str], None] = print) -> Model:
+    """Load a trained model from a run's folder.
+
+    Args:
+        workdir: of the run.
+        step: 'best' by validation loss, 'latest', or a checkpoint's step.
+        warn: called with a message for each damaged checkpoint; another is loaded instead, unless `step` is a number.
+
+    Raises:
+        UserError: if the folder is not a run.
+        NoCheckpoint: if it has no such checkpoint, or none that passes verification.
+    """
+    startup.use_every_core()
+    folder = Workdir(workdir)
+    folder.load_config()  # raises if this is not a run
+    if not folder.checkpoints.is_dir():
+        raise NoCheckpoint(f"{folder.path} holds no checkpoint: train first.")
+
+    models: dict[int, tuple[Config, nnx.GraphDef]] = {}
+
+    def like_of(record: dict[str, Any]) -> Any:
+        config = from_dict(record["config"])
+        graphdef, like = state_shapes_of(config, compute_dtype(config.amp))
+        models[record["step"]] = config, graphdef
+        return like
+
+    store = Checkpoints(folder.checkpoints, warn=warn)
+    try:
+        chosen, record, state = store.load(step, like_of)
+    finally:
+        store.close()
+    config, graphdef = models[chosen]
+    return Model(config, _vocabulary(record, folder.checkpoints / str(chosen)), graphdef, state.params, chosen)
+
+
+def _vocabulary(record: dict[str, Any], where: Path) -> CharTokenizer:
+    try:
+        return CharTokenizer.from_saved(record.get("vocabulary"))
+    except ValueError as error:
+        raise NoCheckpoint(f"{where} cannot be used: {error}.") from None
+
+
+def state_shapes_of(config: Config, dtype: Any) -> tuple[nnx.GraphDef, Any]:
+    """Return a model's static description, and its training state with shapes in place of arrays, on one device."""
+    tx = optimizer.empty(config.optimizer)
+    graphdef, params = abstract_model(config.model, ops_for(dtype, config.model.attention_block))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return graphdef, sharding.with_sharding(here, state_shapes(params, tx, 0, dtype))

@@ -1,0 +1,164 @@
+"""The operations of the model as mathematics, and `Ops`: the set of operations that a model is built with.
+
+A device may do each of these operations in its own way. `choose.py` picks the ways; tests hold every one of them to the
+function of the same name here. Axes: B batch, T queries, S keys, C channels, H heads, D head width, V vocabulary, L
+layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from chargpt_jax.ops.dropout import NONE, Dropout, dropout, fold_seeds
+from chargpt_jax.ops.kv_cache import KVCache
+from chargpt_jax.ops.matmul import matmul
+
+SAVED = "attention"
+"""The name of what attention saves for the backward pass, which rematerialisation does not recompute."""
+
+Layer = Callable[[Any, Any, jax.Array], tuple[Any, Any]]
+"""layer(block, carry, index) -> (carry, output): one block of the stack; `index` is an int32 scalar."""
+
+
+def embedding_lookup(table: jax.Array, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Look up embeddings: table [V, C] and ids int32 [...] to [..., C] of `dtype`."""
+    return jnp.take(table.astype(dtype), ids, axis=0)
+
+
+def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Map x [..., fan_in] to [..., fan_out], of x's dtype; kernel [fan_in, fan_out] and bias [fan_out] are float32.
+
+    The bias is added in float32: its gradient is a sum over all positions, which bfloat16 cannot hold.
+    """
+    y = matmul("rc,cf->rf", x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype), x.dtype)
+    return (y.reshape(*x.shape[:-1], -1) + bias).astype(x.dtype)
+
+
+def unembed(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Map x [B, T, C] to logits, float32 or wider [B, T, V], with the embedding table [V, C]."""
+    return matmul("btc,vc->btv", x, table.astype(x.dtype))
+
+
+def rotary(positions: jax.Array, n_head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Return cos and sin, [..., D / 2], of int32 positions [...], base 10,000; float32, or float64 under x64."""
+    inverse = 10_000.0 ** -(jnp.arange(0, n_head_dim, 2) / n_head_dim)
+    angles = positions[..., None] * inverse
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate each pair (x_i, x_{i + D/2}) of x [..., D] by its angle, in the dtype of cos; returns x's dtype."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None = None, how: Dropout = NONE
+) -> jax.Array:
+    """Attend to the past: y_t = sum_s m_ts softmax_s(q_t . k_s / sqrt(D)) v_s over s <= t, with dropout's mask m.
+
+    Args:
+        q, k, v: [B, H, T, D], of one floating dtype.
+        seeds: uint32 [B, 2] turn dropout of the weights on; None: no dropout.
+        how: dropout's rate and random bits.
+
+    Returns:
+        [B, H, T, D], of the inputs' dtype.
+    """
+    B, H, T, D = q.shape
+    scores = matmul("bhtd,bhsd->bhts", q, k) * D**-0.5
+    past = jnp.arange(T) <= jnp.arange(T)[:, None]
+    weights = jax.nn.softmax(jnp.where(past, scores, -jnp.inf), axis=-1).reshape(B * H, T, T)
+    if seeds is not None:
+        of_heads = fold_seeds(seeds[:, None], jnp.arange(H)).reshape(-1, 2)
+        weights = dropout(weights, of_heads, how)
+    weights = weights.reshape(B, H, T, T)
+    return matmul("bhts,bhsd->bhtd", weights.astype(v.dtype), v).astype(q.dtype)
+
+
+def query_attention(q: jax.Array, keys: jax.Array, values: jax.Array, position: jax.Array) -> jax.Array:
+    """Attend from one query per sequence to the keys at positions 0 to its own.
+
+    Args:
+        q: [B, H, D].
+        keys, values: [B, H, D, S].
+        position: int32 [B], less than S.
+
+    Returns:
+        [B, H, D], of q's dtype.
+    """
+    scores = matmul("bhd,bhds->bhs", q, keys) * q.shape[-1] ** -0.5
+    ahead = jnp.arange(keys.shape[-1]) > position[:, None, None]
+    weights = jax.nn.softmax(jnp.where(ahead, -jnp.inf, scores), axis=-1)
+    return matmul("bhs,bhds->bhd", weights.astype(values.dtype), values).astype(q.dtype)
+
+
+def layers(layer: Layer, blocks: nnx.Module, carry: Any, *, remat: bool = False, count: int | None = None) -> Any:
+    """Run `layer` through a stack of blocks, whose parameters have a leading axis of L.
+
+    Args:
+        layer: called once per block.
+        blocks: one module that holds the parameters of all blocks.
+        carry: the first layer's input.
+        remat: recompute cheap activations (norms, GELU, masks) in the backward pass instead of saving them.
+        count: run the first so many layers only; None: all.
+
+    Returns:
+        The last layer's carry, and the layers' outputs stacked.
+    """
+    graphdef, stacked = nnx.split(blocks)
+    if count is not None:
+        stacked = jax.tree.map(lambda x: x[:count], stacked)
+
+    def body(carry: Any, xs: Any) -> tuple[Any, Any]:
+        return layer(nnx.merge(graphdef, xs[0]), carry, xs[1])
+
+    if remat:
+        policies = jax.checkpoint_policies
+        policy = policies.save_from_both_policies(
+            policies.save_only_these_names(SAVED), policies.dots_with_no_batch_dims_saveable
+        )
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+    L = len(jax.tree.leaves(stacked)[0])
+    return jax.lax.scan(body, carry, (stacked, jnp.arange(L)))
+
+
+def decode_layers(layer: Layer, blocks: nnx.Module, carry: Any) -> Any:
+    """Run `layer` through the stack for one token per sequence; returns the last carry, (x [B, 1, C], cache)."""
+    return layers(layer, blocks, carry)[0]
+
+
+def cache_type(sequences: int, elements: int, parameters: int) -> type[KVCache]:
+    """Return the KV cache to generate with.
+
+    Args:
+        sequences: in the batch.
+        elements: keys and values in the cache of one sequence.
+        parameters: of the model.
+    """
+    return KVCache
+
+
+@dataclass(frozen=True)
+class Ops:
+    """How a model is computed; the defaults are the mathematics above. Equal ones share a compilation."""
+
+    dtype: DTypeLike = jnp.float32
+    """Of matrix multiplications."""
+    activations: DTypeLike = jnp.float32
+    """Of LayerNorm's output and all that follows it up to the residual stream."""
+    residual: DTypeLike = jnp.float32
+    """Of the residual stream: float32 or wider."""
+    embedding_lookup: Callable[[jax.Array, jax.Array, DTypeLike], jax.Array] = embedding_lookup
+    linear: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = linear
+    unembed: Callable[[jax.Array, jax.Array], jax.Array] = unembed
+    attention: Callable[..., jax.Array] = attention
+    query_attention: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array] = query_attention
+    layers: Callable[..., Any] = layers
+    decode_layers: Callable[..., Any] = decode_layers
+    cache_type: Callable[[int, int, int], type[KVCache]] = cache_type
