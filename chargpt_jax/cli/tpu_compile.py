@@ -128,10 +128,10 @@ def _generation(config: Config, device: Any, graphdef: Any, params: Any) -> Iter
     state = sharding.with_sharding(here, jax.eval_shape(partial(prefill, **static), *prompts))
     sampler = jax.eval_shape(Sampler(how.temperature, how.top_k, how.top_p).with_key, jax.eval_shape(jax.random.key, 0))
     cache, carry = state.cache, (_ints(B), dataclasses.replace(state, cache=None))
-    inside = decoding_program(inside_context, graphdef, mesh, type(cache), False)
+    inside = decoding_program(inside_context, graphdef, mesh, type(cache).generate, False)
     yield Program("decoding", inside, (params, carry, cache, sampler), {}, used)
     if longest + how.max_new_tokens > config.model.block_size:
-        beyond = decoding_program(beyond_context, graphdef, mesh, type(cache), False)
+        beyond = decoding_program(beyond_context, graphdef, mesh, type(cache).generate, False)
         yield Program("beyond the context", beyond, (params, carry, None, sampler), {}, used)
 
 

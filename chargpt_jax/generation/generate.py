@@ -143,18 +143,18 @@ def decode(
     """
     cache, carry = state.cache, (np.full(len(state.length), count, np.int32), replace(state, cache=None))
     assert cache is not None
-    cache_type, final = type(cache), final and cache.one_by_one
-    inside = decoding_program(inside_context, graphdef, mesh, cache_type, final)
+    generate, final = type(cache).generate, final and cache.one_by_one
+    inside = decoding_program(inside_context, graphdef, mesh, generate, final)
     (left, state), cache = inside(params, carry, cache, sampler)
     if np.asarray(left).any():
-        beyond = decoding_program(beyond_context, graphdef, mesh, cache_type, False)
+        beyond = decoding_program(beyond_context, graphdef, mesh, generate, False)
         (left, state), _ = beyond(params, (left, state), None, sampler)
     return replace(state, cache=cache)
 
 
 @cache
 def decoding_program(
-    loop_of: Callable[..., Loop], graphdef: nnx.GraphDef, mesh: Mesh | None, cache_type: type[KVCache], final: bool
+    loop_of: Callable[..., Loop], graphdef: nnx.GraphDef, mesh: Mesh | None, generate: Callable[..., Any], final: bool
 ) -> Callable[..., tuple[Carry, KVCache | None]]:
     """Return a compiled generation loop, from (params, carry, cache, sampler) to (carry, cache).
 
@@ -162,10 +162,10 @@ def decoding_program(
         loop_of: `inside_context` or `beyond_context`.
         graphdef: the model's static description.
         mesh: the devices that split the batch; None: one device.
-        cache_type: knows how a batch is generated: in lockstep, or one sequence after the other.
+        generate: the cache's: generates a batch in lockstep, or one sequence after the other.
         final: the cache is not returned.
     """
-    run: Callable[..., Any] = partial(cache_type.generate, partial(_plan, loop_of, graphdef, mesh), final=final)
+    run: Callable[..., Any] = partial(generate, partial(_plan, loop_of, graphdef, mesh), final=final)
     if mesh is not None:
         specs = (PartitionSpec(), BATCH, LAYERS, PartitionSpec())
         run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(BATCH, LAYERS), check_vma=False)

@@ -26,7 +26,6 @@ from chargpt_jax.errors import UserError
 from chargpt_jax.generation.generate import decode, prefill
 from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.ops import blockwise_attention
-from chargpt_jax.ops.cpu_kv_cache import Blocks
 from chargpt_jax.training import optimizer
 from chargpt_jax.training import setup as training_setup
 from chargpt_jax.training.run import Run
@@ -389,7 +388,7 @@ def written(n_devices: int, *, vocab_size: int = 64, n_embd: int = 8, block_size
     tokens *= np.arange(N) < lengths[:, None]
     params = jax.device_put(params, sharding.replicated(mesh))
     progress = prefill(params, tokens, lengths, graphdef=graphdef, width=10, mesh=mesh)
-    apart = isinstance(progress.cache, Blocks)
+    apart = progress.cache.one_by_one
     drawing = Sampler().with_key(jax.random.key(3))
     done = decode(params, progress, count, drawing, graphdef=graphdef, mesh=mesh)
     return {

@@ -1,5 +1,7 @@
 """Generation against the model without a cache: the same tokens, the same metrics, inside the window and past it."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,13 @@ from flax import nnx
 
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.errors import UserError
-from chargpt_jax.generation.generate import bucket, decode, inside, past, prefill, score_tokens
+from chargpt_jax.generation import generate as generation
+from chargpt_jax.generation.generate import beyond_context, bucket, decode, decoding_program, inside_context, prefill
 from chargpt_jax.generation.metrics import surprisal_and_entropy
 from chargpt_jax.generation.sampler import Sampler
+from chargpt_jax.generation.score import score_tokens
+from chargpt_jax.ops.cpu_kv_cache import BlockedKVCache, CpuKVCache
+from chargpt_jax.ops.kv_cache import KVCache
 from tests import reference
 from tests.pairing import built, from_reference
 
@@ -64,7 +70,7 @@ def uncached(row, count, number, temperature=1.0):
 def order(request):
     """Have texts written by a character in turn, or one after the other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("chargpt_jax.generation.generate.writes_alone", lambda *_: request.param)
+        patch.setattr("chargpt_jax.ops.cpu_decode.generates_one_by_one", lambda *_: request.param)
         jax.clear_caches()
         yield
     jax.clear_caches()
@@ -133,7 +139,7 @@ def test_models_of_any_shape_write_alone_what_they_write_in_turn(rows, shape, mo
     tokens = np.random.default_rng(0).integers(1, V - 1, (rows, 128)).astype(np.int32)
     results = []
     for alone in (True, False):
-        monkeypatch.setattr("chargpt_jax.generation.generate.writes_alone", lambda *_: alone)  # noqa: B023
+        monkeypatch.setattr("chargpt_jax.ops.cpu_decode.generates_one_by_one", lambda *_: alone)  # noqa: B023
         jax.clear_caches()
         p = prefill(params, tokens, np.full(rows, 5, np.int32), graphdef=graphdef, width=5)
         results.append(decode(params, p, 110, Sampler().with_key(KEY), graphdef=graphdef))
@@ -143,13 +149,14 @@ def test_models_of_any_shape_write_alone_what_they_write_in_turn(rows, shape, mo
 
 
 def test_writing_alone_makes_no_copy_of_what_is_kept(monkeypatch):
-    monkeypatch.setattr("chargpt_jax.generation.generate.writes_alone", lambda *_: True)
+    monkeypatch.setattr("chargpt_jax.ops.cpu_decode.generates_one_by_one", lambda *_: True)
     jax.clear_caches()
     tokens = np.zeros((50, 64), np.int32)
     p = prefill(PARAMS, tokens, np.full(50, 5, np.int32), graphdef=GRAPHDEF, width=5)
-    args = PARAMS, (np.full(50, 3, np.int32), p), Sampler().with_key(KEY)
+    args = PARAMS, (np.full(50, 3, np.int32), replace(p, cache=None)), p.cache, Sampler().with_key(KEY)
     with jax.default_device(jax.devices("cpu")[0]):  # which there is beside any accelerator
-        lowered = inside("cpu", False).compiled.lower(*args, graphdef=GRAPHDEF, kernels=True)
+        program = decoding_program(inside_context, GRAPHDEF, None, type(p.cache).generate, False)
+        lowered = program.fused.lower(*args)
         memory = lowered.compile().memory_analysis()
     jax.clear_caches()
     assert memory.temp_size_in_bytes < p.cache.keys.nbytes / 8
@@ -159,7 +166,7 @@ def test_writing_alone_makes_no_copy_of_what_is_kept(monkeypatch):
 def test_text_does_not_depend_on_how_far_ahead_noise_is_drawn(monkeypatch):
     texts = []
     for most in (2**20, 3 * 2 * CONFIG.vocab_size):
-        monkeypatch.setattr("chargpt_jax.generation.generate.MOST_DRAWN", most)
+        monkeypatch.setattr(generation, "MAX_GUMBEL", most)
         jax.clear_caches()
         texts.append(np.asarray(generate(prompts(3, 9), 40).tokens))
     np.testing.assert_array_equal(*texts)
@@ -182,11 +189,17 @@ def test_prompt_metrics_are_those_of_the_whole_model():
 
 
 def test_one_compilation_serves_every_count_temperature_and_length_of_a_bucket():
-    platform = jax.default_backend()
+    kinds = (KVCache, CpuKVCache, BlockedKVCache)
 
     def compiled() -> list[int]:
-        alone = [past(platform, each) for each in (True, False)]
-        return [program._cache_size() for program in (inside(platform, False).compiled, *alone)]
+        """Return the number of compilations inside the context and beyond it."""
+        return [
+            sum(
+                getattr(program, "fused", program)._cache_size()
+                for program in (decoding_program(loop, GRAPHDEF, None, kind.generate, False) for kind in kinds)
+            )
+            for loop in (inside_context, beyond_context)
+        ]
 
     generate(prompts(6), 9)
     before = compiled()
@@ -195,7 +208,7 @@ def test_one_compilation_serves_every_count_temperature_and_length_of_a_bucket()
     assert compiled() == before
     for lengths in ((3, 4, 5, 6, 7), (9, 8, 7, 6, 5)):  # of five rows there was none before
         generate(prompts(*lengths), 9)
-    assert compiled() == [before[0] + 1, *before[1:]]  # what ends inside the window needs no other program
+    assert compiled() == [before[0] + 1, before[1]]  # what ends inside the window needs no other program
     for count in (20, 30, 40):
         generate(prompts(3, 4, 5, 6, 7), count)
     assert sum(compiled()) == sum(before) + 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,20 @@ from flax import nnx
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.devices.platform import BFLOAT16_ON_CPU, compiler_options
 from chargpt_jax.devices.sharding import data_mesh
+from chargpt_jax.generation.generate import predict_last
 from chargpt_jax.generation.metrics import surprisal_and_entropy
-from chargpt_jax.model.gpt import MASKED, Keys, count_parameters, create, plan, rotary, rotate
+from chargpt_jax.model.gpt import MASKED
+from chargpt_jax.model.init import count_parameters, create, keys_of, plan
 from chargpt_jax.ops.blockwise_attention import causal_attention
-from chargpt_jax.ops.cpu_kv_cache import Blocks
+from chargpt_jax.ops.choose import ops_for
+from chargpt_jax.ops.cpu_decode import layers_in_place
+from chargpt_jax.ops.cpu_kv_cache import BlockedKVCache, CpuKVCache
 from chargpt_jax.ops.dropout import Dropout, seeds_for
-from chargpt_jax.ops.kv_cache import Rows
+from chargpt_jax.ops.kv_cache import KVCache
+from chargpt_jax.ops.plain import Ops, rotary, rotate
 from chargpt_jax.training.step import cross_entropy_sum
 from tests import reference
-from tests.pairing import from_reference, x64
+from tests.pairing import built, from_reference, x64
 
 CONFIG = ModelConfig(
     vocab_size=64, used_ids=40, block_size=24, n_embd=20, n_head=3, n_head_dim=8, n_ff=36, n_layer=3, attention_block=10
@@ -28,13 +34,13 @@ CONFIG = ModelConfig(
 
 
 def run(config, params, tokens, dtype=jnp.float32, seeds=None):
-    graphdef, _ = create(config, 0, dtype)
+    graphdef, _ = built(config, 0, dtype)
     return jax.jit(lambda p, t, s: nnx.merge(graphdef, p)(t, s))(params, tokens, seeds)
 
 
 @pytest.fixture(scope="module")
 def made():
-    return create(CONFIG, 0)
+    return built(CONFIG, 0)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,7 @@ def tokens():
 @pytest.mark.parametrize("as_an_update_is_compiled", [False, True])
 def test_a_planned_model_is_the_one_that_is_created_at_once(made, tokens, as_an_update_is_compiled):
     options = compiler_options(data_mesh(1)) if as_an_update_is_compiled else None
-    graphdef, shapes, draw = plan(CONFIG, 0, compiler_options=options)
+    graphdef, shapes, draw = plan(CONFIG, 0, ops_for(query_block=CONFIG.attention_block), options)
     params = draw()
     planned, created = (jax.jit(nnx.merge(half, params).__call__)(tokens) for half in (graphdef, made[0]))
     np.testing.assert_array_equal(planned, created)
@@ -53,13 +59,11 @@ def test_a_planned_model_is_the_one_that_is_created_at_once(made, tokens, as_an_
     jax.tree.map(np.testing.assert_array_equal, params, made[1])
 
 
-def test_the_keys_made_at_once_are_those_that_flax_makes_one_by_one():
+def test_keys_are_those_that_flax_makes_one_by_one():
     key = jax.random.key(7)
-    ours, theirs = Keys(key, 3), nnx.Rngs(params=key)
-    for _ in range(3):
-        assert ours.params() == theirs.params()
-    with pytest.raises(StopIteration):  # and not the last one again, as an index too large would give
-        ours.params()
+    ours, theirs = keys_of(key, 3), nnx.Rngs(params=key)
+    for own in ours:
+        assert own == theirs.params()
 
 
 def test_no_gradient_reaches_later_tokens(made, tokens):
@@ -69,8 +73,8 @@ def test_no_gradient_reaches_later_tokens(made, tokens):
     def at(embedded, position):
         model = nnx.merge(graphdef, params)
         rope = rotary(jnp.arange(embedded.shape[1]), CONFIG.n_head_dim)
-        attend = lambda q, k, v: (causal_attention(q, k, v, None, Dropout(), 10), None)  # noqa: E731
-        x, _ = model._scan(lambda block, x, _: block(x, rope, attend), embedded)
+        attend = lambda q, k, v: (causal_attention(q, k, v, None, Dropout(), 10, True), None)  # noqa: E731
+        x, _ = model.ops.layers(lambda block, x, _: block(x, rope, attend), model.blocks, embedded)
         return jnp.sum(model.logits(x)[0, position, 1:30] ** 2)
 
     gradient = jax.jit(jax.grad(at))
@@ -105,7 +109,7 @@ def test_an_untrained_model_hesitates_between_all_characters(made, tokens):
 
 def test_parameters_are_initialised_as_pytorch_does():
     config = dataclasses.replace(CONFIG, n_embd=64, n_ff=200, n_head_dim=16)
-    _, params = create(config, 3)
+    _, params = built(config, 3)
     heads = config.n_head * config.n_head_dim
     fans = {("attn", "qkv"): 64, ("attn", "proj"): heads, ("mlp", "up"): 64, ("mlp", "down"): 200}
     for (part, layer), fan_in in fans.items():
@@ -140,7 +144,7 @@ def test_ids_without_a_character_have_no_probability(made, tokens):
 
 def test_remat_and_block_size_of_attention_change_nothing(tokens):
     config = dataclasses.replace(CONFIG, dropout=0.2)
-    _, params = create(config, 0)
+    _, params = built(config, 0)
     seeds = seeds_for(jax.random.key(5), 2)
     expected = run(config, params, tokens, seeds=seeds)
     for change in ({"remat": False}, {"attention_block": 24}, {"attention_block": 1}):
@@ -150,7 +154,7 @@ def test_remat_and_block_size_of_attention_change_nothing(tokens):
 
 def test_dropout_is_off_without_seeds_and_differs_between_sequences(tokens):
     config = dataclasses.replace(CONFIG, dropout=0.3)
-    _, params = create(config, 0)
+    _, params = built(config, 0)
     np.testing.assert_array_equal(run(config, params, tokens), run(CONFIG, params, tokens))
     twice = jnp.stack([tokens[0], tokens[0]])
     dropped = run(config, params, twice, seeds=seeds_for(jax.random.key(5), 2))
@@ -163,7 +167,7 @@ def test_prefill_and_decode_equal_the_whole(made, tokens):
     prefill = jax.jit(lambda p, t: nnx.merge(graphdef, p).prefill(t))
     decode = jax.jit(lambda p, t, at, cache: nnx.merge(graphdef, p).decode(t, at, cache))
     _, kept = prefill(params, tokens.at[:, 9:].set(0))  # what is right of a prompt does not matter
-    cache = Rows.of(*kept).enlarged(CONFIG.block_size)
+    cache = KVCache.of(*kept).enlarged(CONFIG.block_size)
     for t in range(9, CONFIG.block_size):
         logits, cache = decode(params, tokens[:, t], jnp.array([t, t]), cache)
         np.testing.assert_allclose(logits, whole[:, t], atol=3e-6)
@@ -178,27 +182,32 @@ def test_prefill_and_decode_equal_the_whole(made, tokens):
     ],
 )
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-@pytest.mark.parametrize("kind", [Rows, Blocks])
+@pytest.mark.parametrize("kind", [KVCache, CpuKVCache, BlockedKVCache])
 def test_a_sequence_alone_is_decoded_as_among_others(kind, dtype, exact, platform, tokens):
     """Matrices stay in their stack for one row, where others are cut out for it; either is the whole model."""
-    if kind == Blocks and platform != "cpu":
-        pytest.skip("blocks are for a CPU")
+    if kind != KVCache and platform != "cpu":
+        pytest.skip("for a CPU")
     if dtype == jnp.bfloat16 and jax.__version_info__ < BFLOAT16_ON_CPU:
         pytest.skip("this JAX cannot multiply bfloat16 on a CPU")
     with x64(dtype == jnp.float64):
-        graphdef, params = create(CONFIG, 0, dtype, platform)
+        graphdef, params = built(CONFIG, 0, dtype, platform)
         params = jax.tree.map(lambda x: x.astype(jnp.promote_types(dtype, jnp.float32)), params)
         whole = run(CONFIG, params, tokens, dtype=dtype)
         _, kept = jax.jit(lambda p, t: nnx.merge(graphdef, p).prefill(t))(params, tokens)
-        cache, one = Rows.of(*kept).enlarged(CONFIG.block_size), kind.of(*kept).enlarged(CONFIG.block_size)
+        batch_kind = KVCache if kind is BlockedKVCache else kind
+        cache, one = batch_kind.of(*kept).enlarged(CONFIG.block_size), kind.of(*kept).enlarged(CONFIG.block_size)
+        in_place = (
+            partial(layers_in_place, fused_kernel=True) if kind is BlockedKVCache and dtype != jnp.bfloat16 else None
+        )
         decode = jax.jit(lambda p, t, at, cache: nnx.merge(graphdef, p).decode(t, at, cache)[0])
+        decode_one = jax.jit(lambda p, t, at, cache: nnx.merge(graphdef, p).decode(t, at, cache, in_place)[0])
         for t in (0, 9, CONFIG.block_size - 1):
             both = decode(params, tokens[:, t], jnp.array([t, t], jnp.int32), cache)
             for row in range(2):
                 own = slice(row, row + 1)
                 at = jnp.array([t], jnp.int32)
-                mine = jax.tree.map(lambda x: x[:, row] if kind == Blocks else x[:, own], one)  # noqa: B023
-                alone = decode(params, tokens[own, t], at, mine)
+                mine = jax.tree.map(lambda x: x[:, row] if kind == BlockedKVCache else x[:, own], one)  # noqa: B023
+                alone = decode_one(params, tokens[own, t], at, mine)
                 np.testing.assert_allclose(alone, both[own], rtol=exact, atol=exact)
                 np.testing.assert_allclose(alone, whole[own, t], rtol=exact, atol=exact)
 
@@ -206,9 +215,9 @@ def test_a_sequence_alone_is_decoded_as_among_others(kind, dtype, exact, platfor
 @pytest.mark.parametrize("n_layer", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_is_predicted_at_one_place_is_what_a_call_predicts_there(n_layer, tokens):
     config = dataclasses.replace(CONFIG, n_layer=n_layer)
-    graphdef, params = create(config, 0)
+    graphdef, params = built(config, 0)
     whole = run(config, params, tokens)
-    predict = jax.jit(lambda p, t, last: nnx.merge(graphdef, p).predict(t, last))
+    predict = jax.jit(lambda p, t, last: predict_last(nnx.merge(graphdef, p), t, last))
     for last in ([0, CONFIG.block_size - 1], [7, 7], [CONFIG.block_size - 1, 3]):
         logits = predict(params, tokens, jnp.array(last))
         assert logits.dtype == jnp.float32
@@ -234,7 +243,7 @@ def test_logits_are_those_of_the_float64_reference(dtype, tolerance, masked):
 
 @pytest.mark.skipif(jax.__version_info__ < BFLOAT16_ON_CPU, reason="this JAX cannot multiply bfloat16 on a CPU")
 def test_bfloat16_logits_are_float32_and_near():
-    _, params = create(CONFIG, 0)
+    _, params = built(CONFIG, 0)
     tokens = jnp.asarray(np.random.default_rng(1).integers(1, 40, (2, 24)), jnp.int32)
     exact, rough = (run(CONFIG, params, tokens, dtype=d) for d in (jnp.float32, jnp.bfloat16))
     assert rough.dtype == jnp.float32
@@ -248,11 +257,50 @@ def test_in_bfloat16_the_gradients_of_biases_are_summed_in_float32():
     tokens = jnp.asarray(np.random.default_rng(1).integers(1, 40, (32, 128)), jnp.int32)
 
     def gradients(dtype):
-        graphdef, params = create(config, 0, dtype)
-        loss = lambda p: cross_entropy_sum(nnx.merge(graphdef, p)(tokens), jnp.roll(tokens, -1, 1)) / tokens.size  # noqa: E731
+        graphdef, params = built(config, 0, dtype)
+        targets = jnp.roll(tokens, -1, 1)
+        loss = lambda p: cross_entropy_sum(nnx.merge(graphdef, p)(tokens), targets) / tokens.size  # noqa: E731
         blocks = jax.jit(jax.grad(loss))(params)["blocks"]
         layers = (blocks["attn"]["qkv"], blocks["attn"]["proj"], blocks["mlp"]["up"], blocks["mlp"]["down"])
         return [np.asarray(layer["bias"]) for layer in layers]
 
     for exact, rough in zip(gradients(jnp.float32), gradients(jnp.bfloat16), strict=True):
         assert np.linalg.norm(rough - exact) <= 0.01 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("length", [1, 7, 24])
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_fast_operations_give_the_plain_loss_and_gradients(platform, length, rate):
+    """Within 1e-6 of the largest value; the plain model is built with `Ops()`, the mathematics of ops/plain.py."""
+    config = dataclasses.replace(CONFIG, dropout=rate)
+    tokens = jnp.asarray(np.random.default_rng(2).integers(1, CONFIG.used_ids, (2, length)), jnp.int32)
+    seeds = seeds_for(jax.random.key(5), 2) if rate else None
+
+    def loss_and_gradients(ops):
+        graphdef, params = create(config, 0, ops)
+
+        def loss(params):
+            return jnp.mean(jnp.sin(nnx.merge(graphdef, params)(tokens, seeds)[..., 1 : CONFIG.used_ids]))
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    plain = loss_and_gradients(Ops())
+    fast = loss_and_gradients(ops_for(query_block=config.attention_block, platform=platform))
+    for ours, theirs in zip(jax.tree.leaves(fast), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * max(1e-2, float(np.abs(theirs).max())))
+
+
+@pytest.mark.skipif(jax.__version_info__ < BFLOAT16_ON_CPU, reason="this JAX cannot multiply bfloat16 on a CPU")
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_fast_bfloat16_operations_are_near_the_plain_ones(platform, rate, tokens):
+    """Within 2 % of the largest logit of the plain model with the same dtypes."""
+    config = dataclasses.replace(CONFIG, dropout=rate, mask_unused_ids=False)
+    seeds = seeds_for(jax.random.key(5), 2) if rate else None
+    bfloat16 = Ops(jnp.bfloat16, jnp.bfloat16)
+    logits = []
+    for ops in (bfloat16, ops_for(jnp.bfloat16, config.attention_block, platform)):
+        graphdef, params = create(config, 0, ops)
+        logits.append(np.asarray(jax.jit(lambda p: nnx.merge(graphdef, p)(tokens, seeds))(params)))  # noqa: B023
+    np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=0.02 * np.abs(logits[0]).max())

@@ -52,7 +52,7 @@ def test_values_and_gradients_are_those_of_the_plain_formula(length, block, how)
     def value(f):
         return jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(weight * f(q, k, v)), argnums=(0, 1, 2)))(q, k, v)
 
-    ours, gradients = value(lambda q, k, v: causal_attention(q, k, v, seeds, how, block))
+    ours, gradients = value(lambda q, k, v: causal_attention(q, k, v, seeds, how, block, True))
     theirs, expected = value(lambda q, k, v: plain(q, k, v, seeds, how))
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
     for gradient, other in zip(gradients, expected, strict=True):
@@ -65,35 +65,35 @@ def test_heads_taken_a_few_at_a_time_equal_all_at_once(part, monkeypatch):
     q, k, v = inputs(13)
 
     def value():
-        f = lambda *x: jnp.sum(jnp.sin(causal_attention(*x, SEEDS, Dropout(0.3), 4)))  # noqa: E731
+        f = lambda *x: jnp.sum(jnp.sin(causal_attention(*x, SEEDS, Dropout(0.3), 4, True)))  # noqa: E731
         return jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(q, k, v)
 
     whole, gradients = value()
-    monkeypatch.setattr(blockwise_attention, "WHOLE", 0)
-    monkeypatch.setattr(blockwise_attention, "PART", part)
+    monkeypatch.setattr(blockwise_attention, "MAX_UNCHUNKED", 0)
+    monkeypatch.setattr(blockwise_attention, "CHUNK", part)
     some, others = value()
     np.testing.assert_allclose(some, whole, rtol=1e-6)
     for gradient, other in zip(gradients, others, strict=True):
         np.testing.assert_allclose(gradient, other, rtol=1e-5, atol=1e-6)
 
 
-def test_only_a_cpu_takes_a_few_heads_at_a_time(monkeypatch):
-    monkeypatch.setattr(blockwise_attention, "WHOLE", 0)
-    monkeypatch.setattr(blockwise_attention, "PART", 1)
+def test_heads_are_computed_in_chunks_only_if_asked(monkeypatch):
+    monkeypatch.setattr(blockwise_attention, "MAX_UNCHUNKED", 0)
+    monkeypatch.setattr(blockwise_attention, "CHUNK", 1)
     q, k, v = inputs(13)
 
-    def loops(on):
-        f = jax.grad(lambda q: jnp.sum(causal_attention(q, k, v, SEEDS, Dropout(0.3), 4, on)))
+    def loops(chunked):
+        f = jax.grad(lambda q: jnp.sum(causal_attention(q, k, v, SEEDS, Dropout(0.3), 4, chunked)))
         return "while" in jax.jit(f).lower(q).as_text()
 
-    assert [loops(on) for on in ("cpu", "tpu", "gpu")] == [True, False, False]
+    assert [loops(chunked) for chunked in (True, False)] == [True, False]
     assert loops(None) == (jax.default_backend() == "cpu")
 
 
 def test_bfloat16_stays_within_its_rounding_of_float32():
     q, k, v = inputs(20, jnp.bfloat16)
     exact = plain(*(x.astype(jnp.float32) for x in (q, k, v)))
-    ours = jax.jit(lambda *x: causal_attention(*x, None, Dropout(), 8))(q, k, v)
+    ours = jax.jit(lambda *x: causal_attention(*x, None, Dropout(), 8, True))(q, k, v)
     assert ours.dtype == jnp.bfloat16
     # One rounding of the weights and one of the result, 2**-9 each, of values below 3.
     np.testing.assert_allclose(ours.astype(jnp.float32), exact, atol=0.03)
@@ -102,7 +102,7 @@ def test_bfloat16_stays_within_its_rounding_of_float32():
 def test_gradients_keep_the_inputs_dtype():
     q, k, v = inputs(9, jnp.bfloat16)
     grads = jax.grad(
-        lambda *x: jnp.sum(causal_attention(*x, None, Dropout(), 4).astype(jnp.float32)), argnums=(0, 1, 2)
+        lambda *x: jnp.sum(causal_attention(*x, None, Dropout(), 4, True).astype(jnp.float32)), argnums=(0, 1, 2)
     )
     assert {g.dtype for g in jax.eval_shape(grads, q, k, v)} == {jnp.dtype(jnp.bfloat16)}
 
@@ -111,7 +111,7 @@ def test_no_array_of_all_heads_scores_is_ever_made():
     """Of [B, H, T, T] there is no trace in the compiled step, forward or backward."""
     B, H, T, block = 2, 3, 64, 16
     q, k, v = inputs(T)
-    step = jax.jit(jax.grad(lambda q: jnp.sum(causal_attention(q, k, v, SEEDS, Dropout(0.1), block))))
+    step = jax.jit(jax.grad(lambda q: jnp.sum(causal_attention(q, k, v, SEEDS, Dropout(0.1), block, True))))
     text = step.lower(q).as_text()
     assert f"{B}x{H}x{T}x{T}" not in text
     assert f"{B * H}x{T}x{T}" not in text
@@ -121,7 +121,7 @@ def test_no_array_of_all_heads_scores_is_ever_made():
 def test_keys_that_causality_masks_are_not_looked_at():
     """The first block's scores have as many keys as queries, not T."""
     q, k, v = inputs(64)
-    text = jax.jit(lambda q: causal_attention(q, k, v, None, Dropout(), 16)).lower(q).as_text()
+    text = jax.jit(lambda q: causal_attention(q, k, v, None, Dropout(), 16, True)).lower(q).as_text()
     assert "2x3x16x16x" in text
     assert "2x3x16x32x" in text
 
@@ -135,7 +135,7 @@ def test_what_a_gradient_is_taken_of_is_what_is_made_without_one(length, block, 
     """A CPU has a way of its own where no gradient is taken; it and the one with a gradient are the plain formula."""
     with x64(dtype == jnp.float64):
         q, k, v = inputs(length, dtype)
-        on_cpu, elsewhere = (partial(causal_attention, platform=platform) for platform in ("cpu", "gpu"))
+        on_cpu, elsewhere = (partial(causal_attention, chunked=chunked) for chunked in (True, False))
         rest = (None, Dropout(0.3), block)
         found = [f(q, k, v, *rest) for f in (on_cpu, elsewhere)]
         found.append(jax.vjp(lambda *x: on_cpu(*x, *rest), q, k, v)[0])
@@ -148,7 +148,7 @@ def test_what_a_gradient_is_taken_of_is_what_is_made_without_one(length, block, 
 
 def test_dropout_is_dropout_without_a_gradient_too():
     q, k, v = inputs(13)
-    ours = causal_attention(q, k, v, SEEDS, Dropout(0.3), 8, "cpu")
+    ours = causal_attention(q, k, v, SEEDS, Dropout(0.3), 8, True)
     np.testing.assert_allclose(ours, plain(q, k, v, SEEDS, Dropout(0.3)), rtol=2e-5, atol=2e-5)
 
 
@@ -157,7 +157,7 @@ def test_dropout_is_dropout_without_a_gradient_too():
 def test_no_kernel_of_a_cpu_writes_exp_over_what_it_takes_it_of(batch, heads):
     """It would take it of one score at a time: where a kernel writes what it reads, LLVM sees no way to use vectors."""
     q, k, v = inputs(128, batch=batch, heads=heads)
-    step = jax.grad(lambda *x: jnp.sum(causal_attention(*x, SEEDS[:batch], Dropout(0.1), 64)), (0, 1, 2))
+    step = jax.grad(lambda *x: jnp.sum(causal_attention(*x, SEEDS[:batch], Dropout(0.1), 64, True)), (0, 1, 2))
     options = compiler_options(sharding.data_mesh(1))
     text = jax.jit(step, compiler_options=options).lower(q, k, v).compile().as_text()
     kernels = [part for part in re.split(r"\n\n", text) if re.search(r"\[(?:\d+,)*64,\d+\]\S* exponential\(", part)]
@@ -172,7 +172,7 @@ def test_no_kernel_of_a_cpu_writes_exp_over_what_it_takes_it_of(batch, heads):
 def test_without_a_gradient_a_cpu_makes_large_blocks_in_one_kernel():
     """In the compiled program their scores are inside kernels only, from which outputs and sums of weights come."""
     q, k, v = inputs(256, batch=1, heads=8, width=8)
-    text = jax.jit(lambda *x: causal_attention(*x, None, Dropout(), 64)).lower(q, k, v).compile().as_text()
+    text = jax.jit(lambda *x: causal_attention(*x, None, Dropout(), 64, True)).lower(q, k, v).compile().as_text()
     entry = text[text.index("\nENTRY") :]
     for width in (192, 256):
         assert f"8,64,{width}]" in text

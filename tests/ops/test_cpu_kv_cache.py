@@ -5,11 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chargpt_jax.ops.cpu_kernel import in_one_kernel
-from chargpt_jax.ops.cpu_kv_cache import BLOCK, Blocks
-from chargpt_jax.ops.kv_cache import Rows
+from chargpt_jax.ops.cpu_decode import fused
+from chargpt_jax.ops.cpu_kv_cache import BLOCK, BlockedKVCache
+from chargpt_jax.ops.kv_cache import KVCache
 from tests.ops.test_kv_cache import around
 from tests.pairing import x64
+
+
+def in_one_kernel(f):
+    """Return f, to be called inside jit as one kernel."""
+    return lambda *args: fused(jax.jit(f)(*args))
 
 
 def both(seed=0, texts=2, places=200, dtype=jnp.float32, shape=(3, 8)):
@@ -17,18 +22,18 @@ def both(seed=0, texts=2, places=200, dtype=jnp.float32, shape=(3, 8)):
     rng = np.random.default_rng(seed)
     q = jnp.asarray(rng.normal(size=(texts, *shape)), dtype)
     kept = [jnp.asarray(rng.normal(size=(3, texts, *shape, places)), dtype) for _ in range(2)]
-    blocks = Blocks.of(*kept).enlarged(places)
-    return q, Rows(*kept), jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
+    blocks = BlockedKVCache.of(*kept).enlarged(places)
+    return q, KVCache(*kept), jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
 
 
 @pytest.mark.parametrize("position", [0, 1, 62, 63, 64, 65, 127, 128, 199])
 @pytest.mark.parametrize("whole", [True, False], ids=["one kernel", "operations"])
 def test_a_query_gets_of_blocks_what_it_gets_of_rows(position, whole):
     q, rows, blocks = both()
-    attend = in_one_kernel(Blocks.attend) if whole else Blocks.attend
+    attend = in_one_kernel(BlockedKVCache.attend) if whole else BlockedKVCache.attend
     attend = jax.jit(attend)
     for layer in range(3):
-        expected = rows.attend(q, layer, jnp.array([position] * 2), "tpu")
+        expected = rows.attend(q, layer, jnp.array([position] * 2))
         for text in range(2):
             at = jnp.int32(2 * layer + text)
             found = attend(blocks, q[text : text + 1], at, jnp.array([position]))
@@ -40,9 +45,9 @@ def test_a_query_gets_of_blocks_what_it_gets_of_rows(position, whole):
 def test_blocks_are_of_any_dtype_and_width(dtype, exact, shape):
     with x64(dtype == jnp.float64):
         q, rows, blocks = both(1, 1, 70, dtype, shape)
-        found = jax.jit(Blocks.attend)(blocks, q, jnp.int32(1), jnp.array([66]))
+        found = jax.jit(BlockedKVCache.attend)(blocks, q, jnp.int32(1), jnp.array([66]))
         assert found.dtype == dtype
-        expected = rows.attend(q, 1, jnp.array([66]), "tpu")
+        expected = rows.attend(q, 1, jnp.array([66]))
         np.testing.assert_allclose(found.astype(float), expected.astype(float), rtol=exact, atol=exact / 10)
 
 
@@ -57,7 +62,7 @@ def test_what_lies_beyond_the_position_is_not_read():
 @pytest.mark.parametrize("middle", [0, 38, -40, 60, -60, 88, -104, 3000, -3000])
 def test_scores_may_be_of_any_size(middle):
     q, k, v = around(middle, rows=1)
-    blocks = jax.tree.map(lambda x: x[:, 0], Blocks.of(k, v).enlarged(256))
+    blocks = jax.tree.map(lambda x: x[:, 0], BlockedKVCache.of(k, v).enlarged(256))
     attend = in_one_kernel(lambda blocks, q, position: blocks.attend(q, 0, position))
     found = jax.jit(attend)(blocks, q, jnp.array([255]))
     scores = np.einsum("hd,hds->hs", *(np.asarray(x, np.float64) for x in (q[0], k[0, 0]))) * 8**-0.5
@@ -73,9 +78,9 @@ def test_scores_may_be_of_any_size(middle):
 def test_blocks_are_filled_place_by_place_and_nowhere_else(capacity):
     rng = np.random.default_rng(0)
     keys, values = (jnp.asarray(rng.normal(size=(2, 1, 3, 4, capacity)), jnp.float32) for _ in range(2))
-    filled = jax.tree.map(lambda x: x[:, 0], Blocks.of(keys, values).enlarged(capacity))
-    kept = jax.tree.map(lambda x: x[:, 0], Blocks.of(keys[..., :7], values[..., :7]).enlarged(capacity))
-    put = jax.jit(Blocks.put)
+    filled = jax.tree.map(lambda x: x[:, 0], BlockedKVCache.of(keys, values).enlarged(capacity))
+    kept = jax.tree.map(lambda x: x[:, 0], BlockedKVCache.of(keys[..., :7], values[..., :7]).enlarged(capacity))
+    put = jax.jit(BlockedKVCache.append)
     for t in range(7, capacity):
         for layer in range(2):
             kept = put(kept, keys[layer, ..., t], values[layer, ..., t], jnp.int32(layer), jnp.array([t]))
@@ -92,7 +97,7 @@ def test_a_text_costs_no_copy_of_the_blocks(places):
     def step(blocks, x):
         def layer(number, c):
             blocks, x = c
-            blocks = blocks.put(x, x, number, jnp.array([places - 1]))
+            blocks = blocks.append(x, x, number, jnp.array([places - 1]))
             return blocks, blocks.attend(x, number, jnp.array([places - 1]))
 
         return jax.lax.fori_loop(0, 24, layer, (blocks, x))

@@ -1,34 +1,36 @@
 """One query against a cache: its row of whole attention, whatever is read of the cache and however it is summed."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from chargpt_jax.ops import cpu_kv_cache, kv_cache
 from chargpt_jax.ops.blockwise_attention import causal_attention
+from chargpt_jax.ops.cpu_kv_cache import CpuKVCache
 from chargpt_jax.ops.dropout import Dropout
-from chargpt_jax.ops.kv_cache import Rows, cached_attention, read_widths, with_place
+from chargpt_jax.ops.kv_cache import read_widths, write_position
 from tests.ops.test_blockwise_attention import inputs
 from tests.pairing import x64
+
+ATTENTION = {"cpu": cpu_kv_cache.cached_attention, "tpu": kv_cache.cached_attention}
 
 
 @pytest.mark.parametrize(
     "position", [(0, 11), (62, 63), (64, 3), (127, 127), (128, 0), (199, 199)], ids=lambda x: f"{x[0]} {x[1]}"
 )
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_one_query_against_a_cache_equals_its_row(position, platform):
     """At either side of where more of the cache begins to be read; junk lies ahead of each row's position."""
     q, k, v = inputs(200)
-    whole = jax.jit(lambda *x: causal_attention(*x, None, Dropout(), 64))(q, k, v)
+    whole = jax.jit(lambda *x: causal_attention(*x, None, Dropout(), 64, False))(q, k, v)
     position = jnp.array(position)
     rows = jnp.arange(2)
     junk = jnp.arange(200)[None, None, :, None] > position[:, None, None, None]
     keys, values = (jnp.stack([jnp.where(junk, 99.0, x).swapaxes(2, 3)] * 3) for x in (k, v))
     other = jnp.array([[[[[7.0]]]]])
     keys, values = (x.at[jnp.array([0, 2])].set(other) for x in (keys, values))  # of other layers
-    one = jax.jit(partial(cached_attention, platform=platform))(q[rows, :, position], keys, values, 1, position)
+    one = jax.jit(ATTENTION[platform])(q[rows, :, position], keys, values, 1, position)
     np.testing.assert_allclose(one, whole[rows, :, position], rtol=1e-5, atol=1e-6)
 
 
@@ -42,7 +44,7 @@ def test_sums_written_out_are_the_products(capacity, dtype):
         rng = np.random.default_rng(0)
         q, *cache = (jnp.asarray(rng.normal(size=shape), dtype) for shape in [(3, 2, 6), *[(4, 3, 2, 6, capacity)] * 2])
         position = jnp.array([0, capacity // 2, capacity - 1])
-        ours, theirs = (cached_attention(q, *cache, 2, position, platform) for platform in ("cpu", "tpu"))
+        ours, theirs = (ATTENTION[platform](q, *cache, 2, position) for platform in ("cpu", "tpu"))
     assert ours.dtype == theirs.dtype == dtype
     exact = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2, jnp.float64: 1e-13}[dtype]
     np.testing.assert_allclose(ours.astype(float), theirs.astype(float), rtol=exact, atol=exact / 10)
@@ -55,7 +57,7 @@ def test_one_sequence_alone_gets_what_it_gets_among_others(width, capacity):
     shapes = [(2, 3, width), *[(2, 2, 3, width, capacity)] * 2]
     q, *cache = (jnp.asarray(4 * rng.normal(size=shape), jnp.float32) for shape in shapes)
     position = jnp.array([0, 4 * capacity // 5])
-    attend = jax.jit(partial(cached_attention, platform="cpu"))
+    attend = jax.jit(ATTENTION["cpu"])
     both = attend(q, *cache, 1, position)
     for row in range(2):
         own = slice(row, row + 1)
@@ -79,7 +81,7 @@ def around(middle, rows=2):
 def test_scores_may_be_of_any_size(middle, platform):
     q, k, v = around(middle)
     position = jnp.array([255, 20])
-    found = cached_attention(q, k, v, 0, position, platform)
+    found = ATTENTION[platform](q, k, v, 0, position)
     scores = np.einsum("bhd,bhds->bhs", *(np.asarray(x, np.float64) for x in (q, k[0]))) * 8**-0.5
     scores[np.broadcast_to(np.arange(256) > np.asarray(position)[:, None, None], scores.shape)] = -np.inf
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -91,7 +93,7 @@ def test_scores_may_be_of_any_size(middle, platform):
 
 @pytest.mark.parametrize("other", [60, -60, 3000])
 def test_a_sequence_gets_the_same_bits_whatever_the_size_of_anothers_scores(other):
-    attend = jax.jit(partial(cached_attention, platform="cpu"))
+    attend = jax.jit(ATTENTION["cpu"])
     results = []
     for middle in (0, other):
         q, k, v = around([1, middle])
@@ -103,14 +105,14 @@ def test_a_sequence_gets_the_same_bits_whatever_the_size_of_anothers_scores(othe
 def test_rows_are_filled_place_by_place_and_read_as_far():
     rng = np.random.default_rng(0)
     keys, values = (jnp.asarray(rng.normal(size=(2, 3, 2, 4, 20)), jnp.float32) for _ in range(2))
-    kept = Rows.of(keys[..., :7], values[..., :7]).enlarged(20)
+    kept = CpuKVCache.of(keys[..., :7], values[..., :7]).enlarged(20)
     q = jnp.asarray(rng.normal(size=(3, 2, 4)), jnp.float32)
     for t in range(7, 20):
         at = jnp.full(3, t)
         for layer in range(2):
-            kept = kept.put(keys[layer, ..., t], values[layer, ..., t], layer, at)
-        found = kept.attend(q, 1, at, "cpu")
-        np.testing.assert_allclose(found, cached_attention(q, keys, values, 1, at, "cpu"), rtol=1e-6)
+            kept = kept.append(keys[layer, ..., t], values[layer, ..., t], layer, at)
+        found = kept.attend(q, 1, at)
+        np.testing.assert_allclose(found, ATTENTION["cpu"](q, keys, values, 1, at), rtol=1e-6)
     np.testing.assert_array_equal(kept.keys, keys)
     np.testing.assert_array_equal(kept.values, values)
 
@@ -122,7 +124,7 @@ def test_a_place_of_a_cache_is_filled_and_no_other():
         expected = np.array(cache)
         for row in range(rows):
             expected[1, row, :, :, position[row]] = -1
-        np.testing.assert_array_equal(with_place(cache, new, 1, position), expected)
+        np.testing.assert_array_equal(write_position(cache, new, 1, position), expected)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
@@ -130,11 +132,11 @@ def test_a_cache_may_be_read_in_the_width_that_is_asked_for(platform):
     rng = np.random.default_rng(0)
     q, *cache = (jnp.asarray(rng.normal(size=shape)) for shape in [(2, 2, 6), *[(3, 2, 2, 6, 512)] * 2])
     position = jnp.array([3, 100])
-    expected = cached_attention(q, *cache, 1, position, platform)
+    expected = ATTENTION[platform](q, *cache, 1, position)
     for width in (101, 256, 512):
-        found = cached_attention(q, *cache, 1, position, platform, width)
+        found = ATTENTION[platform](q, *cache, 1, position, width)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    narrow = cached_attention(q, *cache, 1, position, platform, 64)
+    narrow = ATTENTION[platform](q, *cache, 1, position, 64)
     np.testing.assert_allclose(narrow[0], expected[0], rtol=1e-5, atol=1e-6)
     assert np.abs(narrow[1] - expected[1]).max() > 1e-3  # no more than 64 places were read
 
@@ -145,7 +147,7 @@ def test_a_cpu_copies_neither_keys_nor_values_out_of_the_cache():
         cache = jnp.zeros((4, B, H, D, S))
         args = (jnp.zeros((B, H, D)), cache, cache, 1, jnp.array([0, 300, 511]))
         temporaries = {
-            platform: jax.jit(partial(cached_attention, platform=platform)).lower(*args).compile().memory_analysis()
+            platform: jax.jit(ATTENTION[platform]).lower(*args).compile().memory_analysis()
             for platform in ("cpu", "tpu")
         }
     of_a_layer = B * H * D * S * 4

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.devices.platform import BFLOAT16_ON_CPU
-from chargpt_jax.ops.precision import between_products, rounded_product, widened
+from chargpt_jax.ops.choose import ops_for
+from chargpt_jax.ops.rounded_matmul import rounded_matmul
 from tests.pairing import built
 
 NARROW = [
@@ -53,7 +54,7 @@ def test_a_product_and_its_gradients_are_those_of_rounded_numbers(dtype, axes, t
 
     @jax.jit
     def ours(a, b, weight):
-        result, back = jax.vjp(lambda a, b: rounded_product(axes, a, b, dtype), a, b)
+        result, back = jax.vjp(lambda a, b: rounded_matmul(axes, a, b, dtype), a, b)
         return result, *back(weight)
 
     left, right, out = axes[:2], axes[3:5], axes[-2:]
@@ -78,7 +79,7 @@ def multiplied(function, *args):
 
 def test_no_gradient_is_multiplied_wide_with_what_was_rounded():
     a, b = drawn(6, 4), drawn(4, 10, seed=1)
-    graph = jax.grad(lambda a, b: jnp.sum(jnp.sin(rounded_product("rc,cf->rf", a, b, jnp.bfloat16))), (0, 1))
+    graph = jax.grad(lambda a, b: jnp.sum(jnp.sin(rounded_matmul("rc,cf->rf", a, b, jnp.bfloat16))), (0, 1))
     assert multiplied(graph, a, b) == {("bf16", "bf16", "f32")}
 
 
@@ -86,21 +87,19 @@ def test_no_gradient_is_multiplied_wide_with_what_was_rounded():
 def test_only_a_cpu_keeps_wide_what_is_between_narrow_products(platform):
     wide = platform == "cpu"
     for dtype in (jnp.bfloat16, jnp.float16):
-        assert between_products(dtype, platform) == (jnp.float32 if wide else dtype)
-    assert between_products(jnp.float32, platform) == jnp.float32
-    assert between_products(jnp.float64, platform) == jnp.float64
-    assert (widened(jnp.bfloat16), widened(jnp.float32), widened(jnp.float64)) == (
-        jnp.float32,
-        jnp.float32,
-        jnp.float64,
-    )
+        ops = ops_for(dtype, platform=platform)
+        assert (ops.dtype, ops.residual) == (dtype, jnp.float32)
+        assert ops.activations == (jnp.float32 if wide else dtype)
+    for dtype in (jnp.float32, jnp.float64):
+        ops = ops_for(dtype, platform=platform)
+        assert {jnp.dtype(x) for x in (ops.dtype, ops.activations, ops.residual)} == {jnp.dtype(dtype)}
 
 
-def test_to_make_a_wide_model_starts_no_devices():
+def test_building_a_model_for_a_named_platform_starts_no_devices():
     """A process may still fork then, or say how many devices a CPU counts as."""
     code = (
         "import jax; from tests.pairing import built; from chargpt_jax.config import ModelConfig;"
-        "jax.eval_shape(lambda: built(ModelConfig(vocab_size=9, used_ids=9, n_layer=1), 0)[1]);"
+        "jax.eval_shape(lambda: built(ModelConfig(vocab_size=9, used_ids=9, n_layer=1), 0, platform='cpu')[1]);"
         "jax.config.update('jax_num_cpu_devices', 3); assert len(jax.devices('cpu')) == 3"
     )
     said = {name: text for name, text in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
