@@ -111,7 +111,7 @@ DEVICE_WORDS = re.compile(r"platform|on_cpu|default_backend|custom_vjp|.*\bxla_.
 """Names by which code asks what it runs on, or is written for one device."""
 
 DEVICE_FREE = ("model", "data", "training", "generation", "storage", "pictures")
-DEVICE_WORDS_TO_REMOVE = {"model.gpt", "generation.generate"}
+DEVICE_WORDS_TO_REMOVE: set[str] = set()
 """Files that still have such names."""
 
 
