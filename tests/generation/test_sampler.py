@@ -32,8 +32,8 @@ def test_draws_are_those_of_jax_random_categorical_with_the_documented_key(tempe
         jnp.array([0, 5, 2]),
         jnp.array([[7, 7, 9], [8, 8, 10]]),
     )
-    for noise, at in zip(drawing.noise(numbers, places, logits), places, strict=True):
-        tokens = drawing.tokens(logits, noise)
+    for noise, at in zip(drawing.gumbel(numbers, places, logits), places, strict=True):
+        tokens = drawing.sample(logits, noise)
         for row, (number, place) in enumerate(zip(numbers, at, strict=True)):
             own = jax.random.fold_in(jax.random.fold_in(key, number), place)
             assert tokens[row] == jax.random.categorical(own, logits[row] / temperature)
@@ -42,7 +42,7 @@ def test_draws_are_those_of_jax_random_categorical_with_the_documented_key(tempe
 @pytest.mark.parametrize("temperature", [0.0, 1e-9])
 def test_without_temperature_noise_is_nothing(temperature):
     logits, noise = jnp.array([[0.0, 1e-3, -1.0]]), jnp.array([[9.0, 0.0, 99.0]])
-    assert Sampler(temperature, top_k=3).with_key(jax.random.key(0)).tokens(logits, noise).tolist() == [1]
+    assert Sampler(temperature, top_k=3).with_key(jax.random.key(0)).sample(logits, noise).tolist() == [1]
 
 
 @pytest.mark.parametrize(
