@@ -8,6 +8,7 @@ import pytest
 
 from chargpt_jax.cli.flags import MODES, define_flags
 from chargpt_jax.config_io import flatten, load_config
+from tests.test_imports import MAY_IMPORT
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -78,3 +79,41 @@ def test_citation_has_the_version_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {project['version']}\n" in citation
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def test_architecture_lists_exactly_the_files_of_every_folder():
+    block = ARCHITECTURE[ARCHITECTURE.index("    chargpt_jax/\n") : ARCHITECTURE.index("`configs/` holds")]
+    listed: dict[str, set[str]] = {}
+    for line in block.splitlines()[1:]:
+        if found := re.match(r" {6}(\w+)/ ", line):
+            folder = listed.setdefault(found[1], set())
+        elif re.match(r" {6}\w+\.py ", line) or not line.strip():
+            continue
+        else:
+            folder |= set(re.findall(r"\w+", re.sub(r"\(.*?\)", "", line)))
+    package = ROOT / "chargpt_jax"
+    there = {
+        path.parent.name: {file.stem for file in path.parent.glob("[a-z]*.py")}
+        for path in package.glob("*/__init__.py")
+    }
+    assert listed == there
+    top = set(re.findall(r"^ {6}(\w+)\.py ", block, re.MULTILINE))
+    assert top == {path.stem for path in package.glob("[a-z]*.py")}
+
+
+def test_files_and_names_that_architecture_locates_exist():
+    table = ARCHITECTURE[ARCHITECTURE.index("## Where is") : ARCHITECTURE.index("## Who may import")]
+    for path, name in re.findall(r"`([\w/]+\.py)`(?:: `(\w+)`)?", table):
+        file = ROOT / "chargpt_jax" / path
+        assert file.exists(), path
+        assert not name or re.search(rf"^(?:def|class) {name}\b", file.read_text(encoding="utf-8"), re.MULTILINE), name
+
+
+def test_architecture_has_the_table_of_imports():
+    rows = re.findall(r"^\| (`.+) \| (.+) \|$", ARCHITECTURE[ARCHITECTURE.index("## Who may import") :], re.MULTILINE)
+    words = re.compile(r"`(\w+)`")
+    listed = {name: " ".join(words.findall(others)) for names, others in rows for name in words.findall(names)}
+    assert listed == MAY_IMPORT
