@@ -48,3 +48,9 @@ def test_every_import_is_declared_and_every_dependency_imported():
 @pytest.mark.parametrize("module", sorted(MODULES.values()))
 def test_every_renamed_module_is_still_declared(module):
     assert module in declared()
+
+
+def test_every_folder_of_the_package_is_in_the_wheel():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = [path.parent.relative_to(ROOT) for path in (ROOT / "chargpt_jax").rglob("__init__.py")]
+    assert sorted(listed) == sorted([".".join(folder.parts) for folder in folders] + ["chargpt_jax.configs"])
