@@ -135,7 +135,7 @@ class ChargptJax:
         width, drawing = min(prompt, self.config.model.block_size), Sampler().with_key(jax.random.key(0))
 
         def generate(length: int) -> None:
-            options = {"graphdef": graphdef, "mesh": mesh, "once": True}  # as in Model.generate without on_text
+            options = {"graphdef": graphdef, "mesh": mesh, "final": True}  # as in Model.generate without on_text
             progress = prefill(params, tokens, np.full(batch, prompt, np.int32), width=width, **options)
             progress = decode(params, progress, length, drawing, **options)
             np.asarray(progress.tokens)

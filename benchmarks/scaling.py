@@ -25,12 +25,12 @@ from benchmarks.baselines import machine, number
 from benchmarks.implementations import config_for, corpus
 from chargpt_jax.config import Config
 from chargpt_jax.devices import sharding, startup
-from chargpt_jax.devices.platform import on_cpu, writing_options
+from chargpt_jax.devices.platform import on_cpu
 from chargpt_jax.generation.generate import decode, prefill
 from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.init import create
-from chargpt_jax.ops.choose import ops_for
-from chargpt_jax.ops.cpu_kernel import in_one_kernel
+from chargpt_jax.ops.choose import jit_for_generation, ops_for
+from chargpt_jax.ops.cpu_decode import fused, fusion_available
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import jit_train_steps, state_sharding
 from chargpt_jax.training.step import create_state
@@ -139,8 +139,10 @@ def reading(size: int, times: int = 100) -> Callable[[], float]:
 
         return jax.lax.fori_loop(0, times, once, total)
 
-    made = in_one_kernel(added) if on_cpu(None) else added
-    add_up = jax.jit(made, compiler_options=writing_options(jax.default_backend()))
+    def in_one_kernel(numbers: jax.Array, total: jax.Array) -> jax.Array:
+        return fused(jax.jit(added)(numbers, total))
+
+    add_up = jit_for_generation()(in_one_kernel if on_cpu(None) and fusion_available() else added)
     add_up(numbers, total).block_until_ready()
 
     def read() -> float:
