@@ -3,8 +3,8 @@
     python -m benchmarks.calls
 
 It runs the command line in this process on a small text, and records the stack while `train_step`, and the choice of a
-token, are traced by JAX. A call is a function of chargpt_jax on that stack, `main` and the target included. A function
-that is defined inside another one belongs to it; JAX's own functions do not count.
+token, are traced by JAX. A call leads from one function of chargpt_jax on that stack to the next, functions that are
+defined inside others included; JAX's own functions do not count.
 """
 
 import contextlib
@@ -35,9 +35,8 @@ def chain(frame: FrameType | None) -> list[str]:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(PACKAGE):
             file = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-            name = f"{file}.{frame.f_code.co_qualname.split('.<locals>')[0]}"
-            if not names or names[-1] != name:
-                names.append(name)
+            name = f"{file}.{frame.f_code.co_qualname.replace('.<locals>', '')}"
+            names.append(name)
             if name == "main.main":
                 break
         frame = frame.f_back
@@ -82,8 +81,7 @@ def measured(folder: Path) -> tuple[list[str], list[str]]:
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     with recorded(setup, "train_step") as training:
         command("--config=tiny", f"--workdir={folder / 'run'}", *flags)
-    state = sampler.SamplerState if hasattr(sampler, "SamplerState") else sampler.Drawing
-    with recorded(state, "sample" if hasattr(state, "sample") else "tokens") as generation:
+    with recorded(sampler.SamplerState, "sample") as generation:
         command("--mode=generate", f"--workdir={folder / 'run'}", "--prompt=ab", "--max_new_tokens=5")
     return training[0], generation[0]
 
@@ -92,7 +90,7 @@ def main(_: Sequence[str] | None = None) -> None:
     """Print both chains."""
     with tempfile.TemporaryDirectory() as folder:
         for title, names in zip(("a training step", "a sampled token"), measured(Path(folder)), strict=True):
-            print(f"{len(names)} calls to {title}:\n  " + "\n  ".join(names))
+            print(f"{len(names) - 1} calls to {title}:\n  " + "\n  ".join(names))
 
 
 if __name__ == "__main__":

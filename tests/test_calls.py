@@ -35,7 +35,13 @@ def chains(tmp_path_factory):
 def test_main_to_train_step_takes_at_most_6_calls(chains):
     training, _ = chains
     assert (training[0], training[-1]) == ("main.main", "training.step.train_step")
-    assert len(training) <= 6, training
+    assert len(training) - 1 <= 6, training
+
+
+def test_main_to_sampled_token_takes_at_most_9_calls(chains):
+    _, generation = chains
+    assert (generation[0], generation[-1]) == ("main.main", "generation.sampler.SamplerState.sample")
+    assert len(generation) - 1 <= 9, generation
 
 
 def test_chain_counts_own_functions_from_main_on():

@@ -44,8 +44,7 @@ ROWS_OF_ONES = 1 if jax.__version_info__ >= (0, 10, 2) else 2
 """How many equal rows of ones add up the partial sums. With one row XLA up to jax 0.10.1 recomputes the sums element by
 element, 7x slower for 10 M parameters; with two rows later versions are 14 % slower for a small model."""
 
-Carry = TypeVar("Carry")
-Shared = TypeVar("Shared")
+Tree = TypeVar("Tree")
 
 _FUSING = ContextVar("fusing", default=True)
 
@@ -126,28 +125,14 @@ def generates_one_by_one(sequences: int, elements: int, parameters: int) -> bool
     return parameters <= MAX_PARAMETERS if sequences == 1 else elements > parameters
 
 
-def one_by_one(
-    run: Callable[[jax.Array, Carry, jax.Array, Shared], tuple[Carry, Shared]],
-    carry: Carry,
-    indices: jax.Array,
-    shared: Shared,
-) -> tuple[Carry, Shared]:
-    """Call run(b, carry of sequence b, its index, shared) -> (carry, shared), for one sequence after the other.
+def sequence_of(batch: Tree, b: jax.Array) -> Tree:
+    """Return sequence b of a tree of arrays [B, ...], as arrays [1, ...]; b is an int32 scalar."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, b, 1), batch)
 
-    Args:
-        run: gets and returns arrays [1, ...] of one sequence.
-        carry: a tree of arrays [B, ...].
-        indices: int32 [B].
-        shared: what each call hands to the next.
-    """
 
-    def one(b: jax.Array, both: tuple[Carry, Shared]) -> tuple[Carry, Shared]:
-        carry, shared = both
-        own, index = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, b, 1), (carry, indices))
-        done, shared = run(b, own, index, shared)
-        return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, b, 0), carry, done), shared
-
-    return jax.lax.fori_loop(0, len(indices), one, (carry, shared))
+def with_sequence(batch: Tree, b: jax.Array, own: Tree) -> Tree:
+    """Return a tree of arrays [B, ...] with sequence b replaced by arrays [1, ...]."""
+    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, b, 0), batch, own)
 
 
 class LayerSlice:

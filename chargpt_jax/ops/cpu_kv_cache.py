@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from chargpt_jax.ops.cpu_decode import fused, is_fusible, layers_in_place, one_by_one
+from chargpt_jax.ops.cpu_decode import fused, is_fusible, layers_in_place, sequence_of, with_sequence
 from chargpt_jax.ops.kv_cache import Generation, KVCache, at_read_width, read_widths
 
 BLOCK, LANES = 32, 16
@@ -107,25 +107,33 @@ class BlockedKVCache(KVCache):
         Each sequence is one kernel if the sampler can be a part of it, otherwise each token's layers are.
         """
         indices, loop_of, capacity, vocab_size, sorts = plan(params, carry, sampler)
-        if cache is None:
-            return one_by_one(lambda _, own, index, none: loop_of(index)((own, none)), carry, indices, None)
         B, fuse = len(indices), is_fusible(vocab_size, sorts)
-        if final:  # memory for one sequence, reused by all
+        if cache is None:
+            room = None
+        elif final:  # memory for one sequence, reused by all
             room = cache.of_sequence(jnp.zeros((), int)).enlarged(capacity)
         else:  # all layers of all sequences on one axis, so that each sequence's cache is updated in place
             room = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cache)
 
-        def one(b: jax.Array, own: Any, index: jax.Array, room: BlockedKVCache) -> tuple[Any, BlockedKVCache]:
+        def one(b: jax.Array, both: tuple[Any, Any]) -> tuple[Any, Any]:
+            carry, room = both
+            own, index = sequence_of((carry, indices), b)
+            if cache is None:
+                done, room = loop_of(index)((own, None))
+                return with_sequence(carry, b, done), room
             room = room.overwritten(cache.of_sequence(b)) if final else room
             shared = not final and B > 1
             layers = partial(
                 layers_in_place, fused_kernel=True, index_of=(lambda layer: layer * B + b) if shared else None
             )
             loop = loop_of(index, layers)
-            return fused(jax.jit(loop)((own, room))) if fuse else loop((own, room))
+            done, room = fused(jax.jit(loop)((own, room))) if fuse else loop((own, room))
+            return with_sequence(carry, b, done), room
 
-        carry, room = one_by_one(one, carry, indices, room)
-        return carry, None if final else jax.tree.map(lambda x, to: x.reshape(to.shape), room, cache)
+        carry, room = jax.lax.fori_loop(0, B, one, (carry, room))
+        if cache is None or final:
+            return carry, None
+        return carry, jax.tree.map(lambda x, to: x.reshape(to.shape), room, cache)
 
 
 def cached_attention(
