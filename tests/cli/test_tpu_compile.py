@@ -9,13 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax import export
 
 from chargpt_jax.cli import tpu_compile as ahead
 from chargpt_jax.config import Config
+from chargpt_jax.devices import platform as device_platform
 from chargpt_jax.errors import UserError
+from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.run import Run
 from chargpt_jax.training.setup import Setup
@@ -52,12 +55,12 @@ def test_every_step_lowers_for_an_accelerator_without_library_calls_or_products_
     platform, dtype, monkeypatch
 ):
     # This CPU only stands in: the model is the accelerator's, and nothing runs here.
-    monkeypatch.setattr(platform, "BFLOAT16_ON_CPU", (0,))
-    made = ahead.create
-    monkeypatch.setattr(ahead, "create", lambda config, seed, dtype, _: made(config, seed, dtype, platform))
+    monkeypatch.setattr(device_platform, "BFLOAT16_ON_CPU", (0,))
+    monkeypatch.setattr(ahead, "ops_for", lambda dtype, query_block, _: ops_for(dtype, query_block, platform))
     names = []
     for program in ahead.programs(every_feature(dtype), jax.devices()[:1]):
-        exported = export.export(program.function, platforms=[platform])(*program.args, **program.static)
+        function = getattr(program.function, "fused", program.function)
+        exported = export.export(function, platforms=[platform])(*program.args, **program.static)
         module = exported.mlir_module()
         assert exported.platforms == (platform,)
         assert exported.mlir_module_serialized
@@ -66,7 +69,7 @@ def test_every_step_lowers_for_an_accelerator_without_library_calls_or_products_
         # But for the gradient of the logits, 128 a character, which stays float32 where it is multiplied.
         assert all("x128xf32" in product for product in wide_products(module, dtype))
         names.append(program.name)
-    assert names == [*NAMES, "past the window"]
+    assert names == [*NAMES, "beyond the context"]
 
 
 def test_what_is_compiled_has_the_shapes_of_a_real_run(tmp_path):
@@ -83,8 +86,9 @@ def test_what_is_compiled_has_the_shapes_of_a_real_run(tmp_path):
 
 def test_the_model_is_made_for_the_devices_that_it_is_compiled_for(monkeypatch):
     monkeypatch.setattr(ahead, "_training", lambda config, on, dtype, *model: iter([nnx.merge(*model)]))
-    programs = ahead.programs(small_config(Path("none.txt")), [SimpleNamespace(platform="tpu")])
-    assert next(programs).platform == "tpu"
+    config = small_config(Path("none.txt"))
+    programs = ahead.programs(config, [SimpleNamespace(platform="tpu")])
+    assert next(programs).ops == ops_for(jnp.bfloat16, config.model.attention_block, "tpu")
 
 
 def test_a_vocabulary_that_is_not_known_yet_has_a_stand_in():
