@@ -31,7 +31,7 @@ from chargpt_jax.training.run import record_of
 from chargpt_jax.training.step import create_state
 
 FORMATS = ("original", "hf")
-"""What `export` writes."""
+"""Formats that `export` can write."""
 
 
 def import_original(

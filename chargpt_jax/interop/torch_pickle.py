@@ -1,9 +1,9 @@
-"""What `torch.save` wrote, read without torch and without running anything that the file asks for.
+"""Read files of `torch.save` without torch, and without running any code that the file names.
 
-Such a file is a zip of raw numbers beside a pickle, and a pickle is a program: loaded the usual way it may call any
-function it names. Here nothing is loaded. `pickletools` splits the program into instructions, a small interpreter
-obeys those that build texts, numbers, lists, tuples and dicts, and a name stays a name: two are understood (an ordered
-dict, a tensor over a storage), no name is looked up, so there is nothing to call. All else is refused.
+Such a file is a zip archive of raw array values and a pickle. A pickle is a program: `pickle.load` calls any function
+that it names. Here `pickletools` splits the program into instructions, and a small interpreter executes only those that
+build strings, numbers, lists, tuples and dicts. No name is imported, so no function can be called. Two names have a
+meaning: an ordered dict, and a tensor that is a view of a storage. All other names and instructions are rejected.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ STORAGES = {
     "torch DoubleStorage": "float64",
     "torch BFloat16Storage": "bfloat16",
 }
-"""What a storage's class says of its numbers."""
+"""{class of a storage: dtype of its values}."""
 
-MOST_PICKLE = 4 << 20
-"""The longest program, bytes: names, shapes and the config of a checkpoint take some ten kilobytes."""
+MAX_PICKLE = 4 << 20
+"""Maximum size of a pickle, bytes: the names, shapes and config of a checkpoint need about ten kilobytes."""
 
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
@@ -38,14 +38,14 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """A class or function that a pickle names: its module and its name, and no more than that."""
+    """The name of a class or function in a pickle: its module and its name, as text."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A row of numbers in the zip."""
+    """A one-dimensional array in the zip archive."""
 
     key: str
     dtype: str
@@ -66,62 +66,64 @@ def read_torch(path: Path) -> tuple[Any, dict[str, Stored]]:
     """Read a checkpoint {'model': state dict, 'config': ..., 'metrics': ...}.
 
     Returns:
-        The config as it stands there (nested dicts, lists, texts and numbers), and the state dict's arrays by name.
+        The config, unchecked (nested dicts, lists, strings and numbers), and the arrays of the state dict by name.
 
     Raises:
-        UserError: where the file is damaged, or asks for anything but dicts and tensors.
+        UserError: if the file is damaged, or contains anything but dicts and tensors.
     """
     with reading(path):
         if not zipfile.is_zipfile(path):
-            raise ValueError("it is no whole zip file; files of torch before 1.6 must be saved again by a newer one")
+            raise ValueError(
+                "it is not a complete zip file; a file of torch before 1.6 must be saved again by a newer version"
+            )
         with zipped(path) as (archive, members):
             programs = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
-            if len(programs) != 1 or members[programs[0]].file_size > MOST_PICKLE:
-                raise ValueError("it holds no data.pkl of reasonable size")
+            if len(programs) != 1 or members[programs[0]].file_size > MAX_PICKLE:
+                raise ValueError(f"it must contain one data.pkl of at most {MAX_PICKLE >> 20} MiB")
             folder = programs[0].removesuffix("data.pkl")
             if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder") != b"little":
-                raise ValueError("its numbers are big-endian")
+                raise ValueError("its arrays are big-endian")
             saved = interpret(archive.read(programs[0]), path)
             sizes = {name: member.file_size for name, member in members.items()}
         if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict) or "config" not in saved:
-            raise UserError(f"{path} holds no 'model' and 'config': give a checkpoint of the original.")
+            raise UserError(f"{path} has no 'model' and 'config': give a checkpoint of the original.")
         tensors = saved["model"]
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
-                raise UserError(f"{path} holds {name[:80]!r} in its model, but that is no tensor: leave it out.")
+                raise UserError(f"{path} has {name[:80]!r} in its model, which is not a tensor: remove it.")
             _check(name, tensor, sizes.get(f"{folder}data/{tensor.storage.key}", -1))
-        # The tied table is there twice; more of that kind would make a small file large in memory.
+        # The tied embedding is listed twice. More overlaps could expand a small file to a large amount of memory.
         if sum(4 * math.prod(tensor.shape) for tensor in tensors.values()) > 4 * path.stat().st_size:
             raise ValueError("its tensors overlap")
         return saved["config"], {name: _stored(path, folder, tensor) for name, tensor in tensors.items()}
 
 
 def _check(name: str, tensor: Tensor, size: int) -> None:
-    """Refuse a tensor that reaches past its storage, or has more numbers than that."""
+    """Reject a tensor that reaches beyond its storage, or has more elements than its storage."""
     storage = tensor.storage
     if storage.count * np.dtype(DTYPES[storage.dtype]).itemsize != size:
-        raise ValueError(f"the storage of {name[:80]!r} is missing, or of another size than it says")
+        raise ValueError(f"the storage of {name[:80]!r} is missing, or its size differs from the stated one")
     reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
     if 0 in tensor.shape or math.prod(tensor.shape) > storage.count or tensor.offset + reach >= storage.count:
-        raise ValueError(f"{name[:80]!r} reaches past its storage")
+        raise ValueError(f"{name[:80]!r} reaches beyond its storage")
 
 
 def _stored(path: Path, folder: str, tensor: Tensor) -> Stored:
     def read() -> np.ndarray:
         with reading(path), zipped(path) as (archive, _):
-            numbers = as_float32(archive.read(f"{folder}data/{tensor.storage.key}"), tensor.storage.dtype)
+            values = as_float32(archive.read(f"{folder}data/{tensor.storage.key}"), tensor.storage.dtype)
         strides = [4 * stride for stride in tensor.strides]
-        view = np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.shape, strides, writeable=False)
+        view = np.lib.stride_tricks.as_strided(values[tensor.offset :], tensor.shape, strides, writeable=False)
         return np.ascontiguousarray(view)
 
     return Stored(tensor.shape, read)
 
 
 def interpret(program: bytes, path: Path) -> Any:
-    """Build what a pickle describes, of dicts, lists, tuples, texts, numbers, `Name` and `Tensor`.
+    """Build the object that a pickle describes, from dicts, lists, tuples, strings, numbers, `Name` and `Tensor`.
 
     Raises:
-        UserError: naming the instruction, class or function that is not among those.
+        UserError: naming the first unsupported instruction, class or function.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -178,49 +180,53 @@ def interpret(program: bytes, path: Path) -> Any:
             case "REDUCE":
                 args, function = stack.pop(), stack.pop()
                 stack.append(_reduced(function, args))
-            case "BUILD":  # a state dict carries its modules' versions as an attribute
+            case "BUILD":  # a state dict has its modules' versions as an attribute
                 stack.pop()
                 if not isinstance(stack[-1], dict):
-                    raise ValueError("it gives attributes to what has none")
+                    raise ValueError("it sets attributes of an object that is not a dict")
             case name:
-                raise UserError(f"{path} is refused: its pickle uses {name}, which torch.save never does here.")
-    raise EOFError("its pickle has no end")
+                raise UserError(
+                    f"{path} is rejected: its pickle uses {name}, which a checkpoint of the original does not."
+                )
+    raise EOFError("its pickle is incomplete")
 
 
 def _known(name: str, path: Path) -> Name:
     if name not in (ORDERED_DICT, REBUILD_TENSOR, *STORAGES):
         shown = name.replace(" ", ".")[:80]
-        raise UserError(f"{path} is refused: it asks for {shown!r}, but a checkpoint needs dicts and tensors only.")
+        raise UserError(
+            f"{path} is rejected: its pickle names {shown!r}, but a checkpoint needs only dicts and tensors."
+        )
     return Name(name)
 
 
 def _extend(target: Any, items: list[Any]) -> None:
     if not isinstance(target, list):
-        raise ValueError("it appends to what is no list")
+        raise ValueError("it appends to an object that is not a list")
     target.extend(items)
 
 
 def _fill(target: Any, items: list[Any]) -> None:
     if not isinstance(target, dict) or not all(isinstance(key, str) for key in items[::2]):
-        raise ValueError("it fills what is no dict, or with keys that are no texts")
+        raise ValueError("it sets items of an object that is not a dict, or with keys that are not strings")
     target.update(zip(items[::2], items[1::2], strict=True))
 
 
 def _storage(words: Any) -> Storage:
     kind, name, key, _, count = words
     if kind != "storage" or not isinstance(name, Name) or not isinstance(key, str) or type(count) is not int:
-        raise ValueError("it refers to what is no storage")
+        raise ValueError("a storage is invalid")
     return Storage(key, STORAGES[name.text], count)
 
 
 def _reduced(function: Any, args: Any) -> Any:
-    """Say what a call would have given; nothing is called."""
+    """Return the result that a call would have; no function is called."""
     if function == Name(ORDERED_DICT) and args == ():
         return {}
     if function != Name(REBUILD_TENSOR):
-        raise ValueError("it calls what is no function")
+        raise ValueError("it calls an unsupported function")
     storage, offset, shape, strides = args[:4]
     shape, strides = checked_shape(shape, "a tensor"), checked_shape(strides, "a tensor")
     if not isinstance(storage, Storage) or type(offset) is not int or offset < 0 or len(shape) != len(strides):
-        raise ValueError("a tensor is described wrongly")
+        raise ValueError("a tensor is invalid")
     return Tensor(storage, offset, shape, strides)

@@ -1,4 +1,4 @@
-"""What comes from the original gives its numbers and goes back bit for bit; anything else is refused whole."""
+"""An imported checkpoint gives the original's results, and its export is bit-identical; invalid files are rejected."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ INV_FREQ = "transformer.blocks.1.attn.rotary_enc.inv_freq"
 
 
 def original(seed: int = 0) -> dict[str, np.ndarray]:
-    """Draw a state dict of the original."""
+    """Return a random state dict of the original."""
     sizes = {name: value for name, value in CONFIG["model"].items() if name not in ("block_size", "dropout")}
     arrays = reference.random_parameters(np.random.default_rng(seed), **sizes)
     arrays["lm_head.weight"] = arrays["transformer.wte.weight"]
@@ -51,7 +51,7 @@ def original(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def write(folder: Path, arrays: dict[str, Any], kind: str = "safetensors", config: Any = CONFIG) -> Path:
-    """Write a checkpoint as someone else would, byte by byte where NumPy does not know the format."""
+    """Write a checkpoint of the original without the package's own writers."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"checkpoint.{kind}"
     if kind == "pt":
@@ -76,7 +76,7 @@ def framed(path: Path, table: Any, blob: bytes) -> Path:
 
 
 def changed(changes: dict[str, Any]) -> dict[str, Any]:
-    """Return CONFIG with some fields ('section.field') changed, or taken out where the value is ..."""
+    """Return CONFIG with some fields ('section.field') changed, or removed if the value is `...`."""
     config = copy.deepcopy(CONFIG)
     for path, value in changes.items():
         section, _, name = path.partition(".")
@@ -95,7 +95,7 @@ def logits(params: Any, model: Any, tokens: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """A run made from a .pt file, with the text it learned from."""
+    """A run imported from a .pt file, with its training text."""
     folder = tmp_path_factory.mktemp("imported")
     text = "".join(np.random.default_rng(0).choice(LETTERS[2:13], 3000))
     (folder / "text.txt").write_text(text, encoding="utf-8")
@@ -119,7 +119,7 @@ def test_every_kind_of_file_gives_the_same_model(tmp_path, kind):
             np.testing.assert_array_equal(back[name], array, err_msg=name)
 
 
-def test_the_logits_are_the_originals_on_every_id(imported):
+def test_logits_of_an_import_equal_the_originals(imported):
     model = api.load(imported)
     tokens = np.random.default_rng(1).integers(0, 64, (2, 64)).astype(np.int32)
     params = {name: array.astype(np.float64) for name, array in original().items()}
@@ -128,7 +128,7 @@ def test_the_logits_are_the_originals_on_every_id(imported):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_exported_import_is_the_original_bit_for_bit(tmp_path, kind):
+def test_export_of_an_import_is_bit_identical(tmp_path, kind):
     api.import_original(write(tmp_path, original(), kind), tmp_path / "run")
     api.export(tmp_path / "run", tmp_path / "out", "original")
     arrays, metadata = read_safetensors(tmp_path / "out" / "model.safetensors")
@@ -145,7 +145,7 @@ def test_an_exported_import_is_the_original_bit_for_bit(tmp_path, kind):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_an_exported_file_holds_its_config_itself(tmp_path, imported):
+def test_exported_file_contains_its_config(tmp_path, imported):
     api.export(imported, tmp_path / "out", "original")
     (tmp_path / "out" / "config.json").unlink()
     api.import_original(tmp_path / "out" / "model.safetensors", tmp_path / "run")
@@ -153,14 +153,14 @@ def test_an_exported_file_holds_its_config_itself(tmp_path, imported):
     jax.tree.map(np.testing.assert_array_equal, api.load(imported).params, again.params)
 
 
-def test_safetensors_itself_reads_what_is_written(tmp_path, imported):
+def test_export_is_read_by_the_safetensors_package(tmp_path, imported):
     numpy_side = pytest.importorskip("safetensors.numpy")
     api.export(imported, tmp_path / "out", "original")
     found = numpy_side.load_file(tmp_path / "out" / "model.safetensors")
     np.testing.assert_array_equal(found["lm_head.weight"], original()["transformer.wte.weight"])
 
 
-def test_a_table_that_safetensors_left_out_as_tied_is_known(tmp_path):
+def test_tied_array_omitted_by_safetensors_is_restored(tmp_path):
     arrays = original()
     del arrays["transformer.wte.weight"]
     path = write(tmp_path, arrays)
@@ -170,7 +170,7 @@ def test_a_table_that_safetensors_left_out_as_tied_is_known(tmp_path):
     convert.import_original(path, tmp_path / "run")
 
 
-def test_an_imported_run_writes_and_scores(imported):
+def test_imported_run_generates_and_scores(imported):
     model = api.load(imported)
     assert model.generate("abc", 10, temperature=0)[0].text.startswith("abc")
     scored = model.score("abcdé😀")
@@ -181,7 +181,7 @@ def test_an_imported_run_writes_and_scores(imported):
     np.testing.assert_allclose(scored.surprisal[1:], expected, rtol=1e-5)
 
 
-def test_an_imported_run_is_evaluated_and_trained_from_its_text(tmp_path, imported):
+def test_imported_run_is_evaluated_and_trained(tmp_path, imported):
     shutil.copytree(imported, tmp_path / "run")
     before = api.evaluate(tmp_path / "run")
     assert before["tokens"] == 600
@@ -192,7 +192,7 @@ def test_an_imported_run_is_evaluated_and_trained_from_its_text(tmp_path, import
     assert after["loss"] < before["loss"]
 
 
-def test_the_command_line_trains_an_imported_run_with_its_own_config(tmp_path, imported, capsys):
+def test_command_trains_an_imported_run_with_its_config(tmp_path, imported, capsys):
     run = tmp_path / "run of mine"
     shutil.copytree(imported, run)
     assert main(["chargpt", "--mode=train", f"--workdir={run}", "--config.scheduler.warmup_epochs=3"]) == 2
@@ -203,7 +203,7 @@ def test_the_command_line_trains_an_imported_run_with_its_own_config(tmp_path, i
     assert not (tmp_path / "runs").exists()
 
 
-def test_without_a_text_evaluating_and_training_say_what_is_missing(tmp_path):
+def test_import_without_a_text_cannot_be_evaluated_or_trained(tmp_path):
     api.import_original(write(tmp_path, original()), tmp_path / "run")
     assert api.info(tmp_path / "run")["vocabulary"] == len(LETTERS)
     config = api.Workdir(tmp_path / "run").load_config()
@@ -213,14 +213,14 @@ def test_without_a_text_evaluating_and_training_say_what_is_missing(tmp_path):
         list(api.train(config, tmp_path / "run"))
 
 
-def test_a_text_of_other_characters_is_refused(tmp_path):
+def test_text_with_unknown_characters_is_rejected(tmp_path):
     (tmp_path / "text.txt").write_text("abc XYZ " * 500)
     with pytest.raises(UserError, match=r"'X' \(U\+0058\)"):
         api.import_original(write(tmp_path, original()), tmp_path / "run", str(tmp_path / "text.txt"))
     assert not (tmp_path / "run").exists()
 
 
-# What is refused
+# Invalid files
 
 
 def without(name: str) -> dict[str, Any]:
@@ -241,7 +241,7 @@ BAD_ARRAYS = [
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("arrays", "message"), BAD_ARRAYS, ids=range(len(BAD_ARRAYS)))
-def test_a_wrong_array_is_refused_by_its_name(tmp_path, kind, arrays, message):
+def test_invalid_array_is_rejected_by_name(tmp_path, kind, arrays, message):
     path = write(tmp_path, arrays, kind)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=message):
@@ -268,21 +268,21 @@ BAD_CONFIGS = [
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_CONFIGS, ids=range(len(BAD_CONFIGS)))
-def test_a_wrong_config_is_refused_by_its_field(tmp_path, changes, message):
+def test_invalid_config_is_rejected_by_field(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         convert.import_original(write(tmp_path, original(), "pt", changed(changes)), tmp_path / "run")
 
 
-def test_a_config_that_would_unfold_without_end_is_refused_at_once(tmp_path):
+def test_config_of_deeply_shared_lists_is_rejected(tmp_path):
     nest: list[Any] = []
-    for _ in range(60):  # a pickle shares its parts: 60 lists, which would print as 2 ** 60
+    for _ in range(60):  # a pickle can share its parts: these 60 lists would print as 2 ** 60 elements
         nest = [nest, nest]
     for field, value in (("model", {**CONFIG["model"], "n_ff": nest}), ("optimizer", {"betas": (0.9, nest)})):
         with pytest.raises(UserError, match=r"a (list|tuple) as (model.n_ff|optimizer.betas)"):
             from_original({**CONFIG, field: value}, tmp_path)
 
 
-def test_an_original_whose_config_lacks_what_is_no_model_gets_our_defaults(tmp_path):
+def test_missing_config_sections_get_defaults(tmp_path):
     config = {"model": CONFIG["model"], "tokenizer": CONFIG["tokenizer"]}
     found, _ = from_original(config, tmp_path)
     assert found.optimizer.learning_rate is None
@@ -291,7 +291,7 @@ def test_an_original_whose_config_lacks_what_is_no_model_gets_our_defaults(tmp_p
 
 @pytest.mark.parametrize("cut", [0, 4, 8, 100, -1, -100])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cut_file_is_refused(tmp_path, kind, cut):
+def test_truncated_file_is_rejected(tmp_path, kind, cut):
     path = write(tmp_path, original(), kind)
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(UserError, match="cannot be read"):
@@ -308,30 +308,30 @@ def entry(begin: Any, end: Any, shape: Any = (2,), dtype: str = "F32") -> dict[s
     [
         ({"a": entry(0, 8), "b": entry(4, 12)}, "overlap"),
         ({"a": entry(0, 8), "b": entry(12, 20)}, "overlap, leave gaps"),
-        ({"a": entry(0, 8)}, "end elsewhere"),
+        ({"a": entry(0, 8)}, "do not end at the end"),
         ({"a": entry(8, 16), "b": entry(16, 24)}, "gaps"),
-        ({"a": entry(0, 16)}, "other size"),
-        ({"a": entry(0, 16, (2**62, 2**62))}, "other size"),
-        ({"a": entry(-16, 0, (4,))}, "impossible"),
-        ({"a": entry(0, 16, (-4,))}, "impossible"),
-        ({"a": entry(0, 16, (4.0,))}, "impossible"),
-        ({"a": entry(0, 16, (True, 4))}, "impossible"),
-        ({"a": entry(0, 16, (1,) * 9)}, "impossible"),
+        ({"a": entry(0, 16)}, "differs from the size"),
+        ({"a": entry(0, 16, (2**62, 2**62))}, "differs from the size"),
+        ({"a": entry(-16, 0, (4,))}, "invalid shape"),
+        ({"a": entry(0, 16, (-4,))}, "invalid shape"),
+        ({"a": entry(0, 16, (4.0,))}, "invalid shape"),
+        ({"a": entry(0, 16, (True, 4))}, "invalid shape"),
+        ({"a": entry(0, 16, (1,) * 9)}, "invalid shape"),
         ({"a": entry(0, 16, (2,), "I64")}, "'a' as 'I64'"),
         ({"a": {"dtype": "F32"}}, "cannot be read"),
         ({"a": 1}, "cannot be read"),
-        ([], "no JSON object"),
-        ({"__metadata__": {"x": 1}}, "not texts"),
+        ([], "not a JSON object"),
+        ({"__metadata__": {"x": 1}}, "not strings"),
     ],
 )
-def test_a_table_that_does_not_describe_the_file_is_refused(tmp_path, table, message):
+def test_invalid_safetensors_table_is_rejected(tmp_path, table, message):
     with pytest.raises(UserError, match=message):
         read_safetensors(framed(tmp_path / "x.safetensors", table, b"\0" * 16))
 
 
-def test_a_table_longer_than_the_file_is_refused_before_it_is_read(tmp_path):
+def test_table_longer_than_the_file_is_rejected(tmp_path):
     (tmp_path / "x.safetensors").write_bytes((2**63).to_bytes(8, "little") + b"{}")
-    with pytest.raises(UserError, match="longer than it may be"):
+    with pytest.raises(UserError, match="larger than the file or 4 MiB"):
         read_safetensors(tmp_path / "x.safetensors")
     (tmp_path / "x.safetensors").write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
     with pytest.raises(UserError, match="cannot be read"):
@@ -339,17 +339,17 @@ def test_a_table_longer_than_the_file_is_refused_before_it_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("code", ["F16", "F32", "F64", "BF16"])
-def test_safetensors_of_every_width_are_read(tmp_path, code):
-    numbers = np.array([[1.5, -2.0, 0.25]])
+def test_safetensors_of_every_dtype_are_read(tmp_path, code):
+    values = np.array([[1.5, -2.0, 0.25]])
     raw = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
-    blob = (numbers.astype("<f4").view("<u4") >> 16).astype("<u2") if code == "BF16" else numbers.astype(raw[code])
+    blob = (values.astype("<f4").view("<u4") >> 16).astype("<u2") if code == "BF16" else values.astype(raw[code])
     path = framed(tmp_path / "x.safetensors", {"a": entry(0, blob.nbytes, (1, 3), code)}, blob.tobytes())
     found = read_safetensors(path)[0]["a"].read()
     assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, numbers)
+    np.testing.assert_array_equal(found, values)
 
 
-def test_npz_takes_any_order_and_refuses_objects_and_compression(tmp_path):
+def test_npz_of_any_order_is_read_but_not_objects_or_compressed(tmp_path):
     numbers = np.arange(6.0).reshape(2, 3)
     np.savez(tmp_path / "x.npz", c=numbers, fortran=np.asfortranarray(numbers), big=numbers.astype(">f4"))
     for stored in read_npz(tmp_path / "x.npz").values():
@@ -363,17 +363,17 @@ def test_npz_takes_any_order_and_refuses_objects_and_compression(tmp_path):
         read_npz(tmp_path / "x.npz")
 
 
-def test_npz_with_a_shape_larger_than_its_bytes_is_refused(tmp_path):
+def test_npz_with_a_shape_larger_than_its_data_is_rejected(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.zeros((1000, 100)))
     with zipfile.ZipFile(tmp_path / "x.npz") as archive:
         code = archive.read("a.npy").replace(b"(1000, 100)", b"(9999, 999)")
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("a.npy", code)
-    with pytest.raises(UserError, match="other size"):
+    with pytest.raises(UserError, match="differs from the size"):
         read_npz(tmp_path / "x.npz")
 
 
-def test_a_file_of_another_kind_or_without_a_config_is_refused(tmp_path):
+def test_unsupported_or_missing_files_are_rejected(tmp_path):
     path = write(tmp_path, original(), "npz")
     with pytest.raises(UserError, match="no such file"):
         read(tmp_path / "nothing.pt")
@@ -389,7 +389,7 @@ def test_a_file_of_another_kind_or_without_a_config_is_refused(tmp_path):
         read(path)
 
 
-def test_a_folder_in_use_is_left_alone(tmp_path, imported):
+def test_folder_that_is_not_empty_is_not_changed(tmp_path, imported):
     path = write(tmp_path / "from", original())
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine.txt").write_text("mine")
@@ -406,7 +406,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path, imported):
     assert (tmp_path / "empty" / "model.safetensors").exists()
 
 
-def test_an_export_that_fails_leaves_nothing(tmp_path, imported, monkeypatch):
+def test_failed_export_leaves_no_folder(tmp_path, imported, monkeypatch):
     monkeypatch.setattr(convert, "write_safetensors", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         api.export(imported, tmp_path / "new" / "out", "original")
@@ -415,7 +415,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, imported, monkeypatch):
         api.export(imported, tmp_path / "out", "onnx")
 
 
-def test_a_bad_place_or_form_is_refused_before_a_model_is_looked_for(tmp_path):
+def test_export_folder_is_checked_before_the_model_is_loaded(tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="which exists already"):
@@ -426,14 +426,14 @@ def test_a_bad_place_or_form_is_refused_before_a_model_is_looked_for(tmp_path):
         api.import_original(tmp_path / "no file.pt", tmp_path / "run")
 
 
-def test_a_model_that_the_originals_config_refuses_is_exported_with_a_warning(tmp_path, imported):
+def test_export_warns_if_the_original_rejects_the_sizes(tmp_path, imported):
     model, said = api.load(imported), []
     model.config.model.block_size = 60
     convert.export("original", model.config, model.tokenizer, model.params, tmp_path / "out", said.append)
     assert "block_size a multiple of 64" in said[0]
 
 
-def test_the_command_line_takes_a_model_in_and_out(tmp_path, capsys):
+def test_commands_import_and_export(tmp_path, capsys):
     path = write(tmp_path, original(), "pt")
     assert main(["chargpt", "--mode=import", f"--from={path}", f"--workdir={tmp_path / 'run'}"]) == 0
     out = ["chargpt", "--mode=export", f"--workdir={tmp_path / 'run'}"]
@@ -448,8 +448,8 @@ def test_the_command_line_takes_a_model_in_and_out(tmp_path, capsys):
     assert main(["chargpt", "--mode=import", f"--from={path}", f"--workdir={tmp_path / 'run'}"]) == 2
 
 
-def test_views_of_one_storage_become_arrays_of_their_own(tmp_path):
-    """A state dict's table and head are views of one storage."""
+def test_views_of_one_storage_become_separate_arrays(tmp_path):
+    """The embedding table and the head of a state dict are views of one storage."""
     table = original()["transformer.wte.weight"]
     arrays: dict[str, Any] = {**original(), "lm_head.weight": View(table.T.copy(), table.shape, (1, 64))}
     run = convert.import_original(write(tmp_path, arrays, "pt"), tmp_path / "run")
