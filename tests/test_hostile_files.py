@@ -15,7 +15,7 @@ import pytest
 from chargpt_jax.config import Config, min_memory
 from chargpt_jax.config import validate as validated
 from chargpt_jax.config_io import MAX_JSON, from_dict, load_config, read_json, to_json
-from chargpt_jax.data.corpus import MOST_SCORED, load_corpus, read_text
+from chargpt_jax.data.corpus import MAX_SCORED, load_corpus, read_text
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.sample import Samples
@@ -364,10 +364,10 @@ def test_a_text_is_read_up_to_the_largest_size_and_no_further(tmp_path):
     os.truncate(path, 10**12)
     config = Config().data
     config.source, config.max_megabytes = str(path), 0.5
-    with pytest.raises(UserError, match=r"larger than 0.5 MB: raise data.max_megabytes") as error:
+    with pytest.raises(UserError, match=r"larger than 0.5 MB: increase data.max_megabytes") as error:
         load_corpus(config, cache=tmp_path / "cache")
     one_sentence(error)
-    with pytest.raises(UserError, match=f"larger than {MOST_SCORED // 10**6} MB"):
+    with pytest.raises(UserError, match=f"larger than {MAX_SCORED // 10**6} MB"):
         read_text(path)
 
 

@@ -17,15 +17,15 @@ from chargpt_jax.config import MAX_TEXT, DataConfig
 from chargpt_jax.data.download import DownloadError, Page, default_cache, fetch, keep, split_url
 from chargpt_jax.errors import UserError
 
-MOST_SCORED = 4 * MAX_TEXT
-"""Maximum size of a text to be scored, bytes: the most that its characters can take in UTF-8."""
+MAX_SCORED = 4 * MAX_TEXT
+"""Maximum size of a text to be scored, bytes: UTF-8 needs up to 4 bytes per character."""
 
-SHORTEST_CUT = 1_000
-"""Minimum number of characters after a part was removed; 10 % of the text must be left as well."""
+MIN_REMAINING = 1_000
+"""Minimum number of characters that remain after a part was removed; at least 10 % of the text must remain too."""
 
 _BOOK = r"PROJECT\s+GUTENBERG(?:['’]S)?\s+E-?(?:BOOK|TEXT)\b"
 _START = re.compile(
-    # The title may run over several lines, but not over an empty one; a marker may also lack its closing stars.
+    # The title can span several lines, but no empty line; the closing stars of a marker can be missing.
     rf"^[ \t]*\*{{3}}\s*START\s+OF\s+(?:THE|THIS)\s+{_BOOK}(?:(?:(?!\n[ \t]*\n)[\s\S]){{0,500}}?\*{{3}}|[^\n]*)",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -91,11 +91,11 @@ def load_corpus(
             missing[entry] = str(error)
             continue
         for page in pages:
-            body, title = _cut_licence(_decode(page), kind, page.url)
+            body, title = _remove_licence(_decode(page), kind, page.url)
             if page.key:  # cached only now, so that an invalid page is downloaded again
                 keep(page, cache, warn)
             parts.append(_finish(kind, page.url, title, _start_at(body, start, page.url)))
-    if missing:  # one stand-in for all: twice the same text would put training text into the validation split
+    if missing:  # one stand-in for all: a repeated text would put training text into the validation set
         parts = [part for part in parts if part[1].kind != "stdlib"] + [_stand_in(missing, config, warn)]
     return "".join(text for text, _ in parts), tuple(source for _, source in parts)
 
@@ -103,12 +103,12 @@ def load_corpus(
 def read_text(path: str | Path) -> str:
     """Return a local text file by the rules for sources: strict UTF-8, no byte order mark, plain line ends.
 
-    No part is removed or repaired, and the text may be empty. At most `MOST_SCORED` bytes are read.
+    No part is removed or repaired, and the text may be empty. At most `MAX_SCORED` bytes are read.
 
     Raises:
         UserError: if the file is unreadable, too large or not UTF-8.
     """
-    return _decode(Page(str(path), _read_file(str(path), MOST_SCORED, "give its parts one by one")))
+    return _decode(Page(str(path), _read_file(str(path), MAX_SCORED, "score its parts one by one")))
 
 
 def stdlib_text() -> str:
@@ -120,7 +120,7 @@ def stdlib_text() -> str:
 
 
 def _stdlib_part(stand_in_for: str | None = None) -> Part:
-    """Return the whole of the stdlib text: `start_at` is about a book, and nothing here needs mending."""
+    """Return the complete stdlib text: `start_at` is for books, and no encoding error needs repair."""
     return _part("Python help topics", "stdlib", "python:pydoc_data.topics", stdlib_text(), (), stand_in_for)
 
 
@@ -140,11 +140,11 @@ def _stand_in(missing: dict[str, str], config: DataConfig, warn: Callable[[str],
     return text, source
 
 
-# From what the user names to bytes
+# From a source to bytes
 
 
 def _entries(source: str) -> list[str]:
-    """Split at commas, but never inside the name of a path that exists."""
+    """Split at commas, but not inside the name of an existing path."""
     pieces, entries = source.split(","), []
     while pieces:
         for taken in range(len(pieces), 0, -1):
@@ -167,7 +167,7 @@ def _exists(entry: str) -> bool:
 
 
 def _pages(entry: str, config: DataConfig, cache: Path) -> tuple[str, list[Page]]:
-    """Return the kind of a source and its texts as they were found."""
+    """Return the kind of a source, and its pages, unchanged."""
     if entry.isascii() and entry.isdigit():
         number = entry.lstrip("0") or "0"
         urls = [mirror.replace("{number}", number) for mirror in config.mirrors]
@@ -177,8 +177,8 @@ def _pages(entry: str, config: DataConfig, cache: Path) -> tuple[str, list[Page]
         kind = "gutenberg" if host.endswith(".gutenberg.org") else "url"
         key = "url-" + hashlib.sha256(os.fsencode(entry)).hexdigest()[:24]
         return kind, [fetch(key, [entry], config, cache)]
-    most, remedy = round(config.max_megabytes * 1e6), "raise data.max_megabytes, or give a smaller text"
-    return "file", [Page(name, _read_file(name, most, remedy)) for name in _files(entry)]
+    max_bytes, fix = round(config.max_megabytes * 1e6), "increase data.max_megabytes, or give a smaller text"
+    return "file", [Page(name, _read_file(name, max_bytes, fix)) for name in _files(entry)]
 
 
 def _files(entry: str) -> list[str]:
@@ -192,19 +192,19 @@ def _files(entry: str) -> list[str]:
         return [entry]
     names = sorted(item.name for item in path.glob("*.txt") if item.is_file())
     if not names:
-        raise UserError(f"The folder {entry!r} holds no .txt file, but it needs one: put a text there.")
+        raise UserError(f"The folder {entry!r} has no .txt file, but must have at least one: put a text there.")
     return [os.path.join(entry, name) for name in names]
 
 
-def _read_file(name: str, most: int, remedy: str) -> bytes:
+def _read_file(name: str, max_bytes: int, fix: str) -> bytes:
     try:
         with Path(os.path.expanduser(name)).open("rb") as file:
-            data = file.read(most + 1)
+            data = file.read(max_bytes + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"The file {name!r} cannot be read ({reason}): give a readable text file.") from None
-    if len(data) > most:
-        raise UserError(f"The file {name!r} is larger than {most / 1e6:,g} MB: {remedy}.")
+    if len(data) > max_bytes:
+        raise UserError(f"The file {name!r} is larger than {max_bytes / 1e6:,g} MB: {fix}.")
     return data
 
 
@@ -213,7 +213,7 @@ def _read_file(name: str, most: int, remedy: str) -> bytes:
 
 def _decode(page: Page) -> str:
     if (offset := page.data.find(b"\0")) >= 0:
-        raise UserError(f"{page.url} is binary (NUL at byte {offset}), but a text is needed: give plain text in UTF-8.")
+        raise UserError(f"{page.url} is binary (NUL at byte {offset}), but must be a text: give plain text in UTF-8.")
     charset = page.charset or "utf-8"
     try:
         text = page.data.decode(charset)
@@ -225,22 +225,22 @@ def _decode(page: Page) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _cut_licence(text: str, kind: str, url: str) -> tuple[str, str | None]:
-    """Return what lies between Gutenberg's markers, and the title in its header; other texts stay whole."""
+def _remove_licence(text: str, kind: str, url: str) -> tuple[str, str | None]:
+    """Return the text between Gutenberg's markers, and the title in its header; other texts are returned unchanged."""
     start = _START.search(text) or _OLD_START.search(text)
     end = _END.search(text, start.end() if start else 0)
     if not start or not end:
         if kind == "gutenberg":
             raise UserError(
-                f"{url} has no Gutenberg {'end' if start else 'start'} marker, but both are needed to cut the "
-                "licence off: cut it by hand and give the file."
+                f"{url} has no Gutenberg {'end' if start else 'start'} marker, but both are needed to remove "
+                "the licence text: remove it by hand and give the file."
             )
         return text, None
     body = text[start.end() : end.start()]
     if producer := _PRODUCER.match(body):
         body = body[producer.end() :]
     title = _TITLE.search(text, 0, start.start())
-    return _plausible(body, text, url, "cutting the licence off"), title and " ".join(title[1].split())
+    return _plausible(body, text, url, "removing the licence text"), title and " ".join(title[1].split())
 
 
 def _start_at(text: str, start: re.Pattern[str], where: str) -> str:
@@ -250,27 +250,27 @@ def _start_at(text: str, start: re.Pattern[str], where: str) -> str:
     return _plausible(text[match.start() :], text, where, "data.start_at") if match.start() else text
 
 
-def _plausible(cut: str, text: str, where: str, by: str) -> str:
-    least = max(SHORTEST_CUT, len(text) / 10)
-    if len(cut.strip()) < least:
+def _plausible(rest: str, text: str, where: str, step: str) -> str:
+    minimum = max(MIN_REMAINING, len(text) / 10)
+    if len(rest.strip()) < minimum:
         raise UserError(
-            f"Only {len(cut.strip()):,} of {len(text):,} characters of {where} remain after {by} (at least "
-            f"{least:,.0f} expected): check the text, or trim it by hand and give the file."
+            f"Only {len(rest.strip()):,} of {len(text):,} characters of {where} remain after {step} (at least "
+            f"{minimum:,.0f} expected): check the text, or shorten it by hand and give the file."
         )
-    return cut
+    return rest
 
 
 def _finish(kind: str, url: str, title: str | None, body: str) -> Part:
-    """Strip, mend and describe a text."""
+    """Strip a text, repair its encoding errors, and describe its source."""
     import ftfy
 
-    mended = ftfy.fix_and_explain(body.strip())
-    fixes = tuple((str(action), str(parameter)) for action, parameter in mended.explanation or ())
-    if not mended.text:
-        raise UserError(f"{url} is empty, but a text is needed: give another.")
+    repaired = ftfy.fix_and_explain(body.strip())
+    fixes = tuple((str(action), str(parameter)) for action, parameter in repaired.explanation or ())
+    if not repaired.text:
+        raise UserError(f"{url} is empty, but must be a text: give another.")
     if not title:
         title = Path(url).stem if kind == "file" else unquote(urlsplit(url).path).rpartition("/")[2]
-    return _part(title or url, kind, url, mended.text, fixes)
+    return _part(title or url, kind, url, repaired.text, fixes)
 
 
 def _part(

@@ -13,40 +13,40 @@ from chargpt_jax.config import VOCAB_MULTIPLE
 from chargpt_jax.errors import UserError
 
 PADDING = 0
-"""The id of '': it precedes short sequences, is never a target, and decodes to ''."""
+"""Token id of the padding, '': it precedes short sequences, is never a target, and decodes to ''."""
 
 
 class CharTokenizer:
     """A bijection between the characters of one vocabulary and the ids 1 to len(vocabulary) - 1."""
 
     def __init__(self, vocabulary: Iterable[str]):
-        """Take any iterable of single characters; order and repetitions do not matter, '' is added."""
+        """Create a tokenizer for some characters; their order and repetitions do not matter, and '' is added."""
         self.vocabulary: tuple[str, ...] = tuple(sorted({"", *vocabulary}))
         self._codes = np.array([ord(c) for c in self.vocabulary[1:]], dtype=np.int64)
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
-        """Make the tokenizer whose vocabulary is the text's characters."""
+        """Return the tokenizer for the characters of a text."""
         return cls(set(text))
 
     @classmethod
     def from_saved(cls, names: object) -> "CharTokenizer":
-        """Make the tokenizer whose vocabulary was saved, '' first and the rest in order, as it stands in a file.
+        """Return the tokenizer of a saved vocabulary: '', then the characters, sorted by code point.
 
         Raises:
-            ValueError: where it is anything else, or in another order: the ids of the corpus would then mean others.
+            ValueError: if it is not a list of that form. In another order, the ids would stand for other characters.
         """
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("a vocabulary is a list of characters")
+            raise ValueError("a vocabulary must be a list of characters")
         if names[:1] != [""] or any(len(name) != 1 for name in names[1:]):
-            raise ValueError("a vocabulary is '' and then single characters")
+            raise ValueError("a vocabulary must be '' and then single characters")
         if any(one >= other for one, other in itertools.pairwise(names)):
-            raise ValueError("its characters are not in order, each once")
+            raise ValueError("its characters are not sorted and distinct")
         return cls(names)
 
     @property
     def n_ids(self) -> int:
-        """Number of token ids in use: the characters and the padding."""
+        """Number of used token ids: the characters and the padding."""
         return len(self.vocabulary)
 
     @property
@@ -68,7 +68,7 @@ class CharTokenizer:
         """Encode one text.
 
         Returns:
-            int32 [N], one id a character.
+            int32 [N], one id per character.
 
         Raises:
             UserError: naming a character without an id, and its code point.
@@ -81,7 +81,7 @@ class CharTokenizer:
             at = int(np.argmin(known))
             raise UserError(
                 f"The text has {text[at]!r} (U+{ord(text[at]):04X}) at character {at}, which is not in the vocabulary "
-                "of this model: leave it out, or pass --skip_unknown to drop such characters."
+                "of this model: remove it, or pass --skip_unknown to drop such characters."
             )
         return (positions + 1).astype(np.int32)
 
@@ -90,23 +90,23 @@ class CharTokenizer:
 
         Args:
             texts: any number of texts.
-            block_size: the length of the result; longer texts lose their end. None: the length of the longest text.
+            block_size: length of the result; longer texts lose their end. None: the length of the longest text.
 
         Returns:
             int32 [B, T].
         """
-        rows = [self.encode_text(t)[:block_size] for t in texts]
-        width = max((len(r) for r in rows), default=0) if block_size is None else block_size
-        out = np.full((len(rows), width), PADDING, dtype=np.int32)
-        for row, ids in zip(out, rows, strict=True):
-            row[width - len(ids) :] = ids
-        return out
+        sequences = [self.encode_text(t)[:block_size] for t in texts]
+        width = max(map(len, sequences), default=0) if block_size is None else block_size
+        padded = np.full((len(sequences), width), PADDING, dtype=np.int32)
+        for target, ids in zip(padded, sequences, strict=True):
+            target[width - len(ids) :] = ids
+        return padded
 
     def decode_each(self, tokens: Iterable[Iterable[int]]) -> list[list[str]]:
-        """Give one string a token, for each sequence; padding and ids without a character give ''."""
+        """Return a list of strings per sequence, one per token; padding and unused ids give ''."""
         names = dict(enumerate(self.vocabulary))
-        return [[names.get(int(i), "") for i in row] for row in tokens]
+        return [[names.get(int(i), "") for i in sequence] for sequence in tokens]
 
     def decode(self, tokens: Iterable[Iterable[int]]) -> list[str]:
-        """Give one text a sequence of ids."""
-        return ["".join(row) for row in self.decode_each(tokens)]
+        """Return one text per sequence of ids."""
+        return ["".join(strings) for strings in self.decode_each(tokens)]

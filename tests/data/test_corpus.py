@@ -87,7 +87,7 @@ def test_a_folder_gives_its_txt_files_in_order_of_name(cache: Path, tmp_path: Pa
 
 
 def test_a_folder_without_txt_files_is_refused(cache: Path, tmp_path: Path) -> None:
-    assert "holds no .txt file" in refusal(str(tmp_path), cache)
+    assert "has no .txt file" in refusal(str(tmp_path), cache)
 
 
 def test_a_path_with_comma_spaces_and_other_letters_is_one_source(cache: Path, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_file_without_both_markers_is_left_whole(cache: Path, tmp_path: Path, 
 def test_an_implausibly_short_cut_is_refused(cache: Path, tmp_path: Path, book: str) -> None:
     file = tmp_path / "pg1.txt"
     file.write_text(book)
-    assert "after cutting the licence off" in refusal(str(file), cache)
+    assert "after removing the licence text" in refusal(str(file), cache)
 
 
 def test_a_text_begins_where_start_at_first_matches(cache: Path, tmp_path: Path) -> None:
