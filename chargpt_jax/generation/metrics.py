@@ -1,11 +1,11 @@
-"""What a model makes of a text, character by character: entropy, surprisal, and S2, the surprise at the surprise.
+"""Metrics per character of a text: entropy, surprisal, and S2 (surprise-surprise).
 
-With p the model's distribution before a character is seen (temperature plays no part):
+With p the model's distribution of a character, given the characters before it, at temperature 1:
 
     entropy h = -sum p log p      surprisal i = -log p(character)      S2 = (i - h) / log(vocab_size)
 
-Entropy and surprisal are in nats; S2 has no unit: above 0 the character is more surprising than the model expected
-to be surprised. A text's first character has no context, and padding no meaning: both are NaN.
+Entropy and surprisal are in nats. S2 has no unit; above 0, the surprisal is larger than the model expected. The
+metrics are NaN for the first character of a text, which has no context, and for padding.
 """
 
 import math
@@ -18,11 +18,11 @@ from chargpt_jax.data.tokenizer import PADDING
 
 
 def surprisal_and_entropy(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Compare predictions with what came.
+    """Return the surprisal of tokens, and the entropy of the predictions.
 
     Args:
         logits: float32 [..., V].
-        tokens: int32 [...], what came after.
+        tokens: int32 [...], the tokens that were predicted.
 
     Returns:
         Surprisal and entropy, float32 [...] each, nats.
@@ -44,9 +44,9 @@ def token_metrics(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.
         Surprisal and entropy, float32 [B, T] each, nats; NaN for the first token and for padding.
     """
     pair = surprisal_and_entropy(logits[:, :-1], tokens[:, 1:])
-    blank = tokens == PADDING
+    padding = tokens == PADDING
     padded = (jnp.pad(x, ((0, 0), (1, 0)), constant_values=jnp.nan) for x in pair)
-    surprisal, entropy = (jnp.where(blank, jnp.nan, x) for x in padded)
+    surprisal, entropy = (jnp.where(padding, jnp.nan, x) for x in padded)
     return surprisal, entropy
 
 

@@ -1,4 +1,4 @@
-"""A text with what the model made of each of its characters: as JSON, as a picture, as a notebook shows it."""
+"""A text with its metrics per character, and its forms: JSON, SVG, notebook output."""
 
 import math
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from chargpt_jax.pictures import subline
 
 @dataclass(frozen=True, repr=False)
 class Sample:
-    """A text and what the model made of each of its characters; N characters, prompt included."""
+    """A text of N characters, prompt included, and the metrics of each character."""
 
     prompt: str
     tokens: tuple[str, ...]
-    """One string a token."""
+    """One string per token."""
     surprisal: np.ndarray
     """float32 [N], nats; NaN where undefined."""
     entropy: np.ndarray
@@ -25,7 +25,7 @@ class Sample:
 
     @property
     def text(self) -> str:
-        """The whole text, prompt included."""
+        """The complete text, prompt included."""
         return "".join(self.tokens)
 
     @property
@@ -39,7 +39,7 @@ class Sample:
         return float(np.nanmean(self.surprisal)) if np.isfinite(self.surprisal).any() else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the sample as JSON has it: lists, and None for NaN."""
+        """Return the sample for JSON: lists, and None for NaN."""
         return {
             "prompt": self.prompt,
             "text": self.text,
@@ -52,18 +52,18 @@ class Sample:
 
     @classmethod
     def from_dict(cls, saved: Any) -> "Sample":
-        """Return the sample that `to_dict` gave.
+        """Return a sample from the result of `to_dict`.
 
         Raises:
-            ValueError: where it is not one, as when somebody else wrote it.
+            ValueError: if it is malformed: a sample file is untrusted input.
         """
         if not isinstance(saved, dict) or not isinstance(saved.get("prompt"), str):
-            raise ValueError("a sample has a prompt")
+            raise ValueError("a sample must have a prompt")
         tokens, size = saved.get("tokens"), saved.get("vocab_size")
         if not isinstance(tokens, list) or not all(isinstance(token, str) and len(token) < 2 for token in tokens):
-            raise ValueError("a sample's tokens are characters")
+            raise ValueError("the tokens of a sample must be characters")
         if type(size) is not int or not 2 <= size < 2**31:
-            raise ValueError("a sample's vocab_size is a whole number")
+            raise ValueError("the vocab_size of a sample must be an integer of at least 2")
         surprisal, entropy = (_array(saved.get(name), len(tokens)) for name in ("surprisal", "entropy"))
         return cls(saved["prompt"], tuple(tokens), surprisal, entropy, size)
 
@@ -71,9 +71,9 @@ class Sample:
         return f"Sample({self.text!r}, {self.loss:.3f} nats per character)"
 
     def svg(self, chars_per_line: int = 80) -> str:
-        """Draw the text with its entropy, surprisal and S2 under it."""
+        """Plot the text with its entropy, surprisal and S2 below it, as SVG."""
         series = subline.metric_series(self.surprisal, self.entropy, self.surprise_surprise, self.vocab_size)
-        n_prompt = len(self.prompt) if len(self.prompt) < len(self.tokens) else 0  # a scored text was given whole
+        n_prompt = len(self.prompt) if len(self.prompt) < len(self.tokens) else 0  # a scored text has no prompt
         return subline.subline(self.tokens, series, chars_per_line=chars_per_line, n_prompt=n_prompt)
 
     def _repr_html_(self) -> str:
@@ -81,17 +81,21 @@ class Sample:
 
 
 class Samples(list[Sample]):
-    """Several samples; a notebook shows them one below the other."""
+    """A list of samples; a notebook shows them below each other."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return {'samples': [...]} as JSON has it."""
+        """Return {'samples': [...]} for JSON."""
         return {"samples": [sample.to_dict() for sample in self]}
 
     @classmethod
     def from_dict(cls, saved: Any) -> "Samples":
-        """Return the samples that `to_dict` gave, or raise ValueError where they are none."""
+        """Return samples from the result of `to_dict`.
+
+        Raises:
+            ValueError: if it is malformed.
+        """
         if not isinstance(saved, dict) or not isinstance(saved.get("samples"), list):
-            raise ValueError("there is no list of samples")
+            raise ValueError("it has no list of samples")
         return cls(map(Sample.from_dict, saved["samples"]))
 
     def _repr_html_(self) -> str:
@@ -100,9 +104,9 @@ class Samples(list[Sample]):
 
 def _array(saved: Any, count: int) -> np.ndarray:
     if not isinstance(saved, list) or len(saved) != count:
-        raise ValueError("a sample has a number a token")
+        raise ValueError("a sample must have one number per token")
     if not all(value is None or (type(value) in (int, float) and abs(value) < 1e30) for value in saved):
-        raise ValueError("a sample's surprisal and entropy are numbers")
+        raise ValueError("the surprisal and entropy of a sample must be numbers")
     return np.array([math.nan if value is None else value for value in saved], np.float32)
 
 

@@ -1,7 +1,7 @@
-"""How much arithmetic a training step asks for, and how much a device could do: what "achieved" is measured by.
+"""Floating-point operations (FLOPs) of a training step, and the peak FLOP/s of a device.
 
-Counted as in Chowdhery et al. 2022, "PaLM" (appendix B): products of matrices only, two operations a multiply-add, the
-backward pass twice the forward one, whatever is computed again left out, and attention as if nothing were masked.
+FLOPs are counted as in Chowdhery et al. 2022, "PaLM" (appendix B): matrix multiplications only, two FLOPs per
+multiply-add, the backward pass counts twice, recomputation does not count, and attention counts as if it had no mask.
 """
 
 import re
@@ -14,11 +14,11 @@ PEAK_TFLOPS = {
     | {"TPU v6 lite": 918.0, "A100": 312.0, "H100": 989.0, "H200": 989.0, "L4": 121.0},
     "float16": {"T4": 65.0, "P100": 18.7, "V100": 125.0},
 }
-"""Dense 10**12 operations a second of one device (of TPU v2 and v3: of one core), by its makers' data sheets."""
+"""Dense peak of one device (of TPU v2 and v3: one core), 10**12 FLOP/s, from the manufacturers' data sheets."""
 
 
 def training_flops(model: ModelConfig, batch_size: int) -> float:
-    """Count the operations of one update: 6 for each weight of a product and each token, and attention's."""
+    """Return the FLOPs of one training step: 6 per weight of a matrix and token, plus those of attention."""
     width = model.n_head * model.n_head_dim
     layer = model.n_embd * 3 * width + width * model.n_embd + 2 * model.n_embd * model.n_ff
     weights = model.n_layer * layer + model.vocab_size * model.n_embd
@@ -27,7 +27,7 @@ def training_flops(model: ModelConfig, batch_size: int) -> float:
 
 
 def peak_flops(device: Any, dtype: str) -> float | None:
-    """Return the operations a second that a JAX device could do in a dtype, or None where that is not known."""
+    """Return the peak FLOP/s of a JAX device in a dtype; None if it is not known."""
     kind = str(device.device_kind)
     peaks = PEAK_TFLOPS.get(dtype, {})
     name = kind if kind in peaks else next((word for word in re.split("[ -]", kind) if word in peaks), None)
