@@ -1,4 +1,4 @@
-"""A character-level GPT in JAX: train one on a book, watch it learn, read what it writes and what surprises it."""
+"""A small character-level GPT in JAX: train it on a text, generate samples, and score texts."""
 
 from importlib import metadata as _metadata
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __version__ = _metadata.version("chargpt_jax")
 
-_HOMES = {
+_MODULES = {
     "Config": "config",
     "UserError": "errors",
     "load_config": "config_io",
@@ -66,13 +66,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use, so that a mistyped command is answered before JAX has started."""
-    if name not in _HOMES:
+    """Import on first use: a mistyped command gets its error message without waiting for JAX."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
     from chargpt_jax.devices import startup
 
     with startup.gc_paused():
-        home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
-    return getattr(home, name)
+        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    return getattr(module, name)

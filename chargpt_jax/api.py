@@ -1,9 +1,9 @@
-"""What a user can do, as functions: `main` and the notebooks call these and nothing else.
+"""The public functions, for Python code, notebooks and the command line.
 
 for event in chargpt_jax.run(chargpt_jax.load_config("tiny"), "runs/tiny"):
     ...
 model = chargpt_jax.load("runs/tiny")
-model.generate("The ", max_new_tokens=200)      # shows itself as a subline in a notebook
+model.generate("The ", max_new_tokens=200)      # a notebook shows the result as a subline
 model.score("A text of your own.")
 """
 
@@ -37,18 +37,18 @@ from chargpt_jax.training.run import Run, Warn
 from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.stages import prepare
 
-MOST_SAMPLES_JSON = 512 << 20
-"""Bytes of a file of samples that is drawn into a report: some hundred for each character."""
+MAX_SAMPLES_JSON = 512 << 20
+"""Maximum size of a file of samples that a report includes, bytes; a character needs about a hundred."""
 
 
 def evaluate(workdir: str | Path | Workdir, step: str | int = "best", warn: Warn = print) -> dict[str, Any]:
-    """Measure a trained model on the whole held-out part of its corpus.
+    """Compute the loss of a trained model on the full validation set.
 
     Returns:
         loss (nats per character), bits_per_character, perplexity, tokens, split, step.
 
     Raises:
-        UserError: where the workdir's vocabulary is not the one that the model was trained with.
+        UserError: if the workdir's vocabulary differs from the one that the model was trained with.
     """
     folder = Workdir(workdir)
     model = load(folder, step, warn)
@@ -141,17 +141,17 @@ def export(
     step: str | int = "best",
     warn: Warn = print,
 ) -> Path:
-    """Write a trained model to a new folder, for others to load.
+    """Write a trained model to a new folder, in the format of another library.
 
     Args:
         workdir: of the run.
         out: the folder, which must not exist or be empty.
-        form: 'hf' for Hugging Face's transformers, 'original' for the PyTorch ancestor.
+        form: 'hf' for Hugging Face's transformers, 'original' for the original, in PyTorch.
         step: as in `load`.
-        warn: told what the other side may stumble over.
+        warn: called with warnings about the target format.
 
     Raises:
-        UserError: where the form or the place will not do, in one sentence; nothing has been written then.
+        UserError: if the form or the folder is invalid; no file has been written then.
     """
     convert.export_place(form, out)
     model = load(workdir, step, warn)
@@ -159,11 +159,11 @@ def export(
 
 
 def write_samples(workdir: str | Path | Workdir, warn: Warn = print) -> Samples:
-    """Continue the config's sample prompts and keep the texts, as JSON and as sublines, in the workdir."""
+    """Continue the config's sample prompts, and write the samples to the workdir as JSON and as sublines (SVG)."""
     folder = Workdir(workdir)
     model = load(folder, warn=warn)
     how = folder.load_config().sample
-    # A text may lack every character of a prompt, as the newline: its own first character will do then.
+    # If the vocabulary has no character of any prompt, the first character of the vocabulary is the prompt.
     prompts = [prompt for prompt in how.prompts if model.tokenizer.drop_unknown(prompt)]
     samples = model.generate(
         prompts or model.tokenizer.vocabulary[1],
@@ -179,7 +179,7 @@ def write_samples(workdir: str | Path | Workdir, warn: Warn = print) -> Samples:
 
 
 def save_samples(folder: Workdir, samples: Samples, name: str) -> list[Path]:
-    """Write samples under a name: one JSON file, and one SVG each; return the SVGs' paths."""
+    """Write samples as one JSON file, and as one SVG file per sample; return the paths of the SVG files."""
     folder.write(folder.samples / f"{name}.json", json.dumps(samples.to_dict(), indent=1) + "\n")
     paths = [folder.samples / f"{name}-{i}.svg" for i in range(len(samples))]
     for path, sample in zip(paths, samples, strict=True):
@@ -188,28 +188,28 @@ def save_samples(folder: Workdir, samples: Samples, name: str) -> list[Path]:
 
 
 def corpus_text(workdir: str | Path | Workdir) -> str:
-    """Return the text that a run learns from, training and held-out part."""
+    """Return the text of a run: training set and validation set."""
     folder = Workdir(workdir)
     return folder.load_tokenizer().decode([folder.load_tokens()])[0]
 
 
 def loss_curve(workdir: str | Path | Workdir) -> str:
-    """Draw the losses of a run so far, as SVG."""
+    """Plot the losses of a run so far, as SVG."""
     log = Workdir(workdir).load_metrics()
     points = {kind: [(x["step"], x["loss"]) for x in log if x["event"] == kind] for kind in ("step", "validation")}
     return plots.loss_plot(points["step"], points["validation"])
 
 
 def write_report(workdir: str | Path | Workdir) -> Path:
-    """Draw a run as one HTML page (report.html) and its loss curve as loss.svg; return the page's path."""
+    """Write the report of a run (report.html) and its loss plot (loss.svg); return the path of the report."""
     folder = Workdir(workdir)
     curve = loss_curve(folder)
     folder.write(folder.path / "loss.svg", curve)
-    figures = [("Loss on the training batches and on the whole held-out text.", curve)]
-    figures += [("The learning-rate range test, zoom by zoom.", svg) for svg in _range_tests(folder)]
-    figures += [("Written by the model: how unsure it was, and how surprised.", svg) for svg in _sublines(folder)]
+    figures = [("Loss on the training batches and on the full validation set.", curve)]
+    figures += [("Learning-rate range test, one curve per zoom.", svg) for svg in _range_tests(folder)]
+    figures += [("Generated sample with its entropy, surprisal and S₂.", svg) for svg in _sublines(folder)]
     facts = [(name, _shown(value)) for name, value in info(folder).items()]
-    folder.write(folder.report, report.report(f"A run of chargpt_jax: {folder.path.name}", facts, figures))
+    folder.write(folder.report, report.report(f"chargpt_jax run: {folder.path.name}", facts, figures))
     return folder.report
 
 
@@ -220,17 +220,17 @@ def _range_tests(folder: Workdir) -> Iterator[str]:
 
 
 def _sublines(folder: Workdir) -> Iterator[str]:
-    """Draw the texts that `run` wrote anew, step by step; a file that does not hold such texts is left out."""
+    """Plot the samples of `run` from their JSON files, one file per checkpoint; a malformed file is skipped."""
     for path in sorted(folder.samples.glob("step-*.json")):
         with contextlib.suppress(ValueError):
-            yield from [sample.svg() for sample in Samples.from_dict(folder.load_json(path, MOST_SAMPLES_JSON))]
+            yield from [sample.svg() for sample in Samples.from_dict(folder.load_json(path, MAX_SAMPLES_JSON))]
 
 
 def info(workdir: str | Path | Workdir) -> dict[str, Any]:
-    """Say what a run is, as JSON can hold it: its corpus, model, progress, the devices here, and how fast it trained.
+    """Return the facts of a run, as JSON can hold them: corpus, model, progress, devices and training speed.
 
-    flops_per_step is as flops.py counts. None before the first validation: compile_seconds, seconds_per_step,
-    flops_per_second, and mfu, the part of the devices' peak that this is (None where the peak is not known, too).
+    model/flops.py defines flops_per_step. mfu is flops_per_second as a fraction of the devices' peak; None if the peak
+    is not known. None before the first validation: compile_seconds, seconds_per_step, flops_per_second and mfu.
     """
     folder = Workdir(workdir)
     config, sources, speed = folder.load_config(), folder.load_sources(), folder.load_speed()

@@ -271,7 +271,7 @@ def test_what_is_imported_by_a_name_in_the_source_has_no_other_name():
 
 
 def test_the_package_gives_only_its_own_names_on_first_use():
-    assert set(chargpt_jax._HOMES.values()) <= set(FILES)
+    assert set(chargpt_jax._MODULES.values()) <= set(FILES)
     for name in ("os", "api", "__path__", "config.os", "importlib"):
         with pytest.raises(AttributeError):
             chargpt_jax.__getattr__(name)

@@ -1,8 +1,8 @@
-"""Ahead-of-time compile of a config's steps for a TPU that need not be there.
+"""Ahead-of-time compilation of a config's programs for a TPU, without a TPU.
 
-The functions are those of a real run (`train_steps` and `validation_step` of setup.py, `begin`, `inside` and `past`
-of generate.py), traced on shapes instead of arrays and compiled by libtpu for the devices of a named slice. This shows
-that they compile and what memory they take; it cannot show that they run, or how fast.
+The functions are those of a real run: `train_steps` and `validation_step` of setup.py, `prefill`, `inside_context` and
+`beyond_context` of generate.py. They are traced on shapes instead of arrays; libtpu compiles them for the devices of a
+named slice. This proves that they compile, and shows the memory that they take; it does not run them.
 """
 
 import dataclasses
@@ -28,22 +28,22 @@ from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import jit_train_steps, state_shapes, state_sharding, validation_step
 
-ALONE = "TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v4-8"
-"""Environment that keeps libtpu from asking the network which machine this is, and from complaining about it."""
+OFFLINE = "TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v4-8"
+"""Environment variables without which libtpu queries the network for the machine's type, and prints errors."""
 
 TOPOLOGIES: dict[str, dict[str, Any]] = {
-    "v5e:1x1": {"chips_per_host_bounds": (1, 1, 1)},  # libtpu takes a host to hold 2x2 chips
+    "v5e:1x1": {"chips_per_host_bounds": (1, 1, 1)},  # libtpu assumes 2x2 chips per host
     "v6e:1x1": {"chips_per_host_bounds": (1, 1, 1)},
-    "v4:2x2x1": {"chip_config_name": "megacore"},  # the two cores of a chip are one device, as JAX has it
+    "v4:2x2x1": {"chip_config_name": "megacore"},  # the two cores of a chip are one device, as in JAX
     **{name: {} for name in ("v5e:2x4", "v6e:2x4", "v5p:2x2x1", "v3:2x2")},
 }
-"""Some of the topologies there are, with what libtpu wants to know besides their names."""
+"""{some of the known topologies: options that libtpu needs in addition to the name}."""
 
-N_TRAIN = 400_000  # characters of an assumed training text
+N_TRAIN = 400_000  # assumed length of the training text, in characters
 
 
 class Program(NamedTuple):
-    """A jitted function and the shapes it is called with."""
+    """A jitted function and the shapes of its arguments."""
 
     name: str
     function: Any
@@ -53,19 +53,19 @@ class Program(NamedTuple):
 
 
 def for_tpu(config: Config, topology: str = "v5e:2x4") -> Iterator[str]:
-    """Compile the training, validation and decoding steps; yield a line on each as it is done.
+    """Compile the programs for training, validation and generation; yield a message about each.
 
     Raises:
-        UserError: where libtpu is missing, does not know the topology, or finds that a step does not fit.
+        UserError: if libtpu is missing, does not know the topology, or finds that a program needs too much memory.
     """
     slice_ = tpu_devices(topology)
     yield (
         f"Compiling for {topology} ({len(slice_)} x {slice_[0].device_kind}) without a TPU. This proves that the steps "
-        "compile and what memory they take; it does not prove that they run, nor how fast."
+        "compile, and shows the memory that they take; it does not run them."
     )
     yield f"A training text of {N_TRAIN:,} characters is assumed. Temporaries that stay on the chip are not counted."
     if not config.model.vocab_size:
-        yield "The vocabulary is not known before a text is read: 97 ids in a table of 128 rows stand in for it."
+        yield "The vocabulary is not known before a text is read: 97 token ids and 128 embeddings are assumed."
     for program in programs(config, slice_):
         yield _compiled(program, topology)
 
@@ -73,11 +73,11 @@ def for_tpu(config: Config, topology: str = "v5e:2x4") -> Iterator[str]:
 def tpu_devices(topology: str) -> Sequence[Any]:
     """Return the devices of a topology such as 'v5e:2x4', to compile for only."""
     if importlib.util.find_spec("libtpu") is None:
-        cure = f"pip install libtpu, in the version that jax[tpu] names for jax {jax.__version__}"
-        raise UserError(f"--mode=compile needs the TPU's compiler, libtpu, which is not installed: {cure}.")
-    for variable in ALONE.split():
+        fix = f"pip install libtpu, in the version that jax[tpu] names for jax {jax.__version__}"
+        raise UserError(f"--mode=compile needs the TPU's compiler, libtpu, which is not installed: {fix}.")
+    for variable in OFFLINE.split():
         os.environ.setdefault(*variable.split("="))
-    if not os.environ.get("JAX_PLATFORMS"):  # else libtpu counts as a TPU; no effect where JAX has already looked
+    if not os.environ.get("JAX_PLATFORMS"):  # otherwise libtpu counts as a TPU; no effect if JAX is already initialised
         jax.config.update("jax_platforms", "cpu")
     try:
         return topologies.get_topology_desc(topology, "tpu", **TOPOLOGIES.get(topology, {})).devices
@@ -86,7 +86,7 @@ def tpu_devices(topology: str) -> Sequence[Any]:
 
 
 def programs(config: Config, on: Sequence[Any]) -> Iterator[Program]:
-    """Give a run's programs: training and validation on as many of the devices as share a batch, writing on one."""
+    """Yield a run's programs: training and validation on the devices that split a batch, generation on one device."""
     if not config.model.vocab_size:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=128, used_ids=97))
     dtype = compute_dtype(config.amp, on[0])
@@ -98,7 +98,7 @@ def programs(config: Config, on: Sequence[Any]) -> Iterator[Program]:
 def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, params: Any) -> Iterator[Program]:
     mesh = sharding.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps, list(on))
     everywhere, used = sharding.replicated(mesh), sharding.describe(mesh)
-    # Neither the rate nor the length of an epoch, which a run finds out, changes the program's shape.
+    # A run determines the learning rate and the length of an epoch; neither changes the shapes of the program.
     schedule = optimizer.warmup_cosine(config.scheduler, peak=1e-3, epoch_steps=100)
     tx = optimizer.make_optimizer(config.optimizer, schedule, mesh)
     state = state_shapes(params, tx, config.seed, dtype)
@@ -150,9 +150,9 @@ def _compiled(program: Program, topology: str) -> str:
         reason = str(error).splitlines()[0]
         raise UserError(f"{program.name} does not fit into {topology}: lower data.batch_size. {reason}") from None
     seconds, mb = time.perf_counter() - began, 1e-6
-    beside = memory.output_size_in_bytes - memory.alias_size_in_bytes  # the others overwrite donated arguments
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes  # the other outputs overwrite donated arguments
     return (
         f"{program.name}: compiled for {program.devices} of {topology} in {seconds:.1f} s; per device "
-        f"{memory.argument_size_in_bytes * mb:.1f} MB of arguments, {beside * mb:.1f} MB of outputs beside them, "
+        f"{memory.argument_size_in_bytes * mb:.1f} MB of arguments, {outputs * mb:.1f} MB of additional outputs, "
         f"{memory.temp_size_in_bytes * mb:.1f} MB of temporaries"
     )
