@@ -183,11 +183,30 @@ def find_config(name: str) -> Path:
 
 def _read_config(path: Path) -> Config:
     try:
-        return from_dict(read_json(path))
+        return from_dict(read_json_once(path))
     except UserError:
         raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a valid run config ({error}): give another file.") from None
+
+
+def read_json_once(path: Path) -> Any:
+    """Return what `read_json` has returned for this file before, unless the file has changed since."""
+    path = path.absolute()
+    version = file_version(path) if path.exists() else None
+    if version is None or path not in _READ or _READ[path][0] != version:
+        _READ[path] = version, read_json(path)
+    return _READ[path][1]
+
+
+_READ: dict[Path, tuple[tuple[int, int, int] | None, Any]] = {}
+"""The configs that this process has read, with the versions of their files."""
+
+
+def file_version(path: Path) -> tuple[int, int, int]:
+    """Return numbers that change whenever a file is replaced or rewritten."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> Any:

@@ -55,8 +55,8 @@ def test_resumed_run_opens_each_file_once(tmp_path):
     }
     workdir = tmp_path / "run"
     flags = ["--config=tiny", f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in fields.items())]
-    for expected in ([], RESOLVED):
-        command = [sys.executable, "-c", COUNT_OPENS, *flags]
+    for line, expected in ((flags, []), (flags, RESOLVED), ([f"--workdir={workdir}"], RESOLVED)):
+        command = [sys.executable, "-c", COUNT_OPENS, *line]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
         code, opened = json.loads(done.stderr.splitlines()[-1])
         assert code == 0, done.stderr

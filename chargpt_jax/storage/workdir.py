@@ -18,7 +18,7 @@ import numpy as np
 
 from chargpt_jax import atomic
 from chargpt_jax.config import MAX_STEPS, Config
-from chargpt_jax.config_io import MAX_JSON, differences, from_dict, read_json, to_json
+from chargpt_jax.config_io import MAX_JSON, differences, file_version, from_dict, read_json, read_json_once, to_json
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError
 from chargpt_jax.storage.npy_header import read_npy_header
@@ -121,7 +121,7 @@ class Workdir:
     def _read_once(self, path: Path, read: Callable[[], T]) -> T:
         """Return read(), or the result of an earlier call if the file has not changed since."""
         try:
-            version = _version(path)
+            version = file_version(path)
         except OSError:
             return read()
         if path not in self._read or self._read[path][0] != version:
@@ -131,7 +131,7 @@ class Workdir:
     def save_config(self, config: Config) -> None:
         """Write the run's config."""
         self.write(self.config, to_json(config))
-        self._read[self.config] = _version(self.config), copy.deepcopy(config)
+        self._read[self.config] = file_version(self.config), copy.deepcopy(config)
 
     def save_corpus(self, tokenizer: CharTokenizer, tokens: np.ndarray, sources: Sequence[dict[str, object]]) -> None:
         """Write the encoded corpus, int32 [N], its vocabulary and its sources."""
@@ -212,7 +212,7 @@ class Workdir:
             UserError: if it is missing, damaged or larger than `max_bytes`.
         """
         try:
-            return read_json(path, max_bytes)
+            return read_json_once(path) if path == self.config else read_json(path, max_bytes)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.path} has no {path.relative_to(self.path)}: give the --workdir of a run, or start one with "
@@ -299,12 +299,6 @@ def excused(what: str, warn: Callable[[str], None]) -> Iterator[None]:
         yield
     except OSError as error:
         warn(f"Cannot write {what} ({error.strerror}): the run continues without it.")
-
-
-def _version(path: Path) -> tuple[int, int, int]:
-    """Return numbers that change whenever a file is replaced or rewritten."""
-    stat = path.stat()
-    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def _json_lines(lines: Sequence[dict[str, Any]]) -> str:
