@@ -8,15 +8,15 @@ from chargpt_jax.config import Config
 
 WORDS = ("ab", "cde", "fghi", "jk")
 ENTROPY_PER_WORD = np.log(len(WORDS))
-"""Nats: words are drawn evenly, and every word's first letter tells which it is."""
+"""Nats: the words have equal probability, and the first letter of a word determines the rest."""
 
 CHARACTERS_PER_WORD = 1 + np.mean([len(word) for word in WORDS])
 FLOOR = ENTROPY_PER_WORD / CHARACTERS_PER_WORD
-"""Nats per character that no model can go below: a choice among four words every 3.75 characters on average."""
+"""Lowest possible loss, nats per character: a choice among four words every 3.75 characters on average."""
 
 
 def write_words(path: Path, n_words: int = 4000, seed: int = 0) -> Path:
-    """Write evenly drawn words with spaces between them."""
+    """Write random words of equal probability, separated by spaces."""
     rng = np.random.default_rng(seed)
     path.write_text(" ".join(WORDS[i] for i in rng.integers(0, len(WORDS), n_words)) + " ", encoding="utf-8")
     return path

@@ -1,5 +1,7 @@
-"""What comparisons share: float64, and our parameters under the names and in the orientation that tests/reference.py
-(and the PyTorch ancestor) use."""
+"""Helpers for comparisons with a reference implementation: names and orientation of the parameters, float64.
+
+The reference implementations, tests/reference.py and tests/pytorch_reference.py, use the original's names.
+"""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,7 +14,7 @@ from chargpt_jax.config import ModelConfig
 from chargpt_jax.model.init import create
 from chargpt_jax.ops.choose import ops_for
 
-# Our path below 'blocks' -> the ancestor's name below 'transformer.blocks.N', and whether the matrix is transposed.
+# Path below 'blocks' -> the original's name below 'transformer.blocks.N', and whether the matrix is transposed.
 LAYER = {
     ("ln_1", "scale"): ("ln_1.weight", False),
     ("ln_1", "bias"): ("ln_1.bias", False),
@@ -30,12 +32,12 @@ LAYER = {
 
 
 def built(config: ModelConfig, seed: int = 0, dtype: Any = jnp.float32, platform: str | None = None) -> Any:
-    """Return a model's static description and parameters, with the operations that a run would use on a platform."""
+    """Return a model's static description and parameters, with the operations that a run uses on a platform."""
     return create(config, seed, ops_for(dtype, config.attention_block, platform))
 
 
 def from_reference(params: dict[str, np.ndarray], n_layer: int, dtype: Any) -> dict[str, Any]:
-    """Build our nested, stacked tree from the ancestor's flat one."""
+    """Convert the original's flat dict of arrays to nested dicts, with the layers stacked."""
     tree: dict[str, Any] = {
         "wte": {"embedding": params["transformer.wte.weight"].astype(dtype)},
         "ln_f": {
@@ -54,7 +56,7 @@ def from_reference(params: dict[str, np.ndarray], n_layer: int, dtype: Any) -> d
 
 
 def by_name(tree: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Return our tree of parameters, or of their gradients, under the ancestor's names and orientation."""
+    """Convert a tree of parameters or gradients to the original's flat dict of arrays."""
     flat = {
         "transformer.wte.weight": np.asarray(tree["wte"]["embedding"]),
         "transformer.ln_f.weight": np.asarray(tree["ln_f"]["scale"]),
@@ -64,13 +66,13 @@ def by_name(tree: dict[str, Any]) -> dict[str, np.ndarray]:
         node = tree["blocks"]
         for key in path:
             node = node[key]
-        for number, layer in enumerate(np.asarray(node)):
-            flat[f"transformer.blocks.{number}.{name}"] = layer.T if transposed else layer
+        for index, layer in enumerate(np.asarray(node)):
+            flat[f"transformer.blocks.{index}.{name}"] = layer.T if transposed else layer
     return flat
 
 
 def x64(on: bool) -> AbstractContextManager:
-    """Return the context in which float64 is what it says; JAX moved it in 0.8."""
+    """Return a context that enables (or disables) float64; JAX 0.8 renamed the function."""
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(on)
     from jax.experimental import enable_x64

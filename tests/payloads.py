@@ -1,7 +1,7 @@
-"""Texts that would run, steer or break something where they are not escaped; each marks its success on the page."""
+"""Texts that run code, control a terminal or break a page if they are not escaped."""
 
 MARK = "document.documentElement.dataset.ran=1"
-"""What a script of a payload does where it runs: a browser's test looks for it."""
+"""The code of each script payload: it marks the page, and the browser tests look for the mark."""
 
 MARKUP = {
     "script": f"<script>{MARK}</script>",
@@ -39,7 +39,7 @@ MARKUP = {
     "mathematics of a notebook": r"$\href{javascript:alert(1)}{x}$ \(\unicode{x3c}\)",
     "output of a notebook": '{"data": {"text/html": "<script>1</script>", "application/javascript": "1"}}',
 }
-"""Markup, by what it is."""
+"""{description: markup}."""
 
 STEERING = {
     "NUL": "a\0b",
@@ -74,6 +74,6 @@ STEERING = {
     "combining run": "a" + "\u0301\u0335" * 500,
     "interlinear annotation": "a\ufff9b\ufffac\ufffbd",
 }
-"""What steers a terminal, hides, or is no character, by what it is."""
+"""{description: control characters, invisible characters or invalid code points}."""
 
 PAYLOADS = {**MARKUP, **STEERING}

@@ -1,8 +1,8 @@
-"""An independent PyTorch implementation of the original's mathematics, in float64 where the caller asks for it.
+"""Reference implementation of the original's mathematics in PyTorch, in the dtype of the parameters.
 
 It follows z0u/mi-ni at commit 2a991f7: the model and its parameter names, loss, AdamW, a schedule, the metrics of
 generation, the learning-rate range test and the tokenizer. It uses autograd, SDPA, `torch.optim` and its schedulers,
-and imports nothing of the package.
+and does not import the package.
 
 Axes: B batch, T time, C channels, H heads, D head width, F feed-forward width, V vocabulary.
 """
@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 PADDING = 0
 ENTROPY_FLOOR = 1e-10
-"""What the ancestor adds to a probability before its logarithm, where it computes an entropy."""
+"""The original adds this to probabilities before the logarithm when it computes an entropy."""
 
 
 # Model
@@ -75,10 +75,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The decoder; its named_parameters() are the ancestor's.
+    """The decoder; its named_parameters() are those of the original.
 
-    frequencies: the dtype in which RoPE's frequencies are made; None: the computation's, float32 at least. (The
-    ancestor has them in float32 always, which in float64 is a difference of its own.)
+    frequencies: the dtype in which RoPE's frequencies are computed; None: that of the model, at least float32. (The
+    original always uses float32, which makes a difference in float64.)
     dropout: in training, on the attention weights, the attention's output and the MLP's output.
     """
 
@@ -114,7 +114,7 @@ class GPT(nn.Module):
 
 
 def with_parameters(params: dict[str, np.ndarray], dtype: torch.dtype, **sizes: Any) -> GPT:
-    """Build a model of these sizes that holds these arrays, by name, as `dtype`."""
+    """Return a model of these sizes with these parameters, by name, converted to `dtype`."""
     model = GPT(**sizes).to(dtype)
     named = dict(model.named_parameters())
     assert named.keys() == params.keys()
@@ -133,7 +133,7 @@ def loss(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def adamw(model: GPT, rate: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """Make AdamW with two groups: what has two axes or more decays, biases and scales do not."""
+    """Return AdamW with two groups: weight decay for matrices and the embedding, none for biases and scales."""
     matrices, vectors = [], []
     for parameter in model.parameters():
         (matrices if parameter.ndim > 1 else vectors).append(parameter)
@@ -142,7 +142,7 @@ def adamw(model: GPT, rate: float, weight_decay: float, betas: tuple[float, floa
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, steps: int, low: float) -> SequentialLR:
-    """Schedule `steps` updates: `warmup` of them in a line from low x rate, then half a cosine back to low x rate."""
+    """Return a schedule of `steps` steps: linear from low x rate in `warmup` steps, then half a cosine to low x rate."""
     peak = optimizer.defaults["lr"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # SequentialLR steps a scheduler in a way that torch deprecates
@@ -154,7 +154,7 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, steps: int, low
 def train(
     loss_of: Callable[[int], Tensor], optimizer: torch.optim.Optimizer, schedule: SequentialLR, steps: int
 ) -> tuple[list[float], list[float]]:
-    """Make updates on loss_of(step); return the losses before each, and its rates."""
+    """Make training steps on loss_of(step); return the loss before each step, and its learning rate."""
     losses, rates = [], []
     for step in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -166,7 +166,7 @@ def train(
 
 
 def update(optimizer: torch.optim.Optimizer, value: Tensor) -> float:
-    """Make one update on a loss; return the loss."""
+    """Make one optimizer update on a loss; return the loss."""
     optimizer.zero_grad()
     value.backward()
     optimizer.step()
@@ -177,7 +177,7 @@ def update(optimizer: torch.optim.Optimizer, value: Tensor) -> float:
 
 
 class Metrics(NamedTuple):
-    """[B, T] each, in nats but for s2; NaN where undefined."""
+    """Float [B, T] each, in nats except for s2; NaN where undefined."""
 
     surprisal: Tensor
     entropy: Tensor
@@ -186,12 +186,12 @@ class Metrics(NamedTuple):
 
 @torch.no_grad()
 def metrics(model: GPT, tokens: Tensor, n_prompt: int, block_size: int, floor: float = 0.0) -> Metrics:
-    """Measure tokens [B, T] of which the first n_prompt were given and the others written one by one.
+    """Return the metrics of tokens [B, T]: a prompt of n_prompt tokens, and generated tokens after it.
 
-    A prompt, no longer than block_size, is read once; a written token is predicted from the block_size tokens before
-    it, read anew. Padding counts as context; in a prompt it has no metrics itself.
+    The model runs once on the prompt, which has at most block_size tokens, and then once per generated token, on the
+    block_size tokens before it. Padding counts as context; in a prompt its metrics are NaN.
 
-    floor: is added to the probabilities inside the entropy's logarithm.
+    floor: added to the probabilities inside the logarithm of the entropy.
     """
     vocab_size = model.lm_head.out_features
     surprisal, entropy = (torch.full(tokens.shape, math.nan, dtype=torch.float64) for _ in range(2))
@@ -213,10 +213,10 @@ def metrics(model: GPT, tokens: Tensor, n_prompt: int, block_size: int, floor: f
 
 @torch.no_grad()
 def greedy(model: GPT, tokens: Tensor, count: int, block_size: int) -> Tensor:
-    """Write `count` likeliest tokens after tokens [B, T], each from the last block_size; return [B, T + count]."""
+    """Append the most likely token to tokens [B, T], `count` times; return [B, T + count]."""
     for _ in range(count):
-        likeliest = model(tokens[:, -block_size:])[:, -1].argmax(-1)
-        tokens = torch.cat((tokens, likeliest[:, None]), dim=1)
+        best = model(tokens[:, -block_size:])[:, -1].argmax(-1)
+        tokens = torch.cat((tokens, best[:, None]), dim=1)
     return tokens
 
 
@@ -224,19 +224,19 @@ def greedy(model: GPT, tokens: Tensor, count: int, block_size: int) -> Tensor:
 
 
 def log_spaced(ends: Tensor, count: int) -> Tensor:
-    """Return `count` rates between exp of two logs, evenly in the log."""
+    """Return `count` learning rates, evenly spaced in log space between two logarithms."""
     return torch.exp(ends[0] + (ends[1] - ends[0]) * torch.arange(count, dtype=torch.float64) / (count - 1))
 
 
 def improving(losses: Tensor) -> Tensor:
-    """Mark the losses [n] below all before them; NaN is below none."""
+    """Return whether each of the losses [n] is below all earlier ones; NaN never is."""
     finite = losses.nan_to_num(nan=math.inf)
     before = torch.cat((torch.tensor([math.inf], dtype=losses.dtype), finite.cummin(0).values[:-1]))
     return finite < before
 
 
 def steepest(logs: Tensor, losses: Tensor) -> Tensor:
-    """Return the log rate where improving losses fall most from point to point; with equal falls, the middle."""
+    """Return the log of the learning rate at the steepest descent; with equal falls, the middle of the ends."""
     falls = losses[:-1] - losses[1:]
     weights = falls - falls.min()
     if not weights.any():
@@ -248,7 +248,7 @@ class ZoomFound(NamedTuple):
     ends: tuple[float, float]
     """The range that was tested."""
     rates: Tensor
-    """At improving losses."""
+    """The learning rates with improving losses."""
     losses: Tensor
     steepest: float
     lowest: float
@@ -265,7 +265,7 @@ def range_test(
     zoom_factor: float,
     method: str,
 ) -> list[ZoomFound]:
-    """Run the test on loss_of(zoom, step, rate); the last zoom's `best` is its result."""
+    """Run the range test on loss_of(zoom, step, rate); its result is `best` of the last zoom."""
     ends = torch.tensor([start_lr, end_lr], dtype=torch.float64).log()
     lowest, found = math.inf, []
     for zoom in range(num_zooms):
@@ -276,7 +276,7 @@ def range_test(
             continue
         rates, losses = rates[good], losses[good]
         middle = steepest(rates.log(), losses).exp().item()
-        lowest = min(lowest, rates[-1].item())  # improving losses end with their least
+        lowest = min(lowest, rates[-1].item())  # the last improving loss is the lowest
         proposed = {"steepest": [middle] * 2, "lowest": [lowest] * 2, "balanced": [middle, lowest]}[method]
         tested = tuple(ends.exp().tolist())
         found.append(ZoomFound(tested, rates, losses, middle, lowest, sum(proposed) / 2))
@@ -288,18 +288,18 @@ def range_test(
 
 
 def vocabulary(text: str) -> list[str]:
-    """Return '' and the text's characters, in the order of their ids."""
+    """Return '' and the characters of a text, in the order of their token ids."""
     return sorted({"", *text})
 
 
 def encode(names: Sequence[str], texts: Sequence[str], block_size: int | None = None) -> list[list[int]]:
-    """Give every character its place among the names; cut ends off and pad fronts to one length."""
-    place = {name: i for i, name in enumerate(names)}
-    rows = [[place[c] for c in text][:block_size] for text in texts]
-    length = max(map(len, rows), default=0) if block_size is None else block_size
-    return [[PADDING] * (length - len(row)) + row for row in rows]
+    """Return the token ids of texts: truncated at the end, padded in front to one length."""
+    id_of = {name: i for i, name in enumerate(names)}
+    sequences = [[id_of[c] for c in text][:block_size] for text in texts]
+    length = max(map(len, sequences), default=0) if block_size is None else block_size
+    return [[PADDING] * (length - len(ids)) + ids for ids in sequences]
 
 
 def decode_each(names: Sequence[str], rows: Sequence[Sequence[int]]) -> list[list[str]]:
-    """Give every id its name, and '' to what is none."""
+    """Return the character of every id, and '' for an id without one."""
     return [[names[i] if 0 <= i < len(names) else "" for i in row] for row in rows]

@@ -1,13 +1,13 @@
-"""A slow, plain NumPy statement of the mathematics, in float64, for tests to compare the package with.
+"""Reference implementation of the mathematics in NumPy and float64: slow and plain.
 
 It covers the model, its token metrics, greedy generation, AdamW, the learning-rate schedule and the learning-rate
-range test. It imports nothing of the package, handles one sequence at a time (loop over a batch outside) and has no
-dropout. Facts come from z0u/mi-ni at commit 2a991f7 (PyTorch).
+range test. It does not import the package, handles one sequence at a time (the caller loops over a batch) and has no
+dropout. It follows the original, z0u/mi-ni at commit 2a991f7 (PyTorch).
 
 RoPE: Su et al. 2021, "RoFormer". Decoupled weight decay: Loshchilov and Hutter 2019. Range test: Smith 2017.
 
 Axes: T time, C channels, H heads, D head width, F feed-forward width, V vocabulary.
-Token id 0 is padding: an ordinary token to the model, but never counted by a loss or a metric.
+Token id 0 is padding: the model treats it like any token, but losses and metrics ignore it.
 """
 
 import math
@@ -21,7 +21,7 @@ LrRange = tuple[float, float]
 PADDING_ID = 0
 LAYER_NORM_EPS = 1e-5
 ROPE_BASE = 10_000.0
-MASKED_LOGIT = -1e30  # finite, so that no inf - inf can arise; exp of it, or of its distance to a real logit, is 0.0
+MASKED_LOGIT = -1e30  # finite, to avoid inf - inf; exp of it, or of its distance to a real logit, is 0.0
 
 
 # Parameters
@@ -30,9 +30,9 @@ MASKED_LOGIT = -1e30  # finite, so that no inf - inf can arise; exp of it, or of
 def random_parameters(
     rng: np.random.Generator, *, vocab_size: int, n_embd: int, n_head: int, n_head_dim: int, n_ff: int, n_layer: int
 ) -> Params:
-    """Draw parameters that keep activations and logits of order one, with no bias at 0 and no scale at 1.
+    """Return random parameters with activations and logits of order one, no bias of 0 and no scale of 1.
 
-    This is not the model's initialisation: a test should notice a forgotten bias or scale.
+    Unlike with the model's initialisation, a test fails if an implementation omits a bias or a scale.
 
     Names are the original's, and weights have torch's orientation [out, in]; each array is float64:
     'transformer.wte.weight' [V, C], which is also the output head; for each block N, under 'transformer.blocks.N.':
@@ -102,7 +102,7 @@ def linear(x: np.ndarray, params: Params, name: str) -> np.ndarray:
 
 
 def attention(x: np.ndarray, params: Params, name: str, n_head: int, n_head_dim: int) -> np.ndarray:
-    """Let each position of x [T, C] look at itself and the positions before it. Returns [T, C].
+    """Apply causal self-attention to x [T, C]: each position attends to itself and all earlier ones. Returns [T, C].
 
     name: the module's prefix in params, such as 'transformer.blocks.0.attn'. The rows of its qkv weight are all heads
     of q, then all heads of k, then all heads of v. Positions count from 0.
@@ -132,8 +132,8 @@ def mlp(x: np.ndarray, params: Params, name: str) -> np.ndarray:
 def logits(params: Params, tokens: np.ndarray, n_head: int, n_head_dim: int, used_ids: int | None = None) -> np.ndarray:
     """Run the model on one sequence, tokens: int [T], at positions 0 to T - 1. Returns [T, V].
 
-    used_ids: how many ids the tokenizer uses, padding included. Given, the logits of id 0 and of ids used_ids and up
-    are MASKED_LOGIT, so that softmax gives them exactly 0. None: all logits as computed, as the original does.
+    used_ids: number of token ids in use, padding included. If given, the logits of id 0 and of ids from used_ids on
+    are MASKED_LOGIT, so that their softmax is exactly 0. None: all logits as computed, as the original does.
     """
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
@@ -175,7 +175,7 @@ def entropy_of(row: np.ndarray) -> float:
 def loss(logits: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
     """Sum the cross-entropy, in nats, of logits [T, V] against the targets [T] that are not padding.
 
-    Row t of the logits predicts target t: the caller has shifted. Returns the sum and the number of targets counted.
+    Row t of the logits predicts target t: the caller shifts them. Returns the sum and the number of counted targets.
     The mean over a batch is the sum of the sums over the sum of the counts, not a mean of means.
     """
     nats, count = 0.0, 0
@@ -187,12 +187,12 @@ def loss(logits: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
 
 
 def token_metrics(
-    logits_rows: np.ndarray, tokens: np.ndarray, vocab_size: int
+    all_logits: np.ndarray, tokens: np.ndarray, vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Describe each token by how the model saw it coming, from the model's own logits_rows [T, V] on tokens [T].
+    """Return the metrics of each token, from the model's logits [T, V] of tokens [T].
 
     Returns surprisal [T] in nats, entropy [T] in nats and s2 [T], which is (surprisal - entropy) / log(vocab_size).
-    Token t is predicted by row t - 1. Token 0, which nothing predicts, and padding tokens have NaN in all three. The
+    Token t is predicted by row t - 1. All three are NaN for token 0, which is not predicted, and for padding. The
     first token after padding does have values: the model predicts it from the padding.
     """
     n_time = len(tokens)
@@ -200,8 +200,8 @@ def token_metrics(
     entropy = np.full(n_time, np.nan)
     for t in range(1, n_time):
         if tokens[t] != PADDING_ID:
-            surprisal[t] = -log_softmax(logits_rows[t - 1])[tokens[t]]
-            entropy[t] = entropy_of(logits_rows[t - 1])
+            surprisal[t] = -log_softmax(all_logits[t - 1])[tokens[t]]
+            entropy[t] = entropy_of(all_logits[t - 1])
     return surprisal, entropy, (surprisal - entropy) / math.log(vocab_size)
 
 
@@ -214,14 +214,14 @@ def generate_greedy(
     n_head_dim: int,
     used_ids: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Append n_new tokens to prompt [T] (at least one token), each the likeliest one; ties go to the smallest id.
+    """Append n_new tokens to prompt [T] (at least one token), each the most likely one; ties go to the smallest id.
 
-    Every new token runs the model anew on the last block_size tokens, whose positions count from 0 again. Past
-    block_size this differs from a rolling cache, whose keys and values above the first layer still remember tokens
-    that have left the window.
+    For every new token the model runs on the last block_size tokens, at positions from 0. Beyond block_size this
+    differs from a rolling cache, whose keys and values above the first layer still depend on tokens outside the
+    context.
 
     Returns tokens [T + n_new], and for the new tokens only surprisal [n_new] and entropy [n_new], in nats, under the
-    logits (masked by used_ids, see `logits`) that chose them.
+    logits (masked by used_ids, see `logits`) that selected them.
     """
     tokens = [int(token) for token in prompt]
     surprisal = np.empty(n_new)
@@ -240,7 +240,7 @@ def generate_greedy(
 
 
 def adamw_init(params: Params) -> dict:
-    """Return the state before the first update: 'step' 0, and moments 'm' and 'v' of zeros shaped as params."""
+    """Return the state before the first step: 'step' 0, and moments 'm' and 'v' of zeros shaped as params."""
     return {
         "step": 0,
         "m": {name: np.zeros_like(p) for name, p in params.items()},
@@ -258,10 +258,10 @@ def adamw_update(
     *,
     weight_decay: float,
 ) -> tuple[Params, dict]:
-    """Make one AdamW update. Returns new params and state; the arguments stay as they are.
+    """Make one AdamW update. Returns new params and state; the arguments are not changed.
 
     Matrices (rank 2 and more, the embedding table too) shrink by lr * weight_decay of their value before the update;
-    biases and LayerNorm scales do not. eps is added after the root of the bias-corrected second moment.
+    biases and LayerNorm scales do not. eps is added to the root of the bias-corrected second moment.
     """
     beta1, beta2 = betas
     step = state["step"] + 1
@@ -286,7 +286,7 @@ def adamw_steps(
     *,
     weight_decay: float,
 ) -> Params:
-    """Make one AdamW update for each rate in lrs, from a fresh state, with gradients grads_fn(params, step).
+    """Make one AdamW update for each learning rate in lrs, from a new state, with gradients grads_fn(params, step).
 
     step counts from 0. Returns the final params.
     """
@@ -297,11 +297,11 @@ def adamw_steps(
 
 
 def warmup_cosine(step: int, peak: float, warmup_steps: int, total_steps: int, min_lr_factor: float) -> float:
-    """Return the rate of the update with index step, for a run of updates 0 to total_steps - 1.
+    """Return the learning rate of a step, for a run of steps 0 to total_steps - 1.
 
-    Update 0 uses min_lr_factor * peak and update warmup_steps uses peak, with a straight line between; then half a
-    cosine falls so that the last update, total_steps - 1, uses exactly min_lr_factor * peak. Later steps stay there.
-    Without warm-up, update 0 uses peak. The peak must come before the last update, or the two ends would contradict.
+    It rises linearly from min_lr_factor * peak at step 0 to peak at step warmup_steps. Then it falls as half a cosine
+    to exactly min_lr_factor * peak at the last step, total_steps - 1, and stays there. Without warm-up, step 0 uses
+    peak. The peak must come before the last step.
     """
     last_step = total_steps - 1
     if not 0 <= warmup_steps < last_step:
@@ -311,39 +311,36 @@ def warmup_cosine(step: int, peak: float, warmup_steps: int, total_steps: int, m
     else:
         progress = min(step, last_step) - warmup_steps
         height = 0.5 * (1.0 + math.cos(math.pi * progress / (last_step - warmup_steps)))
-    return (1.0 - height) * min_lr_factor * peak + height * peak  # exact at both heights, 0 and 1
+    return (1.0 - height) * min_lr_factor * peak + height * peak  # exact at height 0 and at height 1
 
 
 # Learning-rate range test
 
 
 def schedule(lr_range: LrRange, n: int) -> np.ndarray:
-    """Return n rates [n] from one end of lr_range to the other, both included, evenly spaced in the logarithm."""
+    """Return n learning rates [n] from one end of lr_range to the other, inclusive, evenly spaced in log space."""
     log_start, log_end = np.log(lr_range)
     return np.exp(np.linspace(log_start, log_end, n))
 
 
 def keep_improving(lrs: list[float], losses: list[float]) -> tuple[list[float], list[float]]:
-    """Keep the points whose loss is strictly below every loss before it; NaN and infinity never are.
-
-    Returns the kept lrs and losses, in their order.
-    """
-    kept_lrs, kept_losses = [], []
+    """Return the points whose loss is below every earlier loss, in order; NaN and infinity are never below."""
+    improving_lrs, improving_losses = [], []
     best = math.inf
     for lr, value in zip(lrs, losses, strict=True):
         if value < best:
             best = value
-            kept_lrs.append(float(lr))
-            kept_losses.append(float(value))
-    return kept_lrs, kept_losses
+            improving_lrs.append(float(lr))
+            improving_losses.append(float(value))
+    return improving_lrs, improving_losses
 
 
 def steepest(lrs: list[float], losses: list[float]) -> float:
-    """Return the rate, averaged in the logarithm, around which the loss falls fastest from one point to the next.
+    """Return the learning rate of the steepest descent: a weighted mean, in log space, of the midpoints.
 
-    A step between neighbours counts at their log midpoint, by how much further it falls than the step that falls
-    least. Where all steps fall alike (so always for two points), the middle of the two ends, in the logarithm. The
-    slope is per step, not per unit of log rate: gaps that dropped points have left are not made up for.
+    The weight of a midpoint is how much more the loss falls between its neighbours than at the smallest fall. If all
+    falls are equal (always for two points), the result is the geometric mean of the ends. A slope is per point, not
+    per unit of log rate: omitted points between two neighbours do not change it.
     """
     log_lrs = np.log(lrs)
     slopes = np.diff(losses)
@@ -355,14 +352,14 @@ def steepest(lrs: list[float], losses: list[float]) -> float:
 
 
 def lowest(lrs: list[float], losses: list[float]) -> float:
-    """Return the rate at the least loss, the first of equals."""
+    """Return the learning rate at the lowest loss; the first of several."""
     return float(lrs[int(np.argmin(losses))])
 
 
 def propose(method: str, steepest: float, lowest: float) -> LrRange:
-    """Return the range that method ('steepest', 'lowest' or 'balanced') makes of the two rates.
+    """Return the range that method ('steepest', 'lowest' or 'balanced') makes of the two learning rates.
 
-    'balanced' is the pair as it stands, steepest first, even where that is the greater.
+    'balanced' is (steepest, lowest), even if steepest is larger.
     """
     if method == "steepest":
         return steepest, steepest
@@ -374,9 +371,9 @@ def propose(method: str, steepest: float, lowest: float) -> LrRange:
 
 
 def zoom_range(proposed: LrRange, current: LrRange, zoom_factor: float) -> LrRange:
-    """Move each end of the current range towards that of the proposed one, in the logarithm.
+    """Move each end of the current range towards that of the proposed one, in log space.
 
-    zoom_factor: the share of the distance that remains; 1 stays at current, 0 goes to proposed.
+    zoom_factor: the fraction of the distance that remains; 1 stays at current, 0 goes to proposed.
     """
     ends = []
     for old, new in zip(current, proposed, strict=True):
@@ -394,12 +391,12 @@ def range_test(
     zoom_factor: float = 0.5,
     method: str = "steepest",
 ) -> tuple[float, list[dict]]:
-    """Search for a learning rate by ever narrower range tests.
+    """Find a learning rate by several range tests, each in a narrower range.
 
-    loss_of(zoom, step, lr): the loss before the update that uses lr, in a run that begins anew at step 0 of each
-    zoom. It is called for every step, in order, whether or not the loss improves. zoom and step count from 0.
+    loss_of(zoom, step, lr): the loss before the step that uses lr, in a run that starts again at step 0 of each
+    zoom. It is called for every step, in order, even if the loss does not improve. zoom and step count from 0.
 
-    A zoom with fewer than two improving points is skipped and leaves the range as it was. The lowest rate is the
+    A zoom with fewer than two improving points is skipped and does not change the range. The lowest rate is the
     smallest over all zooms so far (the rate, not its loss); the steepest is that of the zoom.
 
     Returns the best rate, which is the arithmetic mean of the last proposed range, and one dict for each zoom not
