@@ -142,7 +142,7 @@ def adamw(model: GPT, rate: float, weight_decay: float, betas: tuple[float, floa
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, steps: int, low: float) -> SequentialLR:
-    """Return a schedule of `steps` steps: linear from low x rate in `warmup` steps, then half a cosine to low x rate."""
+    """Return a schedule: linear from low x rate in `warmup` steps, then half a cosine down to low x rate."""
     peak = optimizer.defaults["lr"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # SequentialLR steps a scheduler in a way that torch deprecates

@@ -64,7 +64,7 @@ def test_sources_say_where_the_text_came_from(workdir):
     assert source["characters"] == len(tokens)
 
 
-def test_text_continues_its_prompt_and_has_a_number_for_every_character(model):
+def test_sample_continues_its_prompt_and_has_metrics(model):
     samples = model.generate(["ab", "cde fghi"], 50, temperature=0.7)
     for sample, prompt in zip(samples, ["ab", "cde fghi"], strict=True):
         assert sample.prompt == prompt
@@ -78,7 +78,7 @@ def test_text_continues_its_prompt_and_has_a_number_for_every_character(model):
         np.testing.assert_array_equal(sample.surprise_surprise, expected)
 
 
-def test_scoring_a_written_text_gives_the_numbers_it_was_written_with(model):
+def test_score_of_a_sample_equals_its_metrics(model):
     (sample,) = model.generate("ab cde", 40, temperature=1.0, seed=3)
     scored = model.score(sample.text, stride=1)
     np.testing.assert_allclose(scored.surprisal, sample.surprisal, atol=1e-4)

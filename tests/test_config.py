@@ -119,7 +119,7 @@ def test_differences_lists_a_changed_field_unless_it_may_change(name):
 
 
 @pytest.mark.parametrize("name", RESOLVED)
-def test_differences_ignores_a_resolved_field_only_while_one_side_leaves_it_open(name):
+def test_differences_ignores_resolved_fields_left_open(name):
     value, unset = another(name), RESOLVED[name]
     assert differences(changed(name, value), changed(name, unset)) == []
     assert differences(changed(name, unset), changed(name, value)) == []
@@ -218,7 +218,7 @@ def test_a_field_given_in_the_wrong_section_is_sent_to_its_own():
     assert "did you mean model.dropout?" in str(unknown_field("train.dropout"))
 
 
-def test_a_field_that_resembles_none_is_answered_with_the_sections():
+def test_unknown_field_is_answered_with_the_sections():
     assert "the sections are model, data, optimizer" in str(unknown_field("zzz"))
 
 
@@ -281,7 +281,7 @@ def test_a_shipped_config_is_found_by_bare_name_and_by_path(name):
     assert load_config(str(path)) == load_config(name)
 
 
-def test_a_config_file_is_found_in_a_folder_with_spaces_and_letters(tmp_path):
+def test_config_path_may_have_spaces_and_non_ascii_letters(tmp_path):
     path = tmp_path / "my config é.py"
     path.write_text(
         "from chargpt_jax.config import Config\n\n\ndef get_config():\n    return Config(seed=7)\n", encoding="utf-8"
@@ -307,7 +307,7 @@ def test_two_loads_of_a_config_share_nothing():
 
 
 @pytest.mark.parametrize("name", ["smal", "nowhere/small.py", "", "__init__", "."])
-def test_a_config_that_is_not_there_is_refused_with_the_shipped_names(name):
+def test_missing_config_is_rejected_with_the_known_names(name):
     with pytest.raises(UserError) as error:
         load_config(name)
     assert all(shipped in str(error.value) for shipped in SHIPPED)

@@ -41,7 +41,7 @@ def check_whole(folder, saved):
 
 
 @pytest.mark.slow
-def test_a_refusal_at_any_operation_stops_with_one_sentence_or_does_no_harm(home, tmp_path):
+def test_os_error_at_any_operation_is_handled(home, tmp_path):
     """Every twelfth operation; `python -m benchmarks.reliability` takes them all."""
     refused, total = 0, operations(home)
     for at in range(0, total, 12):
@@ -101,7 +101,7 @@ def child(code, folder):
 
 
 @pytest.mark.slow
-def test_a_limit_on_the_size_of_files_stops_even_what_orbax_writes_itself(home, tmp_path):
+def test_file_size_limit_stops_a_save(home, tmp_path):
     """It stands for a quota: the system refuses in the middle of a write, in C++ as well."""
     shutil.copytree(home / "store", tmp_path / "store")
     largest = max(path.stat().st_size for path in (tmp_path / "store" / "3").rglob("*") if path.is_file())
@@ -147,7 +147,7 @@ print(step, bits(state) == bits(state_at(step)), store.heard, [path.name for pat
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_with_one_sentence_and_the_step_before_it_is_good(home, tmp_path):
+def test_full_disk_keeps_the_previous_checkpoint(home, tmp_path):
     """A real file system of its own, filled until there is room for some of a step's files and not for others."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "save.py").write_text(SAVE)

@@ -284,7 +284,7 @@ def test_lines_of_a_log_that_make_no_sense_are_left_out(folder):
     assert folder.load_metrics() == GOOD[:1]
 
 
-def test_a_gradient_that_overflowed_under_loss_scaling_stays_in_the_log(folder):
+def test_overflowed_gradient_norm_stays_in_the_log(folder):
     Log(folder, 0, pytest.fail).add([{**GOOD[0], "grad_norm": math.inf}])
     assert folder.load_metrics()[0]["grad_norm"] == math.inf
 

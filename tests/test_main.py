@@ -406,9 +406,7 @@ def test_a_run_without_a_checkpoint_has_an_exit_code_of_its_own(
         ("--mode=score --text_file=nul.txt", "binary (NUL at byte 3)"),
     ],
 )
-def test_a_mistake_in_the_use_of_a_model_is_found_before_it_is_loaded(
-    refused: Refused, here: Path, line: str, said: str
-) -> None:
+def test_invalid_arguments_are_rejected_before_loading(refused: Refused, here: Path, line: str, said: str) -> None:
     prepare(here)
     (here / "latin.txt").write_bytes(b"caf\xe9")
     (here / "nul.txt").write_bytes(b"abc\0def")
@@ -422,7 +420,7 @@ ENDING = [(name, code) for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("S
 
 
 @pytest.mark.parametrize(("name", "code"), ENDING)
-def test_a_signal_ends_a_command_that_has_nothing_to_save_at_once_and_plainly(
+def test_signal_ends_a_command_without_state(
     refused: Refused, here: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
 ) -> None:
     prepare(here)
@@ -433,7 +431,7 @@ def test_a_signal_ends_a_command_that_has_nothing_to_save_at_once_and_plainly(
 
 
 @pytest.mark.parametrize(("name", "code"), ENDING)
-def test_a_signal_while_the_text_is_prepared_leaves_nothing_behind(
+def test_signal_during_prepare_leaves_no_file(
     refused: Refused, monkeypatch: pytest.MonkeyPatch, name: str, code: int
 ) -> None:
     monkeypatch.setattr(stages, "load_corpus", lambda *_, **__: os.kill(os.getpid(), getattr(signal, name)) or ("", []))
@@ -455,7 +453,7 @@ def test_what_a_library_makes_of_an_interruption_is_not_shown(
     assert "half a module" not in refused("--mode=selftest", 143)
 
 
-def test_while_training_signals_wait_and_outside_the_main_thread_there_are_none() -> None:
+def test_signals_are_deferred_and_only_in_the_main_thread() -> None:
     with Signals() as signals:
         signals.deferred = True
         os.kill(os.getpid(), signal.SIGTERM)
@@ -502,7 +500,7 @@ def test_a_time_limit_ends_in_time_and_the_same_command_goes_on(
     assert [x["step"] for x in Workdir("run").load_metrics() if x["event"] == "step"] == list(range(1, 13))
 
 
-def test_a_second_writer_is_refused_with_pid_and_host_and_touches_nothing(refused: Refused, here: Path) -> None:
+def test_second_training_is_rejected_with_pid_and_host(refused: Refused, here: Path) -> None:
     prepare(here)
     program = "import sys; from pathlib import Path; from chargpt_jax.storage.lock import writer\n"
     program += "with writer(Path('run').absolute()): print(flush=True); sys.stdin.read()"
@@ -518,7 +516,7 @@ def test_a_second_writer_is_refused_with_pid_and_host_and_touches_nothing(refuse
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_a_second_interrupt_leaves_at_once_even_out_of_compiled_code(here: Path) -> None:
+def test_second_interrupt_exits_immediately(here: Path) -> None:
     line = train_line(here, "--config.scheduler.max_steps=100000", "--config.train.validate_every=1000.0")
     line += ["--config.train.steps_per_dispatch=256", "--config.model.n_layer=30", "--config.model.block_size=256"]
     line += ["--config.model.attention_block=64"]  # few blocks are soon compiled

@@ -96,7 +96,7 @@ def test_in_float32_we_are_the_ancestor_but_for_rounding(quantity):
     assert distance(quantity, "float32") <= 1e-5
 
 
-def test_the_keys_biases_walk_by_rounding_alone_as_far_from_float64_as_pytorchs():
+def test_key_biases_differ_from_float64_by_rounding():
     """Their gradient is 0 in exact numbers: float64 ends within 1e-9, float32 where its rounding and Adam take it."""
     assert distance(KEYS, "float64") <= 1e-9
     assert 1e-6 < distance(KEYS, "float32") <= 3e-4
@@ -125,14 +125,14 @@ def test_bfloat16_stays_within_the_measured_bound(quantity):
 
 @pytest.mark.parametrize(("precision", "bound"), [("float64", 1e-9), ("float32", 1e-5)])
 @pytest.mark.parametrize("name", ["surprisal", "entropy", "S2"])
-def test_metrics_of_padded_prompts_and_of_text_past_the_window_are_the_ancestors(name, precision, bound):
+def test_generation_metrics_equal_the_originals(name, precision, bound):
     """PyTorch measures the tokens that we wrote, each in a window of its own; padding is a token like any other."""
     tokens, found = fidelity.written(precision)
     assert tokens.shape[1] > CONFIG.block_size + 12
     assert difference({name: found[name]}, {name: fidelity.measured(precision)[name]})[1] <= bound
 
 
-def test_what_has_no_metric_is_the_first_token_and_the_padding_of_a_prompt():
+def test_metrics_are_nan_for_first_token_and_padding():
     undefined = fidelity.prompts() == 0
     undefined[:, 0] = True
     for array in fidelity.written("float64")[1].values():
@@ -140,7 +140,7 @@ def test_what_has_no_metric_is_the_first_token_and_the_padding_of_a_prompt():
         assert np.isfinite(array[:, 12:]).all()
 
 
-def test_the_ancestors_entropy_is_below_ours_by_less_than_its_floor_allows():
+def test_entropy_differs_from_the_originals_by_its_floor_only():
     """It takes log(p + 1e-10): that lowers an entropy by at most 1e-10 a character of the vocabulary; ours is exact."""
     below = (
         fidelity.written("float64")[1]["entropy"]

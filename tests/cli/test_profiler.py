@@ -37,7 +37,7 @@ def test_the_trace_spans_the_dispatches_after_the_first_ones(tmp_path):
     assert traced(tmp_path) == list(range(FIRST + 1, FIRST + COUNT + 1))
 
 
-def test_a_run_that_ends_or_breaks_inside_the_trace_leaves_it_whole(tmp_path):
+def test_trace_is_complete_if_the_run_ends_or_fails(tmp_path):
     list(profiled(dispatches(FIRST + 1, []), tmp_path / "short"))
     assert traced(tmp_path / "short") == [FIRST + 1]
 

@@ -94,7 +94,7 @@ def test_a_duration_is_written_as_people_do(seconds, text):
 # A log
 
 
-def test_a_line_of_numbers_has_loss_bits_rate_speed_and_time_left():
+def test_progress_line_has_loss_bits_rate_speed_and_time():
     line = numbers(Steps(10, 0.1, 2 * math.log(2), 1.5e-3, 0.7, 12_345.6, 100.0, 720.0))
     assert line == "loss 1.3863 nats (2.0000 bits/char)  rate 1.50e-03  12,346 tokens/s  12 min left"
 
@@ -113,7 +113,7 @@ def test_a_log_tells_each_stage_in_order():
     assert lines[-1] == "done: 1,000 steps in 10 min, best validation loss 1.7000 nats per character"
 
 
-def test_a_log_has_a_line_of_numbers_at_each_doubling_and_at_the_end():
+def test_log_has_a_line_at_each_doubling_and_at_the_end():
     told = [line.split()[1] for line in log(RUN).splitlines() if line.startswith("step ")]
     assert told == ["1", "2", "4", "8", "16", "32", "64", "128", "256", "512", "1,000"]
 
@@ -172,7 +172,7 @@ def test_events_are_consumed_as_they_come():
 # A terminal
 
 
-def test_a_wide_terminal_ends_with_the_final_numbers_and_a_full_bar(terminal):
+def test_wide_terminal_ends_with_a_full_bar(terminal):
     text = terminal(RUN, 160)
     assert numbers(LAST) in text
     assert "1,000/1,000" in text
@@ -182,7 +182,7 @@ def test_a_wide_terminal_ends_with_the_final_numbers_and_a_full_bar(terminal):
 
 
 @pytest.mark.parametrize("columns", [80, 100])
-def test_a_usual_terminal_has_room_for_the_step_the_loss_and_the_time_left(terminal, columns):
+def test_narrow_terminal_shows_step_loss_and_time_left(terminal, columns):
     last = Steps(900, 9.0, 2.1234, 1e-3, 0.7, 12_345.0, 100.0, 720.0)
     text = terminal([*RUN[:6], last], columns)
     for words in ("900/1,000", "2.1234", "12 min left"):
@@ -233,7 +233,7 @@ def cell(monkeypatch):
     return shown
 
 
-def test_a_notebook_keeps_the_last_numbers_and_draws_both_pictures(cell, capsys):
+def test_notebook_shows_the_last_line_and_both_plots(cell, capsys):
     show(RUN)
     assert "<pre>done: 1,000 steps in 10 min, best validation loss 1.7000 nats per character</pre>" in cell
     assert f"<pre>{numbers(LAST)}</pre>" in cell

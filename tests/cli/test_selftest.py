@@ -23,7 +23,7 @@ def run(folder, *flags):
 
 
 @pytest.mark.slow
-def test_kills_lose_nothing_and_damaged_checkpoints_are_never_believed(tmp_path):
+def test_selftest_passes_here(tmp_path):
     """The short form of what docs/reliability.md quotes."""
     code, found, said = run(tmp_path, "--kills=20", "--signals=3", "--corruptions=200")
     assert found["broken"] == [], said

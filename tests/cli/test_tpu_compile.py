@@ -51,9 +51,7 @@ def wide_products(module: str, dtype: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("platform", "dtype"), [("tpu", "bfloat16"), ("cuda", "bfloat16"), ("cuda", "float16")])
-def test_every_step_lowers_for_an_accelerator_without_library_calls_or_products_of_wider_numbers(
-    platform, dtype, monkeypatch
-):
+def test_programs_lower_for_accelerators_without_wide_products(platform, dtype, monkeypatch):
     # This CPU only stands in: the model is the accelerator's, and nothing runs here.
     monkeypatch.setattr(device_platform, "BFLOAT16_ON_CPU", (0,))
     monkeypatch.setattr(ahead, "ops_for", lambda dtype, query_block, _: ops_for(dtype, query_block, platform))
@@ -84,7 +82,7 @@ def test_what_is_compiled_has_the_shapes_of_a_real_run(tmp_path):
     assert shapes(validation.args[0]) == shapes(setup.initial_state(tx).params)
 
 
-def test_the_model_is_made_for_the_devices_that_it_is_compiled_for(monkeypatch):
+def test_model_is_created_for_the_target_devices(monkeypatch):
     monkeypatch.setattr(ahead, "_training", lambda config, on, dtype, *model: iter([nnx.merge(*model)]))
     config = small_config(Path("none.txt"))
     programs = ahead.programs(config, [SimpleNamespace(platform="tpu")])
@@ -114,7 +112,7 @@ def command(*flags: str) -> subprocess.CompletedProcess[str]:
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_config_compiles_for_a_tpu_and_says_what_memory_it_takes():
+def test_compile_mode_reports_memory():
     done = command("--config.model.n_layer=1", "--config.model.block_size=64", "--config.sample.max_new_tokens=20")
     assert done.returncode == 0, done.stderr
     assert "it does not run them" in done.stdout.splitlines()[0]

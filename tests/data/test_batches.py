@@ -55,7 +55,7 @@ def test_the_split_is_contiguous_and_complete(n, share, block_size):
 
 
 @pytest.mark.parametrize(("share", "name", "length"), [(0.05, "training", 5), (0.95, "validation", 5)])
-def test_a_part_shorter_than_a_window_and_its_next_character_is_refused(share, name, length):
+def test_split_shorter_than_a_window_is_rejected(share, name, length):
     with pytest.raises(UserError) as error:
         split(np.arange(100), share, 5)
     for words in (f"The {name} part has {length} characters", "block_size 5", "at least 6", str(share)):
@@ -65,7 +65,7 @@ def test_a_part_shorter_than_a_window_and_its_next_character_is_refused(share, n
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 90), st.integers(1, 12), st.integers(1, 5))
-def test_every_held_out_token_is_a_target_once_and_follows_its_input(n_train, n_held_out, block_size, batch_size):
+def test_each_validation_token_is_a_target_once(n_train, n_held_out, block_size, batch_size):
     tokens = np.arange(1, n_train + n_held_out + 1, dtype=np.int32)
     inputs, targets = validation_batches(tokens, n_train, block_size, batch_size)
     assert inputs.shape == targets.shape == (len(targets), batch_size, block_size)
@@ -80,7 +80,7 @@ def test_every_held_out_token_is_a_target_once_and_follows_its_input(n_train, n_
 
 
 @pytest.mark.parametrize(("n", "block_size", "batch_size"), [(100, 8, 1), (97, 8, 3), (17, 16, 1), (33, 16, 2)])
-def test_a_pass_makes_every_character_a_target_once_but_for_two_windows_at_the_ends(n, block_size, batch_size):
+def test_pass_covers_each_character_once_but_for_the_ends(n, block_size, batch_size):
     count = windows_per_pass(n, block_size)
     inputs, targets = run(n, block_size, batch_size, math.ceil(3 * count / batch_size))
     assert (targets == inputs + 1).all()
@@ -175,7 +175,7 @@ def test_a_short_epoch_is_the_batch_size_times_shorter():
     ("more", "block", "batch", "chance"),
     [(0, 5, 2, 0.0), (1, 3, 1, 0.5), (90, 4, 3, 0.5), (900, 12, 4, 0.0), (900, 30, 5, 0.5)],
 )
-def test_validation_crops_are_pieces_of_the_held_out_part_and_one_batch_sizeth_of_it(more, block, batch, chance):
+def test_validation_crops_are_pieces_of_the_validation_set(more, block, batch, chance):
     n = block + 1 + more
     data = DataConfig(batch_size=batch, padding_chance=chance)
     draw = jax.jit(partial(validation_crops, block_size=block, data=data))
@@ -210,7 +210,7 @@ def test_validation_crops_differ_between_steps_and_lie_anywhere():
 
 
 @pytest.mark.parametrize("block_size", [12, 30])
-def test_padding_hides_a_prefix_shorter_than_a_third_and_one_target_less(block_size):
+def test_padding_is_a_prefix_of_less_than_a_third(block_size):
     n, rows = 200, 1200
     text, following = run(n, block_size, 4, rows // 4)
     inputs, targets = run(n, block_size, 4, rows // 4, padding=0.5)
@@ -241,7 +241,7 @@ def test_without_a_chance_nothing_is_padded():
     assert (targets != 0).all()
 
 
-def test_padding_leaves_the_corpus_alone_and_the_runs_own_keys_do_as_well():
+def test_padding_does_not_change_the_corpus():
     corpus = np.arange(1, 61, dtype=np.int32)
     on_device = jnp.asarray(corpus)
     data = DataConfig(batch_size=windows_per_pass(60, 12), padding_chance=1.0)

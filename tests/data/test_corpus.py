@@ -51,7 +51,7 @@ def files_in(cache: Path) -> dict[str, bytes]:
 # The text that ships with Python
 
 
-def test_the_stdlib_text_needs_128_rows_and_no_more_than_printable_ascii() -> None:
+def test_stdlib_text_is_ascii_and_needs_128_embeddings() -> None:
     alphabet = set(stdlib_text())
     assert alphabet <= {"\n", *map(chr, range(32, 127))}
     assert 64 < len(alphabet) + 1 <= 128  # with padding, aligned to a multiple of 64
@@ -125,7 +125,7 @@ def test_a_bad_file_is_refused_by_name(cache: Path, tmp_path: Path, data: bytes,
 
 
 @pytest.mark.parametrize("source", ["/no/such/file.txt", "gone.txt", "6O", "x" * 5000])
-def test_a_missing_path_is_refused_even_where_a_stand_in_is_allowed(cache: Path, source: str) -> None:
+def test_missing_path_is_rejected_even_if_stand_in_is_allowed(cache: Path, source: str) -> None:
     assert "does not exist" in refusal(source, cache, allow_stand_in=True)
 
 
@@ -282,7 +282,7 @@ PIECES = st.sampled_from(["\r", "\n", "\r\n", "\ufeff", "“", "Ã©", "&amp;", 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(TEXTS | PIECES, max_size=6).map("".join))
-def test_any_text_without_markers_is_only_normalised_stripped_and_mended(
+def test_text_without_markers_is_normalised_and_repaired(
     tmp_path_factory: pytest.TempPathFactory, written: str
 ) -> None:
     folder = tmp_path_factory.getbasetemp()

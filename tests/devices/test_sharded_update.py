@@ -21,7 +21,7 @@ SHARE, WHOLE = ("data",), ()
 
 @pytest.mark.parametrize(("kind", "hidden"), [("adamw", SHARE), ("muon", None)])
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_adams_moments_of_large_arrays_lie_in_shares_and_all_else_whole(kind, hidden, clip):
+def test_only_adam_moments_of_large_arrays_are_sharded(kind, hidden, clip):
     mesh = sharding.data_mesh(2, [Device("gpu", id=i) for i in range(2)])
     tx = optimizer.make_optimizer(OptimizerConfig(kind=kind, clip_norm=clip), 1e-3, mesh)
     state = jax.eval_shape(tx.init, PARAMS)
@@ -44,7 +44,7 @@ def is_adam(node):
     return isinstance(node, optax.ScaleByAdamState)
 
 
-def test_without_a_mesh_and_on_one_device_a_transform_is_as_it_was():
+def test_sharded_update_on_one_device_changes_nothing():
     tx = optax.adamw(1e-2, weight_decay=0.1)
     rng = np.random.default_rng(0)
     gradient = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), PARAMS)

@@ -63,7 +63,7 @@ def test_the_platform_chooses_the_dtype(device):
 
 
 @pytest.mark.parametrize("device", RULE, ids=lambda device: f"{device.platform}{device.compute_capability}")
-def test_mixed_precision_turned_off_means_float32_whatever_the_dtype(device):
+def test_disabled_amp_means_float32(device):
     assert compute_dtype(AmpConfig(enabled=False, dtype="bfloat16"), device) == jnp.float32
 
 
@@ -74,7 +74,7 @@ def test_a_dtype_that_is_given_is_taken_on_any_platform(name, platform, monkeypa
     assert compute_dtype(AmpConfig(dtype=name), Device(platform)) == jnp.dtype(name)
 
 
-def test_bfloat16_on_a_cpu_is_refused_where_jax_cannot_multiply_it(monkeypatch):
+def test_bfloat16_on_cpu_is_rejected_with_old_jax(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 8, 0))
     with pytest.raises(UserError, match="cannot multiply that on a CPU: take 'float32'"):
         compute_dtype(AmpConfig(dtype="bfloat16"), Device("cpu"))
@@ -82,7 +82,7 @@ def test_bfloat16_on_a_cpu_is_refused_where_jax_cannot_multiply_it(monkeypatch):
 
 
 @pytest.mark.parametrize(("batch_size", "used"), [(16, 8), (8, 8), (12, 4), (6, 2), (5, 1), (1, 1)])
-def test_a_batch_is_shared_by_a_number_of_devices_that_divides_it_and_the_slice(batch_size, used):
+def test_mesh_size_divides_the_batch_and_the_slice(batch_size, used):
     # 6 of 8 would divide a batch of 12, but a TPU's all-reduce needs groups that divide the slice: libtpu aborts.
     mesh = sharding.data_mesh(batch_size, [Device("gpu", id=i) for i in range(8)])
     assert mesh.size == used
@@ -189,7 +189,7 @@ def test_a_cache_that_the_user_chose_is_left_alone(cache_setting, monkeypatch, t
     assert getattr(jax.config, cache_setting) is None
 
 
-def test_xla_is_told_by_platform_how_to_compile_and_only_what_it_knows(monkeypatch):
+def test_compiler_options_depend_on_platform_and_xla(monkeypatch):
     mesh = SimpleNamespace(devices=np.array([jax.devices("cpu")[0]]))
     told = compiler_options(mesh)
     if jax.__version_info__ >= (0, 10, 2):  # older ones need not know of it, as 0.7.2 does not
@@ -316,7 +316,7 @@ def test_eight_devices_validate_as_one(found, name):
 
 
 @pytest.mark.slow
-def test_a_batch_is_split_and_gradients_are_summed_over_eight_devices(found):
+def test_batch_is_split_and_gradients_are_summed(found):
     assert found["one"]["rows"] == [16]
     assert found["eight"]["rows"] == [2] * 8
     assert found["one"]["collectives"] == []
@@ -333,7 +333,7 @@ def test_eight_devices_share_what_muon_makes_orthogonal(found):
 
 
 @pytest.mark.slow
-def test_eight_devices_keep_an_eighth_of_adams_moments_each_and_find_the_same(found):
+def test_eight_devices_store_an_eighth_of_adam_moments_each(found):
     """Arrays that eight does not divide are whole, and so is Muon's momentum of the layers' matrices."""
     whole, shares = found["eight"], found["eight, in shares"]
     assert (whole["kept"], shares["kept"]) == ([1], [0.125])
@@ -345,7 +345,7 @@ def test_eight_devices_keep_an_eighth_of_adams_moments_each_and_find_the_same(fo
 
 
 @pytest.mark.slow
-def test_what_devices_find_is_summed_and_of_the_rest_the_least_counts(found):
+def test_psum_adds_sums_and_takes_minima(found):
     """So a gradient that overflowed on one device is left out by all, and all halve the loss scale."""
     assert found["summed"] == [3 * sum(range(4, 36, 2)), [4, False]]
 
@@ -359,7 +359,7 @@ def test_eight_devices_write_what_one_writes(found):
 
 
 @pytest.mark.slow
-def test_two_devices_that_write_text_after_text_write_what_one_writes(found):
+def test_two_devices_generate_sequentially_like_one(found):
     one, two = found["written, text after text"]
     assert (one["devices"], two["devices"]) == (1, 2)
     assert one["apart"]

@@ -77,7 +77,7 @@ def order(request):
 
 
 @pytest.mark.parametrize("temperature", [1.0, pytest.param(0.5, marks=pytest.mark.slow), 0.0])
-def test_a_batch_of_different_lengths_equals_the_uncached_model_inside_and_past_the_window(temperature, order):
+def test_batched_generation_equals_the_uncached_model(temperature, order):
     rows = prompts(3, 11, 23, 30)  # the last is longer than the window
     p = generate(rows, 20, temperature=temperature)
     for i, row in enumerate(rows):
@@ -87,7 +87,7 @@ def test_a_batch_of_different_lengths_equals_the_uncached_model_inside_and_past_
         np.testing.assert_allclose(p.entropy[i, len(row) : len(tokens)], entropy, atol=1e-4)
 
 
-def test_greedy_text_and_metrics_are_those_of_the_float64_reference():
+def test_greedy_generation_equals_the_reference():
     (row,) = prompts(10, seed=5)
     tokens, surprisal, entropy = reference.generate_greedy(THEIRS, row, 25, 24, 2, 8, used_ids=30)
     p = generate([row], 25, temperature=0.0)
@@ -188,7 +188,7 @@ def test_prompt_metrics_are_those_of_the_whole_model():
         np.testing.assert_allclose(p.entropy[i, : len(row)], entropy, atol=1e-4)
 
 
-def test_one_compilation_serves_every_count_temperature_and_length_of_a_bucket():
+def test_one_compilation_serves_a_bucket_of_lengths():
     kinds = (KVCache, CpuKVCache, BlockedKVCache)
 
     def compiled() -> list[int]:
@@ -249,7 +249,7 @@ def test_scores_inside_the_window_are_those_of_the_whole_model():
 
 
 @pytest.mark.parametrize("length", [24, 25, 26, 49, 60])
-def test_scores_past_the_window_cover_every_character_and_at_stride_1_equal_generation(length):
+def test_scores_beyond_the_context_at_stride_1_equal_generation(length):
     (row,) = prompts(length)
     exact = score_tokens(PARAMS, row, graphdef=GRAPHDEF, block_size=24, stride=1)
     for t in range(1, length):

@@ -25,7 +25,7 @@ def test_filters_keep_the_likeliest(top_k, top_p, kept):
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-def test_draws_are_those_of_jax_random_categorical_with_the_documented_key(temperature):
+def test_samples_equal_those_of_jax_random_categorical(temperature):
     key, logits = jax.random.key(1), jax.random.normal(jax.random.key(2), (3, 40))
     drawing, numbers, places = (
         Sampler(temperature).with_key(key),

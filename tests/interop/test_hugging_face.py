@@ -38,7 +38,7 @@ def texts(vocabulary: list[str], count: int = 300):
         yield "".join(rng.choice(vocabulary, rng.integers(1, 60)))
 
 
-def test_ids_that_are_never_written_are_named_only_where_they_are_masked(tmp_path):
+def test_suppressed_tokens_are_listed_only_if_masked(tmp_path):
     ours = model(mask=True)
     found = json.loads((exported(ours, tmp_path) / "generation_config.json").read_text())
     assert found["suppress_tokens"] == [0, *range(ours.tokenizer.n_ids, 64)]
@@ -52,7 +52,7 @@ def test_the_paddings_name_is_no_text_of_the_vocabulary():
     assert padding_name(clash) == "\ue001"
 
 
-def test_the_tokenizer_file_splits_into_characters_and_names_them_all(tmp_path):
+def test_tokenizer_file_has_one_token_per_character(tmp_path):
     ours = model(mask=True)
     found = json.loads((exported(ours, tmp_path) / "tokenizer.json").read_text(encoding="utf-8"))
     assert padding_name(ours.tokenizer) == "\ue000"

@@ -12,7 +12,7 @@ from chargpt_jax.model.flops import peak_flops, training_flops
 from tests.pairing import built
 
 
-def test_a_step_is_three_times_the_products_that_xla_counts_in_a_forward_pass():
+def test_training_flops_are_three_forward_passes_of_xla():
     """XLA counts a loop's body once, so one layer; one block of queries, so that no score is left out."""
     config = ModelConfig(
         vocab_size=128, used_ids=97, block_size=64, n_embd=96, n_head=4, n_head_dim=32, n_ff=256, n_layer=1, remat=False

@@ -152,7 +152,7 @@ def test_remat_and_block_size_of_attention_change_nothing(tokens):
         np.testing.assert_allclose(other, expected, atol=2e-6)
 
 
-def test_dropout_is_off_without_seeds_and_differs_between_sequences(tokens):
+def test_dropout_needs_seeds_and_differs_between_sequences(tokens):
     config = dataclasses.replace(CONFIG, dropout=0.3)
     _, params = built(config, 0)
     np.testing.assert_array_equal(run(config, params, tokens), run(CONFIG, params, tokens))
@@ -213,7 +213,7 @@ def test_a_sequence_alone_is_decoded_as_among_others(kind, dtype, exact, platfor
 
 
 @pytest.mark.parametrize("n_layer", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_what_is_predicted_at_one_place_is_what_a_call_predicts_there(n_layer, tokens):
+def test_prediction_at_one_position_equals_the_full_call(n_layer, tokens):
     config = dataclasses.replace(CONFIG, n_layer=n_layer)
     graphdef, params = built(config, 0)
     whole = run(config, params, tokens)
@@ -251,7 +251,7 @@ def test_bfloat16_logits_are_float32_and_near():
 
 
 @pytest.mark.skipif(jax.__version_info__ < BFLOAT16_ON_CPU, reason="this JAX cannot multiply bfloat16 on a CPU")
-def test_in_bfloat16_the_gradients_of_biases_are_summed_in_float32():
+def test_bias_gradients_are_summed_in_float32():
     """Over 4,096 positions a sum in bfloat16 stalls: the qkv bias's gradient would be wrong by a quarter."""
     config = dataclasses.replace(CONFIG, block_size=128, n_layer=1, mask_unused_ids=False, attention_block=64)
     tokens = jnp.asarray(np.random.default_rng(1).integers(1, 40, (32, 128)), jnp.int32)

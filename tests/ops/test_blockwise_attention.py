@@ -169,7 +169,7 @@ def test_no_kernel_of_a_cpu_writes_exp_over_what_it_takes_it_of(batch, heads):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu" or jax.__version_info__ < (0, 10), reason="XLA's library for CPUs")
-def test_without_a_gradient_a_cpu_makes_large_blocks_in_one_kernel():
+def test_cpu_attention_without_gradient_is_fused():
     """In the compiled program their scores are inside kernels only, from which outputs and sums of weights come."""
     q, k, v = inputs(256, batch=1, heads=8, width=8)
     text = jax.jit(lambda *x: causal_attention(*x, None, Dropout(), 64, True)).lower(q, k, v).compile().as_text()

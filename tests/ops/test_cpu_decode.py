@@ -100,7 +100,7 @@ def chosen(sequences, elements, parameters, dtype=jnp.float32, platform="cpu"):
     return ops_for(dtype, platform=platform).cache_type(sequences, elements, parameters)
 
 
-def test_sequences_are_generated_one_by_one_by_platform_dtype_and_sizes(availability, monkeypatch):
+def test_sequential_decoding_depends_on_platform_and_sizes(availability, monkeypatch):
     monkeypatch.setattr(cpu_decode, "TESTED_JAX", (jax.__version__,))
     assert chosen(1, 10, MAX_PARAMETERS) is BlockedKVCache
     assert chosen(1, 10, MAX_PARAMETERS + 1) is CpuKVCache
@@ -149,7 +149,7 @@ def test_a_cpu_writes_no_copy_of_the_matrix():
     assert compiled.memory_analysis().temp_size_in_bytes < 384 * 384 * 4 / 4
 
 
-def test_one_row_in_float32_or_wider_leaves_matrices_in_their_stack():
+def test_batch_size_1_reads_matrices_from_the_stack():
     stacks = jnp.ones((3, 8, 8))
 
     def seen(rows, dtype, platform):

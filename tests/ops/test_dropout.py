@@ -114,7 +114,7 @@ def test_sequences_that_share_half_of_their_seed_are_independent(mask_of):
         assert_all_independent(coins(mask_of(SEEDS.at[:, half].set(7), PLACES, 0.2), 0.2))
 
 
-def test_flipping_one_bit_of_a_seeds_first_half_makes_an_unrelated_mask(mask_of):
+def test_flipping_a_seed_bit_gives_an_independent_mask(mask_of):
     seeds = jnp.stack([SEEDS[0]] + [SEEDS[0] ^ jnp.uint32([1 << bit, 0]) for bit in range(32)])
     values = coins(mask_of(seeds, PLACES, 0.5), 0.5)
     for flipped in values[1:]:

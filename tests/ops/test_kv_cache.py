@@ -92,7 +92,7 @@ def test_scores_may_be_of_any_size(middle, platform):
 
 
 @pytest.mark.parametrize("other", [60, -60, 3000])
-def test_a_sequence_gets_the_same_bits_whatever_the_size_of_anothers_scores(other):
+def test_result_does_not_depend_on_scores_of_other_sequences(other):
     attend = jax.jit(ATTENTION["cpu"])
     results = []
     for middle in (0, other):

@@ -47,7 +47,7 @@ def exactly(axes, a, b, dtype):
 @pytest.mark.parametrize(("axes", "turned"), [("rc,cf->rf", False), ("rc,vc->rv", True)])
 @settings(deadline=None, max_examples=12)
 @given(rows=st.integers(1, 40), columns=st.integers(1, 20), others=st.integers(1, 20))
-def test_a_product_and_its_gradients_are_those_of_rounded_numbers(dtype, axes, turned, rows, columns, others):
+def test_product_and_gradients_use_rounded_operands(dtype, axes, turned, rows, columns, others):
     """Whatever the shapes: odd rows, and either array the wider one, go other ways."""
     a, weight = drawn(rows, columns), drawn(rows, others, seed=2)
     b = drawn(*((others, columns) if turned else (columns, others)), seed=1)
@@ -107,7 +107,7 @@ def test_building_a_model_for_a_named_platform_starts_no_devices():
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_a_models_products_take_narrow_numbers_everywhere_but_in_a_cpus_attention(platform):
+def test_model_multiplies_narrow_except_in_cpu_attention(platform):
     graphdef, params = built(CONFIG, 0, jnp.bfloat16, platform)
     tokens = jnp.ones((2, 8), jnp.int32)
     found = multiplied(lambda params: nnx.merge(graphdef, params).features(tokens), params)

@@ -93,7 +93,7 @@ def test_the_search_without_points_says_so():
         assert "no data yet" in words(svg)
 
 
-def test_the_suggestion_is_a_dashed_line_at_its_rate_with_its_value():
+def test_suggestion_is_a_dashed_line_with_its_value():
     svg = lr_finder_plot([(RATES, LOSSES)], [1e-3], RATES[4], method="balanced")
     (guide,), (curve,) = paths(svg, "cg-guide"), paths(svg, "cg-zoom")
     assert points(guide)[0] == (points(curve)[4][0], BOTTOM)
@@ -112,7 +112,7 @@ def test_the_steepest_rates_lie_on_their_curves():
     assert ring == points(curve)[4]
 
 
-def test_a_diverged_loss_runs_off_the_top_and_the_descent_keeps_its_room():
+def test_diverged_loss_is_clipped_at_the_top():
     svg = lr_finder_plot([([*RATES, 10.0], [*LOSSES, 1e6])], [1e-3], None)
     ys = [y for _, y in points(paths(svg, "cg-zoom")[0])]
     assert ys[-1] < TOP
@@ -161,14 +161,14 @@ def test_points_that_are_not_finite_are_dropped():
     assert len(points(paths(svg, "cg-training")[0])) == 2
 
 
-def test_the_best_validation_loss_is_marked_and_given_in_nats_and_bits():
+def test_best_validation_loss_is_marked_in_nats_and_bits():
     svg = loss_plot([(0, 5.0), (30, 1.0)], [(10, 2.0), (20, 1.5), (30, 1.6)])
     (ring,) = circles(svg, "cg-ring")
     assert ring in circles(svg, "cg-dot")
     assert f"1.500 nats = {1.5 / math.log(2):.3f} bits" in words(svg)
 
 
-def test_a_few_training_points_are_drawn_as_they_are_and_many_also_smoothed():
+def test_many_training_points_get_a_moving_average():
     few = [(i, 4.0) for i in range(SMOOTH_FROM)]
     assert paths(loss_plot(few, []), "cg-raw") == []
     many = [(i, 4.0 + (-1) ** i) for i in range(400)]
@@ -197,7 +197,7 @@ def test_every_point_lies_in_the_frame():
     assert all(LEFT <= x <= RIGHT and TOP <= y <= BOTTOM for x, y in drawn)
 
 
-def test_two_plots_on_a_page_share_no_id_and_refer_to_nothing_outside():
+def test_two_plots_share_no_id_and_have_no_external_links():
     one = lr_finder_plot([(RATES, LOSSES)], [1e-3], None)
     two = lr_finder_plot([(RATES, LOSSES[::-1])], [1e-3], None)
     ids = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (one, two)]

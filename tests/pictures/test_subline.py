@@ -95,7 +95,7 @@ def test_lines_hold_at_most_chars_per_line_columns():
     assert shown(draw("abcdefghij", chars_per_line=4)) == ["abcd", "efgh", "ij"]
 
 
-def test_a_wide_character_that_does_not_fit_goes_to_the_next_line():
+def test_wide_character_wraps_to_the_next_line():
     assert shown(draw("abc漢d", chars_per_line=4)) == ["abc", "漢d"]
 
 
@@ -142,7 +142,7 @@ def test_knots_stand_under_the_centres_of_their_glyphs():
     assert [x for x, _ in knots(path)] == glyphs
 
 
-def test_a_long_token_has_a_plateau_from_its_first_to_its_last_character():
+def test_long_token_has_a_plateau():
     (path,) = curves(ET.fromstring(subline(["a", "long", "b"], [Series("v", np.array([0.0, 1.0, 0.0]))])))
     plateau = [x for x, y in knots(path) if y == -RISE]
     assert plateau == pytest.approx([CELL * 1.5, CELL * 4.5], abs=0.051)
@@ -235,7 +235,7 @@ def test_a_text_without_glyphs_is_a_picture_with_only_its_legend(tokens):
     assert "flat" in "".join(root.itertext())
 
 
-def test_equal_texts_have_equal_svgs_and_different_texts_different_ids():
+def test_ids_in_the_svg_depend_on_the_text():
     one, same, other = (subline(list(t), flat(list(t))) for t in ("abc", "abc", "abd"))
     assert one == same
     assert not set(re.findall(r'id="([^"]+)"', one)) & set(re.findall(r'id="([^"]+)"', other))
@@ -250,7 +250,7 @@ def test_every_css_rule_is_held_to_the_picture():
     assert all(kind == "chargpt" or kind.startswith("cg-") for kind in used)
 
 
-def test_five_hundred_characters_take_less_than_a_hundred_kilobytes():
+def test_svg_of_500_characters_is_below_100_kilobytes():
     rng = np.random.default_rng(0)
     tokens = ["a"] * 500
     series = metric_series(rng.uniform(0, 5, 500), rng.uniform(0, 5, 500), rng.uniform(-1, 1, 500), 128)

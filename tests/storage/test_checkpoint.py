@@ -116,7 +116,7 @@ def test_an_empty_folder_and_an_absent_step_are_named(store):
         store.choose(4)
 
 
-def test_a_damaged_step_is_passed_over_with_one_warning_and_left_alone(copy):
+def test_damaged_checkpoint_is_skipped_with_one_warning(copy):
     damaged = copy.folder / "3" / "record.json"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert copy.choose("latest") == 2
@@ -129,14 +129,14 @@ def test_a_damaged_step_is_passed_over_with_one_warning_and_left_alone(copy):
     assert damaged.exists()
 
 
-def test_where_the_best_is_damaged_the_second_best_is_taken_whatever_its_record_says_now(copy):
+def test_damaged_best_checkpoint_gives_the_second_best(copy):
     path = copy.folder / "2" / "record.json"
     path.write_text(path.read_text().replace('"loss": 1.0', '"loss": 9.0'))
     assert copy.choose("best") == 3
     assert len(copy.heard) == 1
 
 
-def test_where_no_step_can_be_used_each_is_listed_with_its_reason(copy):
+def test_unusable_checkpoints_are_listed_with_reasons(copy):
     (copy.folder / "3" / manifest.NAME).unlink()
     (copy.folder / "2" / "record.json").unlink()
     (copy.folder / "1" / "more").write_text("")
@@ -147,7 +147,7 @@ def test_where_no_step_can_be_used_each_is_listed_with_its_reason(copy):
     assert len(copy.heard) == 3
 
 
-def test_a_newer_format_is_refused_in_a_sentence_and_an_older_step_taken(copy):
+def test_newer_format_is_skipped_for_an_older_checkpoint(copy):
     change_record(copy.folder / "3", format=FORMAT + 1)
     with pytest.raises(NoCheckpoint, match=f"has format {FORMAT + 1}, but .* up to {FORMAT}: install a newer chargpt"):
         copy.record(3)
@@ -170,7 +170,7 @@ def test_a_newer_format_is_refused_in_a_sentence_and_an_older_step_taken(copy):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_record_that_was_changed_and_sealed_anew_is_still_refused(copy, changes, reason):
+def test_changed_record_with_a_new_manifest_is_rejected(copy, changes, reason):
     change_record(copy.folder / "3", **changes)
     with pytest.raises(NoCheckpoint, match=reason):
         copy.restore(3, state_at(1))
@@ -184,7 +184,7 @@ def test_another_model_is_refused_before_its_arrays_are_read(copy, monkeypatch):
         copy.restore(3, like.replace(params=params))
 
 
-def test_a_record_that_claims_more_than_its_files_can_hold_is_refused_before_memory_is_taken(copy, monkeypatch):
+def test_record_larger_than_its_files_is_rejected(copy, monkeypatch):
     """The claim and the wish agree, as they would where a hostile config asked for the model."""
     monkeypatch.setattr(copy.arrays._orbax, "restore", lambda *_, **__: pytest.fail("the arrays were read"))
     change_record(copy.folder / "3", arrays={"step": ["float32", [10**6, 10**6]]})
@@ -219,7 +219,7 @@ def test_stray_names_are_no_steps(copy):
     assert not copy.heard
 
 
-def test_an_empty_folder_named_like_a_step_is_passed_over_and_never_deleted(copy):
+def test_empty_checkpoint_folder_is_skipped_and_not_deleted(copy):
     (copy.folder / "99").mkdir()
     assert copy.choose("latest") == 3
     (warning,) = copy.heard
@@ -244,7 +244,7 @@ def test_a_damaged_step_neither_counts_as_kept_nor_is_deleted(copy):
     assert copy.steps() == [2, 3, 4, 5]
 
 
-def test_a_step_that_was_damaged_after_it_was_last_seen_is_not_deleted(store):
+def test_checkpoint_damaged_since_verification_is_not_deleted(store):
     store.save(state_at(1), RECORD, 9.0)
     store.save(state_at(2), RECORD, 1.0)
     (store.folder / "1" / "record.json").unlink()
@@ -270,7 +270,7 @@ def test_a_sound_step_of_the_same_number_is_replaced(copy):
     assert sorted(path.name for path in copy.folder.iterdir()) == ["1", "2", "3"]
 
 
-def test_what_orbax_still_writes_after_a_refusal_is_removed_as_well(copy, monkeypatch):
+def test_files_that_orbax_writes_after_an_error_are_removed(copy, monkeypatch):
     writers = []
 
     def refuse(path, **_):

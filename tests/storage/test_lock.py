@@ -76,7 +76,7 @@ def test_an_error_releases_it(folder):
     take(folder)
 
 
-def test_a_second_writer_is_refused_by_pid_and_host_and_touches_nothing(folder, holder):
+def test_second_writer_is_rejected_with_pid_and_host(folder, holder):
     before = (folder / lock.NAME).read_bytes()
     with pytest.raises(UserError) as error, lock.writer(folder):
         pass
@@ -108,16 +108,14 @@ def test_the_lock_of_a_killed_process_is_reclaimed_at_once(folder, holder):
         {"boot": OLD_BOOT, "process_started": "1"},
     ],
 )
-def test_a_lock_from_before_a_reboot_or_with_a_pid_that_is_anothers_now_is_reclaimed(
-    folder, monkeypatch, changed, without_kernel
-):
+def test_lock_of_an_ended_process_is_reclaimed(folder, monkeypatch, changed, without_kernel):
     if without_kernel:
         monkeypatch.setattr(lock, "_lock", lambda file: None)
     left_over(folder, **changed)
     assert take(folder)["pid"] == os.getpid()
 
 
-def test_on_a_disk_without_locks_the_process_itself_is_looked_for(folder, monkeypatch):
+def test_disk_without_locks_checks_the_process(folder, monkeypatch):
     monkeypatch.setattr(lock, "_lock", lambda file: None)
     left_over(folder, pid=os.getpid(), process_started=lock._started(os.getpid()))
     with pytest.raises(UserError, match=f"Process {os.getpid()} on .* is writing to the run"):
@@ -138,7 +136,7 @@ def test_a_lock_of_version_0_1_0_is_understood(folder, monkeypatch):
         take(folder)
 
 
-def test_a_lock_from_another_machine_counts_until_it_has_been_silent(folder):
+def test_lock_of_another_machine_expires(folder):
     left_over(folder, host="elsewhere", boot=1.0)
     with pytest.raises(UserError) as error:
         take(folder)
@@ -152,7 +150,7 @@ def test_a_lock_from_another_machine_counts_until_it_has_been_silent(folder):
     take(folder)
 
 
-def test_a_container_that_came_back_under_another_name_is_not_stopped(folder):
+def test_lock_of_a_restarted_container_is_reclaimed(folder):
     left_over(folder, host="the container before")
     assert take(folder)["pid"] == os.getpid()
 
@@ -175,7 +173,7 @@ def test_a_damaged_lock_stops_nobody(folder, content):
 
 @pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
-def test_a_lock_that_is_no_file_is_refused_and_nothing_is_followed(folder, kind):
+def test_lock_that_is_not_a_file_is_rejected(folder, kind):
     folder.mkdir(parents=True)
     path, target = folder / lock.NAME, folder / "precious"
     target.write_text("precious")
@@ -198,7 +196,7 @@ def test_a_place_where_no_folder_lasts_is_refused(folder, monkeypatch):
     assert not folder.exists()
 
 
-def test_a_later_training_of_the_same_process_takes_over_and_the_earlier_one_stops(folder):
+def test_later_training_of_the_process_takes_over(folder):
     """As in a notebook, where a run that was broken off lives on in a traceback."""
     with lock.writer(folder) as earlier, lock.writer(folder) as later:
         later.alive()

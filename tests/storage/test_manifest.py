@@ -101,7 +101,7 @@ def test_swapped_files_are_found(sealed):
 
 
 @pytest.mark.parametrize("name", ["../out", "a/../../out", "/etc/passwd", "a//../x", "", "./d.txt", "a\\b", "C:/x"])
-def test_a_name_that_leads_out_of_the_folder_is_refused_before_anything_is_opened(sealed, name, monkeypatch):
+def test_path_outside_the_folder_is_rejected_before_opening(sealed, name, monkeypatch):
     relist(sealed, {**listed(sealed), name: {"sha256": "0" * 64, "bytes": 0}})
     monkeypatch.setattr(manifest, "_described", lambda path: pytest.fail("a file was opened"))
     with pytest.raises(Damaged, match="names a file outside its folder"):
@@ -164,7 +164,7 @@ def test_a_file_that_may_not_be_read_is_named(sealed):
         verify(sealed)
 
 
-def test_every_file_and_folder_is_on_the_disk_before_the_folder_itself(sealed, monkeypatch):
+def test_files_are_synced_before_their_folder(sealed, monkeypatch):
     synced, real = [], os.fsync
     (sealed / manifest.NAME).unlink()
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd)))

@@ -125,7 +125,7 @@ def test_resuming_before_the_first_line_leaves_an_empty_log(folder):
     assert folder.load_metrics() == []
 
 
-def test_lines_wait_for_a_disk_that_takes_them_and_the_warning_comes_once(folder, monkeypatch):
+def test_lines_wait_until_the_disk_is_writable(folder, monkeypatch):
     told: list[str] = []
     log, opened = log_at(folder, 0, told), Path.open
     log.add([{"event": "step", "step": 1}])
@@ -172,7 +172,7 @@ def test_a_log_that_cannot_be_read_is_named(folder):
         folder.load_metrics()
 
 
-def test_a_config_that_contradicts_the_runs_is_refused_field_by_field(folder):
+def test_contradicting_config_is_rejected_by_field(folder):
     folder.save_config(Config())
     given = Config()
     given.model.n_layer, given.data.batch_size = 3, 8
@@ -182,7 +182,7 @@ def test_a_config_that_contradicts_the_runs_is_refused_field_by_field(folder):
     assert str(folder.path) in str(error.value)
 
 
-def test_what_a_run_filled_in_or_may_change_does_not_contradict_it(folder):
+def test_resolved_or_changeable_fields_do_not_contradict(folder):
     saved, given = Config(), Config()
     saved.model.vocab_size, saved.model.used_ids, saved.optimizer.learning_rate = 128, 98, 1e-3
     given.train.log_every, given.scheduler.epochs, given.sample.prompts = 1, 7.0, ("x",)

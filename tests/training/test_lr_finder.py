@@ -135,7 +135,7 @@ def test_the_steepest_rate_lies_within_the_rates(points):
     assert lrs[0] * (1 - 1e-9) <= steepest_rate(lrs, losses) <= lrs[-1] * (1 + 1e-9)
 
 
-def test_the_steepest_rate_is_where_one_step_falls_and_the_others_do_not():
+def test_steepest_rate_is_at_the_only_fall():
     lrs = [1e-4, 1e-3, 1e-2, 1e-1]
     assert steepest_rate(lrs, [4.0, 4.0, 3.0, 3.0]) == pytest.approx(10**-2.5)
     assert steepest_rate(lrs, [4.0, 3.0, 2.0, 1.0]) == pytest.approx(10**-2.5)
@@ -144,7 +144,7 @@ def test_the_steepest_rate_is_where_one_step_falls_and_the_others_do_not():
 
 @few
 @given(st.lists(st.floats(-20, 3), min_size=4, max_size=4, unique=True), st.floats(0.05, 0.95))
-def test_zooming_in_on_rates_inside_keeps_the_range_inside_and_in_order(logs, zoom_factor):
+def test_zoom_in_keeps_the_range_inside_and_ordered(logs, zoom_factor):
     low, first, second, high = (math.exp(x) for x in sorted(logs))
     assume(low < first < second < high)
     for proposed in ((first, second), (first, first), (second, second)):
@@ -170,7 +170,7 @@ def test_rates_are_evenly_spaced_in_the_logarithm_with_both_ends():
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 4, 256])
-def test_every_zoom_starts_from_a_fresh_state_and_carries_it_through_the_zoom(at_once):
+def test_each_zoom_starts_from_a_new_state(at_once):
     starts: list[int] = []
     seen: list[tuple[int, int, float]] = []
 

@@ -29,7 +29,7 @@ def matrices(*shape: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("steps", [1, 3, 5])
-def test_singular_values_go_through_the_polynomials_and_the_vectors_stay(shape, steps):
+def test_orthogonal_changes_only_singular_values(shape, steps):
     x = matrices(3, *shape)
     with x64(True):
         got = orthogonal(jnp.asarray(x), steps)
@@ -64,7 +64,7 @@ def test_nothing_stays_nothing(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_transposed_matrix_gives_the_transposed_result_and_each_matrix_of_a_stack_its_own(shape):
+def test_orthogonal_commutes_with_transposing_and_stacking(shape):
     with x64(True):
         x = jnp.asarray(matrices(2, 3, *shape))
         got = np.asarray(orthogonal(x))
@@ -155,7 +155,7 @@ def test_all_but_the_layers_matrices_move_as_with_adamw():
         assert not np.allclose(mine["['blocks']['mlp']['up']['kernel']"], plain["['blocks']['mlp']['up']['kernel']"])
 
 
-def test_the_matrices_move_by_the_rate_times_the_factor_and_shrink_by_the_rate_times_the_decay():
+def test_muon_learning_rate_and_weight_decay_of_matrices():
     config = OptimizerConfig(weight_decay=0.5, kind="muon", muon_factor=4.0, muon_momentum=0.0, muon_steps=5)
     params, gradient = model_like(9), model_like(0)
     with x64(True):

@@ -40,7 +40,7 @@ def test_the_schedule_is_the_references_at_every_step(epochs, warmup, epoch_step
 
 
 @pytest.mark.parametrize(("epochs", "warmup", "epoch_steps", "low"), SHAPES)
-def test_the_schedule_begins_and_ends_low_and_peaks_after_the_warm_up(epochs, warmup, epoch_steps, low):
+def test_schedule_peaks_after_the_warm_up(epochs, warmup, epoch_steps, low):
     config = SchedulerConfig(epochs=epochs, warmup_epochs=warmup, min_lr_factor=low)
     rate = warmup_cosine(config, 0.01, epoch_steps)
     steps = round(warmup * epoch_steps)
@@ -68,7 +68,7 @@ def test_under_x64_the_schedule_is_computed_in_float64(epochs, warmup, epoch_ste
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0, 30.0])
-def test_without_decay_the_rate_rises_as_it_would_and_stays_at_the_peak(warmup):
+def test_decay_none_stays_at_the_peak(warmup):
     """A warm-up that is longer than the run is cut off, not hurried."""
     config = SchedulerConfig(max_steps=40, warmup_epochs=warmup, min_lr_factor=0.1)
     rates = np.asarray(warmup_cosine(config, 0.01, 10, "none")(jnp.arange(50)))
@@ -97,7 +97,7 @@ def test_a_run_within_its_warm_up_stays_finite_and_rises(total):
         ({"epochs": 3.0, "max_steps": 700}, 10, 700),
     ],
 )
-def test_the_number_of_steps_is_that_of_the_epochs_unless_max_steps_says_it(settings, epoch_steps, steps):
+def test_total_steps_are_epochs_or_max_steps(settings, epoch_steps, steps):
     assert total_steps(SchedulerConfig(**settings), epoch_steps) == steps
 
 
@@ -112,7 +112,7 @@ def test_a_warm_up_is_as_many_steps_as_its_epochs_hold():
 # Decay mask
 
 
-def test_weight_decay_acts_on_the_kernels_and_the_embedding_and_on_nothing_else():
+def test_weight_decay_applies_to_kernels_and_embedding():
     config = ModelConfig(64, 10, block_size=8, n_embd=8, n_head=2, n_head_dim=4, n_ff=12, n_layer=2)
     params = jax.eval_shape(lambda: built(config, seed=0)[1])
     mask = decay_mask(params)

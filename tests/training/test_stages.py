@@ -132,7 +132,7 @@ def test_the_speed_of_training_is_written_down(whole):
     assert speed["seconds_per_step"] == pytest.approx(8 * 32 / last.tokens_per_second)
 
 
-def test_where_the_peak_is_known_the_part_of_it_that_was_reached_is_written_down(whole, monkeypatch):
+def test_mfu_is_saved_if_the_peak_is_known(whole, monkeypatch):
     setup, timed = Setup.of(Run.load(whole[0])), pacing.DispatchSize(small_config("x"))
     timed.record(0.5, 10)
     monkeypatch.setattr(loop, "peak_flops", lambda device, dtype: 1e9 if dtype == "float32" else None)
@@ -164,7 +164,7 @@ def test_how_many_steps_share_a_dispatch_changes_no_bit(whole, text, tmp_path, s
     assert same_bits(final(tmp_path), final(whole[0]))
 
 
-def test_a_signal_saves_between_validations_and_the_run_goes_on_from_there(whole, text, tmp_path):
+def test_signal_saves_and_the_run_resumes_there(whole, text, tmp_path):
     config = small_config(text)
     config.train.steps_per_dispatch = 1
     events: list[object] = []
@@ -195,7 +195,7 @@ def test_the_seconds_of_a_run_go_on_where_it_was_cut(text, tmp_path):
 
 
 @pytest.mark.parametrize("at", [3, *(pytest.param(at, marks=pytest.mark.slow) for at in (15, 30))])
-def test_a_signal_within_a_validation_cuts_it_short_and_it_is_made_up_for(whole, text, tmp_path, monkeypatch, at):
+def test_signal_interrupts_a_validation_which_is_repeated(whole, text, tmp_path, monkeypatch, at):
     """Step 3 is the first that is validated here, 30 the last of all."""
     config = small_config(text)
     batches_seen, original = 0, setup.Setup.validator
@@ -227,7 +227,7 @@ def test_a_signal_within_a_validation_cuts_it_short_and_it_is_made_up_for(whole,
     assert logged(tmp_path) == logged(whole[0])
 
 
-def test_a_signal_within_the_range_test_ends_it_and_nothing_is_decided(text, tmp_path):
+def test_signal_ends_the_range_test_without_a_result(text, tmp_path):
     config = small_config(text)
     config.optimizer.learning_rate = None
     events: list[object] = []
@@ -240,9 +240,7 @@ def test_a_signal_within_the_range_test_ends_it_and_nothing_is_decided(text, tmp
     assert not (tmp_path / "lr_finder.json").exists()
 
 
-def test_a_log_that_cannot_be_written_does_not_end_training_and_is_whole_again_later(
-    whole, text, tmp_path, monkeypatch
-):
+def test_unwritable_log_does_not_end_training(whole, text, tmp_path, monkeypatch):
     told, original, full = [], Path.open, True
 
     def opened(path, mode="r", *args, **options):
@@ -269,9 +267,7 @@ class Crash(BaseException):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "parts"), [("tiny", 1), ("small", 2), ("nanogpt_cpu", 1), ("nanogpt_baby", 2)])
-def test_every_shipped_config_resumes_bit_for_bit_after_crashes_at_random_writes(
-    text, tmp_path, monkeypatch, name, parts
-):
+def test_shipped_configs_resume_bit_for_bit_after_crashes(text, tmp_path, monkeypatch, name, parts):
     """Each in its own ways (dropout, padding, clipping, ...), in the middle of an epoch, with a smaller model."""
     config = load_config(name)
     config.optimizer.accumulation_steps = parts
@@ -322,7 +318,7 @@ def test_time_is_up_when_a_dispatch_and_two_saves_no_longer_fit(monkeypatch):
     assert not pacing.StopCondition(lambda: None).reached(1e9)
 
 
-def test_near_the_end_of_the_time_a_dispatch_holds_what_still_fits(text):
+def test_last_dispatch_fits_into_the_time_left(text):
     timed = pacing.DispatchSize(small_config(text))
     assert (timed.steps_within(math.inf), timed.steps_within(3.0)) == (pacing.MAX_DISPATCH_STEPS, 1)
     timed.record(1.0, 10)
@@ -354,7 +350,7 @@ def test_validation_compiles_once_for_all_of_a_run(text, tmp_path, monkeypatch):
     assert len(traces) == 1
 
 
-def test_short_batches_are_validated_together_with_the_same_result(text, tmp_path, monkeypatch):
+def test_merged_validation_batches_give_the_same_loss(text, tmp_path, monkeypatch):
     list(stages.prepare(small_config(text), tmp_path, quiet))
     run, asked, losses = Setup.of(Run.load(tmp_path)), [], []
     params = jax.tree.map(np.asarray, run.draw())
@@ -408,7 +404,7 @@ def test_the_ancestors_ways_can_be_switched_on(text, tmp_path):
     assert crops(params, 1) == pytest.approx(windows(params, 1), rel=0.05)
 
 
-def test_without_a_rate_the_range_test_finds_one_and_the_config_keeps_it(text, tmp_path):
+def test_range_test_runs_if_no_learning_rate_is_set(text, tmp_path):
     config = small_config(text)
     config.optimizer.learning_rate = None
     config.scheduler.max_steps = 3
@@ -429,7 +425,7 @@ def test_without_a_rate_the_range_test_finds_one_and_the_config_keeps_it(text, t
     assert not [event for event in again if isinstance(event, LRFinderStep)]
 
 
-def test_a_failure_in_drawing_while_the_updates_are_traced_is_told(text, tmp_path):
+def test_error_of_initialisation_in_the_thread_is_raised(text, tmp_path):
     list(stages.prepare(small_config(text), tmp_path, quiet))
 
     def draw():
@@ -447,7 +443,7 @@ def test_the_range_test_compiles_once(text, tmp_path, monkeypatch):
     assert len(traces) == 1
 
 
-def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(text, tmp_path):
+def test_non_finite_loss_stops_training(text, tmp_path):
     config = small_config(text)
     config.optimizer.learning_rate = 1e30
     config.scheduler.warmup_epochs = 100.0  # the rate grows from nothing, so the first checkpoint is good
@@ -459,7 +455,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(text, tmp_pa
     assert all(np.isfinite(x).all() for x in final(tmp_path).values())
 
 
-def test_a_changed_config_is_refused_with_its_fields_and_what_may_change_is_not(whole, text):
+def test_changed_config_is_rejected_by_field(whole, text):
     workdir, _ = whole
     config = small_config(text)
     config.model.dropout, config.seed = 0.3, 5
@@ -470,7 +466,7 @@ def test_a_changed_config_is_refused_with_its_fields_and_what_may_change_is_not(
     list(stages.train(config, workdir, quiet))
 
 
-def test_a_checkpoint_of_another_vocabulary_is_refused_before_training(whole, text, tmp_path):
+def test_checkpoint_of_another_vocabulary_is_rejected(whole, text, tmp_path):
     workdir, _ = whole
     config = small_config(text)
     list(stages.prepare(config, tmp_path, quiet))
@@ -497,7 +493,7 @@ def test_one_distinct_character_is_refused(tmp_path):
         list(stages.prepare(small_config(source), tmp_path / "run", quiet))
 
 
-def test_pace_aims_at_two_seconds_whatever_the_first_dispatch_took(text):
+def test_dispatch_size_targets_two_seconds(text):
     timed = pacing.DispatchSize(small_config(text))
     assert timed.steps == 1
     for seconds in (9.0, 0.01, 0.04, 0.16, 0.64):
@@ -532,7 +528,7 @@ def test_muon_finds_a_rate_trains_and_resumes_bit_for_bit(text, tmp_path):
 
 
 @pytest.mark.slow
-def test_float16_trains_and_resumes_bit_for_bit_with_its_loss_scale(text, tmp_path):
+def test_float16_resumes_bit_for_bit_with_its_loss_scale(text, tmp_path):
     """The loss scale is part of the state, so it resumes with it."""
     config = small_config(text)
     config.amp.dtype, config.scheduler.max_steps = "float16", 12

@@ -67,7 +67,7 @@ def test_accumulation_equals_the_large_batch(microbatches):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
-def test_dropout_differs_between_steps_and_repeats_for_the_same_step():
+def test_dropout_is_a_function_of_the_step():
     # A rate of zero leaves the parameters alone, so that only dropout can change the loss.
     frozen = step_of(tx=adamw(OptimizerConfig(), 0.0))
     state = create_state(PARAMS, TX, 0)
@@ -91,7 +91,7 @@ def test_many_steps_trace_once():
     assert len(traces) == 1
 
 
-def test_float16_leaves_out_an_overflowing_update_and_halves_the_scale():
+def test_float16_overflow_skips_the_update_and_halves_the_scale():
     graphdef, params = built(CONFIG, 0, jnp.float16)
     step = step_of(graphdef=graphdef)
     state = create_state(params, TX, 0, jnp.float16)
