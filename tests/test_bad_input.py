@@ -112,7 +112,7 @@ MISTAKES = [
     (f"generate --prompt=ab --step={'9' * 5000}", 2, "but it must be 'best', 'latest' or a number"),
     ("eval --step=99", 3, "holds no checkpoint of step 99: it has"),
     ("score --text=", 2, "The text is empty"),
-    ("score --text=a", 2, "The text has one character"),
+    ("score --text=a", 2, "The text has 1 character"),
     ("score --text=€€€", 2, "The text has '€'"),
     ("score --text=€€€ --skip_unknown", 2, "The text is empty"),
     ("score --text=abab --stride=0", 2, "stride is 0"),
@@ -163,9 +163,9 @@ def test_of_a_prompt_longer_than_the_context_the_end_is_read(model: chargpt_jax.
 
 def test_a_text_beyond_what_is_read_in_one_go_is_refused(model: chargpt_jax.Model) -> None:
     for call in (lambda: model.generate("a" * (MAX_TEXT + 1)), lambda: model.score("a" * (MAX_TEXT + 1))):
-        with pytest.raises(UserError, match="1,000,000 are the most"):
+        with pytest.raises(UserError, match="1,000,000 is the maximum"):
             call()
-    with pytest.raises(UserError, match="too many at once"):
+    with pytest.raises(UserError, match="are more than 32,000,000 in total"):
         model.generate(["ab"] * 50, MAX_TEXT)
     with pytest.raises(UserError, match="no prompt"):
         model.generate([])
@@ -243,12 +243,12 @@ def damaged(copy: Path, name: str, content: str | bytes | None) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "mode", "said"),
     [
-        ("corpus", None, "eval", "corpus/tokens.npy cannot be read"),
+        ("corpus", None, "eval", "has no corpus/vocabulary.json"),
         ("corpus", None, "info", "has no corpus/sources.json"),
         ("corpus/tokens.npy", None, "eval", "imported without its text"),
         ("corpus/tokens.npy", b"", "eval", "tokens.npy cannot be read"),
         ("corpus/tokens.npy", b"\x93NUMPY\x01\x00garbage", "train", "tokens.npy cannot be read"),
-        ("corpus/vocabulary.json", '["", "b", "a"]', "eval", "not in order"),
+        ("corpus/vocabulary.json", '["", "b", "a"]', "eval", "not sorted and distinct"),
         ("corpus/vocabulary.json", '["", "a", "b"]', "eval", "unused token ids"),
         ("corpus/sources.json", "{}", "info", "sources.json cannot be used"),
         ("config.json", '{"seed": NaN}', "info", "NaN, which JSON does not allow"),

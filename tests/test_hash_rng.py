@@ -47,7 +47,7 @@ def test_units_fill_the_interval_evenly():
 
 @pytest.mark.parametrize("fan_in", [1, 32, 384])
 def test_initial_weights_are_uniform_within_the_bound(fan_in):
-    weights = np.asarray(uniform(fan_in)(jax.random.key(5), (64, 1024))) * math.sqrt(fan_in)
+    weights = np.asarray(uniform(jax.random.key(5), (64, 1024), fan_in)) * math.sqrt(fan_in)
     assert -1 <= weights.min() < -0.999
     assert 0.999 < weights.max() < 1
     assert abs(weights.mean()) < 5 * math.sqrt(1 / 3 / weights.size)

@@ -26,7 +26,7 @@ from chargpt_jax.config_io import flatten, to_json
 from chargpt_jax.data.batches import windows_per_pass
 from chargpt_jax.main import main
 from chargpt_jax.storage.workdir import Workdir
-from chargpt_jax.training import stages
+from chargpt_jax.training import run as run_module
 from chargpt_jax.training.pacing import StopCondition
 
 PREPARE = "--mode=prepare --config=tiny --config.data.source=text.txt --workdir=run"
@@ -434,7 +434,9 @@ def test_signal_ends_a_command_without_state(
 def test_signal_during_prepare_leaves_no_file(
     refused: Refused, monkeypatch: pytest.MonkeyPatch, name: str, code: int
 ) -> None:
-    monkeypatch.setattr(stages, "load_corpus", lambda *_, **__: os.kill(os.getpid(), getattr(signal, name)) or ("", []))
+    monkeypatch.setattr(
+        run_module, "load_corpus", lambda *_, **__: os.kill(os.getpid(), getattr(signal, name)) or ("", [])
+    )
     said = refused(PREPARE, code)
     assert said == f"chargpt: Stopped by {name}: run the same command again to continue from the saved state.\n"
 

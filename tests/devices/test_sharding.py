@@ -76,7 +76,7 @@ def test_a_dtype_that_is_given_is_taken_on_any_platform(name, platform, monkeypa
 
 def test_bfloat16_on_cpu_is_rejected_with_old_jax(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 8, 0))
-    with pytest.raises(UserError, match="cannot multiply that on a CPU: take 'float32'"):
+    with pytest.raises(UserError, match="cannot multiply that on a CPU: use 'float32'"):
         compute_dtype(AmpConfig(dtype="bfloat16"), Device("cpu"))
     assert compute_dtype(AmpConfig(dtype="bfloat16"), Device("tpu")) == jnp.bfloat16
 
@@ -108,7 +108,7 @@ def test_devices_that_stay_idle_are_said(caplog):
     sharding.data_mesh(16, [Device("gpu", id=i) for i in range(8)])
     assert not caplog.messages
     sharding.data_mesh(12, [Device("gpu", id=i) for i in range(8)])
-    assert caplog.messages == ["12 sequences share 4 of 8 devices"]
+    assert caplog.messages == ["batch of 12 is split over 4 of 8 devices; the others are idle"]
 
 
 def counted(first: str = "pass", **environment: str) -> int:
@@ -209,12 +209,12 @@ def test_compiler_options_depend_on_platform_and_xla(monkeypatch):
 
 
 def test_a_cpu_divides_its_work_only_where_it_leaves_the_cache():
-    assert blockwise_attention.chunk_count(32, blockwise_attention.WHOLE // 32) == 1
+    assert blockwise_attention.chunk_count(32, blockwise_attention.MAX_UNCHUNKED // 32) == 1
     for rows, row_bytes in ((32, 2**17), (48, 2**16), (7, 2**20), (6, 2**18)):
         parts = blockwise_attention.chunk_count(rows, row_bytes)
         assert rows % parts == 0
-        assert rows // parts * row_bytes <= max(blockwise_attention.PART, row_bytes)
-        assert all(rows // n * row_bytes > blockwise_attention.PART for n in range(1, parts) if rows % n == 0)
+        assert rows // parts * row_bytes <= max(blockwise_attention.CHUNK, row_bytes)
+        assert all(rows // n * row_bytes > blockwise_attention.CHUNK for n in range(1, parts) if rows % n == 0)
 
 
 # Eight virtual devices

@@ -13,6 +13,7 @@ from chargpt_jax.devices.platform import compiler_options
 from chargpt_jax.hash_rng import derive
 from chargpt_jax.ops import blockwise_attention
 from chargpt_jax.ops.blockwise_attention import causal_attention
+from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.ops.dropout import Dropout, keep_mask
 from tests.pairing import x64
 
@@ -87,7 +88,10 @@ def test_heads_are_computed_in_chunks_only_if_asked(monkeypatch):
         return "while" in jax.jit(f).lower(q).as_text()
 
     assert [loops(chunked) for chunked in (True, False)] == [True, False]
-    assert loops(None) == (jax.default_backend() == "cpu")
+    for platform in ("cpu", "tpu", "gpu"):
+        chosen = ops_for(query_block=4, platform=platform).attention
+        assert chosen is blockwise_attention.attention_in_blocks(4, chunked=platform == "cpu")
+    assert ops_for().attention is ops_for(platform=jax.default_backend()).attention
 
 
 def test_bfloat16_stays_within_its_rounding_of_float32():
