@@ -1,4 +1,4 @@
-"""Generation against the model without a cache: the same tokens, the same metrics, inside the window and past it."""
+"""Generation with a KV cache equals the model without one: tokens and metrics, within and beyond the context."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ def generate(rows, count, *, pieces=None, key=KEY, final=False, **sampler):
 
 
 def uncached(row, count, number, temperature=1.0):
-    """Read the last block_size tokens anew for every token; draw with the documented key."""
+    """Generate without a cache: the model runs on the last block_size tokens, and sampling uses the documented key."""
     row, surprisal, entropy = list(row), [], []
     for _ in range(count):
         window = row[-CONFIG.block_size :]
@@ -68,7 +68,7 @@ def uncached(row, count, number, temperature=1.0):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["in turn", "text after text"])
 def order(request):
-    """Have texts written by a character in turn, or one after the other."""
+    """Use batched decoding, or generate one sequence at a time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("chargpt_jax.ops.cpu_decode.generates_one_by_one", lambda *_: request.param)
         jax.clear_caches()
@@ -78,7 +78,7 @@ def order(request):
 
 @pytest.mark.parametrize("temperature", [1.0, pytest.param(0.5, marks=pytest.mark.slow), 0.0])
 def test_batched_generation_equals_the_uncached_model(temperature, order):
-    rows = prompts(3, 11, 23, 30)  # the last is longer than the window
+    rows = prompts(3, 11, 23, 30)  # the last one is longer than the context
     p = generate(rows, 20, temperature=temperature)
     for i, row in enumerate(rows):
         tokens, surprisal, entropy = uncached(row, 20, i, temperature)
@@ -97,13 +97,13 @@ def test_greedy_generation_equals_the_reference():
 
 
 @pytest.mark.slow
-def test_the_first_row_does_not_depend_on_its_neighbours(order):
+def test_first_sequence_does_not_depend_on_the_others(order):
     first, second = prompts(5, 19)
     alone, together = generate([first], 12), generate([first, second], 12)
     assert np.asarray(alone.tokens[0, :17]).tolist() == np.asarray(together.tokens[0, :17]).tolist()
 
 
-def test_writing_in_pieces_equals_writing_at_once(order):
+def test_generation_in_pieces_equals_generation_at_once(order):
     rows = prompts(4, 9)
     once, pieces = generate(rows, 30), generate(rows, 30, pieces=[1, 7, 10, 12])
     for ours, theirs in ((pieces.tokens, once.tokens), (pieces.surprisal, once.surprisal)):
@@ -113,7 +113,7 @@ def test_writing_in_pieces_equals_writing_at_once(order):
 @pytest.mark.parametrize(
     "sampler", [{}, pytest.param({"top_k": 5, "top_p": 0.9}, marks=pytest.mark.slow)], ids=["all", "filtered"]
 )
-def test_writing_once_equals_writing_with_more_to_come(order, sampler):
+def test_final_generation_equals_one_that_can_continue(order, sampler):
     rows = prompts(4, 9, 30)
     more, once = generate(rows, 30, **sampler), generate(rows, 30, **sampler, final=True)
     for ours, theirs in ((once.tokens, more.tokens), (once.surprisal, more.surprisal), (once.entropy, more.entropy)):
@@ -130,8 +130,8 @@ def test_writing_once_equals_writing_with_more_to_come(order, sampler):
     ],
     ids=str,
 )
-def test_models_of_any_shape_write_alone_what_they_write_in_turn(rows, shape, monkeypatch):
-    """Over an argument of a kernel that its shape makes useless XLA would end the process."""
+def test_sequential_generation_equals_batched_generation(rows, shape, monkeypatch):
+    """XLA aborts the process if a fused kernel has an argument that it does not use because of its shape."""
     L, H, D, C, block_size, V = shape
     sizes = {"n_layer": L, "n_head": H, "n_head_dim": D, "n_embd": C, "n_ff": 2 * C}
     config = ModelConfig(vocab_size=V, used_ids=V - 1, block_size=block_size, **sizes)
@@ -148,7 +148,7 @@ def test_models_of_any_shape_write_alone_what_they_write_in_turn(rows, shape, mo
     np.testing.assert_allclose(results[0].surprisal, results[1].surprisal, rtol=1e-5, atol=1e-5)
 
 
-def test_writing_alone_makes_no_copy_of_what_is_kept(monkeypatch):
+def test_sequential_generation_does_not_copy_the_cache(monkeypatch):
     monkeypatch.setattr("chargpt_jax.ops.cpu_decode.generates_one_by_one", lambda *_: True)
     jax.clear_caches()
     tokens = np.zeros((50, 64), np.int32)
@@ -163,7 +163,7 @@ def test_writing_alone_makes_no_copy_of_what_is_kept(monkeypatch):
     assert memory.alias_size_in_bytes >= 2 * p.cache.keys.nbytes
 
 
-def test_text_does_not_depend_on_how_far_ahead_noise_is_drawn(monkeypatch):
+def test_text_does_not_depend_on_the_noise_buffer(monkeypatch):
     texts = []
     for most in (2**20, 3 * 2 * CONFIG.vocab_size):
         monkeypatch.setattr(generation, "MAX_GUMBEL", most)
@@ -179,7 +179,7 @@ def test_the_same_seed_repeats_and_another_differs():
     assert not np.array_equal(first, other)
 
 
-def test_prompt_metrics_are_those_of_the_whole_model():
+def test_prompt_metrics_equal_the_full_model():
     rows = prompts(7, 20)
     p = generate(rows, 1)
     for i, row in enumerate(rows):
@@ -214,7 +214,7 @@ def test_one_compilation_serves_a_bucket_of_lengths():
     assert sum(compiled()) == sum(before) + 2
 
 
-def test_padding_and_unused_ids_are_never_written():
+def test_padding_and_unused_ids_are_never_sampled():
     tokens = np.asarray(generate(prompts(4, 8, 15), 40, temperature=3.0).tokens)
     written = np.concatenate([tokens[0, 4:44], tokens[1, 8:48], tokens[2, 15:55]])
     assert written.min() > 0
@@ -227,8 +227,8 @@ def test_top_k_of_one_is_greedy():
     np.testing.assert_array_equal(ours.tokens, generate(rows, 12, temperature=0.0).tokens)
 
 
-def test_draws_follow_the_models_distribution():
-    """4,096 rows of one prompt: counts within 5 sigma of the model's probabilities."""
+def test_samples_follow_the_models_distribution():
+    """4,096 samples of one prompt: counts within 5 sigma of the model's probabilities."""
     (row,) = prompts(5)
     n = 4096
     p = generate([row] * n, 1)
@@ -240,7 +240,7 @@ def test_draws_follow_the_models_distribution():
     assert np.all(np.abs(counts - n * probability) <= 5 * sigma + 1e-9)
 
 
-def test_scores_inside_the_window_are_those_of_the_whole_model():
+def test_scores_within_the_context_equal_the_full_model():
     (row,) = prompts(21)
     surprisal, entropy = score_tokens(PARAMS, row, graphdef=GRAPHDEF, block_size=24)
     expected = reference.token_metrics(reference.logits(THEIRS, row, 2, 8, 30), row, 64)
@@ -264,6 +264,6 @@ def test_scores_beyond_the_context_at_stride_1_equal_generation(length):
     np.testing.assert_allclose(rough[0][1:25], exact[0][1:25], atol=1e-4)
 
 
-def test_a_stride_out_of_range_is_refused():
+def test_stride_out_of_range_is_rejected():
     with pytest.raises(UserError, match="between 1 and the block size 24"):
         score_tokens(PARAMS, prompts(30)[0], graphdef=GRAPHDEF, block_size=24, stride=25)

@@ -1,4 +1,4 @@
-"""Surprisal, entropy and S2: against the float64 reference, and on distributions whose values are known."""
+"""Surprisal, entropy and S2 compared with the float64 reference, and for distributions with known values."""
 
 import math
 
@@ -24,7 +24,7 @@ def log_of(p: list[float]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
-def test_token_metrics_are_the_references(scale):
+def test_token_metrics_equal_the_reference(scale):
     rng = np.random.default_rng(0)
     logits = (scale * rng.normal(size=(3, 12, V))).astype(np.float32)
     logits[:, :, 0] = logits[:, :, V - 1] = MASKED
@@ -38,7 +38,7 @@ def test_token_metrics_are_the_references(scale):
             np.testing.assert_allclose(np.asarray(got), want, rtol=2e-5, atol=2e-5, equal_nan=True)
 
 
-def test_the_first_token_and_padding_are_nan_and_nothing_else():
+def test_only_first_token_and_padding_are_nan():
     tokens = jnp.array([[3, 1, 2, 1], [0, 0, 2, 1], [0, 1, 0, 2]])
     for values in token_metrics(jnp.zeros((3, 4, V)), tokens):
         assert np.isnan(values).tolist() == [
@@ -49,7 +49,7 @@ def test_the_first_token_and_padding_are_nan_and_nothing_else():
 
 
 @pytest.mark.parametrize("n", [2, 3, 64])
-def test_a_uniform_distribution_surprises_as_much_as_expected(n):
+def test_uniform_distribution_has_s2_of_zero(n):
     surprisal, entropy = surprisal_and_entropy(jnp.full((n, n), 0.5), jnp.arange(n))
     np.testing.assert_allclose(surprisal, math.log(n), rtol=1e-6)
     np.testing.assert_allclose(entropy, math.log(n), rtol=1e-6)
@@ -70,7 +70,7 @@ def test_impossible_ids_do_not_count_in_the_entropy():
 
 
 def test_three_letters_by_hand():
-    """With p = 1/2, 1/4, 1/4 the entropy is 1.5 bits; the letters surprise by 1, 2 and 2 bits; log 3 is 1.585 bits."""
+    """With p = 1/2, 1/4, 1/4 the entropy is 1.5 bits; the surprisals are 1, 2 and 2 bits; log 3 is 1.585 bits."""
     surprisal, entropy = surprisal_and_entropy(jnp.tile(log_of([0.5, 0.25, 0.25]), (3, 1)), jnp.arange(3))
     bits = np.asarray(surprisal) / math.log(2)
     np.testing.assert_allclose(bits, [1, 2, 2], rtol=1e-6)

@@ -1,4 +1,4 @@
-"""What is drawn from a distribution: the filters, the noise, the limits of what may be asked for."""
+"""Sampling from a distribution: filters, Gumbel noise, valid settings."""
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,16 @@ LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
 
 
 @pytest.mark.parametrize(
-    ("top_k", "top_p", "kept"),
+    ("top_k", "top_p", "n_kept"),
     [
         *[(1, None, 1), (2, None, 2), (4, None, 4), (9, None, 4), (None, 0.4, 1), (None, 0.5, 1), (None, 0.6, 2)],
         *[(None, 0.76, 3), (None, 1.0, 4), (None, 1e-6, 1), (2, 0.7, 2), (2, 0.6, 1), (3, 0.99, 3)],
     ],
 )
-def test_filters_keep_the_likeliest(top_k, top_p, kept):
-    """After top_k the rest is weighed anew: of 0.5 and 0.25 the first alone holds 2/3."""
+def test_filters_keep_the_most_likely(top_k, top_p, n_kept):
+    """Probabilities are normalised again after top_k: of 0.5 and 0.25, the first alone has 2/3."""
     out = Sampler(top_k=top_k, top_p=top_p).with_key(jax.random.key(0)).filtered(LOGITS)
-    assert np.isfinite(out[0]).tolist() == [True] * kept + [False] * (4 - kept)
+    assert np.isfinite(out[0]).tolist() == [True] * n_kept + [False] * (4 - n_kept)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
@@ -40,7 +40,7 @@ def test_samples_equal_those_of_jax_random_categorical(temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-9])
-def test_without_temperature_noise_is_nothing(temperature):
+def test_temperature_0_ignores_the_noise(temperature):
     logits, noise = jnp.array([[0.0, 1e-3, -1.0]]), jnp.array([[9.0, 0.0, 99.0]])
     assert Sampler(temperature, top_k=3).with_key(jax.random.key(0)).sample(logits, noise).tolist() == [1]
 
@@ -48,7 +48,7 @@ def test_without_temperature_noise_is_nothing(temperature):
 @pytest.mark.parametrize(
     "bad", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
 )
-def test_a_sampler_without_meaning_is_refused(bad):
+def test_invalid_sampler_settings_are_rejected(bad):
     (name,) = bad
     with pytest.raises(UserError, match=f"^{name} is .*, but it must be"):
         Sampler(**bad)

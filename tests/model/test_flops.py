@@ -1,4 +1,4 @@
-"""The arithmetic of a step against what XLA counts, and the peaks by name."""
+"""FLOPs of a training step compared with XLA's count, and peak FLOP/s by device name."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from tests.pairing import built
 
 
 def test_training_flops_are_three_forward_passes_of_xla():
-    """XLA counts a loop's body once, so one layer; one block of queries, so that no score is left out."""
+    """XLA counts the body of a loop once: the model has one layer and one block of queries."""
     config = ModelConfig(
         vocab_size=128, used_ids=97, block_size=64, n_embd=96, n_head=4, n_head_dim=32, n_ff=256, n_layer=1, remat=False
     )
@@ -24,7 +24,7 @@ def test_training_flops_are_three_forward_passes_of_xla():
 
 
 @pytest.mark.parametrize("change", [{"n_layer": 6}, {"vocab_size": 1024}, {"n_ff": 999}, {"block_size": 65}])
-def test_a_larger_model_asks_for_more(change):
+def test_larger_model_has_more_flops(change):
     small = {"vocab_size": 64, "used_ids": 9, "block_size": 64, "n_layer": 2}
     assert training_flops(ModelConfig(**{**small, **change}), 4) > training_flops(ModelConfig(**small), 4)
 
@@ -49,5 +49,5 @@ def test_sequences_add_up():
         ("cpu", "float32", None),
     ],
 )
-def test_a_peak_is_known_by_the_devices_name_or_not_at_all(kind, dtype, peak):
+def test_peak_is_found_by_device_name_or_none(kind, dtype, peak):
     assert peak_flops(SimpleNamespace(device_kind=kind), dtype) == peak

@@ -1,4 +1,4 @@
-"""Laws of the model, then its numbers against the float64 reference."""
+"""Properties of the model, and its logits compared with the float64 reference."""
 
 import dataclasses
 import math
@@ -49,7 +49,7 @@ def tokens():
 
 
 @pytest.mark.parametrize("as_an_update_is_compiled", [False, True])
-def test_a_planned_model_is_the_one_that_is_created_at_once(made, tokens, as_an_update_is_compiled):
+def test_planned_model_equals_created_model(made, tokens, as_an_update_is_compiled):
     options = compiler_options(data_mesh(1)) if as_an_update_is_compiled else None
     graphdef, shapes, draw = plan(CONFIG, 0, ops_for(query_block=CONFIG.attention_block), options)
     params = draw()
@@ -59,7 +59,7 @@ def test_a_planned_model_is_the_one_that_is_created_at_once(made, tokens, as_an_
     jax.tree.map(np.testing.assert_array_equal, params, made[1])
 
 
-def test_keys_are_those_that_flax_makes_one_by_one():
+def test_keys_equal_those_of_flax():
     key = jax.random.key(7)
     ours, theirs = keys_of(key, 3), nnx.Rngs(params=key)
     for own in ours:
@@ -99,7 +99,7 @@ def test_rotary_scores_depend_only_on_the_distance():
     assert abs(score(3, 0) - score(0, 3)) > 1e-2  # and it is not blind to direction
 
 
-def test_an_untrained_model_hesitates_between_all_characters(made, tokens):
+def test_untrained_model_predicts_nearly_uniformly(made, tokens):
     _, params = made
     surprisal, entropy = surprisal_and_entropy(run(CONFIG, params, tokens)[:, :-1], tokens[:, 1:])
     characters = math.log(CONFIG.used_ids - 1)
@@ -124,7 +124,7 @@ def test_parameters_are_initialised_as_pytorch_does():
     assert np.all(np.asarray(params["blocks"]["ln_1"]["scale"]) == 1)
 
 
-def test_the_number_of_parameters_is_that_of_the_formula(made):
+def test_number_of_parameters_equals_the_formula(made):
     c, (_, params) = CONFIG, made
     width = c.n_head * c.n_head_dim
     layer = 4 * c.n_embd + 3 * width * (c.n_embd + 1) + c.n_embd * (width + 1)
@@ -132,7 +132,7 @@ def test_the_number_of_parameters_is_that_of_the_formula(made):
     assert count_parameters(params) == c.vocab_size * c.n_embd + c.n_layer * layer + 2 * c.n_embd
 
 
-def test_ids_without_a_character_have_no_probability(made, tokens):
+def test_unused_ids_have_no_probability(made, tokens):
     _, params = made
     probability = np.asarray(jax.nn.softmax(run(CONFIG, params, tokens)))
     assert np.all(probability[..., 0] == 0)
@@ -161,12 +161,12 @@ def test_dropout_needs_seeds_and_differs_between_sequences(tokens):
     assert np.abs(np.asarray(dropped[0] - dropped[1]))[..., 1:40].max() > 0.01
 
 
-def test_prefill_and_decode_equal_the_whole(made, tokens):
+def test_prefill_and_decode_equal_the_full_model(made, tokens):
     graphdef, params = made
     whole = run(CONFIG, params, tokens)
     prefill = jax.jit(lambda p, t: nnx.merge(graphdef, p).prefill(t))
     decode = jax.jit(lambda p, t, at, cache: nnx.merge(graphdef, p).decode(t, at, cache))
-    _, kept = prefill(params, tokens.at[:, 9:].set(0))  # what is right of a prompt does not matter
+    _, kept = prefill(params, tokens.at[:, 9:].set(0))  # tokens to the right of a prompt must not matter
     cache = KVCache.of(*kept).enlarged(CONFIG.block_size)
     for t in range(9, CONFIG.block_size):
         logits, cache = decode(params, tokens[:, t], jnp.array([t, t]), cache)
@@ -183,8 +183,8 @@ def test_prefill_and_decode_equal_the_whole(made, tokens):
 )
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("kind", [KVCache, CpuKVCache, BlockedKVCache])
-def test_a_sequence_alone_is_decoded_as_among_others(kind, dtype, exact, platform, tokens):
-    """Matrices stay in their stack for one row, where others are cut out for it; either is the whole model."""
+def test_batch_size_1_decodes_like_a_batch(kind, dtype, exact, platform, tokens):
+    """With batch size 1 matrices are read from their stack, otherwise sliced; both equal the full model."""
     if kind != KVCache and platform != "cpu":
         pytest.skip("for a CPU")
     if dtype == jnp.bfloat16 and jax.__version_info__ < BFLOAT16_ON_CPU:
@@ -252,7 +252,7 @@ def test_bfloat16_logits_are_float32_and_near():
 
 @pytest.mark.skipif(jax.__version_info__ < BFLOAT16_ON_CPU, reason="this JAX cannot multiply bfloat16 on a CPU")
 def test_bias_gradients_are_summed_in_float32():
-    """Over 4,096 positions a sum in bfloat16 stalls: the qkv bias's gradient would be wrong by a quarter."""
+    """A bfloat16 sum over 4,096 positions stops growing: the gradient of the qkv bias would be wrong by 25 %."""
     config = dataclasses.replace(CONFIG, block_size=128, n_layer=1, mask_unused_ids=False, attention_block=64)
     tokens = jnp.asarray(np.random.default_rng(1).integers(1, 40, (32, 128)), jnp.int32)
 

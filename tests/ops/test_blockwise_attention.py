@@ -24,9 +24,9 @@ def inputs(length: int, dtype=jnp.float32, batch: int = 2, heads: int = 3, width
 
 
 def plain(q, k, v, seeds=None, how=Dropout()):  # noqa: B008
-    """Spell the whole T x T array out, with the mask that the blocks should use."""
+    """Compute attention with the complete [T, T] scores, and the dropout mask that the blocks must use."""
     _, H, T, D = q.shape
-    # As exact as their dtype, which they are not on every device by themselves.
+    # Full precision of the dtype: the default precision is lower on some devices.
     exactly = partial(jnp.einsum, precision="highest")
     scores = exactly("bhtd,bhsd->bhts", q, k).astype(jnp.promote_types(q.dtype, jnp.float32)) * D**-0.5
     weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf), axis=-1)
@@ -62,7 +62,7 @@ def test_values_and_gradients_are_those_of_the_plain_formula(length, block, how)
 
 @pytest.mark.parametrize("part", [1, 2 * 4 * 13 * 4, 3 * 4 * 13 * 4])
 def test_heads_taken_a_few_at_a_time_equal_all_at_once(part, monkeypatch):
-    """Of six rows one, two or three a part, masks and gradients included."""
+    """Chunks of one, two or three of the six (sequence, head) pairs, with dropout and gradients."""
     q, k, v = inputs(13)
 
     def value():
@@ -111,8 +111,8 @@ def test_gradients_keep_the_inputs_dtype():
     assert {g.dtype for g in jax.eval_shape(grads, q, k, v)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_no_array_of_all_heads_scores_is_ever_made():
-    """Of [B, H, T, T] there is no trace in the compiled step, forward or backward."""
+def test_scores_of_all_heads_are_never_stored():
+    """The compiled step has no array [B, H, T, T], neither forward nor backward."""
     B, H, T, block = 2, 3, 64, 16
     q, k, v = inputs(T)
     step = jax.jit(jax.grad(lambda q: jnp.sum(causal_attention(q, k, v, SEEDS, Dropout(0.1), block, True))))
@@ -122,7 +122,7 @@ def test_no_array_of_all_heads_scores_is_ever_made():
     assert f"{B}x{H}x{block}x{T}" in text
 
 
-def test_keys_that_causality_masks_are_not_looked_at():
+def test_keys_masked_by_causality_are_not_read():
     """The first block's scores have as many keys as queries, not T."""
     q, k, v = inputs(64)
     text = jax.jit(lambda q: causal_attention(q, k, v, None, Dropout(), 16, True)).lower(q).as_text()
@@ -135,8 +135,8 @@ def test_keys_that_causality_masks_are_not_looked_at():
     [(13, 8), (96, 1000), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 8), (130, 128)))],
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
-def test_what_a_gradient_is_taken_of_is_what_is_made_without_one(length, block, dtype):
-    """A CPU has a way of its own where no gradient is taken; it and the one with a gradient are the plain formula."""
+def test_output_is_the_same_with_and_without_gradient(length, block, dtype):
+    """A CPU uses other operations without a gradient; both variants must equal the plain formula."""
     with x64(dtype == jnp.float64):
         q, k, v = inputs(length, dtype)
         on_cpu, elsewhere = (partial(causal_attention, chunked=chunked) for chunked in (True, False))
@@ -150,7 +150,7 @@ def test_what_a_gradient_is_taken_of_is_what_is_made_without_one(length, block, 
         np.testing.assert_allclose(ours.astype(float), expected.astype(float), rtol=exact, atol=exact)
 
 
-def test_dropout_is_dropout_without_a_gradient_too():
+def test_dropout_is_applied_without_a_gradient_too():
     q, k, v = inputs(13)
     ours = causal_attention(q, k, v, SEEDS, Dropout(0.3), 8, True)
     np.testing.assert_allclose(ours, plain(q, k, v, SEEDS, Dropout(0.3)), rtol=2e-5, atol=2e-5)
@@ -158,8 +158,8 @@ def test_dropout_is_dropout_without_a_gradient_too():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="how XLA compiles for a CPU")
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 3), (2, 3)])
-def test_no_kernel_of_a_cpu_writes_exp_over_what_it_takes_it_of(batch, heads):
-    """It would take it of one score at a time: where a kernel writes what it reads, LLVM sees no way to use vectors."""
+def test_no_cpu_kernel_overwrites_the_input_of_exp(batch, heads):
+    """LLVM does not vectorise a kernel that overwrites its own input."""
     q, k, v = inputs(128, batch=batch, heads=heads)
     step = jax.grad(lambda *x: jnp.sum(causal_attention(*x, SEEDS[:batch], Dropout(0.1), 64, True)), (0, 1, 2))
     options = compiler_options(sharding.data_mesh(1))
@@ -174,7 +174,7 @@ def test_no_kernel_of_a_cpu_writes_exp_over_what_it_takes_it_of(batch, heads):
 
 @pytest.mark.skipif(jax.default_backend() != "cpu" or jax.__version_info__ < (0, 10), reason="XLA's library for CPUs")
 def test_cpu_attention_without_gradient_is_fused():
-    """In the compiled program their scores are inside kernels only, from which outputs and sums of weights come."""
+    """The compiled program has no array of scores: they exist only inside the fused kernels."""
     q, k, v = inputs(256, batch=1, heads=8, width=8)
     text = jax.jit(lambda *x: causal_attention(*x, None, Dropout(), 64, True)).lower(q, k, v).compile().as_text()
     entry = text[text.index("\nENTRY") :]

@@ -1,4 +1,4 @@
-"""Fused kernels on a CPU: results, that it is one kernel, what happens if XLA refuses; matrices left in their stack."""
+"""Fused kernels on a CPU: results, number of kernels, fallback, and matrices that are read from their stack."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from tests.pairing import x64
 
 
 def walk(x, w):
-    """Go through matrices in turn with a loop, a branch, a product and a sum."""
+    """Apply matrices sequentially, with a loop, a branch, a product and a sum."""
 
     def step(i, x):
         y = jnp.exp(-jnp.abs(x @ w[i])) - jnp.mean(x)
@@ -25,7 +25,7 @@ def walk(x, w):
 
 
 def in_one_kernel(f):
-    """Return f, to be called inside jit as one kernel."""
+    """Return f as one fused kernel, for a call inside jit."""
     return lambda *args: fused(jax.jit(f)(*args))
 
 
@@ -35,12 +35,12 @@ def numbers():
     return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 24), (5, 24, 24)))
 
 
-def test_one_kernel_gives_what_the_operations_give(numbers):
+def test_fused_kernel_equals_separate_operations(numbers):
     np.testing.assert_allclose(jax.jit(in_one_kernel(walk))(*numbers), jax.jit(walk)(*numbers), rtol=1e-5)
 
 
-def test_a_cpu_makes_one_kernel_of_it(numbers):
-    with jax.default_device(jax.devices("cpu")[0]):  # which there is beside any accelerator
+def test_cpu_program_is_one_kernel(numbers):
+    with jax.default_device(jax.devices("cpu")[0]):  # every machine has one, also with an accelerator
         text = jax.jit(lambda *x: in_one_kernel(walk)(*x) + 1).lower(*numbers).compile().as_text()
         (main,) = (part for part in text.split("\n\n") if part.startswith("ENTRY"))
     assert main.count(" call(") == 1
@@ -49,7 +49,7 @@ def test_a_cpu_makes_one_kernel_of_it(numbers):
 
 
 class Refusing:
-    """Stand in for jax.jit of a function that XLA compiles only if it is not fused."""
+    """Replacement of jax.jit, for a function that XLA compiles only if it is not fused."""
 
     def __init__(self, message):
         self.message, self.fused = message, []
@@ -90,7 +90,7 @@ def test_fused_jit_runs_what_cannot_be_fused(numbers):
 
 @pytest.fixture
 def availability():
-    """Forget what `fusion_available` has returned, before and after a test."""
+    """Clear the cache of `fusion_available` before and after a test."""
     fusion_available.cache_clear()
     yield
     fusion_available.cache_clear()
@@ -128,7 +128,7 @@ def test_an_environment_variable_switches_fused_kernels_off(availability, monkey
 
 @pytest.mark.parametrize("C", [1, 7, 16, 24, 100, 384])
 @pytest.mark.parametrize(("dtype", "exact"), [(jnp.float32, 1e-5), (jnp.float64, 1e-13)])
-def test_a_row_is_multiplied_by_the_matrix_of_that_number(C, dtype, exact):
+def test_row_is_multiplied_by_the_matrix_of_its_layer(C, dtype, exact):
     with x64(dtype == jnp.float64):
         rng = np.random.default_rng(0)
         stack, row = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((3, C, 5), (1, C)))
@@ -140,11 +140,11 @@ def test_a_row_is_multiplied_by_the_matrix_of_that_number(C, dtype, exact):
             np.testing.assert_allclose(found, expected, rtol=exact, atol=exact)
 
 
-def test_a_cpu_writes_no_copy_of_the_matrix():
+def test_cpu_does_not_copy_the_matrix():
     def loop(row, stack):
         return jax.lax.fori_loop(0, 4, lambda number, x: x + LayerSlice(stack, number).times(x), row)
 
-    with jax.default_device(jax.devices("cpu")[0]):  # which there is beside any accelerator
+    with jax.default_device(jax.devices("cpu")[0]):  # every machine has one, also with an accelerator
         compiled = jax.jit(loop).lower(jnp.ones((1, 384)), jnp.ones((4, 384, 384))).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 384 * 384 * 4 / 4
 
@@ -153,7 +153,7 @@ def test_batch_size_1_reads_matrices_from_the_stack():
     stacks = jnp.ones((3, 8, 8))
 
     def seen(rows, dtype, platform):
-        """Return whether a layer gets its matrix as a LayerSlice."""
+        """Return whether a layer receives its matrix as a LayerSlice."""
         found = []
 
         class Stack(nnx.Module):

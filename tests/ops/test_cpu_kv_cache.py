@@ -1,4 +1,4 @@
-"""Keys and values by blocks: attention to them is that to rows, whatever the place and the size of the scores."""
+"""The KV cache in blocks: the same attention as with the plain cache, at any position and size of scores."""
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,12 @@ from tests.pairing import x64
 
 
 def in_one_kernel(f):
-    """Return f, to be called inside jit as one kernel."""
+    """Return f as one fused kernel, for a call inside jit."""
     return lambda *args: fused(jax.jit(f)(*args))
 
 
 def both(seed=0, texts=2, places=200, dtype=jnp.float32, shape=(3, 8)):
-    """Return a query, and rows and blocks of the same keys and values of three layers."""
+    """Return a query, and a plain and a block cache of the same keys and values of three layers."""
     rng = np.random.default_rng(seed)
     q = jnp.asarray(rng.normal(size=(texts, *shape)), dtype)
     kept = [jnp.asarray(rng.normal(size=(3, texts, *shape, places)), dtype) for _ in range(2)]
@@ -28,7 +28,7 @@ def both(seed=0, texts=2, places=200, dtype=jnp.float32, shape=(3, 8)):
 
 @pytest.mark.parametrize("position", [0, 1, 62, 63, 64, 65, 127, 128, 199])
 @pytest.mark.parametrize("whole", [True, False], ids=["one kernel", "operations"])
-def test_a_query_gets_of_blocks_what_it_gets_of_rows(position, whole):
+def test_block_cache_attention_equals_plain_cache_attention(position, whole):
     q, rows, blocks = both()
     attend = in_one_kernel(BlockedKVCache.attend) if whole else BlockedKVCache.attend
     attend = jax.jit(attend)
@@ -51,7 +51,7 @@ def test_blocks_are_of_any_dtype_and_width(dtype, exact, shape):
         np.testing.assert_allclose(found.astype(float), expected.astype(float), rtol=exact, atol=exact / 10)
 
 
-def test_what_lies_beyond_the_position_is_not_read():
+def test_positions_beyond_the_query_are_not_read():
     q, _, blocks = both()
     ahead = jnp.arange(blocks.keys.shape[1] * BLOCK).reshape(-1, 1, 1, BLOCK) > 70
     junk = jax.tree.map(lambda x: jnp.where(ahead, 99.0, x), blocks)
@@ -75,7 +75,7 @@ def test_scores_may_be_of_any_size(middle):
 
 
 @pytest.mark.parametrize("capacity", [20, 64, 100, 128])
-def test_blocks_are_filled_place_by_place_and_nowhere_else(capacity):
+def test_blocks_are_filled_by_position(capacity):
     rng = np.random.default_rng(0)
     keys, values = (jnp.asarray(rng.normal(size=(2, 1, 3, 4, capacity)), jnp.float32) for _ in range(2))
     filled = jax.tree.map(lambda x: x[:, 0], BlockedKVCache.of(keys, values).enlarged(capacity))
@@ -90,8 +90,8 @@ def test_blocks_are_filled_place_by_place_and_nowhere_else(capacity):
 
 
 @pytest.mark.parametrize("places", [30, 64, 512])
-def test_a_text_costs_no_copy_of_the_blocks(places):
-    """What is put is put in place, and what is read is read where it lies."""
+def test_decoding_does_not_copy_the_blocks(places):
+    """Keys and values are written in place, and read without a copy."""
     _, _, blocks = both(0, 8, places, shape=(4, 16))
 
     def step(blocks, x):

@@ -1,4 +1,4 @@
-"""One query against a cache: its row of whole attention, whatever is read of the cache and however it is summed."""
+"""Attention of one query with a KV cache equals its row of full attention, for every way of reading and summing."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ ATTENTION = {"cpu": cpu_kv_cache.cached_attention, "tpu": kv_cache.cached_attent
 )
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_one_query_against_a_cache_equals_its_row(position, platform):
-    """At either side of where more of the cache begins to be read; junk lies ahead of each row's position."""
+    """At positions on both sides of a read boundary; the cache has arbitrary values beyond each position."""
     q, k, v = inputs(200)
     whole = jax.jit(lambda *x: causal_attention(*x, None, Dropout(), 64, False))(q, k, v)
     position = jnp.array(position)
@@ -38,21 +38,21 @@ def test_one_query_against_a_cache_equals_its_row(position, platform):
     "capacity", [1, 63, 256, *(pytest.param(n, marks=pytest.mark.slow) for n in (12, 96, 250, 508))]
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
-def test_sums_written_out_are_the_products(capacity, dtype):
-    """A CPU's way and that of the others, for caches that can be cut into equal stretches and for others."""
+def test_explicit_sums_equal_the_products(capacity, dtype):
+    """The operations for a CPU and for other platforms, with capacities that do or do not divide into equal parts."""
     with x64(dtype == jnp.float64):
         rng = np.random.default_rng(0)
         q, *cache = (jnp.asarray(rng.normal(size=shape), dtype) for shape in [(3, 2, 6), *[(4, 3, 2, 6, capacity)] * 2])
         position = jnp.array([0, capacity // 2, capacity - 1])
-        ours, theirs = (ATTENTION[platform](q, *cache, 2, position) for platform in ("cpu", "tpu"))
-    assert ours.dtype == theirs.dtype == dtype
+        on_cpu, on_tpu = (ATTENTION[platform](q, *cache, 2, position) for platform in ("cpu", "tpu"))
+    assert on_cpu.dtype == on_tpu.dtype == dtype
     exact = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2, jnp.float64: 1e-13}[dtype]
-    np.testing.assert_allclose(ours.astype(float), theirs.astype(float), rtol=exact, atol=exact / 10)
+    np.testing.assert_allclose(on_cpu.astype(float), on_tpu.astype(float), rtol=exact, atol=exact / 10)
 
 
 @pytest.mark.parametrize("capacity", [100, 1024])
 @pytest.mark.parametrize("width", [6, 33])
-def test_one_sequence_alone_gets_what_it_gets_among_others(width, capacity):
+def test_sequence_result_does_not_depend_on_the_batch_size(width, capacity):
     rng = np.random.default_rng(0)
     shapes = [(2, 3, width), *[(2, 2, 3, width, capacity)] * 2]
     q, *cache = (jnp.asarray(4 * rng.normal(size=shape), jnp.float32) for shape in shapes)
@@ -66,7 +66,7 @@ def test_one_sequence_alone_gets_what_it_gets_among_others(width, capacity):
 
 
 def around(middle, rows=2):
-    """Return q and a cache of 256 places whose scores lie within a few of what is asked for, of each row."""
+    """Return q and a cache of 256 positions with scores close to a given value in each sequence."""
     rng = np.random.default_rng(0)
     q = rng.normal(size=(rows, 3, 8))
     k, v = rng.normal(size=(2, 1, rows, 3, 8, 256))
@@ -102,7 +102,7 @@ def test_result_does_not_depend_on_scores_of_other_sequences(other):
     assert np.isfinite(results[1]).all()
 
 
-def test_rows_are_filled_place_by_place_and_read_as_far():
+def test_cache_is_filled_by_position_and_read_up_to_it():
     rng = np.random.default_rng(0)
     keys, values = (jnp.asarray(rng.normal(size=(2, 3, 2, 4, 20)), jnp.float32) for _ in range(2))
     kept = CpuKVCache.of(keys[..., :7], values[..., :7]).enlarged(20)
@@ -117,7 +117,7 @@ def test_rows_are_filled_place_by_place_and_read_as_far():
     np.testing.assert_array_equal(kept.values, values)
 
 
-def test_a_place_of_a_cache_is_filled_and_no_other():
+def test_append_writes_one_position_only():
     for rows in (1, 3):
         cache = jnp.arange(2.0 * rows * 2 * 4 * 9).reshape(2, rows, 2, 4, 9)
         new, position = -jnp.ones((rows, 2, 4)), jnp.array([4, 0, 8])[:rows]
@@ -128,7 +128,7 @@ def test_a_place_of_a_cache_is_filled_and_no_other():
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_a_cache_may_be_read_in_the_width_that_is_asked_for(platform):
+def test_cache_is_read_in_the_requested_dtype(platform):
     rng = np.random.default_rng(0)
     q, *cache = (jnp.asarray(rng.normal(size=shape)) for shape in [(2, 2, 6), *[(3, 2, 2, 6, 512)] * 2])
     position = jnp.array([3, 100])
@@ -141,9 +141,9 @@ def test_a_cache_may_be_read_in_the_width_that_is_asked_for(platform):
     assert np.abs(narrow[1] - expected[1]).max() > 1e-3  # no more than 64 places were read
 
 
-def test_a_cpu_copies_neither_keys_nor_values_out_of_the_cache():
+def test_cpu_does_not_copy_keys_or_values():
     B, H, D, S = 3, 2, 16, 512
-    with jax.default_device(jax.devices("cpu")[0]):  # which there is beside any accelerator
+    with jax.default_device(jax.devices("cpu")[0]):  # every machine has one, also with an accelerator
         cache = jnp.zeros((4, B, H, D, S))
         args = (jnp.zeros((B, H, D)), cache, cache, 1, jnp.array([0, 300, 511]))
         temporaries = {
@@ -156,7 +156,7 @@ def test_a_cpu_copies_neither_keys_nor_values_out_of_the_cache():
 
 
 @pytest.mark.parametrize("capacity", [1, 63, 64, 65, 100, 512, 513, 2048])
-def test_a_cache_is_read_in_at_most_eight_steps_up_to_the_whole(capacity):
+def test_cache_is_read_in_at_most_eight_lengths(capacity):
     widths = read_widths(capacity)
     assert widths[-1] == capacity
     assert widths == sorted(set(widths))

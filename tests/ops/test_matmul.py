@@ -1,4 +1,4 @@
-"""Products as exact as their dtype, and rows looked up by them."""
+"""Matrix products have the precision of their dtype; embedding lookup by a product is exact."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def arrays(dtype):
 
 
 def asked(dtype):
-    """Return the precision that a product of a dtype is traced with."""
+    """Return the precision with which a product of a dtype is traced."""
     (dot,) = jax.make_jaxpr(lambda a, b: matmul(AXES, a, b))(*arrays(dtype)).eqns
     return dot.params["precision"]
 
@@ -49,11 +49,11 @@ def test_product_has_the_precision_of_its_dtype(dtype, exact):
         np.testing.assert_allclose(ours, expected, rtol=exact, atol=exact)
 
 
-def test_a_dtype_that_is_asked_for_is_the_results():
+def test_result_has_the_requested_dtype():
     assert matmul(AXES, *arrays(jnp.bfloat16), jnp.bfloat16).dtype == jnp.bfloat16
 
 
-def test_what_is_float32_is_multiplied_as_float32():
+def test_float32_is_multiplied_in_float32():
     """Otherwise a TPU would round it to bfloat16 first, and a GPU to TF32."""
     assert asked(jnp.float32) == (jax.lax.Precision.HIGHEST,) * 2
     assert asked(jnp.bfloat16) is None
@@ -61,12 +61,12 @@ def test_what_is_float32_is_multiplied_as_float32():
         assert asked(jnp.float64) is None
 
 
-def test_who_asks_jax_for_less_gets_it():
+def test_default_matmul_precision_setting_is_respected():
     with jax.default_matmul_precision("tensorfloat32"):
         assert asked(jnp.float32) == (jax.lax.Precision.HIGH,) * 2
 
 
-def test_gradients_are_as_exact():
+def test_gradients_have_the_same_precision():
     a, b = arrays(jnp.float32)
     graph = jax.make_jaxpr(jax.grad(lambda a: jnp.sum(jnp.sin(matmul(AXES, a, b)))))(a)
     dots = [line for line in graph.eqns if line.primitive.name == "dot_general"]

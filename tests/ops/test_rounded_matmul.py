@@ -1,4 +1,4 @@
-"""Narrow products of wide numbers, and where what is between products stays wide."""
+"""Matrix products of operands rounded to a narrow dtype, and where activations stay float32."""
 
 import os
 import re
@@ -48,17 +48,17 @@ def exactly(axes, a, b, dtype):
 @settings(deadline=None, max_examples=12)
 @given(rows=st.integers(1, 40), columns=st.integers(1, 20), others=st.integers(1, 20))
 def test_product_and_gradients_use_rounded_operands(dtype, axes, turned, rows, columns, others):
-    """Whatever the shapes: odd rows, and either array the wider one, go other ways."""
+    """For all shapes: an odd number of rows, or a wider first or second operand, use other code."""
     a, weight = drawn(rows, columns), drawn(rows, others, seed=2)
     b = drawn(*((others, columns) if turned else (columns, others)), seed=1)
 
     @jax.jit
-    def ours(a, b, weight):
+    def products(a, b, weight):
         result, back = jax.vjp(lambda a, b: rounded_matmul(axes, a, b, dtype), a, b)
         return result, *back(weight)
 
     left, right, out = axes[:2], axes[3:5], axes[-2:]
-    results = ours(a, b, weight)
+    results = products(a, b, weight)
     assert {x.dtype for x in results} == {jnp.dtype(jnp.float32)}
     expected = (
         exactly(axes, a, b, dtype),
@@ -70,21 +70,21 @@ def test_product_and_gradients_use_rounded_operands(dtype, axes, turned, rows, c
 
 
 def multiplied(function, *args):
-    """Return the kinds of matrix products in a lowered function: what they take, and give."""
+    """Return the (operand, operand, result) dtypes of the matrix products in a lowered function."""
     text = jax.jit(function).lower(*args).as_text()
     products = re.findall(r"dot_general .*: \(tensor<(\S+)>, tensor<(\S+)>\) -> tensor<(\S+)>", text)
     assert len(products) == text.count("dot_general ")
     return {tuple(shape.split("x")[-1] for shape in found) for found in products}
 
 
-def test_no_gradient_is_multiplied_wide_with_what_was_rounded():
+def test_gradients_are_rounded_before_products():
     a, b = drawn(6, 4), drawn(4, 10, seed=1)
     graph = jax.grad(lambda a, b: jnp.sum(jnp.sin(rounded_matmul("rc,cf->rf", a, b, jnp.bfloat16))), (0, 1))
     assert multiplied(graph, a, b) == {("bf16", "bf16", "f32")}
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
-def test_only_a_cpu_keeps_wide_what_is_between_narrow_products(platform):
+def test_only_a_cpu_keeps_activations_in_float32(platform):
     wide = platform == "cpu"
     for dtype in (jnp.bfloat16, jnp.float16):
         ops = ops_for(dtype, platform=platform)
@@ -96,7 +96,7 @@ def test_only_a_cpu_keeps_wide_what_is_between_narrow_products(platform):
 
 
 def test_building_a_model_for_a_named_platform_starts_no_devices():
-    """A process may still fork then, or say how many devices a CPU counts as."""
+    """After that, a process can still fork, and set the number of CPU devices."""
     code = (
         "import jax; from tests.pairing import built; from chargpt_jax.config import ModelConfig;"
         "jax.eval_shape(lambda: built(ModelConfig(vocab_size=9, used_ids=9, n_layer=1), 0, platform='cpu')[1]);"

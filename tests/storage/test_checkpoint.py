@@ -1,4 +1,4 @@
-"""Checkpoints keep what they are given, keep the right ones, and say what is wrong with a bad one."""
+"""Checkpoints: saved bits, which ones are kept, and errors for damaged ones."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def store(tmp_path):
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    """A store of steps 1, 2 and 3, of which 2 is the best."""
+    """A folder with the checkpoints 1, 2 and 3, of which 2 is the best."""
     folder = tmp_path_factory.mktemp("three") / "checkpoints"
     filled(folder).close()
     return folder
@@ -34,7 +34,7 @@ def three(tmp_path_factory):
 
 @pytest.fixture
 def copy(three, tmp_path):
-    """A copy of it, to be damaged."""
+    """A copy of the three checkpoints, to be damaged."""
     shutil.copytree(three, tmp_path / "copy")
     store = Store(tmp_path / "copy")
     yield store
@@ -42,7 +42,7 @@ def copy(three, tmp_path):
 
 
 def change_record(folder: Path, **changes):
-    """Change a record as someone would who can seal a step anew."""
+    """Change the record of a checkpoint, and write a new manifest."""
     path = folder / "record.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     (folder / manifest.NAME).unlink()
@@ -59,7 +59,7 @@ def test_a_state_comes_back_bit_for_bit(store, dtype):
     assert back.key.dtype == state.key.dtype
 
 
-def test_a_step_says_what_it_is(store):
+def test_record_describes_the_checkpoint(store):
     folder = store.save(state_at(5), RECORD, 1.5)
     record = store.record(5)
     assert {**record, **RECORD} == record
@@ -185,7 +185,7 @@ def test_another_model_is_refused_before_its_arrays_are_read(copy, monkeypatch):
 
 
 def test_record_larger_than_its_files_is_rejected(copy, monkeypatch):
-    """The claim and the wish agree, as they would where a hostile config asked for the model."""
+    """The record and the requested model agree, as with a hostile config."""
     monkeypatch.setattr(copy.arrays._orbax, "restore", lambda *_, **__: pytest.fail("the arrays were read"))
     change_record(copy.folder / "3", arrays={"step": ["float32", [10**6, 10**6]]})
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -195,8 +195,8 @@ def test_record_larger_than_its_files_is_rejected(copy, monkeypatch):
         copy.restore(3, like)
 
 
-def test_what_orbax_says_of_its_arrays_is_not_believed_either(copy, monkeypatch):
-    """The record tells the truth, the files of the arrays are those of another model."""
+def test_arrays_of_another_model_are_rejected(copy, monkeypatch):
+    """The record is correct, but the array files belong to another model."""
     other = state_at(3).replace(params={}, opt_state=())
     elsewhere = Store(copy.folder.parent / "elsewhere")
     arrays = elsewhere.save(other, RECORD, 1.0) / "arrays"
@@ -207,8 +207,8 @@ def test_what_orbax_says_of_its_arrays_is_not_believed_either(copy, monkeypatch)
         copy.restore(3, state_at(1))
 
 
-def test_stray_names_are_no_steps(copy):
-    """Copies of a file manager, other spellings of numbers, files, and what orbax or we leave behind."""
+def test_stray_names_are_not_checkpoints(copy):
+    """Copies of a file manager, other spellings of numbers, files, and temporary folders of orbax or chargpt_jax."""
     names = ["3 (1)", "003", "+3", "3.0", "٣", "3.damaged-1", "3.orbax-checkpoint-tmp-1", ".saving-9", "-1", "notes"]
     for name in names:
         shutil.copytree(copy.folder / "3", copy.folder / name)

@@ -1,4 +1,4 @@
-"""Only one process writes to a run: a second is refused in one sentence, and a stale lock is ignored."""
+"""Only one process writes to a run: a second one is rejected, and a stale lock is ignored."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from chargpt_jax.errors import UserError
 from chargpt_jax.storage import lock
 
 OLD_BOOT = "5d7f5d8c-7a0c-4f0e-9a39-1f1d6f3d0c11"
-"""A boot as version 0.1.0 wrote it."""
+"""A boot time in the format of version 0.1.0."""
 
 HOLDER = """
 import sys
@@ -35,7 +35,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def holder(folder):
-    """Return a process of its own that holds the lock."""
+    """Return another process that holds the lock."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -46,7 +46,7 @@ def holder(folder):
 
 
 def left_over(folder, **changed):
-    """Leave a lock file as a process would that is gone."""
+    """Write the lock file of a process that has ended."""
     folder.mkdir(parents=True, exist_ok=True)
     boot = psutil.boot_time()
     said = {"pid": 2**22 + 1, "host": socket.gethostname(), "process_started": 1.5, "boot": boot, **changed}
@@ -60,7 +60,7 @@ def take(folder):
 
 def test_the_file_names_its_holder_and_goes_with_it(folder):
     assert take(folder)["pid"] == os.getpid()
-    assert not folder.parent.exists()  # it was made for the lock alone
+    assert not folder.parent.exists()  # it was created only for the lock
 
 
 def test_what_was_there_before_stays(folder):
@@ -155,7 +155,7 @@ def test_lock_of_a_restarted_container_is_reclaimed(folder):
     assert take(folder)["pid"] == os.getpid()
 
 
-def test_a_clock_that_went_backwards_frees_nobody_and_says_how(folder):
+def test_lock_with_a_time_in_the_future_is_respected(folder):
     left_over(folder, host="elsewhere", boot=1.0)
     os.utime(folder / lock.NAME, (0, time.time() + 10_000))
     with pytest.raises(UserError, match="0 s ago"):
@@ -184,7 +184,7 @@ def test_lock_that_is_not_a_file_is_rejected(folder, kind):
 
 
 def test_a_place_where_no_folder_lasts_is_refused(folder, monkeypatch):
-    """As /proc, which lets nobody make one and does not say that it is forbidden."""
+    """For example /proc, where creating a folder fails with "no such file" instead of "permission denied"."""
 
     def mkdir(*_, **__):
         raise FileNotFoundError
@@ -197,7 +197,7 @@ def test_a_place_where_no_folder_lasts_is_refused(folder, monkeypatch):
 
 
 def test_later_training_of_the_process_takes_over(folder):
-    """As in a notebook, where a run that was broken off lives on in a traceback."""
+    """In a notebook, the traceback of an interrupted run keeps its generator alive."""
     with lock.writer(folder) as earlier, lock.writer(folder) as later:
         later.alive()
         with pytest.raises(UserError, match="A newer training in this process has taken over"):

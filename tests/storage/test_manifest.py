@@ -1,4 +1,4 @@
-"""A sealed folder is verified file by file; what was changed is named, and nothing outside it is ever opened."""
+"""A folder is verified file by file: a changed file is named, and no file outside the folder is opened."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from chargpt_jax.storage.manifest import Damaged, seal, verify
 
 @pytest.fixture
 def sealed(tmp_path):
-    """A sealed folder of three files, one of them empty."""
+    """A folder with a manifest and three files, one of them empty."""
     folder = tmp_path / "sealed"
     (folder / "a" / "b").mkdir(parents=True)
     (folder / "a" / "b" / "c.bin").write_bytes(bytes(range(256)) * 40)
@@ -43,7 +43,7 @@ def test_a_copy_passes_too(sealed, tmp_path):
     flip(copy / "d.txt")
     with pytest.raises(Damaged, match="d.txt sha256 differs"):
         verify(copy)
-    verify(sealed)  # a copy is looked at where it lies
+    verify(sealed)  # a copy is verified at its own path
 
 
 def test_every_bit_counts(sealed):

@@ -1,4 +1,4 @@
-"""What is changed in the process while orbax works is restored afterwards, and its messages are dropped meanwhile."""
+"""Process-wide changes during a call of orbax are undone afterwards; its log messages are dropped during it."""
 
 import asyncio
 import logging
@@ -34,7 +34,7 @@ def test_contained_restores_the_process(tmp_path, monkeypatch, error, disabled):
 
 
 def test_contained_drops_late_messages_of_orbax_only(tmp_path, monkeypatch, caplog):
-    """A task of a dead event loop reports its error when it is collected, within the block."""
+    """A task of a closed event loop reports its error when it is collected, inside the block."""
     seen = []
     monkeypatch.setattr(sys, "unraisablehook", lambda what: seen.append(str(what.exc_value)))
     logger = logging.getLogger("asyncio")
@@ -65,7 +65,7 @@ def test_contained_drops_late_messages_of_orbax_only(tmp_path, monkeypatch, capl
 
     with pytest.raises(ValueError, match="the first refusal"):
         save()
-    logger.error("Task exception was never retrieved\nfuture: orbax")  # after the block nothing is dropped
+    logger.error("Task exception was never retrieved\nfuture: orbax")  # after the block, messages are logged again
     assert [record.getMessage().splitlines()[0] for record in caplog.records if record.name == "asyncio"] == [
         "something else",
         "Task exception was never retrieved",

@@ -1,4 +1,4 @@
-"""A state's arrays by name: there and back, told apart, and compared with what is wanted."""
+"""A training state as named arrays: round trip, digest, and comparison with the expected ones."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Laws of a run's folder: whole files or none, and nothing lost or made up on the way to disk and back."""
+"""The workdir: files are written atomically, and reading returns what was written."""
 
 import dataclasses
 import json
@@ -88,9 +88,9 @@ def test_a_config_comes_back_as_it_was(folder):
     assert folder.load_config() == config
 
 
-def log_at(folder: Workdir, step: int, told: list[str] | None = None) -> Log:
+def log_at(folder: Workdir, step: int, warnings: list[str] | None = None) -> Log:
     folder.path.mkdir(parents=True, exist_ok=True)
-    return Log(folder, step, (told if told is not None else []).append)
+    return Log(folder, step, (warnings if warnings is not None else []).append)
 
 
 def test_metrics_come_back_and_lines_are_added_at_the_end(folder):
@@ -126,32 +126,32 @@ def test_resuming_before_the_first_line_leaves_an_empty_log(folder):
 
 
 def test_lines_wait_until_the_disk_is_writable(folder, monkeypatch):
-    told: list[str] = []
-    log, opened = log_at(folder, 0, told), Path.open
+    warnings: list[str] = []
+    log, opened = log_at(folder, 0, warnings), Path.open
     log.add([{"event": "step", "step": 1}])
 
     def full(path: Path, *args: object, **options: object) -> object:
         with opened(path, "ab") as file:
-            file.write(b'{"event": "st')  # the disk takes a part
+            file.write(b'{"event": "st')  # the disk stores only a part
         refuse()
 
     monkeypatch.setattr(Path, "open", full)
     log.add([{"event": "step", "step": 2}])
     log.add([{"event": "step", "step": 3}])
     monkeypatch.undo()
-    assert len(told) == 1
-    assert "metrics.jsonl (No space left on device): training continues" in told[0]
+    assert len(warnings) == 1
+    assert "metrics.jsonl (No space left on device): training continues" in warnings[0]
     log.add([{"event": "step", "step": 4}])
     assert [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def test_a_log_that_cannot_be_opened_anew_keeps_what_it_held(folder, monkeypatch):
     log_at(folder, 0).add([{"event": "step", "step": n, "loss": 1.5} for n in (1, 2)])
-    told: list[str] = []
+    warnings: list[str] = []
     monkeypatch.setattr(os, "replace", refuse)
-    log = log_at(folder, 1, told)
+    log = log_at(folder, 1, warnings)
     log.add([{"event": "step", "step": 5, "loss": 1.5}])
-    assert len(told) == 1
+    assert len(warnings) == 1
     assert [line["step"] for line in folder.load_metrics()] == [1, 2]
     monkeypatch.undo()
     log.add([{"event": "step", "step": 6, "loss": 1.5}])

@@ -1,4 +1,4 @@
-"""The range test on losses made of NumPy alone: against the reference, and its laws."""
+"""The range test on NumPy losses: compared with the reference, and its properties."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,19 +15,19 @@ from chargpt_jax.training.lr_finder import LossesOf, log_spaced, search, steepes
 from tests import reference
 
 LossOf = Callable[[int, int, float], float]
-"""(zoom, step, rate) -> the loss before this rate's update, as the reference asks for it."""
+"""(zoom, step, rate) -> the loss before the step with this learning rate, as the reference expects it."""
 
 METHODS = ("steepest", "lowest", "balanced")
 few = settings(max_examples=80, deadline=None)
 
 
 def one_by_one(loss_of: LossOf) -> LossesOf:
-    """Return the losses at a zoom's rates, each by itself."""
+    """Return the losses at the learning rates of a zoom, computed one by one."""
     return lambda zoom, rates: (loss_of(zoom, step, rate) for step, rate in enumerate(rates))
 
 
 def bowl(seed: int, broken: float = 0.0, blank: tuple[int, ...] = ()) -> LossOf:
-    """Make a loss that falls to a rate of about 1e-3 and rises again, with noise; some, or whole zooms, are NaN."""
+    """Return a noisy loss with a minimum near the learning rate 1e-3; some losses, or all of some zooms, are NaN."""
 
     def loss_of(zoom: int, step: int, rate: float) -> float:
         rng = np.random.default_rng([seed, zoom, step])
@@ -51,7 +51,7 @@ CASES: dict[str, Callable[[], LossOf]] = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", CASES)
-def test_the_search_is_the_references(case, method):
+def test_search_equals_the_reference(case, method):
     config = LRFinderConfig(method=method)
     *events, result = search(one_by_one(CASES[case]()), config)
     best, zooms = reference.range_test(CASES[case](), method=method)
@@ -68,7 +68,7 @@ def test_the_search_is_the_references(case, method):
             assert getattr(zoom, name) == pytest.approx(expected[name], rel=1e-12)
 
 
-def test_other_sizes_of_the_search_are_the_references():
+def test_search_of_other_sizes_equals_the_reference():
     settings = {"start_lr": 1e-6, "end_lr": 1.0, "num_zooms": 3, "steps_per_zoom": 25, "zoom_factor": 0.3}
     *_, result = search(one_by_one(bowl(6)), LRFinderConfig(method="balanced", **settings))
     best, _ = reference.range_test(bowl(6), method="balanced", **settings)
@@ -98,7 +98,7 @@ def test_a_skipped_zoom_leaves_the_range_as_it_was():
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 3.0])
-def test_where_no_loss_falls_the_user_is_told_the_remedy(loss):
+def test_search_without_falling_losses_is_an_error(loss):
     config = LRFinderConfig(num_zooms=2, steps_per_zoom=3)
     events = search(one_by_one(lambda zoom, step, rate: loss), config)
     for _ in range(6):
@@ -109,7 +109,7 @@ def test_where_no_loss_falls_the_user_is_told_the_remedy(loss):
 
 @few
 @given(st.lists(st.floats(0, 10) | st.just(math.nan), min_size=20, max_size=20), st.sampled_from(METHODS))
-def test_any_losses_give_what_the_reference_gives(losses, method):
+def test_any_losses_give_the_result_of_the_reference(losses, method):
     def loss_of(zoom: int, step: int, rate: float) -> float:
         return losses[zoom * 5 + step]
 
@@ -157,9 +157,9 @@ def test_zoom_in_keeps_the_range_inside_and_ordered(logs, zoom_factor):
 
 
 def halved(proposed: tuple[float, float], low: float, high: float, zoom_factor: float) -> tuple[float, float]:
-    """Keep zoom_factor of the margin, written with powers instead of logarithms."""
-    kept = zoom_factor
-    return low**kept * proposed[0] ** (1 - kept), high**kept * proposed[1] ** (1 - kept)
+    """Return the next range, computed with powers instead of logarithms."""
+    rest = zoom_factor
+    return low**rest * proposed[0] ** (1 - rest), high**rest * proposed[1] ** (1 - rest)
 
 
 def test_rates_are_evenly_spaced_in_the_logarithm_with_both_ends():

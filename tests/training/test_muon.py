@@ -1,4 +1,4 @@
-"""Muon against singular value decompositions and a float64 reference, and the laws that polar factors obey."""
+"""Muon compared with singular value decompositions and a float64 reference, and properties of polar factors."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ SHAPES = [(5, 5), (4, 9), (9, 4), (1, 6), (32, 96)]
 
 
 def polar(x: np.ndarray, steps: int) -> np.ndarray:
-    """Map the singular values of matrices [..., m, n] as the polynomials do, leaving the singular vectors alone."""
+    """Apply the polynomials to the singular values of matrices [..., m, n], by their decomposition."""
     u, s, v = np.linalg.svd(x, full_matrices=False)
     s = s / (MARGIN * (s**4).sum(-1, keepdims=True) ** 0.25)
     for a, b, c in POLYNOMIALS[:steps]:
@@ -45,7 +45,7 @@ def test_singular_values_of_a_thousandth_to_1_come_near_1(steps, low, high):
     assert low < s.min() < 1 < s.max() < high
 
 
-def test_what_is_orthogonal_already_keeps_its_direction():
+def test_orthogonal_matrix_keeps_its_direction():
     q, _ = np.linalg.qr(matrices(6, 6))
     got = np.asarray(orthogonal(jnp.asarray(q, jnp.float32)))
     np.testing.assert_allclose(got / got[0, 0] * q[0, 0], q, atol=1e-5)
@@ -53,13 +53,13 @@ def test_what_is_orthogonal_already_keeps_its_direction():
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-6, 1e6, 1e30])
-def test_the_size_of_a_matrix_does_not_matter(factor):
+def test_scale_of_a_matrix_does_not_matter(factor):
     x = jnp.asarray(matrices(2, 4, 7), jnp.float32)
     np.testing.assert_allclose(orthogonal(x * factor), orthogonal(x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
-def test_nothing_stays_nothing(shape):
+def test_orthogonal_of_zero_is_zero(shape):
     assert (np.asarray(orthogonal(jnp.zeros((2, *shape)))) == 0).all()
 
 
@@ -76,7 +76,7 @@ def test_orthogonal_commutes_with_transposing_and_stacking(shape):
 
 
 def layers(seed: int) -> dict:
-    """Return arrays named and stacked as a model's layers' matrices are: 2 layers, C = 6, F = 10."""
+    """Return the weight matrices of 2 layers with C = 6 and F = 10, named and stacked as in a model."""
     shapes = {"attn": {"qkv": (6, 18), "proj": (6, 6)}, "mlp": {"up": (6, 10), "down": (10, 6)}}
     rng = np.random.default_rng(seed)
     kernel = lambda shape: {"kernel": rng.normal(size=(2, *shape))}  # noqa: E731
@@ -90,7 +90,7 @@ def expected_direction(name: str, mixed: np.ndarray, steps: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("momentum", "steps"), [(0.9, 5), (0.85, 3), (0.0, 5)])
-def test_four_updates_are_those_of_the_formula(momentum, steps):
+def test_four_steps_equal_the_formula(momentum, steps):
     tx, gradients = scale_by_muon(momentum, steps), [layers(seed) for seed in range(4)]
     with x64(True):
         state = tx.init(jax.tree.map(jnp.asarray, gradients[0]))
@@ -108,7 +108,7 @@ def test_four_updates_are_those_of_the_formula(momentum, steps):
         np.testing.assert_allclose(one, other, rtol=1e-12)
 
 
-def test_the_layers_matrices_are_muons_and_all_else_is_not():
+def test_muon_applies_to_layer_matrices_only():
     config = ModelConfig(64, 10, block_size=8, n_embd=8, n_head=2, n_head_dim=4, n_ff=12, n_layer=2)
     params = jax.eval_shape(lambda: built(config, seed=0)[1])
     mask = jax.tree_util.tree_map_with_path(is_layer_matrix, params)
@@ -140,7 +140,7 @@ def rate(count: jax.Array) -> jax.Array:
     return RATES[count]
 
 
-def test_all_but_the_layers_matrices_move_as_with_adamw():
+def test_other_arrays_are_updated_by_adamw():
     config = OptimizerConfig(weight_decay=0.1, betas=(0.9, 0.95), kind="muon")
     params, gradients = model_like(9), [model_like(seed) for seed in range(3)]
     for mine, plain in zip(
@@ -167,7 +167,7 @@ def test_muon_learning_rate_and_weight_decay_of_matrices():
 
 
 def test_the_gradient_is_clipped_first():
-    """Muon forgets a matrix's size, but not how gradients compare from update to update."""
+    """Muon ignores the scale of a matrix, but not the relative scale of gradients of different steps."""
     params, short, long = model_like(9), model_like(0), jax.tree.map(lambda x: 1e3 * x, model_like(1))
     free, clipped = (
         moves(make_optimizer(OptimizerConfig(kind="muon", clip_norm=limit), 0.01), params, [short, long])[-1]

@@ -1,4 +1,4 @@
-"""The schedule, the decay mask and AdamW, against the float64 reference."""
+"""The schedule, the decay mask and AdamW compared with the float64 reference."""
 
 import math
 
@@ -19,7 +19,7 @@ RATES = [3e-3, 1e-2, 2e-3, 5e-3, 1e-3]
 
 # Schedule
 
-SHAPES = [  # epochs, warmup_epochs, steps an epoch, min_lr_factor
+SHAPES = [  # epochs, warmup_epochs, steps per epoch, min_lr_factor
     (10.0, 1.0, 13, 0.1),
     (100.0, 1.0, 52, 0.1),
     (3.0, 0.5, 8, 0.25),
@@ -31,7 +31,7 @@ SHAPES = [  # epochs, warmup_epochs, steps an epoch, min_lr_factor
 
 @pytest.mark.parametrize(("epochs", "warmup", "epoch_steps", "low"), SHAPES)
 @pytest.mark.parametrize("peak", [1e-3, 0.3])
-def test_the_schedule_is_the_references_at_every_step(epochs, warmup, epoch_steps, low, peak):
+def test_schedule_equals_the_reference_at_every_step(epochs, warmup, epoch_steps, low, peak):
     config = SchedulerConfig(epochs=epochs, warmup_epochs=warmup, min_lr_factor=low)
     total, warmup_steps = total_steps(config, epoch_steps), round(warmup * epoch_steps)
     rates = warmup_cosine(config, peak, epoch_steps)(jnp.arange(total + 3))
@@ -69,7 +69,7 @@ def test_under_x64_the_schedule_is_computed_in_float64(epochs, warmup, epoch_ste
 
 @pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0, 30.0])
 def test_decay_none_stays_at_the_peak(warmup):
-    """A warm-up that is longer than the run is cut off, not hurried."""
+    """A warm-up that is longer than the run is truncated, not shortened."""
     config = SchedulerConfig(max_steps=40, warmup_epochs=warmup, min_lr_factor=0.1)
     rates = np.asarray(warmup_cosine(config, 0.01, 10, "none")(jnp.arange(50)))
     line = np.minimum(np.arange(50) / max(1, 10 * warmup), 1) if warmup else np.ones(50)
@@ -101,7 +101,7 @@ def test_total_steps_are_epochs_or_max_steps(settings, epoch_steps, steps):
     assert total_steps(SchedulerConfig(**settings), epoch_steps) == steps
 
 
-def test_a_warm_up_is_as_many_steps_as_its_epochs_hold():
+def test_warm_up_epochs_are_rounded_to_steps():
     """0.29 epochs of 100 steps: 0.29 * 100 is 28.999999999999996 in binary, but means 29."""
     rate = warmup_cosine(SchedulerConfig(epochs=10, warmup_epochs=0.29), 1.0, 100)
     assert float(rate(28)) < 1
@@ -121,14 +121,14 @@ def test_weight_decay_applies_to_kernels_and_embedding():
     names = {jax.tree_util.keystr(path): leaf.ndim for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     assert decayed == {name for name in names if name.endswith(("['kernel']", "['embedding']"))}
     assert len(decayed) == 5
-    assert {names[name] for name in names.keys() - decayed} == {1, 2}  # stacked biases and scales are of rank 2
+    assert {names[name] for name in names.keys() - decayed} == {1, 2}  # stacked biases and scales have rank 2
 
 
 # AdamW
 
 
 def tree(rng: np.random.Generator) -> dict:
-    """Return arrays with the names and ranks of a model's."""
+    """Return arrays with the names and ranks of a model's parameters."""
     shapes = {
         "wte": {"embedding": (6, 4)},
         "blocks": {"mlp": {"kernel": (N_LAYER, 4, 5), "bias": (N_LAYER, 5)}, "ln_1": {"scale": (N_LAYER, 4)}},
@@ -138,7 +138,7 @@ def tree(rng: np.random.Generator) -> dict:
 
 
 def unstacked(params: dict) -> reference.Params:
-    """Return each layer's arrays by a name of its own, as the reference has them."""
+    """Return the arrays of each layer under separate names, like the reference."""
     flat = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)
@@ -160,7 +160,7 @@ def updated(tx: optax.GradientTransformation, params: dict, grads: list[dict]) -
     return params
 
 
-def test_five_updates_are_the_references():
+def test_five_steps_equal_the_reference():
     rng = np.random.default_rng(0)
     params, grads = tree(rng), [tree(rng) for _ in RATES]
     config = OptimizerConfig(weight_decay=0.1, betas=(0.9, 0.95))
@@ -191,7 +191,7 @@ def test_a_gradient_above_clip_norm_counts_as_one_of_that_norm():
     norm = math.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(direction)))
     long, short, unit = (jax.tree.map(lambda x, s=s: x * s / norm, direction) for s in (10.0, 0.5, 1.0))
     free, clipped = (make_optimizer(OptimizerConfig(clip_norm=limit), 0.01) for limit in (None, 1.0))
-    # Adam forgets a constant factor: only a change of length between updates shows what was clipped.
+    # Adam ignores a constant factor: clipping shows only if the norm changes between steps.
     for one, two in zip(
         jax.tree.leaves(updated(clipped, params, [short, long])),
         jax.tree.leaves(updated(free, params, [short, unit])),

@@ -1,4 +1,4 @@
-"""The stages end to end on a small text of known entropy: resuming, stopping, the range test, what is refused."""
+"""The stages end to end on a small text of known entropy: resuming, stopping, the range test, errors."""
 
 import contextlib
 import dataclasses
@@ -45,7 +45,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def several_validation_batches():
-    """Validate in batches as short as training's, so that a validation can be cut between two of them."""
+    """Validate in batches of the training size, so that a validation has several and can be interrupted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "VALIDATED_AT_ONCE", 1)
         yield
@@ -56,7 +56,7 @@ def quiet(_: str) -> None:
 
 
 def final(workdir):
-    """Return the arrays of a run's last checkpoint, by path."""
+    """Return the arrays of the newest checkpoint of a run, by path."""
     setup = Setup.of(Run.load(workdir))
     tx = optimizer.empty(setup.config.optimizer)
     store = Checkpoints(Workdir(workdir).checkpoints)
@@ -77,7 +77,7 @@ def logged(workdir):
 
 
 def traces_of(module, name, monkeypatch):
-    """Return a list that grows by one whenever a function, by its name in a module, is traced."""
+    """Return a list that gets an element whenever a function of a module is traced."""
     traces, original = [], getattr(module, name)
 
     def counted(*args, **kwargs):
@@ -96,7 +96,7 @@ def whole(text, tmp_path_factory):
     return workdir, events
 
 
-def test_events_tell_the_whole_story_in_order(whole):
+def test_events_come_in_order(whole):
     _, events = whole
     kinds = [type(event) for event in events]
     assert kinds[:3] == [Prepared, TrainStarted, Compiled]
@@ -120,14 +120,14 @@ def test_every_step_and_validation_is_logged_once(whole):
     )
 
 
-def test_the_speed_of_training_is_written_down(whole):
+def test_training_speed_is_saved(whole):
     workdir, events = whole
     (compiled,) = [event for event in events if isinstance(event, Compiled)]
     speed = Workdir(workdir).load_speed()
     assert speed["compile_seconds"] == compiled.seconds > 0
     assert speed["flops_per_step"] == compiled.flops_per_step
     assert speed["flops_per_second"] == pytest.approx(compiled.flops_per_step / speed["seconds_per_step"])
-    assert speed["mfu"] is None  # of a CPU nobody says what it could do
+    assert speed["mfu"] is None  # the peak of a CPU is not known
     last = [event for event in events if isinstance(event, Steps)][-1]
     assert speed["seconds_per_step"] == pytest.approx(8 * 32 / last.tokens_per_second)
 
@@ -140,8 +140,8 @@ def test_mfu_is_saved_if_the_peak_is_known(whole, monkeypatch):
 
 
 @pytest.mark.parametrize("when", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_resuming_equals_never_stopping_bit_for_bit(whole, text, tmp_path, when):
-    """Drop the generator, as a crash would, after some checkpoint and again later; dropout and padding are on."""
+def test_resumed_run_is_bit_identical(whole, text, tmp_path, when):
+    """Close the generator after some checkpoint and again later, like a crash, with dropout and padding."""
     config = small_config(text)
     for stop_after in (when, 1):
         saved = 0
@@ -157,7 +157,7 @@ def test_resuming_equals_never_stopping_bit_for_bit(whole, text, tmp_path, when)
 
 
 @pytest.mark.parametrize("steps", [1, pytest.param(7, marks=pytest.mark.slow)])
-def test_how_many_steps_share_a_dispatch_changes_no_bit(whole, text, tmp_path, steps):
+def test_dispatch_size_changes_no_bit(whole, text, tmp_path, steps):
     config = small_config(text)
     config.train.steps_per_dispatch = steps
     list(stages.train(config, tmp_path, quiet))
@@ -179,7 +179,7 @@ def test_signal_saves_and_the_run_resumes_there(whole, text, tmp_path):
     assert logged(tmp_path) == logged(whole[0])
 
 
-def test_the_seconds_of_a_run_go_on_where_it_was_cut(text, tmp_path):
+def test_seconds_continue_after_resuming(text, tmp_path):
     config = small_config(text)
     config.train.steps_per_dispatch, config.train.log_every = 1, 1
     stop = lambda: signal.SIGTERM if isinstance(events[-1], Steps) and events[-1].step == 5 else None  # noqa: E731
@@ -187,7 +187,7 @@ def test_the_seconds_of_a_run_go_on_where_it_was_cut(text, tmp_path):
     for event in stages.train(config, tmp_path, quiet, stop):
         events.append(event)
     before = Workdir(tmp_path).load_metrics()
-    assert before[-1]["event"] == "step"  # cut after the last validation
+    assert before[-1]["event"] == "step"  # interrupted after the last validation
     list(stages.train(config, tmp_path, quiet))
     seconds = [line["seconds"] for line in Workdir(tmp_path).load_metrics()]
     assert all(later > earlier for earlier, later in itertools.pairwise(seconds))
@@ -196,7 +196,7 @@ def test_the_seconds_of_a_run_go_on_where_it_was_cut(text, tmp_path):
 
 @pytest.mark.parametrize("at", [3, *(pytest.param(at, marks=pytest.mark.slow) for at in (15, 30))])
 def test_signal_interrupts_a_validation_which_is_repeated(whole, text, tmp_path, monkeypatch, at):
-    """Step 3 is the first that is validated here, 30 the last of all."""
+    """Step 3 is the first one with a validation, and step 30 the last of the run."""
     config = small_config(text)
     batches_seen, original = 0, setup.Setup.validator
 
@@ -241,7 +241,7 @@ def test_signal_ends_the_range_test_without_a_result(text, tmp_path):
 
 
 def test_unwritable_log_does_not_end_training(whole, text, tmp_path, monkeypatch):
-    told, original, full = [], Path.open, True
+    warnings, original, full = [], Path.open, True
 
     def opened(path, mode="r", *args, **options):
         if full and path.name == "metrics.jsonl" and "a" in mode:
@@ -250,11 +250,11 @@ def test_unwritable_log_does_not_end_training(whole, text, tmp_path, monkeypatch
 
     monkeypatch.setattr(Path, "open", opened)
     monkeypatch.setattr(Workdir, "save_speed", lambda *_: opened(Path("metrics.jsonl"), "a"))
-    for event in stages.train(small_config(text), tmp_path, told.append):
+    for event in stages.train(small_config(text), tmp_path, warnings.append):
         if isinstance(event, Saved) and event.step >= 15:
             full = False
             monkeypatch.setattr(Workdir, "save_speed", lambda *_: None)
-    log, speed = sorted(told, key=lambda line: "speed.json" in line)
+    log, speed = sorted(warnings, key=lambda line: "speed.json" in line)
     assert "metrics.jsonl (No space left on device): training continues" in log
     assert "speed.json (No space left on device): the run continues" in speed
     assert same_bits(final(tmp_path), final(whole[0]))
@@ -262,13 +262,13 @@ def test_unwritable_log_does_not_end_training(whole, text, tmp_path, monkeypatch
 
 
 class Crash(BaseException):
-    """As if the process had died: nothing of the package catches it."""
+    """Simulates the death of the process: the package does not catch it."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "parts"), [("tiny", 1), ("small", 2), ("nanogpt_cpu", 1), ("nanogpt_baby", 2)])
 def test_shipped_configs_resume_bit_for_bit_after_crashes(text, tmp_path, monkeypatch, name, parts):
-    """Each in its own ways (dropout, padding, clipping, ...), in the middle of an epoch, with a smaller model."""
+    """With the settings of each config (dropout, padding, clipping, ...), within an epoch, on a small model."""
     config = load_config(name)
     config.optimizer.accumulation_steps = parts
     config = shrunk(config, text)
@@ -313,7 +313,7 @@ def test_time_is_up_when_a_dispatch_and_two_saves_no_longer_fit(monkeypatch):
     assert not condition.reached(8.9)
     assert condition.reached(9.1)
     now -= 30
-    assert condition.reached()  # it stays so
+    assert condition.reached()  # it stays true
     assert (condition.signal, condition.out_of_time) == (None, True)
     assert not pacing.StopCondition(lambda: None).reached(1e9)
 
@@ -327,7 +327,7 @@ def test_last_dispatch_fits_into_the_time_left(text):
     assert timed.steps_within(1e9) == pacing.MAX_DISPATCH_STEPS
 
 
-def test_a_finished_run_has_nothing_left_to_do(whole, text):
+def test_finished_run_makes_no_further_step(whole, text):
     workdir, _ = whole
     before = final(workdir)
     events = list(stages.train(small_config(text), workdir, quiet))
@@ -363,15 +363,19 @@ def test_merged_validation_batches_give_the_same_loss(text, tmp_path, monkeypatc
             return False
 
         losses.append(run.validator()(params, 0, ended))
-    held_out = len(run.tokens) - run.n_train
-    assert asked == [-(-held_out // 256), -(-held_out // 512), 2]  # the last: all that fill batches, and the rest
-    assert held_out % 256
+    n_validation = len(run.tokens) - run.n_train
+    assert asked == [
+        -(-n_validation // 256),
+        -(-n_validation // 512),
+        2,
+    ]  # the last: all that fill batches, and the rest
+    assert n_validation % 256
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
 
 
 @pytest.mark.slow
 def test_the_model_learns_the_text_down_to_its_entropy(text, tmp_path):
-    """The words are drawn evenly: nothing below FLOOR can be learned, and little above it must be left."""
+    """No model can have a loss below FLOOR; the final loss must be only a little higher."""
     config = small_config(text, dropout=0.0, n_embd=32)
     config.scheduler.max_steps = 400
     config.train.validate_every = 100.0
@@ -379,8 +383,8 @@ def test_the_model_learns_the_text_down_to_its_entropy(text, tmp_path):
     assert FLOOR * 0.97 < ended.best_loss < FLOOR * 1.12
 
 
-def test_the_ancestors_ways_can_be_switched_on(text, tmp_path):
-    """Its short epochs, its warm-up without a cosine, its open vocabulary, and its validation on random crops."""
+def test_settings_of_the_original_can_be_enabled(text, tmp_path):
+    """Short epochs, warm-up without cosine decay, unmasked unused ids, and validation on random crops."""
     config = small_config(text)
     config.model.mask_unused_ids = False
     config.ancestor.short_epochs, config.ancestor.random_validation = True, True
@@ -400,7 +404,7 @@ def test_the_ancestors_ways_can_be_switched_on(text, tmp_path):
     crops, windows = setup.validator(), setup.validator(whole=True)
     assert crops(params, 1) == crops(params, 1) != crops(params, 2)
     assert windows(params, 1) == windows(params, 2)
-    # The text is even enough for crops to agree with the whole, but for what so few of them leave to chance.
+    # The text is homogeneous: the loss of a few crops is close to that of the full validation set.
     assert crops(params, 1) == pytest.approx(windows(params, 1), rel=0.05)
 
 
@@ -418,7 +422,7 @@ def test_range_test_runs_if_no_learning_rate_is_set(text, tmp_path):
     assert json.loads((tmp_path / "lr_finder.json").read_text())["learning_rate"] == result.learning_rate
     assert (tmp_path / "lr_finder.svg").read_text().startswith("<svg")
     assert 1e-5 < result.learning_rate < 1
-    # Every zoom starts from the same parameters: at vanishing rates the first losses differ by their batches only.
+    # Every zoom starts from the same parameters: at tiny learning rates the first losses differ only by their batches.
     firsts = [step.loss for step in steps if (step.step - 1) % 10 == 0]
     assert max(firsts) - min(firsts) < 0.2
     again = list(stages.train(config, tmp_path, quiet))
@@ -446,7 +450,7 @@ def test_the_range_test_compiles_once(text, tmp_path, monkeypatch):
 def test_non_finite_loss_stops_training(text, tmp_path):
     config = small_config(text)
     config.optimizer.learning_rate = 1e30
-    config.scheduler.warmup_epochs = 100.0  # the rate grows from nothing, so the first checkpoint is good
+    config.scheduler.warmup_epochs = 100.0  # the learning rate starts near 0, so the first checkpoint is good
     config.scheduler.min_lr_factor = 0.0
     config.train.validate_every = 1 / 40
     config.scheduler.max_steps = 200
@@ -503,7 +507,7 @@ def test_dispatch_size_targets_two_seconds(text):
 
 
 def resumed(config, folder):
-    """Train whole, and cut at the first checkpoint and resumed; return the arrays, of which each bit is the same."""
+    """Train without a stop, and with a stop at the first checkpoint; check equality, and return the arrays."""
     list(stages.train(config, folder / "whole", quiet))
     for event in stages.train(config, folder / "cut", quiet):
         if isinstance(event, Saved):
@@ -529,7 +533,7 @@ def test_muon_finds_a_rate_trains_and_resumes_bit_for_bit(text, tmp_path):
 
 @pytest.mark.slow
 def test_float16_resumes_bit_for_bit_with_its_loss_scale(text, tmp_path):
-    """The loss scale is part of the state, so it resumes with it."""
+    """The loss scale is part of the training state."""
     config = small_config(text)
     config.amp.dtype, config.scheduler.max_steps = "float16", 12
     assert "loss_scale" in " ".join(resumed(config, tmp_path))

@@ -1,4 +1,4 @@
-"""One update: gradients, accumulation, loss scaling, determinism."""
+"""One training step: gradients, accumulation, loss scaling, determinism."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ def batch(seed: int = 0):
     rng = np.random.default_rng(seed)
     text = rng.integers(1, 30, (4, 13)).astype(np.int32)
     targets = text[:, 1:].copy()
-    targets[0, :5] = 0  # padding makes the sequences count unequally
+    targets[0, :5] = 0  # padding: the sequences have different numbers of targets
     return jnp.asarray(text[:, :-1]), jnp.asarray(targets)
 
 
@@ -47,7 +47,7 @@ def test_loss_is_the_mean_over_targets_that_are_not_padding():
     np.testing.assert_allclose(ours, sum(total for total, _ in expected), rtol=1e-5)
 
 
-def test_an_update_lowers_the_loss_on_its_batch():
+def test_step_lowers_the_loss_on_its_batch():
     state, first = STEP(create_state(PARAMS, TX, 0), batch())
     for _ in range(20):
         state, scalars = STEP(state, batch())
@@ -57,7 +57,7 @@ def test_an_update_lowers_the_loss_on_its_batch():
 
 @pytest.mark.parametrize("microbatches", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulation_equals_the_large_batch(microbatches):
-    """With dropout on, and with sequences that hold different numbers of characters."""
+    """With dropout, and with sequences that have different numbers of characters."""
     whole, one = STEP(create_state(PARAMS, TX, 0), batch())
     split, other = step_of(microbatches)(create_state(PARAMS, TX, 0), batch())
     np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-6)
@@ -68,7 +68,7 @@ def test_accumulation_equals_the_large_batch(microbatches):
 
 
 def test_dropout_is_a_function_of_the_step():
-    # A rate of zero leaves the parameters alone, so that only dropout can change the loss.
+    # A learning rate of 0 leaves the parameters unchanged, so only dropout can change the loss.
     frozen = step_of(tx=adamw(OptimizerConfig(), 0.0))
     state = create_state(PARAMS, TX, 0)
     after, first = frozen(state, batch())
@@ -123,7 +123,7 @@ def test_evaluation_has_no_dropout_and_counts_characters():
 
 
 def lines(graph):
-    """Yield the lines of a jaxpr and of those within it."""
+    """Yield the equations of a jaxpr and of all jaxprs inside it."""
     for line in graph.eqns:
         yield line
         for value in jax.tree.leaves(line.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
@@ -134,8 +134,8 @@ def lines(graph):
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_an_update_is_exact_and_adds_in_one_order(kind, platform):
-    """Every product of float32 is one, forward, backward and in the optimizer; nothing is scattered to many places."""
+def test_step_is_exact_and_sums_in_a_fixed_order(kind, platform):
+    """All float32 products have full precision, also backward and in the optimizer; no scatter has several indices."""
     config = dataclasses.replace(CONFIG, attention_block=5)
     graphdef, params = built(config, 0, jnp.float32, platform)
     tx = make_optimizer(OptimizerConfig(kind=kind), 1e-3)
