@@ -1,4 +1,4 @@
-"""A trace spans the dispatches it says, is one that Perfetto opens, and is closed however a run ends."""
+"""A trace spans the documented dispatches, has the format of Perfetto, and is closed when a run ends or fails."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ from chargpt_jax.events import Ended, Steps
 
 
 def dispatches(count, marks):
-    """Yield as many dispatches, each of which multiplies something under a name of its own."""
+    """Yield `count` dispatches, each with a matrix product under its own name."""
     for number in range(1, count + 1):
         with jax.profiler.TraceAnnotation(f"dispatch-{number}"):
             jnp.ones((8, 8)).dot(jnp.ones((8, 8))).block_until_ready()
@@ -48,9 +48,9 @@ def test_trace_is_complete_if_the_run_ends_or_fails(tmp_path):
     with pytest.raises(RuntimeError, match="broken"):
         list(profiled(breaking(), tmp_path / "broken"))
     assert traced(tmp_path / "broken") == []
-    list(profiled(dispatches(FIRST + 1, []), tmp_path / "again"))  # the profiler is free again
+    list(profiled(dispatches(FIRST + 1, []), tmp_path / "again"))  # the profiler can be started again
 
 
-def test_a_run_too_short_for_a_trace_leaves_none(tmp_path):
+def test_run_too_short_for_a_trace_writes_none(tmp_path):
     list(profiled(dispatches(FIRST - 1, []), tmp_path))
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""What a log, a terminal and a notebook show of a run, from a list of events: no JAX needed."""
+"""Output of a run in a log, a terminal and a notebook, from a list of events and without JAX."""
 
 import io
 import math
@@ -54,7 +54,7 @@ def log(events: list[Event]) -> str:
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Return a function that shows events on a terminal so many columns wide and gives what is left to be read."""
+    """Return a function that shows events on a terminal of some width, and returns the final text on it."""
 
     def draw(events: list[Event], columns: int) -> str:
         for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "JUPYTER_COLUMNS"):
@@ -87,7 +87,7 @@ def terminal(monkeypatch):
         (100 * 3600, "100 h 00 min"),
     ],
 )
-def test_a_duration_is_written_as_people_do(seconds, text):
+def test_duration_has_a_readable_form(seconds, text):
     assert duration(seconds) == text
 
 
@@ -99,7 +99,7 @@ def test_progress_line_has_loss_bits_rate_speed_and_time():
     assert line == "loss 1.3863 nats (2.0000 bits/char)  rate 1.50e-03  12,346 tokens/s  12 min left"
 
 
-def test_a_log_tells_each_stage_in_order():
+def test_log_has_each_stage_in_order():
     lines = log(RUN).splitlines()
     assert lines[0].startswith("corpus: Python's own help texts (stand-in for 60): 465,000 characters (96 distinct)")
     assert "learning rate: 3.20e-03 (steepest)" in lines
@@ -114,13 +114,13 @@ def test_a_log_tells_each_stage_in_order():
 
 
 def test_log_has_a_line_at_each_doubling_and_at_the_end():
-    told = [line.split()[1] for line in log(RUN).splitlines() if line.startswith("step ")]
-    assert told == ["1", "2", "4", "8", "16", "32", "64", "128", "256", "512", "1,000"]
+    steps = [line.split()[1] for line in log(RUN).splitlines() if line.startswith("step ")]
+    assert steps == ["1", "2", "4", "8", "16", "32", "64", "128", "256", "512", "1,000"]
 
 
-def test_a_long_run_is_heard_of_about_every_minute():
-    """Doubling alone would be silent for the second half of a run."""
-    seconds, per_step = 3600, 10  # ten seconds a step, steps of 1000 tokens
+def test_long_run_has_a_line_about_every_minute():
+    """With doubling only, the second half of a run would have no line."""
+    seconds, per_step = 3600, 10  # ten seconds per step, 1000 tokens per step
     events = [
         Steps(n, 1.0, 3.0, 1e-3, 0.7, 100.0, float(n * per_step), float(seconds - n * per_step))
         for n in range(1, seconds // per_step)
@@ -142,7 +142,7 @@ def test_a_resumed_run_says_from_where():
     )
 
 
-def test_only_the_best_validation_is_called_so():
+def test_only_the_best_validation_is_marked():
     assert "(best)" not in sentence(Validated(1, 1.0, 1.7, 2.4, False, 1.0))
 
 
@@ -190,7 +190,7 @@ def test_narrow_terminal_shows_step_loss_and_time_left(terminal, columns):
     assert "…" not in text
 
 
-def test_a_terminal_shows_the_range_test_as_it_goes(terminal):
+def test_terminal_shows_the_range_test_live(terminal):
     text = terminal(RUN[:3], 160)
     assert "range test" in text
     assert "rate 1.00e-02  loss 2.5000" in text
@@ -201,7 +201,7 @@ def test_a_title_with_brackets_is_shown_as_it_is(terminal):
     assert titles[0] in terminal([Prepared(titles, 10, 8, 2, 5, 64, None)], 160)
 
 
-def test_a_run_that_fails_leaves_the_terminals_cursor_on(monkeypatch):
+def test_cursor_is_visible_after_a_failed_run(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
 
     def events():
@@ -219,7 +219,7 @@ def test_a_run_that_fails_leaves_the_terminals_cursor_on(monkeypatch):
 
 @pytest.fixture
 def cell(monkeypatch):
-    """Return what a notebook's cell displays, in order."""
+    """Return a list of what a notebook cell displays, in order."""
     shown: list[str] = []
 
     def display(thing: str, **_: object) -> SimpleNamespace:
@@ -247,7 +247,7 @@ def test_a_title_is_text_to_a_notebook_not_html(cell):
     assert any("&lt;script&gt;alert(1)&lt;/script&gt; &amp; Co" in thing for thing in cell)
 
 
-def test_a_notebook_draws_the_past_of_a_resumed_run_at_once(cell):
+def test_notebook_plots_earlier_losses_of_a_resumed_run(cell):
     past = {"training": ((1, 3.0), (2, 2.9)), "validation": ((2, 2.8),)}
     show([TrainStarted(1, 2, 5000, 10, 500.0, 1e-3, "x", "float32", **past)])
     assert any("<svg" in thing for thing in cell)

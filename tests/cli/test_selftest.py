@@ -1,4 +1,4 @@
-"""The self-test finds what it looks for, and finds nothing here."""
+"""The self-test passes here, and reports a failure."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def run(folder, *flags):
 
 @pytest.mark.slow
 def test_selftest_passes_here(tmp_path):
-    """The short form of what docs/reliability.md quotes."""
+    """A short version of the self-test that docs/reliability.md quotes."""
     code, found, said = run(tmp_path, "--kills=20", "--signals=3", "--corruptions=200")
     assert found["broken"] == [], said
     assert code == 0
@@ -38,22 +38,22 @@ def test_selftest_passes_here(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_broken_promise_is_told_and_what_was_left_is_kept(tmp_path, monkeypatch):
+def test_failed_check_is_reported_and_its_files_stay(tmp_path, monkeypatch):
     def broken(bench, whole, plan):
         bench.fail("It broke.")
 
     monkeypatch.setattr(selftest, "_uninterrupted", lambda bench: None)
     monkeypatch.setattr(selftest, "_stop_trainings", broken)
-    told = []
-    result = selftest.check(tmp_path, kills=0, signals=0, corruptions=0, tell=told.append)
+    messages = []
+    result = selftest.check(tmp_path, kills=0, signals=0, corruptions=0, tell=messages.append)
     (left,) = tmp_path.iterdir()
-    assert told == ["FAILED: It broke."]
+    assert messages == ["FAILED: It broke."]
     assert "FAILED: It broke.\nFAILED: Its files are in " in result.table()
     assert str(left) in result.table()
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", "nanogpt_cpu", "nanogpt_baby"])
-def test_a_shrunk_config_keeps_its_ways(name, tmp_path):
+def test_shrunk_config_keeps_its_settings(name, tmp_path):
     config = load_config(name)
     small = validate(selftest.shrunk(config, tmp_path / "text.txt"))
     assert small.model.dropout == config.model.dropout
@@ -64,7 +64,7 @@ def test_a_shrunk_config_keeps_its_ways(name, tmp_path):
     assert config == load_config(name)
 
 
-def test_every_mutation_changes_something_and_all_kinds_come(tmp_path):
+def test_every_kind_of_mutation_occurs_and_changes_files(tmp_path):
     steps, seen = [tmp_path / "whole" / name for name in ("4", "8")], set()
     for step in steps:
         (step / "deep").mkdir(parents=True)
@@ -84,10 +84,10 @@ def test_every_mutation_changes_something_and_all_kinds_come(tmp_path):
         seen.add(selftest_damage.mutate(place, steps, draw).partition(" of ")[0])
         same += tree(place) == tree(tmp_path / "whole")
     assert seen == {"flip", "truncate", "delete", "zero", "rename", "swap", "delete folder", "rename step"}
-    assert same < 20  # two files swapped may be one and the same
+    assert same < 20  # a swap can select the same file twice
 
 
-def test_equal_numbers_of_other_bits_are_not_the_same():
+def test_equal_numbers_with_other_bits_differ():
     zero, minus = np.float32([0.0]), np.float32([-0.0])
     assert selftest_damage.same({"x": zero}, {"x": zero.copy()})
     assert not selftest_damage.same({"x": zero}, {"x": minus})

@@ -1,4 +1,4 @@
-"""Laws of what a terminal is sent: nothing that steers it, nothing lost that does not, and never a crash."""
+"""Terminal output: control characters are replaced, all other text is kept, and no encoding fails."""
 
 import io
 import logging
@@ -43,7 +43,7 @@ def test_what_steers_or_hides_is_replaced(name):
 
 
 @pytest.mark.parametrize("name", MARKUP)
-def test_markup_means_nothing_to_a_terminal_and_stays(name):
+def test_markup_is_unchanged(name):
     assert printable(MARKUP[name]) == MARKUP[name]
 
 
@@ -60,7 +60,7 @@ def test_a_character_keeps_so_many_marks_and_no_more():
     assert shown.endswith("b\u0301")
 
 
-def test_a_long_message_is_cut_and_its_end_says_so():
+def test_long_message_is_truncated_with_an_ellipsis():
     line = one_line("x" * 10**7)
     assert len(line) == MAX_MESSAGE
     assert line.endswith("x…")
@@ -68,10 +68,10 @@ def test_a_long_message_is_cut_and_its_end_says_so():
 
 @pytest.fixture
 def guarded(monkeypatch):
-    """Return the function that guards two standard streams of ASCII and gives the bytes behind them."""
+    """Return a function that guards two ASCII standard streams, and returns their byte buffers."""
     factory = logging.getLogRecordFactory()
 
-    def start() -> list[io.BytesIO]:  # in the test itself: pytest sets the streams anew before it
+    def start() -> list[io.BytesIO]:  # called in the test, because pytest replaces the streams before it
         raw = [io.BytesIO(), io.BytesIO()]
         for name, buffer in zip(("stdout", "stderr"), raw, strict=True):
             stream = io.TextIOWrapper(buffer, encoding="ascii", errors="strict", write_through=True)
@@ -110,7 +110,7 @@ def test_what_libraries_log_or_warn_of_is_one_harmless_line(guarded):
     assert printable(written) == written
 
 
-def test_a_guard_suits_streams_that_are_no_files(monkeypatch):
+def test_guard_accepts_streams_that_are_not_files(monkeypatch):
     factory, before = logging.getLogRecordFactory(), warnings.formatwarning
     memory = io.StringIO()
     monkeypatch.setattr(sys, "stdout", memory)

@@ -1,4 +1,4 @@
-"""The steps of a run compile for accelerators that are not there."""
+"""The programs of a run compile for accelerators without such a device."""
 
 import importlib.util
 import os
@@ -34,7 +34,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def every_feature(dtype: str) -> Config:
-    """Return a small config that leaves no branch of the steps out."""
+    """Return a small config that uses every branch of the programs."""
     config = small_config(Path("none.txt"))
     config.amp.dtype = dtype
     config.optimizer.accumulation_steps, config.optimizer.clip_norm = 2, 1.0
@@ -43,7 +43,7 @@ def every_feature(dtype: str) -> Config:
 
 
 def wide_products(module: str, dtype: str) -> list[str]:
-    """Return the factors of those matrix products of a module of which none has the dtype."""
+    """Return the operands of the matrix products in a module that have another dtype."""
     products = re.findall(r"stablehlo\.dot_general .* : \((.*)\) ->", module)
     assert len(products) > 5
     return [product for product in products if f"x{ELEMENTS[dtype]}>" not in product]
@@ -52,7 +52,7 @@ def wide_products(module: str, dtype: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("platform", "dtype"), [("tpu", "bfloat16"), ("cuda", "bfloat16"), ("cuda", "float16")])
 def test_programs_lower_for_accelerators_without_wide_products(platform, dtype, monkeypatch):
-    # This CPU only stands in: the model is the accelerator's, and nothing runs here.
+    # The CPU is a placeholder: the model is that of the accelerator, and no program runs.
     monkeypatch.setattr(device_platform, "BFLOAT16_ON_CPU", (0,))
     monkeypatch.setattr(ahead, "ops_for", lambda dtype, query_block, _: ops_for(dtype, query_block, platform))
     names = []
@@ -62,15 +62,15 @@ def test_programs_lower_for_accelerators_without_wide_products(platform, dtype, 
         module = exported.mlir_module()
         assert exported.platforms == (platform,)
         assert exported.mlir_module_serialized
-        older = jax.__version_info__ < (0, 10, 2)  # which may write erf, XLA's own operation, as a call
+        older = jax.__version_info__ < (0, 10, 2)  # older versions may lower erf, an operation of XLA, to a call
         assert "custom_call" not in (module.replace("custom_call @mhlo.erf(", "erf(") if older else module)
-        # But for the gradient of the logits, 128 a character, which stays float32 where it is multiplied.
+        # Except the gradient of the logits, 128 per character, which is multiplied in float32.
         assert all("x128xf32" in product for product in wide_products(module, dtype))
         names.append(program.name)
     assert names == [*NAMES, "beyond the context"]
 
 
-def test_what_is_compiled_has_the_shapes_of_a_real_run(tmp_path):
+def test_programs_have_the_shapes_of_a_real_run(tmp_path):
     config = small_config(write_words(tmp_path / "words.txt"))
     list(prepare(config, tmp_path / "run"))
     setup = Setup.of(Run.load(tmp_path / "run"))
@@ -89,14 +89,14 @@ def test_model_is_created_for_the_target_devices(monkeypatch):
     assert next(programs).ops == ops_for(jnp.bfloat16, config.model.attention_block, "tpu")
 
 
-def test_a_vocabulary_that_is_not_known_yet_has_a_stand_in():
+def test_unknown_vocabulary_size_is_assumed():
     config = small_config(Path("none.txt"))
     first = next(ahead.programs(config, jax.devices()[:1]))
     assert first.args[0].params["wte"]["embedding"].shape == (128, 16)
     assert config.model.vocab_size == 0
 
 
-def test_without_libtpu_the_cure_is_named_and_nothing_is_changed(monkeypatch):
+def test_missing_libtpu_is_an_error_with_a_fix(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     before = dict(os.environ), jax.config.jax_platforms
     with pytest.raises(UserError, match=r"libtpu, which is not installed: pip install libtpu, in the version .* names"):
@@ -105,7 +105,7 @@ def test_without_libtpu_the_cure_is_named_and_nothing_is_changed(monkeypatch):
 
 
 def command(*flags: str) -> subprocess.CompletedProcess[str]:
-    """Run --mode=compile in a process of its own: libtpu stays loaded."""
+    """Run --mode=compile in another process: libtpu cannot be unloaded."""
     words = [sys.executable, "-m", "chargpt_jax.main", "--config=tiny", "--mode=compile", *flags]
     return subprocess.run(words, capture_output=True, text=True, timeout=300)
 
@@ -122,7 +122,7 @@ def test_compile_mode_reports_memory():
 
 
 @needs_libtpu
-def test_an_unknown_topology_is_refused_with_some_that_are_known():
+def test_unknown_topology_is_rejected_with_known_ones():
     done = command("--topology=v5e-8")
     assert done.returncode == 2
     assert "--topology is 'v5e-8', but libtpu knows v5e:1x1" in done.stderr
@@ -130,7 +130,7 @@ def test_an_unknown_topology_is_refused_with_some_that_are_known():
 
 
 @needs_libtpu
-def test_a_model_that_does_not_fit_is_refused_with_the_reason():
+def test_model_larger_than_the_memory_is_rejected():
     done = command("--topology=v5e:1x1", "--config.model.n_embd=8192", "--config.model.n_ff=32768")
     assert done.returncode == 2
     assert "training does not fit into v5e:1x1" in done.stderr

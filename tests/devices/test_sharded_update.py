@@ -1,4 +1,4 @@
-"""Which part of an optimizer's state a device keeps; what the devices find is in test_devices.py."""
+"""Which part of an optimizer state a device stores; test_sharding.py tests the results."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def test_only_adam_moments_of_large_arrays_are_sharded(kind, hidden, clip):
     assert tuple(adam[0].count.spec) == WHOLE
     others = [x for x in jax.tree.leaves(found, is_leaf=is_adam) if not is_adam(x)]
     assert {tuple(x.spec) for x in others} <= {WHOLE}
-    assert bool(others) == (kind == "muon")  # its momentum
+    assert bool(others) == (kind == "muon")  # the momentum of Muon
 
 
 def is_adam(node):

@@ -1,6 +1,6 @@
-"""The rule by platform, and that a batch shared by eight devices teaches what it teaches one.
+"""Dtypes and compiler options by platform, and training on eight devices compared with one.
 
-The eight are virtual, in a process of their own: this file run as a script trains on them and prints what it finds.
+The eight devices are virtual, in another process: run as a script, this file trains on them and prints the results.
 """
 
 import json
@@ -37,7 +37,7 @@ from tests.pairing import built
 
 @dataclass(frozen=True)
 class Device:
-    """What the rules look at."""
+    """The attributes of a device that the rules use."""
 
     platform: str
     compute_capability: str = ""
@@ -112,7 +112,7 @@ def test_devices_that_stay_idle_are_said(caplog):
 
 
 def counted(first: str = "pass", **environment: str) -> int:
-    """Return how many devices a process counts that asks for every core, of four."""
+    """Return the number of devices of a process that makes each of four cores a device."""
     code = "import os, jax; os.sched_getaffinity = lambda _: range(4); from chargpt_jax.devices import startup; "
     code += f"{first}; startup.use_every_core(); print(jax.device_count())"
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **environment}
@@ -164,7 +164,7 @@ def test_devices_that_have_started_are_left_alone():
 
 @pytest.fixture
 def cache_setting():
-    """Give the name of JAX's setting, and put its value back afterwards."""
+    """Return the name of JAX's setting, and restore its value afterwards."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     jax.config.update(names[0], None)
@@ -191,13 +191,13 @@ def test_a_cache_that_the_user_chose_is_left_alone(cache_setting, monkeypatch, t
 
 def test_compiler_options_depend_on_platform_and_xla(monkeypatch):
     mesh = SimpleNamespace(devices=np.array([jax.devices("cpu")[0]]))
-    told = compiler_options(mesh)
-    if jax.__version_info__ >= (0, 10, 2):  # older ones need not know of it, as 0.7.2 does not
-        assert told["xla_cpu_scheduler_type"] == ON_CPU["xla_cpu_scheduler_type"]
+    options = compiler_options(mesh)
+    if jax.__version_info__ >= (0, 10, 2):  # older versions, such as 0.7.2, do not know it
+        assert options["xla_cpu_scheduler_type"] == ON_CPU["xla_cpu_scheduler_type"]
     if jax.__version_info__[:2] == (0, 10):
-        assert told == ON_CPU
-    assert told is None or told.items() <= ON_CPU.items()
-    assert jax.jit(lambda x: x + 1, compiler_options=told)(1) == 2
+        assert options == ON_CPU
+    assert options is None or options.items() <= ON_CPU.items()
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
     assert compiler_options(SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))) is None
     gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
     assert compiler_options(gpu) == {"xla_gpu_deterministic_ops": True}
@@ -208,7 +208,7 @@ def test_compiler_options_depend_on_platform_and_xla(monkeypatch):
     assert compiler_options(mesh) == old
 
 
-def test_a_cpu_divides_its_work_only_where_it_leaves_the_cache():
+def test_cpu_splits_attention_only_beyond_the_cache():
     assert blockwise_attention.chunk_count(32, blockwise_attention.MAX_UNCHUNKED // 32) == 1
     for rows, row_bytes in ((32, 2**17), (48, 2**16), (7, 2**20), (6, 2**18)):
         parts = blockwise_attention.chunk_count(rows, row_bytes)
@@ -223,7 +223,7 @@ STEPS, DISPATCHES = 3, 2
 
 
 def trained(workdir: Path, n_devices: int, parts: int, kind: str = "adamw", least: int = 2**17) -> dict[str, Any]:
-    """Train as `train` does, on so many devices with the batch in so many parts; float64, to tell bugs from rounding.
+    """Train like `train`, on n_devices with the batch in `parts`, in float64 to distinguish bugs from rounding.
 
     Arrays of `least` numbers and more are shared.
 
@@ -243,8 +243,12 @@ def trained(workdir: Path, n_devices: int, parts: int, kind: str = "adamw", leas
     losses: list[float] = []
     for _ in range(DISPATCHES):
         state, history = compiled(state, setup.on_device, count)
-        losses += np.asarray(history["loss"])[:STEPS].tolist()  # awaited: two dispatches in flight can deadlock
-    kept = [math.prod(x.sharding.shard_shape(x.shape)) / x.size for x in jax.tree.leaves(state.opt_state) if x.ndim]
+        losses += np.asarray(history["loss"])[
+            :STEPS
+        ].tolist()  # waits for the result: two dispatches in flight can deadlock
+    fractions = [
+        math.prod(x.sharding.shard_shape(x.shape)) / x.size for x in jax.tree.leaves(state.opt_state) if x.ndim
+    ]
     batch = jax.jit(partial(sharding.shard_batch, setup.mesh))(jnp.zeros((config.data.batch_size, 2)))
     return {
         "losses": losses,
@@ -252,7 +256,7 @@ def trained(workdir: Path, n_devices: int, parts: int, kind: str = "adamw", leas
         "params": {jax.tree_util.keystr(k): x.tolist() for k, x in jax.tree_util.tree_leaves_with_path(state.params)},
         "operations": compiled.cost_analysis()["flops"],
         "collectives": [name for name in ("all-reduce", "all-gather") if f" {name}(" in compiled.as_text()],
-        "kept": sorted(set(kept)),
+        "fractions": sorted(set(fractions)),
         "rows": [shard.data.shape[0] for shard in batch.addressable_shards],
     }
 
@@ -284,7 +288,7 @@ def found(tmp_path_factory):
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_ENABLE_X64": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # halves the time to compile
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # halves the compile time
     }
     command = [sys.executable, __file__, str(folder / "run")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -296,7 +300,7 @@ SHARED = [pytest.param(name, marks=pytest.mark.slow) for name in CASES if name n
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_eight_devices_find_the_losses_of_one(found, name):
+def test_eight_devices_have_the_losses_of_one(found, name):
     assert len(set(found[name]["losses"])) == STEPS * DISPATCHES
     np.testing.assert_allclose(found[name]["losses"], found[ALONE[name]]["losses"], rtol=1e-6)
 
@@ -325,8 +329,8 @@ def test_batch_is_split_and_gradients_are_summed(found):
 
 
 @pytest.mark.slow
-def test_eight_devices_share_what_muon_makes_orthogonal(found):
-    """Two layers among eight devices: six of them work on zeros."""
+def test_eight_devices_shard_muons_orthogonalisation(found):
+    """Two layers on eight devices: six of the devices compute zeros."""
     assert found["one, Muon"]["collectives"] == []
     assert found["eight, Muon"]["collectives"] == ["all-reduce", "all-gather"]
     assert found["eight, Muon"]["losses"] != found["eight"]["losses"]
@@ -334,10 +338,10 @@ def test_eight_devices_share_what_muon_makes_orthogonal(found):
 
 @pytest.mark.slow
 def test_eight_devices_store_an_eighth_of_adam_moments_each(found):
-    """Arrays that eight does not divide are whole, and so is Muon's momentum of the layers' matrices."""
+    """Arrays that eight does not divide are replicated, and so is Muon's momentum."""
     whole, shares = found["eight"], found["eight, in shares"]
-    assert (whole["kept"], shares["kept"]) == ([1], [0.125])
-    assert found["eight, Muon, in shares"]["kept"] == [0.125, 1]
+    assert (whole["fractions"], shares["fractions"]) == ([1], [0.125])
+    assert found["eight, Muon, in shares"]["fractions"] == [0.125, 1]
     assert shares["collectives"] == ["all-reduce", "all-gather"]
     np.testing.assert_allclose(shares["losses"], whole["losses"], rtol=1e-14)
     for path, expected in whole["params"].items():
@@ -346,12 +350,12 @@ def test_eight_devices_store_an_eighth_of_adam_moments_each(found):
 
 @pytest.mark.slow
 def test_psum_adds_sums_and_takes_minima(found):
-    """So a gradient that overflowed on one device is left out by all, and all halve the loss scale."""
+    """If a gradient overflows on one device, all devices skip the update and halve the loss scale."""
     assert found["summed"] == [3 * sum(range(4, 36, 2)), [4, False]]
 
 
 @pytest.mark.slow
-def test_eight_devices_write_what_one_writes(found):
+def test_eight_devices_generate_like_one(found):
     one, eight = found["written"]
     assert (one["devices"], eight["devices"]) == (1, 8)
     assert one["tokens"] == eight["tokens"]
@@ -370,15 +374,15 @@ def test_two_devices_generate_sequentially_like_one(found):
 
 
 @pytest.mark.slow
-def test_a_part_of_a_batch_is_split_over_eight_devices_as_well(found):
-    """Each device takes a row of each part: nothing is gathered, and nothing is computed twice."""
+def test_microbatch_is_split_over_eight_devices(found):
+    """Each device takes a sequence of each part: no gather, and no repeated computation."""
     assert found["eight, in two parts"]["collectives"] == ["all-reduce"]
-    # The operations of a loop's body count once, so a part counts as half a batch.
+    # The operations of a loop body are counted once, so a part counts as half a batch.
     assert found["eight, in two parts"]["operations"] < 0.7 * found["eight"]["operations"]
 
 
 def written(n_devices: int, *, vocab_size: int = 64, n_embd: int = 8, block_size: int = 12) -> dict[str, Any]:
-    """Write on eight prompts of different lengths, inside the window and past it, on so many devices."""
+    """Continue eight prompts of different lengths, within and beyond the context, on n_devices."""
     shape = {"n_head": 2, "n_head_dim": 4, "n_ff": 16, "n_layer": 2, "used_ids": 30}
     config = ModelConfig(vocab_size=vocab_size, n_embd=n_embd, block_size=block_size, **shape)
     graphdef, params = built(config, 0)
@@ -400,7 +404,7 @@ def written(n_devices: int, *, vocab_size: int = 64, n_embd: int = 8, block_size
 
 
 def summed() -> list[Any]:
-    """Let eight devices look at two numbers each: three times their sum, the least, and whether none is 6."""
+    """Reduce two numbers per device on eight devices: three times the sum, the minimum, and whether none is 6."""
     rows = jnp.arange(16.0) * 2 + 4
     f = lambda whole, x: (whole * x.sum(), (x.min(), jnp.all(x != 6)))  # noqa: E731
     both = jax.jit(sharding.psum_over_data(f, data_mesh(16)))
@@ -409,6 +413,6 @@ def summed() -> list[Any]:
 
 if __name__ == "__main__":
     found_here = {name: trained(Path(sys.argv[1]), *case) for name, case in CASES.items()}
-    small = {"vocab_size": 32, "n_embd": 4, "block_size": 40}  # whose keys and values outweigh the parameters
+    small = {"vocab_size": 32, "n_embd": 4, "block_size": 40}  # a KV cache larger than the parameters
     apart = {"written, text after text": [written(1, **small), written(2, **small)]}
     print(json.dumps({**found_here, "summed": summed(), "written": [written(1), written(8)], **apart}))

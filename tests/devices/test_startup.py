@@ -6,13 +6,13 @@ from chargpt_jax.devices import startup
 
 
 @pytest.fixture(autouse=True)
-def _looked_for_again():
+def _gc_enabled():
     yield
     gc.unfreeze()
     gc.enable()
 
 
-def test_nothing_is_looked_for_within_and_again_afterwards():
+def test_gc_is_paused_inside_and_restored_after():
     with startup.gc_paused():
         assert not gc.isenabled()
         with startup.gc_paused():
@@ -21,26 +21,26 @@ def test_nothing_is_looked_for_within_and_again_afterwards():
     assert gc.isenabled()
 
 
-def test_an_error_within_changes_nothing_about_that():
+def test_gc_is_restored_after_an_error():
     with pytest.raises(KeyError), startup.gc_paused():
         raise KeyError
     assert gc.isenabled()
 
 
-def test_who_looks_for_none_is_left_alone():
+def test_gc_stays_disabled_if_it_was_disabled():
     gc.disable()
     with startup.gc_paused():
         pass
     assert not gc.isenabled()
 
 
-def test_what_was_made_within_counts_as_old_at_once():
+def test_objects_created_inside_are_in_the_oldest_generation():
     with startup.gc_paused():
         made = [[]]
     assert any(item is made for item in gc.get_objects(generation=2))
 
 
-def test_what_its_user_froze_stays_frozen():
+def test_objects_frozen_by_the_user_stay_frozen():
     frozen = [[]]
     gc.freeze()
     with startup.gc_paused():
@@ -48,7 +48,7 @@ def test_what_its_user_froze_stays_frozen():
     assert not any(item is frozen for item in gc.get_objects())
 
 
-def test_garbage_is_found_later():
+def test_garbage_is_collected_later():
     class Node:
         pass
 

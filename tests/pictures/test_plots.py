@@ -1,4 +1,4 @@
-"""Laws of the two plots: every point in its place, ticks in the frame, and nothing that the data does not have."""
+"""The two plots: positions of points, ticks inside the frame, labels, missing and extreme values."""
 
 import math
 import re
@@ -27,7 +27,7 @@ LOSSES = np.linspace(4.8, 3.0, 13).tolist()
 
 
 def paths(svg: str, kind: str) -> list[str]:
-    """Return the paths of a kind that are drawn in the frame, not in the legend."""
+    """Return the paths of a class inside the frame, without those of the legend."""
     found = [p for p in ET.fromstring(svg).iter(f"{SVG}path") if kind in p.get("class", "").split()]
     return [p.attrib["d"] for p in found if not re.fullmatch(r"M0 0H16|M[\d.]+ 0h[\d.]+", p.attrib["d"])]
 
@@ -68,13 +68,13 @@ def test_a_log_axis_of_many_decades_has_powers_of_ten():
     assert Axis(1e-4, 1.0, 0.0, 1.0, log=True).ticks() == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1.0])
 
 
-def test_a_log_axis_gives_every_decade_the_same_room():
+def test_log_axis_has_decades_of_equal_width():
     axis = Axis(1e-3, 1e3, 0.0, 60.0, log=True)
     assert [axis(10.0**e) for e in range(-3, 4)] == pytest.approx([0, 10, 20, 30, 40, 50, 60])
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 30])
-def test_the_search_has_one_curve_a_zoom(n):
+def test_range_test_has_one_curve_per_zoom(n):
     svg = lr_finder_plot([(RATES, LOSSES)] * n, [1e-3] * n, 1e-3)
     assert len(paths(svg, "cg-zoom")) == n
     assert len(circles(svg, "cg-step")) == n
@@ -106,7 +106,7 @@ def test_no_line_is_drawn_without_a_suggestion_in_the_range(suggestion):
     assert paths(svg, "cg-guide") == []
 
 
-def test_the_steepest_rates_lie_on_their_curves():
+def test_steepest_rates_are_on_their_curves():
     svg = lr_finder_plot([(RATES, LOSSES)], [RATES[4]], None)
     (curve,), (ring,) = paths(svg, "cg-zoom"), circles(svg, "cg-step")
     assert ring == points(curve)[4]
@@ -119,7 +119,7 @@ def test_diverged_loss_is_clipped_at_the_top():
     assert max(ys) - ys[0] > 0.5 * (BOTTOM - TOP)
 
 
-def test_points_of_the_search_that_cannot_be_drawn_are_left_out():
+def test_non_finite_range_test_points_are_omitted():
     svg = lr_finder_plot([([1e-3, 0.0, 1e-2, 1e-1, 1.0], [4.0, 3.9, math.nan, 3.0, math.inf])], [math.nan], None)
     assert len(points(paths(svg, "cg-zoom")[0])) == 2
     assert "nan" not in svg
@@ -130,7 +130,7 @@ ANY_POINTS = st.lists(st.tuples(st.floats(), st.floats()), max_size=8)
 
 @settings(max_examples=150, deadline=None)
 @given(ANY_POINTS, ANY_POINTS)
-def test_any_numbers_make_two_pictures_without_nan(first, second):
+def test_any_numbers_give_plots_without_nan(first, second):
     search = lr_finder_plot(
         [([x for x, _ in p], [y for _, y in p]) for p in (first, second)], [x for x, _ in first], None
     )
@@ -139,7 +139,7 @@ def test_any_numbers_make_two_pictures_without_nan(first, second):
         assert not re.search(r"[ \"LM>](nan|-?inf)\b", svg)
 
 
-def test_rates_and_losses_that_differ_in_number_are_refused():
+def test_unequal_numbers_of_rates_and_losses_are_rejected():
     with pytest.raises(ValueError, match="Zoom 1 has 2 learning rates, but 1 losses"):
         lr_finder_plot([([1e-3, 1e-2], [4.0])], [], None)
 
@@ -148,7 +148,7 @@ def test_rates_and_losses_that_differ_in_number_are_refused():
     ("train", "validation"),
     [([], []), ([(1, 4.0)], []), ([], [(1, 4.0)]), ([(0, 4.0)], [(0, 4.0)]), ([(1, math.nan)], [(math.inf, 2.0)])],
 )
-def test_little_data_still_makes_a_picture(train, validation):
+def test_few_points_give_a_plot(train, validation):
     svg = loss_plot(train, validation)
     ET.fromstring(svg)
     assert not re.search(r"\b(nan|inf)\b", svg)

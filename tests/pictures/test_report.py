@@ -1,4 +1,4 @@
-"""Laws of the report: one page, valid, whole, and closed to whatever its texts contain."""
+"""The report: one valid, complete page; untrusted text in it is escaped."""
 
 import re
 from html.parser import HTMLParser
@@ -17,7 +17,7 @@ PAYLOADS = ["<script>alert(1)</script>", "</pre><b>", "</style>", "</title>", "]
 
 
 class Page(HTMLParser):
-    """Reads a page, checks that its tags nest, and keeps each element's text."""
+    """Parses a page, checks that its tags nest, and stores the text of each element."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -89,11 +89,11 @@ def test_any_unicode_makes_a_page_that_utf8_can_hold(text):
     Page(page)
 
 
-def test_what_html_cannot_hold_becomes_the_replacement_character():
+def test_invalid_characters_become_the_replacement_character():
     assert Page(report("a\ud800b\x00c\ufffed\x85e\r\nf", [], [])).texts["h1"] == ["a�b�c�d�e\nf"]
 
 
-def test_nothing_outside_the_page_is_referred_to():
+def test_page_has_no_external_links():
     page = report("Run", [("a", "b")], [("c", loss_plot([], []))], [("d", "e")])
     assert page.replace('xmlns="http://www.w3.org/2000/svg"', "").replace("http-equiv", "").count("http") == 0
     assert not re.search(r"<script|<link|@import|href|src=|url\((?!#)", page)

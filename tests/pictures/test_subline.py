@@ -1,4 +1,4 @@
-"""Laws of the subline: the text is whole, the curves stand under their glyphs, and nothing escapes the markup."""
+"""The subline: the text is complete, curves are under their characters, and untrusted text is escaped."""
 
 import math
 import re
@@ -26,7 +26,7 @@ def draw(text: str, **options: int) -> ET.Element:
 
 
 def lines(root: ET.Element) -> list[list[tuple[str, list[float]]]]:
-    """Return for each line its tspans' text and x positions."""
+    """Return for each line the text and the x positions of its tspans."""
     found = [text for text in root.iter(f"{SVG}text") if text.get("class") == "cg-text"]
     return [
         [(span.text or "", [float(x) for x in span.attrib["x"].split()]) for span in text.iter(f"{SVG}tspan")]
@@ -49,7 +49,7 @@ def curves(root: ET.Element, kind: str = "cg-line") -> list[str]:
 
 
 def knots(path: str) -> list[tuple[float, float]]:
-    """Return the points that a path of M and C goes through."""
+    """Return the points on a path of M and C commands."""
     pairs = [re.findall(r"-?[\d.]+", part)[-2:] for part in re.findall(r"[MC][^MCLZ]*", path.replace("h0", ""))]
     return [(float(x), float(y)) for x, y in pairs]
 
@@ -84,7 +84,7 @@ def test_markup_in_tokens_labels_and_titles_stays_text(payload):
     }
 
 
-def test_nothing_outside_the_svg_is_referred_to():
+def test_svg_has_no_external_links():
     svg = subline(list("calm"), flat(list("calm")), n_prompt=2, title="calm")
     assert svg.count("http") == 1
     assert 'xmlns="http://www.w3.org/2000/svg"' in svg
@@ -116,7 +116,7 @@ def test_a_mark_at_the_start_stands_on_a_dotted_circle():
     assert shown(draw("\u0301a")) == ["◌\u0301a"]
 
 
-def test_padding_takes_no_room():
+def test_padding_takes_no_space():
     tokens = ["", "", "a", "", "b"]
     assert [xs for _, xs in lines(ET.fromstring(subline(tokens, flat(tokens))))[0]] == [[4.2, 12.6]]
 
@@ -125,7 +125,7 @@ def test_padding_takes_no_room():
     ("char", "picture"),
     [("\x00", "␀"), ("\x1b", "␛"), ("\r", "␍"), ("\x7f", "␡"), ("\x85", "�"), ("\ud800", "�"), ("\ufffe", "�")],
 )
-def test_what_xml_cannot_hold_is_shown_by_a_stand_in(char, picture):
+def test_characters_invalid_in_xml_are_replaced(char, picture):
     assert shown(draw(f"a{char}b")) == [f"a{picture}b"]
 
 
@@ -148,7 +148,7 @@ def test_long_token_has_a_plateau():
     assert plateau == pytest.approx([CELL * 1.5, CELL * 4.5], abs=0.051)
 
 
-def test_curves_go_on_over_the_edge_to_the_next_line():
+def test_curves_continue_on_the_next_line():
     first, second = curves(draw("abcdef", chars_per_line=3))
     assert [x for x, _ in knots(first)] == pytest.approx([4.2, 12.6, 21.0, 29.4])
     assert [x for x, _ in knots(second)] == pytest.approx([-4.2, 4.2, 12.6, 21.0])
@@ -179,7 +179,7 @@ def test_smooth_curves_never_overshoot_their_knots(values):
         assert all(min(before, after) - 0.11 <= y <= max(before, after) + 0.11 for y in ys)
 
 
-def test_infinite_and_far_values_run_into_the_clip():
+def test_infinite_and_large_values_are_clipped():
     values = np.array([math.inf, -math.inf, 1e300, -3.0])
     root = ET.fromstring(subline(list("abcd"), [Series("v", values)]))
     (path,) = curves(root)
@@ -202,7 +202,7 @@ def test_the_prompt_is_set_apart_and_named_in_the_legend():
     assert "Prompt" not in "".join(draw("prompt and more").itertext())
 
 
-def test_metrics_are_parts_of_the_log_of_the_vocabulary():
+def test_metrics_are_fractions_of_log_vocab_size():
     surprisal, entropy = np.array([math.nan, 4.0]), np.array([math.nan, 2.0])
     s2 = (surprisal - entropy) / math.log(128)
     series = metric_series(surprisal, entropy, s2, 128)
@@ -223,7 +223,7 @@ def test_metrics_take_the_nulls_of_json():
         (lambda: metric_series(np.ones(1), np.ones(1), np.ones(1), 1), "vocab_size is 1"),
     ],
 )
-def test_a_mistake_is_told_in_one_sentence(call, message):
+def test_invalid_arguments_raise_one_sentence(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
