@@ -47,13 +47,16 @@ def arrays(params: Params) -> dict[str, np.ndarray]:
         "model.norm.weight": params["ln_f"]["scale"],
         "model.norm.bias": params["ln_f"]["bias"],
     }
+    qkv: dict[tuple[int, int, str], np.ndarray] = {}
     for names, layer, array in layer_arrays(params):
         if names.starcoder2:
             found[f"model.layers.{layer}.{names.starcoder2}"] = array
             continue
         kind = names.original.rpartition(".")[2]
-        for letter, part in zip("qkv", np.split(array, 3), strict=True):
-            found[f"model.layers.{layer}.self_attn.{letter}_proj.{kind}"] = part
+        qkv |= {(i, layer, kind): part for i, part in enumerate(np.split(array, 3))}
+    # Queries, keys and values come last, each layer's weight before its bias: the order of the arrays in the file.
+    for i, layer, kind in sorted(qkv, key=lambda key: (key[0], key[1], key[2] == "bias")):
+        found[f"model.layers.{layer}.self_attn.{'qkv'[i]}_proj.{kind}"] = qkv[i, layer, kind]
     return found
 
 
