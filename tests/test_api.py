@@ -1,4 +1,4 @@
-"""A trained run as its user meets it: loading, writing, scoring, the command line, the files left behind."""
+"""The public functions on a trained run: loading, generation, scoring, the command line, written files."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from tests.corpus_text import FLOOR, small_config, write_words
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run from start to report."""
+    """A complete run, with samples and report."""
     folder = tmp_path_factory.mktemp("a run with spaces é")
     config = small_config(write_words(folder / "words.txt"))
     config.scheduler.max_steps = 60
@@ -45,7 +45,7 @@ def test_a_run_leaves_what_the_readme_promises(workdir):
 
 
 def test_the_functions_of_the_package_stay_functions():
-    """A file of the same name must not take a function's place once it has been imported."""
+    """A submodule of the same name must not replace a function after its import."""
     for name in chargpt_jax.__all__:
         assert callable(getattr(chargpt_jax, name)), name
 
@@ -151,7 +151,7 @@ def test_steps_can_be_chosen(workdir):
         chargpt_jax.load(workdir, 61)
 
 
-# --- the same through the command line -------------------------------------------------------------------------------
+# The command line
 
 
 def command(capsys, workdir, *flags: str):
@@ -230,7 +230,7 @@ def test_a_profiled_run_leaves_a_trace_of_its_work(capsys, workdir, tmp_path):
     assert main([*command_line, *fields]) == 0
     assert main([*command_line[:-1], *fields]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("trace: ") == 1, "it is told only where it was asked for"
+    assert shown.count("trace: ") == 1, "the trace is reported only if it was requested"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A trained run and whatever a user may ask of it: a sentence and an exit code, no traceback, nothing written."""
+"""Invalid arguments for a trained run: one sentence and an exit code, no traceback, no file changed."""
 
 import io
 import itertools
@@ -33,7 +33,7 @@ Asked = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a trained run, made at a relative path while whoever reads the events goes from folder to folder."""
+    """Return a trained run with a relative workdir; the reader of its events changes the current folder."""
     folder = tmp_path_factory.mktemp("bad input é 漢 with spaces")
     config = small_config(write_words(folder / "words.txt", 1_000), **SIZES)
     config.scheduler.max_steps, config.train.steps_per_dispatch, config.sample.max_new_tokens = STEPS, 2, 10
@@ -55,7 +55,7 @@ def model(run: Path) -> chargpt_jax.Model:
 
 @pytest.fixture
 def asked(run: Path, capsys: pytest.CaptureFixture[str]) -> Asked:
-    """Return the function that runs a command line on the run, or on another, and gives its code, output and errors."""
+    """Return a function that runs a command line on the run, or another, and returns exit code, output and errors."""
 
     def ask(*words: str, workdir: Path = run) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -80,7 +80,7 @@ def test_a_relative_workdir_stays_where_it_was_whatever_folder_the_reader_of_eve
     assert {"config.json", "corpus", "checkpoints", "metrics.jsonl", "samples", "report.html", "loss.svg"} <= names
 
 
-# What is asked of a model
+# Arguments of a model
 
 
 MISTAKES = [
@@ -150,9 +150,9 @@ def test_a_step_of_a_newer_format_is_refused(asked: Asked, monkeypatch: pytest.M
     monkeypatch.setattr(checkpoint_record, "FORMAT", 0)
     code, out, err = asked("--mode=generate", "--prompt=ab")
     assert (code, out) == (3, "")
-    told = [line for line in err.splitlines() if line.startswith("chargpt: ")]
-    assert len(told) == 1, "besides a warning for each step that cannot be used"
-    assert "newer" in told[0]
+    messages = [line for line in err.splitlines() if line.startswith("chargpt: ")]
+    assert len(messages) == 1, "in addition to a warning for each unusable checkpoint"
+    assert "newer" in messages[0]
 
 
 def test_of_a_prompt_longer_than_the_context_the_end_is_read(model: chargpt_jax.Model) -> None:
@@ -203,7 +203,7 @@ def test_a_run_that_cannot_be_written_is_still_read_from(asked: Asked, monkeypat
 
 
 def test_a_terminal_of_ascii_takes_every_text(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder's name has letters that ASCII lacks, and is told where a picture was drawn."""
+    """The folder has non-ASCII letters in its name, which is printed after a picture was written."""
     raw = io.BytesIO()
     monkeypatch.setattr(main, "guard", lambda: sys.stdout.reconfigure(errors="backslashreplace"))  # type: ignore[union-attr]
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
@@ -229,7 +229,7 @@ def test_a_machine_without_a_language_prepares_a_text_of_any_letters(tmp_path: P
     assert (tmp_path / "ø" / "config.json").exists()
 
 
-# A run that was damaged
+# A damaged run
 
 
 def damaged(copy: Path, name: str, content: str | bytes | None) -> None:
@@ -275,7 +275,7 @@ def test_a_damaged_run_is_refused_in_a_sentence(
 
 
 def test_another_vocabulary_than_the_models_is_no_measure(asked: Asked, copy: Path) -> None:
-    """The same number of characters, each with its place, and one of them another."""
+    """A vocabulary of the same size with one other character."""
     path = copy / "corpus" / "vocabulary.json"
     letters = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps([*letters[:-1], "~"]), encoding="utf-8")
@@ -289,13 +289,13 @@ def test_garbage_in_the_log_changes_nothing_that_is_told(asked: Asked, run: Path
 
     with (copy / "metrics.jsonl").open("ab") as file:
         file.write(b"\n" + b"\n".join(GARBAGE))
-    told = [json.loads(asked("--mode=info", "--json", workdir=folder)[1]) for folder in (run, copy)]
-    assert told[0] == told[1]
+    facts = [json.loads(asked("--mode=info", "--json", workdir=folder)[1]) for folder in (run, copy)]
+    assert facts[0] == facts[1]
     assert chargpt_jax.api.loss_curve(copy) == chargpt_jax.api.loss_curve(run)
 
 
 def test_what_lies_in_the_folder_of_a_run_does_not_get_into_its_report(copy: Path) -> None:
-    """A report is drawn from numbers; an SVG that somebody put there may hold a script."""
+    """The report is plotted from numbers: an SVG file in the workdir could contain a script."""
     for name in ("lr_finder.svg", "loss.svg", f"samples/step-{STEPS}-0.svg", "samples/step-9-0.svg"):
         (copy / name).write_text("<svg><script>alert(1)</script></svg>", encoding="utf-8")
     (copy / "samples" / "step-9.json").write_text('{"samples": [{"text": "<script>"}]}', encoding="utf-8")

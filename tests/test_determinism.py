@@ -1,8 +1,8 @@
-"""The same seed gives the same bits on one machine; what only orders sums anew changes their last digits.
+"""The same seed gives the same bits on one machine; another order of summation changes only the last digits.
 
-benchmarks/determinism.py makes the runs, with dropout and padding, and prints the figures; here are the laws. Others
-hold more of them: test_stages.py that neither a dispatch's length nor an interruption changes a bit, test_devices.py
-that eight devices learn in float64 what one does, test_generate.py that writing in pieces is writing at once.
+benchmarks/determinism.py makes the runs, with dropout and padding, and prints the differences. Related tests are in
+test_stages.py (dispatch size and interruptions), test_sharding.py (eight devices compared with one in float64) and
+test_generate.py (generation in pieces).
 """
 
 import os
@@ -38,7 +38,7 @@ from chargpt_jax.devices.platform import BFLOAT16_ON_CPU
 
 pytestmark = pytest.mark.slow
 
-# What is not optimised is compiled in half the time, and orders sums anew as well.
+# Without optimisations compiling takes half the time, and sums have another order too.
 DEVICES = replace(EIGHT_DEVICES, environment={**EIGHT_DEVICES.environment, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
 SUMS = Case("sums", {"optimizer.accumulation_steps": 4, "model.attention_block": 128, "model.remat": False})
 NARROW = jax.__version_info__ >= BFLOAT16_ON_CPU
@@ -65,7 +65,7 @@ def model(runs, plain):
 
 @pytest.fixture(scope="module")
 def runs(plain, tmp_path_factory):
-    """Return each case's figures: FIRST and LATER ones in processes of their own, while others train in this one."""
+    """Return the results of each case: FIRST and LATER in other processes, while the others train in this one."""
     cache = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
     with ThreadPoolExecutor(1) as pool:
 
@@ -76,12 +76,12 @@ def runs(plain, tmp_path_factory):
         found = {PLAIN: trained(PLAIN, plain)}
         writer = api.load(plain / "run", "latest")
         found[PLAIN] |= joined(writer, generated(writer))
-        waiting |= begin(LATER)  # their programs are in the cache by now
+        waiting |= begin(LATER)  # their programs are in the cache now
         found |= {case: trained(case, tmp_path_factory.mktemp("here") / "run") for case in HERE}
         return found | {case: result.result() for case, result in waiting.items()}
 
 
-@pytest.mark.parametrize("case", [COLD, CADENCE], ids=["compiling anew", "from the cache, logging and validating less"])
+@pytest.mark.parametrize("case", [COLD, CADENCE], ids=["cold cache", "from the cache, logging and validating less"])
 def test_another_process_learns_and_writes_the_same_bits(runs, case):
     assert runs[PLAIN].keys() == runs[case].keys()
     for name in runs[PLAIN]:
@@ -90,7 +90,7 @@ def test_another_process_learns_and_writes_the_same_bits(runs, case):
 
 @pytest.mark.parametrize("case", [SUMS, DEVICES, ONE_THREAD], ids=["blocks and parts", "eight devices", "one thread"])
 def test_sums_in_another_order_change_last_digits(runs, case):
-    """Measured: 3e-5, in the keys' biases, which the loss hardly feels; and 1e-7."""
+    """Measured: 3e-5, in the biases of the keys, which barely affect the loss; and 1e-7."""
     assert difference(runs[PLAIN], runs[case], "parameters") < 1e-3
     assert difference(runs[PLAIN], runs[case], "losses") < 2e-6
     assert difference(runs[PLAIN], runs[case], "validation") < 2e-6
@@ -120,7 +120,7 @@ def test_sample_does_not_depend_on_other_prompts(model, what):
 
 
 def test_the_bits_of_every_part_are_compared(runs):
-    """Every figure of a run belongs to a part, and a change of one last bit shows."""
+    """Every result of a run belongs to a part, and a change of one last bit is detected."""
     assert all(name.startswith((*PARTS, "surprisal")) for name in runs[PLAIN])
     for part in PARTS:
         assert any(name.startswith(part) for name in runs[PLAIN])

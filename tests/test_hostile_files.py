@@ -1,4 +1,4 @@
-"""Files of a run that somebody else wrote, or that were damaged: refused in a sentence before they cost memory."""
+"""Hostile or damaged files of a run are rejected with one sentence, before memory is allocated."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ from chargpt_jax.training.optimizer import total_steps
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Workdir:
-    """Return a run's folder with a small corpus."""
+    """Return a workdir with a small corpus."""
     folder = Workdir(tmp_path / "run")
     folder.save_corpus(CharTokenizer("abc"), np.tile(np.int32([1, 2, 3]), 100), [source("A book")])
     return folder
@@ -46,7 +46,7 @@ def one_sentence(error: pytest.ExceptionInfo) -> str:
 
 
 def header(description: str, version: bytes = b"\x01\x00") -> bytes:
-    """Return the header of a .npy file that claims what it likes."""
+    """Return the header of a .npy file with any content."""
     text = description.encode("latin-1") + b"\n"
     return b"\x93NUMPY" + version + len(text).to_bytes(2 if version[0] == 1 else 4, "little") + text
 
@@ -90,13 +90,13 @@ def test_tokens_that_are_not_what_their_header_says_are_refused(folder, name):
     tracemalloc.start()
     with pytest.raises(UserError, match=r"tokens\.npy") as error:
         folder.load_tokens()
-    assert tracemalloc.get_traced_memory()[1] < 50e6, "memory was taken on the word of a header"
+    assert tracemalloc.get_traced_memory()[1] < 50e6, "memory was allocated for a size that only the header states"
     tracemalloc.stop()
     one_sentence(error)
 
 
 def test_a_sparse_file_of_terabytes_is_not_read(folder):
-    """It has the size that its header claims, and nothing on disk."""
+    """The file has the size that its header states, but takes no space on the disk."""
     claim = header(CLAIM % 10**12)
     path = folder.corpus / "tokens.npy"
     path.write_bytes(claim)
@@ -217,7 +217,7 @@ def test_a_config_that_takes_terabytes_is_refused_before_anything_is_allocated(f
 
 
 def test_the_least_memory_is_that_of_the_state_and_less_than_what_is_measured():
-    """small has 264,000 parameters; its training takes some hundred megabytes."""
+    """The config small has 264,000 parameters; its training needs a few hundred megabytes."""
     small = load_config("small")
     assert 16 * 200_000 < min_memory(small) < 200e6
     assert min_memory(load_config("nanogpt_baby")) > 16 * 10e6
@@ -307,7 +307,7 @@ def test_a_speed_that_is_no_object_of_numbers_and_words_is_refused(folder, saved
         folder.load_speed()
 
 
-# What a report is drawn from
+# Input of the report
 
 
 ZOOM = {"number": 1, "low": 1e-6, "high": 1.0, "lrs": [1e-3, 1e-2], "losses": [4.0, 3.0]}
@@ -355,7 +355,7 @@ def test_a_sample_that_somebody_else_wrote_is_none(change):
             Samples.from_dict(whole)
 
 
-# Texts and places
+# Texts and paths
 
 
 def test_a_text_is_read_up_to_the_largest_size_and_no_further(tmp_path):

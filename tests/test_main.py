@@ -1,6 +1,6 @@
-"""What the command line promises: a mistake costs one sentence and exit code 2, and leaves no trace.
+"""The command line: invalid arguments give one sentence and exit code 2, and change no file.
 
-Everything runs in process but for the two tests that look at what is imported. No model is trained here.
+Except the tests of imports and signals, all tests run in this process.
 """
 
 import os
@@ -38,7 +38,7 @@ compiled: list[str] = []
 
 @pytest.fixture(scope="module", autouse=True)
 def compilations() -> Iterator[None]:
-    """Note every compilation of this process while the tests of this file run."""
+    """Record all compilations of this process while the tests of this file run."""
     listening = True
 
     def note(event: str, seconds: float, **_: object) -> None:
@@ -52,10 +52,10 @@ def compilations() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in an empty folder that holds one good text; caches go there too."""
+    """Change to a folder with one valid text; the caches are there too."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CHARGPT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))  # main leaves JAX's own setting alone then
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))  # then main does not change JAX's setting
     (tmp_path / "text.txt").write_text(SENTENCE * 100)
     (tmp_path / "broken.json").write_text('{"model": ')
     return tmp_path
@@ -63,7 +63,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Return the function that runs a bad command line and gives its message, after looking for traces."""
+    """Return a function that runs an invalid command line, checks that no file changed, and returns the message."""
 
     def run(line: str, code: int = 2) -> str:
         capsys.readouterr()
@@ -82,17 +82,17 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Return every path under a folder, with the bytes of files."""
+    """Return every path below a folder, with the content of files."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
 def prepare(here: Path) -> None:
-    """Make a run, without training, in the folder named run."""
+    """Create a run, without training, in the folder `run`."""
     assert main(["chargpt", *shlex.split(PREPARE)]) == 0
     assert (here / "run" / "config.json").exists()
 
 
-# Controls: the checks below can fail
+# Controls: the checks of this file can fail
 
 
 def test_a_good_command_line_is_obeyed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,7 +267,7 @@ def test_a_rate_is_above_zero(refused: Refused, field: str, value: str) -> None:
     assert f"{field} is {float(value)}, but it must be above 0" in refused(f"{PREPARE} --config.{field}={value}")
 
 
-# Words of Python or of a library that a user did not write
+# Words of Python or of a library that must not appear in messages
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_a_text_that_will_not_do_is_refused_before_anything_is_made(
     ],
 )
 def test_a_text_must_suit_the_config(refused: Refused, here: Path, override: str, said: str) -> None:
-    if override == "data.source=.":  # a folder is the sum of its texts
+    if override == "data.source=.":  # a folder is the concatenation of its texts
         (here / "text.txt").write_text(SENTENCE)
     assert said in refused(f"{PREPARE} --config.{override}")
 
@@ -353,7 +353,7 @@ def test_a_place_that_cannot_be_a_folder_is_refused(refused: Refused, mode: str,
 
 @pytest.mark.parametrize("workdir", ["run", "deep/down/run"])
 def test_a_read_only_place_is_refused(refused: Refused, monkeypatch: pytest.MonkeyPatch, workdir: str) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode, **_: not mode & os.W_OK)  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: not mode & os.W_OK)  # root can write everywhere
     assert "is not writable: choose another folder" in refused(f"--config=tiny --workdir={workdir}")
 
 
@@ -400,7 +400,7 @@ def test_a_run_without_a_checkpoint_has_an_exit_code_of_its_own(
         (
             "--mode=generate --stream",
             "--stream prints one sequence, but there are 2 prompts",
-        ),  # tiny has two of its own
+        ),  # tiny has two prompts
         ("--mode=generate --step=first", "'best', 'latest' or a number"),
         ("--mode=score --text_file=latin.txt", "cannot be read as utf-8 at byte 3"),
         ("--mode=score --text_file=nul.txt", "binary (NUL at byte 3)"),
@@ -413,7 +413,7 @@ def test_invalid_arguments_are_rejected_before_loading(refused: Refused, here: P
     assert said in refused(f"{line} --workdir=run")
 
 
-# Signals, and readers that go away
+# Signals, and closed output
 
 
 ENDING = [(name, code) for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 143)) if hasattr(signal, name)]
@@ -469,7 +469,7 @@ def test_signals_are_deferred_and_only_in_the_main_thread() -> None:
 
 
 def train_line(here: Path, *more: str) -> list[str]:
-    """Return a command line that trains a model of the smallest size for twelve steps, three between checkpoints."""
+    """Return a command line that trains a tiny model for twelve steps, with a checkpoint every three steps."""
     (here / "words.txt").write_text(SENTENCE * 100)
     config = selftest.shrunk(selftest.everything(), here / "words.txt")
     config.scheduler.max_steps, config.train.validate_every = 12, 3 / (windows_per_pass(4050, 16) / 4)
@@ -521,7 +521,7 @@ def test_second_training_is_rejected_with_pid_and_host(refused: Refused, here: P
 def test_second_interrupt_exits_immediately(here: Path) -> None:
     line = train_line(here, "--config.scheduler.max_steps=100000", "--config.train.validate_every=1000.0")
     line += ["--config.train.steps_per_dispatch=256", "--config.model.n_layer=30", "--config.model.block_size=256"]
-    line += ["--config.model.attention_block=64"]  # few blocks are soon compiled
+    line += ["--config.model.attention_block=64"]  # few blocks compile faster
     command = [sys.executable, "-m", "chargpt_jax.main", *line[1:]]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -544,7 +544,7 @@ def test_closed_standard_streams_are_no_place_for_files_of_ours(here: Path) -> N
     assert done.returncode == 2
 
 
-# What is imported
+# Imports
 
 
 def test_the_bare_command_answers_without_starting_jax() -> None:

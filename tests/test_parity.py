@@ -1,8 +1,8 @@
-"""The package against the ancestor's mathematics in PyTorch: from the same parameters, on the same tokens.
+"""chargpt_jax compared with the PyTorch reference implementation: the same parameters, the same tokens.
 
-benchmarks/fidelity.py computes both sides; here are the bounds. "Within" is relative to the largest number of an array:
-1e-9 in float64, 1e-5 in float32; for bfloat16, and for what only rounding moves, it is what was measured, and about
-PyTorch's own distance from float64. Runs where PyTorch is installed.
+benchmarks/fidelity.py computes both sides; this file sets the bounds, relative to the largest value of an array: 1e-9
+in float64, 1e-5 in float32. For bfloat16, and for values that only rounding changes, the bounds are the measured
+differences, which are about as large as those of PyTorch from float64. The tests need PyTorch.
 """
 
 import dataclasses
@@ -36,11 +36,11 @@ PARAMETER_NAMES = list(fidelity.parameters())
 
 
 def distance(quantity: str, precision: str) -> float:
-    """Return how far our figure is from PyTorch's in float64, relatively."""
+    """Return the relative difference of a result of chargpt_jax from PyTorch's in float64."""
     return difference(ours(precision)[quantity], theirs("float64")[quantity])[1]
 
 
-# What is compared
+# Compared quantities
 
 
 def test_both_sides_hold_the_same_parameters():
@@ -51,7 +51,7 @@ def test_both_sides_hold_the_same_parameters():
 
 
 def test_the_common_parameters_and_batches_leave_nothing_out():
-    """No bias is 0, no scale 1; inputs and targets have padding; every array learns."""
+    """No bias is 0 and no scale is 1; inputs and targets have padding; every array has a gradient."""
     assert all(np.abs(a - a.mean()).max() > 1e-3 for a in fidelity.parameters().values())
     assert all((a == 0).any() for a in fidelity.batch(0))
     assert ours("float64")["logits"]["logits"].dtype == np.float64
@@ -82,7 +82,7 @@ def test_in_float64_we_are_the_ancestor(quantity):
 @pytest.mark.parametrize("name", PARAMETER_NAMES)
 @pytest.mark.parametrize("quantity", ["gradients", TRAINED])
 def test_in_float64_each_array_is_the_ancestors(quantity, name):
-    """The tied table's gradient is the sum of what it does as embedding and as head."""
+    """The gradient of the tied table is the sum of its gradients as embedding and as head."""
     found, exact = ours("float64")[quantity][name], theirs("float64")[quantity][name]
     assert np.abs(exact).max() > 0
     assert difference({name: found}, {name: exact})[1] <= 1e-9
@@ -97,7 +97,7 @@ def test_in_float32_we_are_the_ancestor_but_for_rounding(quantity):
 
 
 def test_key_biases_differ_from_float64_by_rounding():
-    """Their gradient is 0 in exact numbers: float64 ends within 1e-9, float32 where its rounding and Adam take it."""
+    """Their exact gradient is 0: float64 differs by up to 1e-9; in float32, Adam amplifies rounding errors."""
     assert distance(KEYS, "float64") <= 1e-9
     assert 1e-6 < distance(KEYS, "float32") <= 3e-4
     assert difference(theirs("float32")[KEYS], theirs("float64")[KEYS])[1] <= 3e-4
@@ -106,7 +106,7 @@ def test_key_biases_differ_from_float64_by_rounding():
 # bfloat16
 
 
-BFLOAT16 = {  # what is allowed; measured: a CPU now, a CPU when all was bfloat16 (PyTorch under autocast)
+BFLOAT16 = {  # bounds; measured: a CPU now, a CPU when all was bfloat16 (PyTorch under autocast)
     "logits": 0.03,  # 0.011, 0.015 (0.015)
     "loss": 5e-4,  # 9e-5, 5e-5 (3e-4)
     "gradients": 0.06,  # 0.012, 0.031 (0.013)
@@ -126,7 +126,7 @@ def test_bfloat16_stays_within_the_measured_bound(quantity):
 @pytest.mark.parametrize(("precision", "bound"), [("float64", 1e-9), ("float32", 1e-5)])
 @pytest.mark.parametrize("name", ["surprisal", "entropy", "S2"])
 def test_generation_metrics_equal_the_originals(name, precision, bound):
-    """PyTorch measures the tokens that we wrote, each in a window of its own; padding is a token like any other."""
+    """PyTorch computes the metrics of the generated tokens, one window per token; padding is an ordinary token."""
     tokens, found = fidelity.written(precision)
     assert tokens.shape[1] > CONFIG.block_size + 12
     assert difference({name: found[name]}, {name: fidelity.measured(precision)[name]})[1] <= bound
@@ -141,7 +141,7 @@ def test_metrics_are_nan_for_first_token_and_padding():
 
 
 def test_entropy_differs_from_the_originals_by_its_floor_only():
-    """It takes log(p + 1e-10): that lowers an entropy by at most 1e-10 a character of the vocabulary; ours is exact."""
+    """The original computes log(p + 1e-10), which lowers an entropy by at most 1e-10 per vocabulary entry."""
     below = (
         fidelity.written("float64")[1]["entropy"]
         - fidelity.measured("float64", pytorch_reference.ENTROPY_FLOOR)["entropy"]
@@ -157,13 +157,13 @@ def test_greedy_text_is_the_ancestors():
     assert tokens.tolist() == expected.tolist()
 
 
-# What the ancestor does otherwise, switched on
+# Settings of the original
 
 
 @given(st.integers(30, 5000), st.integers(1, 20), st.integers(1, 9), st.floats(0.3, 3))
 @settings(deadline=None)
 def test_a_short_epoch_is_as_long_as_the_ancestors_loader(n, block_size, batch_size, oversample):
-    """Its sampler draws the text's length over (batch x block) crops, and its loader makes batches of those."""
+    """The original's sampler draws length / (batch x block) crops, and its loader makes batches of them."""
     crops = range(n - block_size - 1)
     sampler = RandomSampler(
         crops, replacement=True, num_samples=math.ceil(len(crops) * oversample / batch_size / block_size)
@@ -192,7 +192,7 @@ def test_a_warm_up_without_decay_is_the_ancestors(warmup):
 
 
 def draws(count: int):
-    """Yield rising rates and falling losses, 2 to 12 of each."""
+    """Yield increasing learning rates and falling losses, 2 to 12 of each."""
     rng = np.random.default_rng(0)
     for n in rng.integers(2, 13, count):
         yield np.exp(np.sort(rng.uniform(-23, 2, n))), 5 - np.cumsum(rng.exponential(size=n))
@@ -227,7 +227,7 @@ def test_the_range_test_on_a_formula_is_the_ancestors(method, change):
 
 
 def test_a_zoom_without_two_improvements_is_skipped_alike():
-    """The second zoom finds no finite loss, the third goes on from the first one's range."""
+    """The second zoom has no finite loss, and the third continues with the range of the first."""
 
     def loss(zoom: int, step: int, rate: float) -> float:
         return math.nan if zoom == 1 else fidelity.analytic_loss(zoom, step, rate)
@@ -245,7 +245,7 @@ def test_where_no_rate_helps_both_find_nothing():
 
 
 def test_the_range_test_of_the_model_is_the_ancestors():
-    """With a fresh AdamW a zoom, in float64: the same points count, and the same rate is found."""
+    """With a new AdamW per zoom, in float64: the same points, and the same learning rate."""
     found, expected = fidelity.model_zooms()
     assert difference(found, expected)[1] <= 1e-9
     assert len(found["losses 1"]) >= 3
@@ -253,7 +253,7 @@ def test_the_range_test_of_the_model_is_the_ancestors():
 
 # Tokenizer
 
-TEXTS = st.lists(st.text(st.characters()), max_size=4)  # of any code points, surrogates too
+TEXTS = st.lists(st.text(st.characters()), max_size=4)  # any code points, including surrogates
 
 
 @given(TEXTS, st.none() | st.integers(0, 12))

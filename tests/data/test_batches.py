@@ -1,4 +1,4 @@
-"""Laws of the batches: what is a target, how often, in which order, and what padding may touch."""
+"""Properties of the batches: which characters are targets, how often, in which order; and padding."""
 
 import math
 from functools import cache, partial
@@ -49,9 +49,9 @@ def test_the_split_is_contiguous_and_complete(n, share, block_size):
         with pytest.raises(UserError):
             split(tokens, share, block_size)
         return
-    train, held_out = split(tokens, share, block_size)
+    train, validation_set = split(tokens, share, block_size)
     assert len(train) == cut
-    assert np.concatenate([train, held_out]).tolist() == tokens.tolist()
+    assert np.concatenate([train, validation_set]).tolist() == tokens.tolist()
 
 
 @pytest.mark.parametrize(("share", "name", "length"), [(0.05, "training", 5), (0.95, "validation", 5)])
@@ -65,8 +65,8 @@ def test_split_shorter_than_a_window_is_rejected(share, name, length):
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 90), st.integers(1, 12), st.integers(1, 5))
-def test_each_validation_token_is_a_target_once(n_train, n_held_out, block_size, batch_size):
-    tokens = np.arange(1, n_train + n_held_out + 1, dtype=np.int32)
+def test_each_validation_token_is_a_target_once(n_train, n_validation, block_size, batch_size):
+    tokens = np.arange(1, n_train + n_validation + 1, dtype=np.int32)
     inputs, targets = validation_batches(tokens, n_train, block_size, batch_size)
     assert inputs.shape == targets.shape == (len(targets), batch_size, block_size)
     assert inputs.dtype == targets.dtype == np.int32
@@ -93,7 +93,7 @@ def test_pass_covers_each_character_once_but_for_the_ends(n, block_size, batch_s
         assert n - 1 - len(seen) < 2 * block_size
 
 
-def test_two_passes_have_other_orders_and_phases():
+def test_passes_have_different_orders_and_offsets():
     count = windows_per_pass(160, 8)
     starts = run(160, 8, 1, 6 * count)[0][:, 0].reshape(6, count)
     phases = starts.min(axis=1, keepdims=True)
@@ -103,12 +103,12 @@ def test_two_passes_have_other_orders_and_phases():
     assert tuple(range(count)) not in orders
 
 
-def test_no_character_but_the_first_is_left_out_for_ever():
+def test_every_character_but_the_first_becomes_a_target():
     targets = run(33, 16, 2, 100)[1]
     assert set(targets.ravel().tolist()) == set(range(2, 34))
 
 
-def test_a_batch_is_a_function_of_key_and_step_under_jit_and_not():
+def test_batch_is_a_function_of_key_and_step():
     tokens, data = jnp.arange(1, 60), DataConfig(batch_size=3, padding_chance=0.5)
     plain = partial(batch_at, tokens, block_size=6, data=data)
     compiled = jax.jit(plain)
@@ -131,8 +131,8 @@ def test_shuffled_is_a_bijection():
         assert sorted(image.tolist()) == list(range(size))
 
 
-def test_no_place_of_the_order_favours_a_window():
-    """Chi-square over tenths of 100 windows, to 5 sigma. (In orders of ten or so the four rounds do show.)"""
+def test_order_of_windows_is_uniform():
+    """Chi-square over tenths of 100 windows, to 5 sigma. (Orders of about ten windows are less uniform.)"""
     n_keys, size = 2000, 100
     seeds = derive(seeds_of(KEY), jnp.arange(n_keys))
     order = jax.jit(jax.vmap(lambda own: jax.vmap(partial(shuffled, size=size, seeds=own))(jnp.arange(size))))(seeds)
@@ -148,7 +148,7 @@ def test_no_place_of_the_order_favours_a_window():
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(2, 10**6), st.integers(1, 512), st.integers(1, 64), st.floats(0.01, 4))
-def test_an_epochs_steps_just_cover_the_windows_times_oversample(n, block_size, batch_size, oversample):
+def test_epoch_covers_the_windows_oversample_times(n, block_size, batch_size, oversample):
     data = DataConfig(batch_size=batch_size, oversample=oversample)
     steps, wanted = steps_per_epoch(n, block_size, data), windows_per_pass(n, block_size) * oversample
     assert steps >= 1
@@ -162,13 +162,13 @@ def test_oversample_scales_an_epoch():
 
 
 def test_a_short_epoch_is_the_batch_size_times_shorter():
-    """The book's 386,813 characters in windows of 512, 16 an update: 95 crops where 1,509 windows are asked for."""
+    """386,813 characters in windows of 512, batch size 16: 95 crops per epoch instead of 1,509 windows."""
     data = DataConfig(batch_size=16, oversample=2.0)
     assert steps_per_epoch(386_813, 512, data) == 95
     assert [steps_per_epoch(n, 512, data, short_epochs=True) for n in (386_813, 514, 513)] == [6, 1, 1]
 
 
-# The ancestor's validation
+# Validation like the original's
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_validation_crops_are_pieces_of_the_validation_set(more, block, batch, c
     assert (targets[:count] == np.where(place < hidden[:, None] - 1, 0, starts + place + 1)).all()
 
 
-def test_validation_crops_differ_between_steps_and_lie_anywhere():
+def test_validation_crops_are_uniform_and_depend_on_the_step():
     data, tokens = DataConfig(batch_size=2), jnp.arange(1, 1001)
     draw = jax.jit(lambda step: validation_crops(tokens, jax.random.fold_in(KEY, step), 8, data)[0][..., 0])
     starts = np.stack([np.asarray(draw(step)).ravel() for step in range(30)])
@@ -229,13 +229,13 @@ def test_a_block_too_short_for_a_third_is_padded_by_one():
 
 
 @pytest.mark.parametrize("chance", [0.1, 0.5])
-def test_the_chance_of_padding_is_the_configs(chance):
+def test_padding_has_the_configured_probability(chance):
     inputs, _ = run(200, 12, 64, 64, padding=chance)
     padded, rows = int((inputs[:, 0] == 0).sum()), len(inputs)
     assert abs(padded - rows * chance) < 5 * math.sqrt(rows * chance * (1 - chance))
 
 
-def test_without_a_chance_nothing_is_padded():
+def test_padding_chance_0_means_no_padding():
     inputs, targets = run(200, 12, 4, 300)
     assert (inputs != 0).all()
     assert (targets != 0).all()

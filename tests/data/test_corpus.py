@@ -1,4 +1,4 @@
-"""What `corpus` promises of local files; `test_download.py` holds what comes from the web."""
+"""Loading local files; test_download.py tests downloads."""
 
 import dataclasses
 import hashlib
@@ -35,7 +35,7 @@ def load(source: str, cache: Path, **changes: Any) -> tuple[str, tuple[Source, .
 
 
 def refusal(source: str, cache: Path, **changes: Any) -> str:
-    """Return the message of the refusal; nothing may be kept, and it must be one short line."""
+    """Return the error message, after checking that it is one line and that the cache did not change."""
     before = files_in(cache)
     with pytest.raises(UserError) as caught:
         load_corpus(settings_for(source, **changes), cache=cache, warn=pytest.fail)
@@ -58,7 +58,7 @@ def test_stdlib_text_is_ascii_and_needs_128_embeddings() -> None:
     assert len(stdlib_text()) > 400_000
 
 
-def test_the_stdlib_text_can_be_asked_for(cache: Path) -> None:
+def test_stdlib_is_a_source(cache: Path) -> None:
     text, (source,) = load("stdlib", cache)
     assert text == stdlib_text()
     assert (source.kind, source.stand_in_for, source.fixes) == ("stdlib", None, ())
@@ -130,16 +130,16 @@ def test_missing_path_is_rejected_even_if_stand_in_is_allowed(cache: Path, sourc
 
 
 @pytest.mark.parametrize("source", ["", " , ", "ftp://127.0.0.1/a.txt", "http://[/a.txt", "http://", "file:///a.txt"])
-def test_a_source_that_names_nothing_fetchable_is_refused(cache: Path, source: str) -> None:
+def test_source_that_cannot_be_fetched_is_rejected(cache: Path, source: str) -> None:
     message = refusal(source, cache, allow_stand_in=True)
     assert source.strip() in message
     assert "give" in message
 
 
-# A text to score
+# Texts to score
 
 
-def test_a_text_is_read_as_it_stands(tmp_path: Path) -> None:
+def test_text_to_score_is_read_unchanged(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes("\ufeff\r\n  “cafÃ©”\r\rCHAPTER 1\n".encode())
     assert read_text(file) == read_text(str(file)) == "\n  “cafÃ©”\n\nCHAPTER 1\n"
@@ -160,7 +160,7 @@ def test_a_text_keeps_its_licence_and_may_be_empty(tmp_path: Path) -> None:
         (b"abcd\xffe", "cannot be read as utf-8 at byte 4"),
     ],
 )
-def test_what_is_no_text_is_not_read(tmp_path: Path, data: bytes | None, said: str) -> None:
+def test_file_that_is_not_a_text_is_rejected(tmp_path: Path, data: bytes | None, said: str) -> None:
     file = tmp_path / "bad.txt"
     if data is not None:
         file.write_bytes(data)
@@ -175,7 +175,7 @@ def test_a_folder_is_not_read_as_a_text(tmp_path: Path) -> None:
         read_text(tmp_path)
 
 
-# Cutting
+# Licence and start_at
 
 
 OLD = "***START**THE SMALL PRINT!**FOR PUBLIC DOMAIN ETEXTS**START***\nWhy is this here?\n\n"
@@ -210,7 +210,7 @@ def test_the_licence_is_cut_off(cache: Path, tmp_path: Path, before: str, after:
 
 
 @pytest.mark.parametrize("text", [HEADER + START + STORY, STORY + END, f"{STORY}\nthe end of the Project Gutenberg"])
-def test_a_file_without_both_markers_is_left_whole(cache: Path, tmp_path: Path, text: str) -> None:
+def test_file_without_both_markers_is_unchanged(cache: Path, tmp_path: Path, text: str) -> None:
     file = tmp_path / "mine.txt"
     file.write_text(text)
     loaded, (source,) = load(str(file), cache)
@@ -225,7 +225,7 @@ def test_a_file_without_both_markers_is_left_whole(cache: Path, tmp_path: Path, 
         HEADER + START + "x" * 2_000 + END + "licence" * 4_000,
     ],
 )
-def test_an_implausibly_short_cut_is_refused(cache: Path, tmp_path: Path, book: str) -> None:
+def test_implausibly_short_rest_is_rejected(cache: Path, tmp_path: Path, book: str) -> None:
     file = tmp_path / "pg1.txt"
     file.write_text(book)
     assert "after removing the licence text" in refusal(str(file), cache)
@@ -250,10 +250,10 @@ def test_a_bad_start_at_is_refused(cache: Path, tmp_path: Path, pattern: str, sa
     assert "data.start_at" in message
 
 
-# Mending
+# Repair of encoding errors
 
 
-def test_what_was_mended_is_recorded(cache: Path, tmp_path: Path) -> None:
+def test_repairs_are_recorded(cache: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("The cafÃ© said “no”.", encoding="utf-8")
     text, (source,) = load(str(file), cache)
@@ -263,7 +263,7 @@ def test_what_was_mended_is_recorded(cache: Path, tmp_path: Path) -> None:
     assert (source.sha256, source.characters) == (hashlib.sha256(text.encode()).hexdigest(), 19)
 
 
-def test_a_clean_text_needs_no_mending(cache: Path, tmp_path: Path) -> None:
+def test_clean_text_has_no_repairs(cache: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text(STORY)
     assert load(str(file), cache)[1][0].fixes == ()
@@ -289,7 +289,9 @@ def test_text_without_markers_is_normalised_and_repaired(
     file, cache = folder / "any.txt", folder / "never made"
     file.write_bytes(written.encode())
     plain = written.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").strip()
-    wanted = ftfy.fix_and_explain(plain).text  # fix_text mends line by line, and may differ where '<' and '&' meet
+    wanted = ftfy.fix_and_explain(
+        plain
+    ).text  # fix_text works line by line, and can differ if a text has both '<' and '&'
     if not wanted:
         assert "is empty" in refusal(str(file), cache)
         return

@@ -1,4 +1,4 @@
-"""download.py, and corpus.py on top of it, against a real HTTP server on loopback."""
+"""download.py and corpus.py with a real HTTP server on the loopback interface."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ BOOK = HEADER + START + STORY + END
 TEXT = {"Content-Type": "text/plain; charset=utf-8"}
 
 
-# A server whose answers each test writes
+# A server with answers that each test sets
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Server(ThreadingHTTPServer):
         self.asked: list[str] = []
 
     def handle_error(self, *_: Any) -> None:
-        """Keep quiet where a client hangs up, as several tests do."""
+        """Ignore clients that close the connection, as in several tests."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.asked.append(self.path)
         answers = self.server.answers.get(self.path, [Answer(b"no such page", 404)])
-        answer = answers.pop(0) if len(answers) > 1 else answers[0]  # the last answer stays
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]  # the last answer is repeated
         time.sleep(answer.delay)
         self.send_response(answer.status)
         for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
@@ -105,7 +105,7 @@ def load(source: str, cache: Path, **changes: Any) -> tuple[str, tuple[Source, .
 
 
 def refusal(source: str, cache: Path, **changes: Any) -> str:
-    """Return the message of the refusal; nothing may be kept, and it must be one short line."""
+    """Return the error message, after checking that it is one line and that the cache did not change."""
     before = files_in(cache)
     with pytest.raises(UserError) as caught:
         load_corpus(settings_for(source, **changes), cache=cache, warn=pytest.fail)
@@ -186,7 +186,7 @@ def test_a_status_503_is_tried_no_more_than_three_times(server: Server, cache: P
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return a list that gets every wait, in seconds; nobody waits."""
+    """Return a list of all waits, in seconds; no test really waits."""
     found: list[float] = []
     monkeypatch.setattr(time, "sleep", lambda seconds: found.append(seconds) if seconds else None)
     return found
@@ -229,7 +229,7 @@ def test_truncated_bodies_and_statuses_share_one_limit(server: Server, cache: Pa
     assert len(server.asked) == 3
 
 
-def test_a_silent_server_is_given_up_after_three_timeouts(server: Server, cache: Path) -> None:
+def test_silent_server_is_an_error_after_three_timeouts(server: Server, cache: Path) -> None:
     server.answers["/a.txt"] = [Answer(delay=0.5)]
     assert "no answer within 0.1 s" in refusal(f"{server.url}/a.txt", cache, timeout=0.1)
     assert len(server.asked) == 3
@@ -241,11 +241,11 @@ def test_half_a_body_is_tried_again_and_then_refused(server: Server, cache: Path
     assert len(server.asked) == 3
 
 
-def test_half_a_body_is_refused_also_where_urllib3_does_not_mind(
+def test_half_a_body_is_rejected_also_if_urllib3_accepts_it(
     server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    careless = property(lambda self: False, lambda self, value: None)  # the default of urllib3 1
-    monkeypatch.setattr("urllib3.response.HTTPResponse.enforce_content_length", careless, raising=False)
+    lenient = property(lambda self: False, lambda self, value: None)  # the default of urllib3 1
+    monkeypatch.setattr("urllib3.response.HTTPResponse.enforce_content_length", lenient, raising=False)
     server.answers["/a.txt"] = [Answer(sent=0.5)]
     assert "broke off" in refusal(f"{server.url}/a.txt", cache)
 
@@ -271,7 +271,7 @@ def test_only_plain_text_is_accepted(server: Server, cache: Path, path: str, kin
     server.answers[path] = [Answer(headers={"Content-Type": kind})]
     if accepted:
         assert load(f"{server.url}{path}", cache)[0] == STORY
-    else:  # and no stand-in, for an answer did come
+    else:  # no stand-in, because the server answered
         message = refusal(f"{server.url}{path}", cache, allow_stand_in=True)
         assert "must be plain text" in message
         assert kind.partition(";")[0] in message
@@ -290,7 +290,7 @@ def test_a_redirect_away_from_http_is_refused(server: Server, cache: Path, targe
     assert "leads to an unsupported URL" in refusal(f"{server.url}/old", cache, allow_stand_in=True)
 
 
-def test_an_endless_redirect_ends(server: Server, cache: Path) -> None:
+def test_endless_redirect_is_an_error(server: Server, cache: Path) -> None:
     server.answers["/old"] = [Answer(b"", 302, {"Location": "/old"})]
     assert "too many redirects" in refusal(f"{server.url}/old", cache)
 
@@ -303,7 +303,7 @@ def test_a_page_above_the_cap_is_refused(server: Server, cache: Path, length: di
     assert load(f"{server.url}/a.txt", cache, max_megabytes=0.2)[0] == "a" * 200_000
 
 
-def test_a_declared_charset_is_obeyed_also_from_the_cache(server: Server, cache: Path) -> None:
+def test_declared_charset_is_used_also_from_the_cache(server: Server, cache: Path) -> None:
     body = "café crème".encode("latin-1")
     server.answers["/a.txt"] = [Answer(body, headers={"Content-Type": 'text/plain; charset="ISO-8859-1"'})]
     assert [load(f"{server.url}/a.txt", cache)[0] for _ in range(2)] == ["café crème"] * 2
@@ -319,7 +319,7 @@ def test_a_page_in_another_charset_than_declared_is_refused(server: Server, cach
     assert ("klingon" if declared == "klingon" else "at byte 3") in message
 
 
-def test_a_cache_that_cannot_be_written_is_told_and_does_no_harm(server: Server, tmp_path: Path) -> None:
+def test_unwritable_cache_is_a_warning(server: Server, tmp_path: Path) -> None:
     server.answers["/a.txt"] = [Answer()]
     (tmp_path / "cache").write_text("a file, not a folder")
     lines: list[str] = []
@@ -346,7 +346,7 @@ def test_a_write_that_fails_leaves_no_temporary_file(
 # Gutenberg numbers and addresses
 
 
-def test_a_number_is_looked_for_on_each_mirror_in_turn(server: Server, cache: Path) -> None:
+def test_each_mirror_is_tried_for_a_number(server: Server, cache: Path) -> None:
     server.answers = {
         "/one/60": [Answer(b"<html>", headers={"Content-Type": "text/html"})],
         "/three/60.txt": [Answer(BOOK.encode())],
@@ -385,7 +385,7 @@ def test_an_address_at_gutenberg_org_needs_both_markers(
 # The stand-in
 
 
-def test_a_failed_download_is_stood_in_for_with_one_line(server: Server, cache: Path) -> None:
+def test_failed_download_uses_the_stand_in_with_one_warning(server: Server, cache: Path) -> None:
     lines: list[str] = []
     config = settings_for("60", mirrors=(server.url + "/{number}",), allow_stand_in=True, start_at="^CHAPTER")
     text, (source,) = load_corpus(config, cache=cache, warn=lines.append)
@@ -402,7 +402,7 @@ def test_the_stand_in_is_not_used_without_permission(server: Server, cache: Path
     assert all(word in message for word in ("60", "404", "data.allow_stand_in"))
 
 
-def test_the_stand_in_comes_once_for_all_that_is_missing(server: Server, cache: Path, tmp_path: Path) -> None:
+def test_stand_in_is_used_once_for_all_missing_sources(server: Server, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("here")
     lines: list[str] = []
     config = settings_for(f"60,{tmp_path}/a.txt,61,stdlib", mirrors=(server.url + "/{number}",), allow_stand_in=True)
@@ -445,7 +445,7 @@ def test_several_sources_are_joined_as_they_are_named(server: Server, cache: Pat
     assert [source.characters for source in sources] == [3, 4]
 
 
-# Where downloads are kept
+# The download cache
 
 
 @pytest.mark.parametrize(
@@ -456,7 +456,7 @@ def test_several_sources_are_joined_as_they_are_named(server: Server, cache: Pat
         ({"HOME": "/c"}, "/c/.cache/chargpt_jax"),
     ],
 )
-def test_the_cache_lies_where_the_environment_says(
+def test_cache_folder_depends_on_the_environment(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], folder: str
 ) -> None:
     monkeypatch.delenv("CHARGPT_CACHE", raising=False)
@@ -466,7 +466,7 @@ def test_the_cache_lies_where_the_environment_says(
     assert default_cache() == Path(folder)
 
 
-def test_a_download_is_kept_in_the_default_cache(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_is_cached_in_the_default_folder(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHARGPT_CACHE", str(cache))
     server.answers["/a.txt"] = [Answer()]
     load_corpus(settings_for(f"{server.url}/a.txt"))

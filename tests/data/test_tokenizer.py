@@ -1,4 +1,4 @@
-"""Laws of the tokenizer, over all of Unicode."""
+"""Properties of the tokenizer, over all of Unicode."""
 
 import numpy as np
 import pytest
@@ -10,26 +10,26 @@ from chargpt_jax.errors import UserError
 
 ODD = st.sampled_from("\0\ud800\udfff\ud83d\ude00\U0001f600\U0010ffff\r\né")
 EVERY = st.characters() | ODD | st.integers(0, 0x10FFFF).map(chr)
-# Not st.text: it leaves surrogates out, whatever alphabet it is given.
+# Not st.text: it omits surrogates with any alphabet.
 TEXTS = st.lists(EVERY, min_size=1, max_size=60).map("".join)
 few = settings(max_examples=60, deadline=None)
 
 
 def original_ids(corpus: str, texts: list[str], block_size: int | None = None) -> list[list[int]]:
-    """Encode as the PyTorch original does: sorted characters after '', padding on the left, cut on the right."""
+    """Encode like the original: sorted characters after '', padding on the left, truncation on the right."""
     vocabulary = sorted({"", *corpus})
     rank = {character: i for i, character in enumerate(vocabulary)}
     width = max(map(len, texts)) if block_size is None else block_size
     rows = []
     for text in texts:
-        kept = [rank[character] for character in text][:width]
-        rows.append([rank[""]] * (width - len(kept)) + kept)
+        ids = [rank[character] for character in text][:width]
+        rows.append([rank[""]] * (width - len(ids)) + ids)
     return rows
 
 
 @few
 @given(TEXTS)
-def test_decoding_gives_the_encoded_text_back(text):
+def test_decoding_inverts_encoding(text):
     tokenizer = CharTokenizer.from_text(text)
     ids = tokenizer.encode_text(text)
     assert ids.dtype == np.int32
@@ -41,7 +41,7 @@ def test_decoding_gives_the_encoded_text_back(text):
 
 @few
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.none() | st.integers(1, 70))
-def test_ids_padding_and_truncation_are_the_originals(texts, block_size):
+def test_encoding_equals_the_originals(texts, block_size):
     corpus = "".join(texts)
     ids = CharTokenizer.from_text(corpus).encode(texts, block_size)
     assert ids.dtype == np.int32
@@ -79,7 +79,7 @@ def test_combined_emoji_is_one_token_per_code_point():
     assert tokenizer.n_ids == 4
 
 
-def test_padding_stands_on_the_left_and_the_end_is_cut():
+def test_padding_is_on_the_left_and_truncation_on_the_right():
     tokenizer = CharTokenizer("abc")
     assert tokenizer.encode(["abc", "c", ""]).tolist() == [[1, 2, 3], [0, 0, 3], [0, 0, 0]]
     assert tokenizer.encode(["abc", "c"], 2).tolist() == [[1, 2], [0, 3]]
@@ -88,7 +88,7 @@ def test_padding_stands_on_the_left_and_the_end_is_cut():
     assert tokenizer.encode([], 3).shape == (0, 3)
 
 
-def test_padding_and_ids_without_a_character_decode_to_nothing():
+def test_padding_and_unused_ids_decode_to_empty_strings():
     tokenizer = CharTokenizer("ab")
     assert tokenizer.decode_each([[0, 1, 3, 63, -1, 10**6, 2]]) == [["", "a", "", "", "", "", "b"]]
     assert tokenizer.decode(np.array([[0, 1, 2], [0, 0, 2]], dtype=np.int32)) == ["ab", "b"]

@@ -1,4 +1,4 @@
-"""An exported folder is a model to transformers as it stands: the same logits, greedy text and tokens."""
+"""transformers loads an exported folder, and gives the same logits, greedy text and token ids."""
 
 import json
 import re
@@ -20,7 +20,7 @@ VOCABULARY = [*LETTERS, "\t", "\r", "\x00", "<", ">", "p", "'", "\u0301", "\u200
 
 
 def model(mask: bool, vocabulary: list[str] = VOCABULARY) -> Model:
-    """Return a model with random numbers everywhere, none of them as initialised."""
+    """Return a model with random values in all arrays, biases and scales included."""
     tokenizer = CharTokenizer(vocabulary)
     sizes = ModelConfig(**changed({})["model"], used_ids=tokenizer.n_ids, mask_unused_ids=mask)
     graphdef, _ = built(sizes, 0)
@@ -46,7 +46,7 @@ def test_suppressed_tokens_are_listed_only_if_masked(tmp_path):
     assert "suppress_tokens" not in found
 
 
-def test_the_paddings_name_is_no_text_of_the_vocabulary():
+def test_padding_name_cannot_occur_in_a_text():
     assert padding_name(CharTokenizer("abc")) == "<pad>"
     clash = CharTokenizer("<pad>\ue000")
     assert padding_name(clash) == "\ue001"
@@ -60,13 +60,13 @@ def test_tokenizer_file_has_one_token_per_character(tmp_path):
     assert re.findall(found["pre_tokenizer"]["pattern"]["Regex"], "a\n\r😀") == ["a", "\n", "\r", "😀"]
 
 
-def test_half_a_character_is_refused_and_leaves_nothing(tmp_path):
+def test_lone_surrogate_is_rejected_and_writes_no_file(tmp_path):
     with pytest.raises(UserError, match="a lone surrogate"):
         exported(model(True, ["a", "\ud800"]), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tokenizers_gives_our_ids_and_our_text(tmp_path):
+def test_tokenizers_package_gives_the_same_ids_and_text(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     for vocabulary in (VOCABULARY, ["a", "b", " "]):
         ours = model(True, vocabulary)
@@ -79,7 +79,7 @@ def test_tokenizers_gives_our_ids_and_our_text(tmp_path):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["masked", "open"])
 def pair(request, tmp_path_factory):
-    """Our model, transformers' and its tokenizer."""
+    """The model of chargpt_jax, that of transformers, and the tokenizer of transformers."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
     ours = model(mask=request.param)
@@ -88,7 +88,7 @@ def pair(request, tmp_path_factory):
     return ours, theirs, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def test_transformers_gives_our_logits(pair):
+def test_transformers_gives_the_same_logits(pair):
     import torch
 
     ours, theirs, _ = pair
@@ -100,7 +100,7 @@ def test_transformers_gives_our_logits(pair):
     np.testing.assert_allclose(found[..., used], expected[..., used], rtol=0, atol=1e-5)
 
 
-def test_transformers_writes_our_greedy_text(pair):
+def test_transformers_generates_the_same_greedy_text(pair):
     ours, theirs, tokenizer = pair
     encoded = tokenizer("abc\n", return_tensors="pt")
     found = theirs.generate(**encoded, do_sample=False, max_new_tokens=60)[0].tolist()
