@@ -84,7 +84,7 @@ def replace_folder(new: Path, path: Path, aside: Path | None) -> None:
 
     Args:
         new: a complete folder, on the same file system.
-        path: where it goes.
+        path: its new path.
         aside: where to move what is at `path`; None: `path` does not exist.
 
     Raises:
@@ -137,7 +137,7 @@ def _sync_file(path: Path) -> None:
 
 
 def _umask() -> int:
-    """Return the permissions that new files do not get. mkdtemp gives them to nobody but the owner."""
+    """Return the permissions that new files do not get. mkdtemp gives permissions only to the owner."""
     now = os.umask(0)
     os.umask(now)
     return now

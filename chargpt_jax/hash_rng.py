@@ -46,11 +46,11 @@ def draw(seeds: jax.Array, number: jax.Array | int) -> jax.Array:
 
 
 def unit(bits: jax.Array, dtype: jnp.dtype | type = jnp.float32) -> jax.Array:
-    """Turn bits into numbers in [0, 1), multiples of 2**-24."""
+    """Convert bits to numbers in [0, 1), multiples of 2**-24."""
     return (bits >> 8).astype(dtype) * 2**-24
 
 
-@jax.jit  # traced once for a shape, whatever it is called from
+@jax.jit  # traced once per shape, for all callers
 def _rounds(x: jax.Array, second: jax.Array) -> jax.Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D) + second
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)

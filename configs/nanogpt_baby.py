@@ -2,7 +2,7 @@
 
 python -m chargpt_jax.main --config=configs/nanogpt_baby.py --config.data.source=tinyshakespeare.txt
 
-For an accelerator; the full run has not been made here. nanoGPT reports a validation loss of about 1.47 nats.
+For an accelerator; the full run has not been tested. nanoGPT reports a validation loss of about 1.47 nats.
 """
 
 from chargpt_jax.config import Config

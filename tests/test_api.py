@@ -92,7 +92,7 @@ def test_a_prompt_longer_than_the_window_is_measured_whole(model):
     assert sample.text.startswith(prompt)
 
 
-def test_the_text_of_training_surprises_less_than_nonsense(model):
+def test_training_text_has_a_lower_loss_than_nonsense(model):
     assert model.score("ab fghi cde jk ab").loss + 1 < model.score("bjki gahe cfd  kk").loss
 
 
@@ -134,7 +134,7 @@ def test_samples_draw_themselves_in_a_notebook(model):
         ({"prompts": "ab", "top_p": 0.0}, "top_p is 0.0"),
     ],
 )
-def test_arguments_without_meaning_are_refused_in_a_sentence(model, arguments, message):
+def test_invalid_arguments_are_rejected_with_one_sentence(model, arguments, message):
     with pytest.raises(UserError, match=message):
         model.generate(**arguments)
 
@@ -264,7 +264,7 @@ def test_an_absent_step_gives_exit_code_3(capsys, workdir):
     assert "holds no checkpoint of step 7" in err
 
 
-def test_run_again_only_writes_and_draws_again(capsys, workdir):
+def test_second_run_only_writes_samples_and_report(capsys, workdir):
     path = workdir.parent / "config.py"
     path.write_text(
         "from tests.corpus_text import small_config\n\n\ndef get_config():\n"

@@ -1,4 +1,4 @@
-"""How many calls a reader follows from `main` to a training step, and how often a resumed run opens a file."""
+"""The number of calls from `main` to a training step, and how often a resumed run opens each file."""
 
 import json
 import subprocess

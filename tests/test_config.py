@@ -1,4 +1,4 @@
-"""Laws of the settings: what is refused, what survives JSON, and which config files are found."""
+"""Configs: validation, JSON round trip, and finding config files."""
 
 import contextlib
 import dataclasses
@@ -46,7 +46,7 @@ def changed(name: str, value: Any) -> Config:
 
 
 def another(name: str) -> Any:
-    """Return a value that a field may have, but does not have by default."""
+    """Return a valid value of a field that differs from its default."""
     if name in ("model.vocab_size", "model.used_ids"):
         return 64
     value, kind = FIELDS[name].default, FIELDS[name].type

@@ -10,10 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = {"ml-collections": "ml_collections", "absl-py": "absl", "orbax-checkpoint": "orbax"}
-"""The module of a package, if their names differ."""
+"""{package: its module, if the names differ}."""
 
 OPTIONAL = {"IPython"}
-"""Imported only where it is installed already, since nothing else can have started it: a notebook."""
+"""Packages that only a notebook imports, where they are always installed."""
 
 
 def declared() -> set[str]:
@@ -23,7 +23,7 @@ def declared() -> set[str]:
 
 
 def imported(code: str) -> set[str]:
-    """Return the top-level modules that code imports anywhere, but for Python's own and ours."""
+    """Return the top-level modules that code imports anywhere, without those of Python and of this repository."""
     found = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):

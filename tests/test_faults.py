@@ -1,4 +1,4 @@
-"""A save that the system refuses, or that is killed, at any file operation leaves the older steps as they were."""
+"""A save that fails or is killed at any file operation does not change the older checkpoints."""
 
 import errno
 import json
@@ -21,14 +21,14 @@ ERRORS = [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a store of steps 1, 2 and 3, to be copied."""
+    """A folder with the checkpoints 1, 2 and 3, to be copied."""
     folder = tmp_path_factory.mktemp("faults")
     filled(folder / "store").close()
     return folder
 
 
 def check_whole(folder, saved):
-    """Whatever happened, the steps that are there are whole, and the newest is the one that was saved last."""
+    """Check that all checkpoints are valid, and that the newest is the one that was saved last."""
     store = Store(folder)
     step, _, state = store.load("latest", lambda record: state_at(1))
     assert step in ((4,) if saved else (3, 4))
@@ -42,7 +42,7 @@ def check_whole(folder, saved):
 
 @pytest.mark.slow
 def test_os_error_at_any_operation_is_handled(home, tmp_path):
-    """Every twelfth operation; `python -m benchmarks.reliability` takes them all."""
+    """Every twelfth operation; `python -m benchmarks.reliability` tests all of them."""
     refused, total = 0, operations(home)
     for at in range(0, total, 12):
         folder = tmp_path / str(at)
@@ -55,17 +55,17 @@ def test_os_error_at_any_operation_is_handled(home, tmp_path):
                 saved, sentence = False, str(error)
         if not saved:
             refused += 1
-            # Orbax takes some refusals for success; then it is the reading back that fails.
+            # Orbax ignores some OS errors; then verification after the save fails.
             assert os.strerror(number) in sentence or "the written files cannot be read back" in sentence
             assert "\n" not in sentence
             assert "The checkpoint of step 3 is still valid" in sentence
             assert not list(folder.glob(".saving*"))
         check_whole(folder, saved)
-        store.save(state_at(4), RECORD, 0.5)  # the disk is well again
+        store.save(state_at(4), RECORD, 0.5)  # the disk works again
         check_whole(folder, True)
         store.close()
         shutil.rmtree(folder)
-    assert refused >= 2  # many of the others only look, or tidy up
+    assert refused >= 2  # many other operations only read or clean up
 
 
 @pytest.mark.slow
@@ -76,7 +76,7 @@ def test_a_kill_in_the_middle_leaves_what_was_saved_before(home):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=200)
     statuses = {int(number): status for number, status in json.loads(done.stdout).items()}
     killed = [number for number, status in statuses.items() if status == -9]
-    assert len(killed) >= len(numbers) - 2  # a save may need a few operations less
+    assert len(killed) >= len(numbers) - 2  # a save can need a few operations fewer
     for number in numbers:
         folder = home / f"killed-{number}"
         check_whole(folder, saved=statuses[number] == 0)
@@ -87,7 +87,7 @@ def test_a_kill_in_the_middle_leaves_what_was_saved_before(home):
 
 
 def child(code, folder):
-    """Save step 4 in a process of its own, after some code; return what it says of SaveFailed."""
+    """Save checkpoint 4 in another process, after some code; return its output about SaveFailed."""
     save = (
         "import sys; from pathlib import Path\n"
         "from benchmarks.stored import RECORD, Store, state_at\n"
@@ -102,7 +102,7 @@ def child(code, folder):
 
 @pytest.mark.slow
 def test_file_size_limit_stops_a_save(home, tmp_path):
-    """It stands for a quota: the system refuses in the middle of a write, in C++ as well."""
+    """Like a quota: the OS error occurs in the middle of a write, also in C++."""
     shutil.copytree(home / "store", tmp_path / "store")
     largest = max(path.stat().st_size for path in (tmp_path / "store" / "3").rglob("*") if path.is_file())
     code = (
@@ -119,7 +119,7 @@ def test_file_size_limit_stops_a_save(home, tmp_path):
 
 
 def mounted(options, script, folder):
-    """Run a shell script where a new small file system, or a read-only view, is mounted over a folder; or skip."""
+    """Run a shell script with a small file system or a read-only view mounted on a folder; skip if that fails."""
     words = ["unshare", "-rm", "sh", "-ec", f"mount {options} {folder} || exit 77\n{script}"]
     try:
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
@@ -148,7 +148,7 @@ print(step, bits(state) == bits(state_at(step)), store.heard, [path.name for pat
 
 @pytest.mark.slow
 def test_full_disk_keeps_the_previous_checkpoint(home, tmp_path):
-    """A real file system of its own, filled until there is room for some of a step's files and not for others."""
+    """A real file system, filled until only some files of a checkpoint fit."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "save.py").write_text(SAVE)
     script = (

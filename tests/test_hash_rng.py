@@ -36,7 +36,7 @@ def test_every_bit_is_one_half_of_the_time():
 
 
 def test_units_fill_the_interval_evenly():
-    """Chi-square over a hundred equal parts, to 5 sigma."""
+    """Chi-square over 100 equal intervals, to 5 sigma."""
     numbers = np.asarray(unit(draw(SEEDS[:, None], jnp.arange(2048)))).ravel()
     assert 0 <= numbers.min() < 1e-4
     assert 1 - 1e-4 < numbers.max() < 1

@@ -315,7 +315,7 @@ ZOOM |= {"steepest": 3e-3, "lowest": 1e-2, "best": 3e-3}
 FOUND = {"learning_rate": 3e-3, "method": "steepest", "start_lr": 1e-6, "end_lr": 1.0, "zooms": [ZOOM]}
 
 
-def test_a_range_test_comes_back_as_it_was():
+def test_range_test_round_trip():
     assert result_from(json.loads(json.dumps(FOUND))).zooms[0].losses == (4.0, 3.0)
 
 
@@ -403,7 +403,7 @@ def test_a_header_of_an_array_in_a_zip_is_believed_no_more(tmp_path):
                 assert stored.read().nbytes < 10_000
 
 
-def test_the_caps_leave_what_a_run_writes_alone(folder):
+def test_files_of_a_run_are_below_the_limits(folder):
     config = load_config("small")
     folder.save_config(config)
     assert folder.load_config() == config == from_dict(json.loads(to_json(config)))

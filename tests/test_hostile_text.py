@@ -1,4 +1,4 @@
-"""Texts of others in pictures, pages and notebooks: every payload stays text, and in a browser nothing of it runs."""
+"""Untrusted text in pictures, pages and notebooks: payloads stay text, and a browser does not run them."""
 
 import json
 import re
@@ -32,13 +32,13 @@ NAMES = pytest.mark.parametrize("name", PAYLOADS)
 
 
 def sample(text: str, prompt: str | None = None) -> Sample:
-    """Return a text as if a model had written it, or, with a prompt, continued it."""
+    """Return a text as a generated sample, after a prompt if one is given."""
     numbers = np.linspace(0, 2, len(text), dtype=np.float32)
     return Sample(text if prompt is None else prompt, tuple(text), numbers, numbers[::-1], 64)
 
 
 def pictures(text: str) -> dict[str, str]:
-    """Return every SVG in which a text of others can stand."""
+    """Return every kind of SVG that can contain untrusted text."""
     one = [Series(text, np.ones(1))]
     return {
         "title and label and token": subline([text], one, title=text),
@@ -51,7 +51,7 @@ def pictures(text: str) -> dict[str, str]:
 
 
 class Tags(HTMLParser):
-    """Collects the tags, with their attributes, that a page has to a browser."""
+    """Collects the tags and attributes of a page, as an HTML parser sees them."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_a_picture_has_only_its_own_elements_and_attributes(name):
 
 @NAMES
 def test_a_picture_is_the_same_to_an_html_page_as_to_xml(name):
-    """Inlined, an SVG is read by the rules of HTML, where style, title and CDATA end elsewhere."""
+    """HTML parses an inline SVG by other rules: style, title and CDATA can end earlier."""
     for svg in pictures(PAYLOADS[name]).values():
         tags = [element.tag.removeprefix(SVG).lower() for element in ET.fromstring(svg).iter()]
         assert [tag for tag, _ in Tags(svg).found] == tags
@@ -89,7 +89,7 @@ def test_a_report_has_the_elements_that_it_has_for_a_plain_text(name):
 
 
 @pytest.mark.parametrize("name", [n for n in STEERING if "direction" in n or "right" in n or "isolates" in n])
-def test_what_turns_text_around_is_shown_by_a_stand_in(name):
+def test_bidirectional_controls_are_replaced(name):
     turning = set("\u061c\u200e\u200f") | set(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))
     text = STEERING[name]
     assert turning & set(text)
@@ -165,7 +165,7 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason=f"needs a browser on 
 
 
 def dom(page: Path, folder: Path) -> str:
-    """Load a page in a browser without a window, let it run, and return the document as it is then."""
+    """Load a page in a headless browser, and return the document after its scripts have run."""
     command = [
         *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
         *("--disable-extensions", "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND"),
@@ -176,7 +176,7 @@ def dom(page: Path, folder: Path) -> str:
 
 
 def whole_page() -> str:
-    """Return a report in which every payload stands everywhere it can, without the policy that would hold it back."""
+    """Return a report with every payload in every field, without the content security policy."""
     texts = list(PAYLOADS.values())
     figures = [(text, svg) for text in texts for svg in pictures(text).values()]
     figures += [(text, Samples([sample(text)])._repr_html_()) for text in texts]

@@ -1,4 +1,4 @@
-"""benchmarks/house.py counts what is in a package, here one of three files whose counts are known."""
+"""benchmarks/house.py counts the code of a package correctly, here one of three files with known counts."""
 
 from benchmarks import house
 

@@ -1,4 +1,4 @@
-"""Which folder of the package may import which, and what no file may do: read from the source with ast."""
+"""Allowed imports between the folders of the package, and forbidden code; the source is parsed with ast."""
 
 import ast
 import re
@@ -53,7 +53,7 @@ def own(name: str, when_loaded: bool) -> set[str]:
     }
 
 
-def test_the_reader_of_imports_tells_now_from_later():
+def test_imports_at_load_time_and_later_are_distinguished():
     code = "import a\nfrom b.c import d\nfrom chargpt_jax import config, main\n"
     code += "if TYPE_CHECKING:\n    import g\nelse:\n    import h\n"
     code += "def one():\n    import i\n"
@@ -108,7 +108,7 @@ def test_folders_have_at_most_ten_files():
 
 
 DEVICE_WORDS = re.compile(r"platform|on_cpu|default_backend|custom_vjp|.*\bxla_.*", re.DOTALL)
-"""Names by which code asks what it runs on, or is written for one device."""
+"""Names in code that queries the device, or is written for one device."""
 
 DEVICE_FREE = ("model", "data", "training", "generation", "storage", "pictures")
 DEVICE_WORDS_TO_REMOVE: set[str] = set()
@@ -148,8 +148,8 @@ def test_only_ops_and_devices_ask_for_the_device():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_no_file_is_reached_from_itself(name):
-    """Imports inside functions count as well, but for the lazy names of the package itself."""
+def test_imports_have_no_cycle(name):
+    """Imports inside functions count as well, except the lazy names of the package itself."""
     reached: set[str] = set()
     ahead = [name]
     while ahead:
@@ -160,7 +160,7 @@ def test_no_file_is_reached_from_itself(name):
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name not in ("main", "__init__")])
-def test_nothing_of_the_package_knows_main_or_the_package_itself(name):
+def test_no_file_imports_main_or_the_package(name):
     modules = {module for module, _ in imports(TREES[name])}
     assert not modules & {"chargpt_jax", "chargpt_jax.main"}
 
@@ -184,19 +184,19 @@ RUNNERS = {
     *("pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "yaml"),
     *("ctypes", "cffi", "code", "codeop", "pty", "imp", "pkgutil", "zipimport"),
 }
-"""Modules that obey what they read, or run what they are given."""
+"""Modules that can run code from their input."""
 
 RUNS = re.compile(
     r"(eval|exec|compile|__import__|breakpoint|os\.(system|popen|exec\w+|spawn\w+|posix_spawn\w*)"
     r"|runpy\..*|subprocess\.get\w*output|torch\.load|builtins\..*|__builtins__\b.*|importlib\.(?!metadata\b).*)"
 )
-"""What runs or imports something by its name, dotted as it is written."""
+"""Functions that run or import something by name."""
 
 HIDDEN = {"__builtins__", "__globals__", "__subclasses__", "__loader__", "__code__", "__reduce__", "exec_module"}
-"""Attributes by which the same could be reached."""
+"""Attributes through which these functions can be reached."""
 
 MAY_RUN = {
-    # The names that the package gives on first use, and the user's own --config.
+    # The lazy names of the package, and the user's own --config.
     "__init__": {"importlib.import_module"},
     "config_io": {"importlib.util.spec_from_file_location", "importlib.util.module_from_spec", ".exec_module"},
     "cli.tpu_compile": {"importlib.util.find_spec"},  # whether libtpu is installed
@@ -205,12 +205,12 @@ MAY_RUN = {
 
 
 def running(tree: ast.AST) -> set[str]:
-    """Return what a file has that could run or import something by name, or load what is obeyed."""
+    """Return the code in a file that could run or import something by name, or load an unsafe format."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Load):
             name = ast.unparse(node)
-            # A method or module of ours may be called compile; the function is not to be called.
+            # A method or module may have the name compile; a call of the builtin is forbidden.
             if RUNS.fullmatch(name) and not (name == "compile" and "compile" in _imported(tree)):
                 found.add(name)
             if isinstance(node, ast.Attribute) and node.attr in HIDDEN:
@@ -290,7 +290,7 @@ def test_the_package_gives_only_its_own_names_on_first_use():
         *("builtins.eval", "getattr(__builtins__, x)", "runpy.run_path(x)"),
     ],
 )
-def test_the_reader_of_what_runs_sees_it(code):
+def test_code_that_runs_something_is_found(code):
     assert running(ast.parse(code))
 
 
@@ -302,12 +302,12 @@ def test_the_reader_of_what_runs_sees_it(code):
         *("evaluate(x)", "model.eval()", "getattr(config, name)", "import importlib.util"),
     ],
 )
-def test_the_reader_of_what_runs_leaves_the_rest_alone(code):
+def test_harmless_code_is_not_reported(code):
     assert not running(ast.parse(code))
 
 
 def test_a_command_line_is_read_without_loading_jax():
-    """So that a mistyped command is answered at once."""
+    """A mistyped command is answered without waiting for JAX."""
     files = "config data.download data.corpus data.tokenizer storage.workdir events pictures.plots cli.commands "
     files += "cli.progress main"
     assert set(files.split()) <= set(FILES)

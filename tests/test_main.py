@@ -95,7 +95,7 @@ def prepare(here: Path) -> None:
 # Controls: the checks of this file can fail
 
 
-def test_a_good_command_line_is_obeyed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_valid_command_line_succeeds(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(here)
     first = tree(here / "run")
     prepare(here)
@@ -110,7 +110,7 @@ def test_a_compilation_is_noticed() -> None:
     assert len(compiled) > before
 
 
-def test_help_names_all_modes_and_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_all_modes_and_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chargpt", "--help"]) == 0
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
@@ -441,9 +441,7 @@ def test_signal_during_prepare_leaves_no_file(
     assert said == f"chargpt: Stopped by {name}: run the same command again to continue from the saved state.\n"
 
 
-def test_what_a_library_makes_of_an_interruption_is_not_shown(
-    refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_library_errors_after_an_interrupt_are_not_shown(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     def convert(*_: object) -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -537,7 +535,7 @@ def test_second_interrupt_exits_immediately(here: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file descriptors of POSIX")
-def test_closed_standard_streams_are_no_place_for_files_of_ours(here: Path) -> None:
+def test_closed_standard_streams_are_not_reused_for_files(here: Path) -> None:
     done = subprocess.run(
         ["sh", "-c", f"exec {shlex.quote(sys.executable)} -m chargpt_jax.main --mode=info --workdir=no >&- 2>&- <&-"]
     )
@@ -560,7 +558,7 @@ def test_the_bare_command_answers_without_starting_jax() -> None:
     assert "jax" not in imported
 
 
-def test_no_mistake_in_flags_or_fields_starts_jax(here: Path) -> None:
+def test_invalid_flags_and_fields_do_not_start_jax(here: Path) -> None:
     lines = [line for line, _ in FLAG_MISTAKES]
     lines += [f"{PREPARE} --config.{override}" for override, _ in FIELD_MISTAKES if "used_ids" not in override]
     lines += ["--config=tiny --workdir=text.txt", "--help"]

@@ -1,4 +1,4 @@
-"""benchmarks/seed_statistics.py: its PyTorch side follows the same rules as chargpt_jax, and its figures are right."""
+"""benchmarks/seed_statistics.py: its PyTorch side follows the rules of chargpt_jax, and its statistics are correct."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.parity
 
 @pytest.fixture(autouse=True)
 def same_draws_on_one_thread():
-    """On a few numbers, PyTorch's threads would only wait for one another."""
+    """Use one PyTorch thread: for small arrays, several threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -52,7 +52,7 @@ def test_windows_are_consecutive_and_in_random_order():
 
 
 def test_each_pass_has_a_new_offset_and_full_windows():
-    """Of 50 characters, a pass has two windows of 17."""
+    """A pass over 50 characters has two windows of 17."""
     rows = list(islice(seed_statistics.windows(torch.arange(50), 16), 600))
     assert {len(row) for row in rows} == {17}
     assert {int(row[0]) % 16 for row in rows} == set(range(16))
@@ -60,7 +60,7 @@ def test_each_pass_has_a_new_offset_and_full_windows():
 
 
 def pad_lengths(inputs: np.ndarray, targets: np.ndarray) -> list[int]:
-    """Return how many inputs of each row are padding, after a look at what else the rule says."""
+    """Return the number of padding inputs of each sequence, after checking the other rules of padding."""
     lengths = (inputs == 0).sum(axis=1)
     place = np.arange(inputs.shape[1])
     np.testing.assert_array_equal(inputs == 0, place < lengths[:, None])
@@ -69,7 +69,7 @@ def pad_lengths(inputs: np.ndarray, targets: np.ndarray) -> list[int]:
 
 
 def test_both_sides_pad_by_the_same_rule_on_a_copy():
-    """In three standard deviations, 3000 draws of a chance of 0.4 are within 0.027 of it."""
+    """The tolerance 0.027 is three standard deviations of 3000 samples with probability 0.4."""
     text = np.arange(1, 2000)
     tokens = torch.from_numpy(text.copy())
     inputs, targets = next(seed_statistics.torch_batches(tokens, 16, 3000, 0.4))
@@ -88,7 +88,7 @@ def test_both_sides_pad_by_the_same_rule_on_a_copy():
 
 
 def test_dropout_changes_logits_as_much_on_both_sides():
-    """From the same parameters, the mean and the standard deviation over 2,000 masks, at each of 24 places."""
+    """From the same parameters, the mean and the standard deviation over 2,000 masks, at each of 24 elements."""
     tokens = np.broadcast_to(fidelity.batch(0)[0][1], (2000, 24))
     graphdef, _ = jax.eval_shape(lambda: built(dataclasses.replace(fidelity.CONFIG, dropout=0.5), 0, jnp.float32))
     _, params = fidelity.our_model("float32")

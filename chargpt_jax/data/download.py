@@ -228,7 +228,7 @@ def _body(url: str, response: "requests.Response", max_megabytes: float) -> byte
 
 
 def _failure(url: str, error: "requests.exceptions.RequestException", timeout: float) -> Exception:
-    """Convert an exception of `requests`, whose retries are used up, to one of ours."""
+    """Convert an exception of `requests`, whose retries are used up, to one of chargpt_jax."""
     from requests import exceptions
     from urllib3.exceptions import NewConnectionError
 

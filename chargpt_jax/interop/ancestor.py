@@ -51,9 +51,9 @@ def read(path: Path) -> tuple[object, dict[str, Stored]]:
         raise UserError(f"--from is {str(path)[:200]!r}, but must be a .pt, .safetensors or .npz file: give one.")
     arrays, metadata = read_safetensors(path)
     # safetensors' save_model omits the second name of a tied array, and lists it in the metadata.
-    for name, kept in ((WTE, HEAD), (HEAD, WTE)):
-        if name not in arrays and metadata.get(name) == kept and kept in arrays:
-            arrays[name] = arrays[kept]
+    for name, other in ((WTE, HEAD), (HEAD, WTE)):
+        if name not in arrays and metadata.get(name) == other and other in arrays:
+            arrays[name] = arrays[other]
     if "config" in metadata:
         with reading(path):
             return json.loads(metadata["config"]), arrays

@@ -1,4 +1,4 @@
-"""The names of the parameters in three places: paths of chargpt_jax, arrays of the original, arrays of Starcoder2."""
+"""The names of the parameters: paths in chargpt_jax, arrays of the original, arrays of Starcoder2."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ LAYER = {
     ("mlp", "down", "kernel"): Names("mlp.net.2.weight", "mlp.c_proj.weight"),
     ("mlp", "down", "bias"): Names("mlp.net.2.bias", "mlp.c_proj.bias"),
 }
-"""{path below `blocks`: names of the others}. A kernel is [in, out] here, and [out, in] in both others."""
+"""{path below `blocks`: names in the other formats}. A kernel is [in, out] here, and [out, in] in both others."""
 
 
 def layer_arrays(params: Params) -> Iterator[tuple[Names, int, np.ndarray]]:

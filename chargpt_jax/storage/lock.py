@@ -153,7 +153,7 @@ def _refusal(file: int, path: Path) -> str | None:
 
 
 def _lock(file: int) -> bool | None:
-    """Ask the kernel for a lock that ends with this process: True if it is ours, None if the disk has no locks."""
+    """Lock a file until this process ends. True: it is locked; False: another has it; None: the disk has no locks."""
     try:
         if sys.platform == "win32":
             import msvcrt

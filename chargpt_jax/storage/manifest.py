@@ -1,7 +1,7 @@
 """Write a manifest with the sha256 of each file in a folder, and later verify the folder against it.
 
 A manifest detects what a file system does not: a flipped bit, a truncated, missing, added or swapped file. It detects
-damage, not forgery: whoever can change a file can also write a new manifest.
+damage, not forgery: a process that can change a file can also write a new manifest.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import TypedDict
 from chargpt_jax import atomic
 
 NAME = "manifest.json"
-"""Name of the manifest, which lies in the folder whose files it lists."""
+"""Name of the manifest, which is in the folder that it describes."""
 
 MAX_FILES = 10_000
 """Maximum number of files and folders in a sealed folder; more are rejected before any file is read."""

@@ -1,4 +1,4 @@
-"""A run's folder: what is where, and how it is read and written.
+"""A run's folder: its files, and how they are read and written.
 
     config.json   corpus/{tokens.npy, vocabulary.json, sources.json}   lr_finder.{json, svg}   metrics.jsonl
     speed.json   checkpoints/   samples/   loss.svg   report.html

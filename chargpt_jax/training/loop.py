@@ -203,8 +203,8 @@ class TrainingLoop:
         bad = ~np.isfinite(losses) | (~np.isfinite(norms) & (not scaled))
         if not bad.any():
             return
-        at, kept = int(np.argmax(bad)), self.store.steps()
-        last = f"The last checkpoint is step {kept[-1]}" if kept else "There is no checkpoint yet"
+        at, steps = int(np.argmax(bad)), self.store.steps()
+        last = f"The last checkpoint is step {steps[-1]}" if steps else "There is no checkpoint yet"
         raise NonFiniteLoss(
             f"Training diverged at step {step + at + 1}: loss {losses[at]}, gradient norm {norms[at]}. {last}. Lower "
             "optimizer.learning_rate, or set optimizer.clip_norm=1.0."

@@ -229,14 +229,14 @@ def test_empty_checkpoint_folder_is_skipped_and_not_deleted(copy):
     assert copy.steps() == [2, 3, 4, 99]
 
 
-def test_a_step_that_is_a_link_is_passed_over(copy):
+def test_symbolic_link_is_skipped(copy):
     (copy.folder / "3").rename(copy.folder / "elsewhere")
     (copy.folder / "3").symlink_to("elsewhere")
     assert copy.choose("latest") == 2
     assert "is a symbolic link" in copy.heard[0]
 
 
-def test_a_damaged_step_neither_counts_as_kept_nor_is_deleted(copy):
+def test_damaged_checkpoint_is_not_counted_or_deleted(copy):
     (copy.folder / "3" / "record.json").unlink()
     copy.keep_last = 2
     copy.save(state_at(4), RECORD, 5.0)
@@ -252,7 +252,7 @@ def test_checkpoint_damaged_since_verification_is_not_deleted(store):
     assert store.steps() == [1, 2, 3]
 
 
-def test_a_damaged_step_of_the_same_number_is_moved_aside(copy):
+def test_damaged_checkpoint_of_the_same_step_is_moved(copy):
     for number in (1, 2):
         (copy.folder / "3" / "record.json").write_text("junk")
         assert copy.save(state_at(3), RECORD, 2.0) == copy.folder / "3"
@@ -263,7 +263,7 @@ def test_a_damaged_step_of_the_same_number_is_moved_aside(copy):
     assert copy.steps() == [1, 2, 3]
 
 
-def test_a_sound_step_of_the_same_number_is_replaced(copy):
+def test_valid_checkpoint_of_the_same_step_is_replaced(copy):
     copy.save(state_at(3), RECORD, 0.5)
     assert copy.record(3)["loss"] == 0.5
     copy.sweep()
@@ -291,7 +291,7 @@ def test_files_that_orbax_writes_after_an_error_are_removed(copy, monkeypatch):
     assert not list(copy.folder.glob(".*"))
 
 
-def test_only_a_sweep_removes_what_dead_runs_left(copy):
+def test_only_sweep_removes_temporary_folders(copy):
     for name in (".saving-4", ".deleting-1"):
         (copy.folder / name / "arrays").mkdir(parents=True)
     Store(copy.folder).choose("best")

@@ -63,7 +63,7 @@ def test_the_file_names_its_holder_and_goes_with_it(folder):
     assert not folder.parent.exists()  # it was created only for the lock
 
 
-def test_what_was_there_before_stays(folder):
+def test_existing_folders_are_not_removed(folder):
     folder.mkdir(parents=True)
     (folder / "config.json").touch()
     take(folder)
@@ -165,7 +165,7 @@ def test_lock_with_a_time_in_the_future_is_respected(folder):
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"\xff" * 4000, b'{"pid": "x", "host": "\\u001b[31m"}', b"[" * 2000]
 )
-def test_a_damaged_lock_stops_nobody(folder, content):
+def test_damaged_lock_file_is_ignored(folder, content):
     folder.mkdir(parents=True)
     (folder / lock.NAME).write_bytes(content)
     assert take(folder)["pid"] == os.getpid()
@@ -207,7 +207,7 @@ def test_later_training_of_the_process_takes_over(folder):
     take(folder)
 
 
-def test_a_holder_gives_signs_of_life(folder, monkeypatch):
+def test_holder_updates_the_heartbeat(folder, monkeypatch):
     monkeypatch.setattr(lock, "HEARTBEAT", 0.0)
     with lock.writer(folder) as held:
         os.utime(folder / lock.NAME, (0, 0))

@@ -31,7 +31,7 @@ def relist(folder, files):
     (folder / manifest.NAME).write_text(files if isinstance(files, str) else json.dumps(files))
 
 
-def test_what_was_sealed_passes_and_every_file_is_listed(sealed):
+def test_sealed_folder_is_valid_and_lists_every_file(sealed):
     verify(sealed)
     assert set(listed(sealed)) == {"a/b/c.bin", "d.txt", "a/empty"}
     assert listed(sealed)["a/empty"]["sha256"].startswith("e3b0c442")
@@ -46,7 +46,7 @@ def test_a_copy_passes_too(sealed, tmp_path):
     verify(sealed)  # a copy is verified at its own path
 
 
-def test_every_bit_counts(sealed):
+def test_every_flipped_bit_is_detected(sealed):
     path = sealed / "a" / "b" / "c.bin"
     whole = path.read_bytes()
     for place in (0, 5000, len(whole) - 1):
@@ -127,7 +127,7 @@ def test_a_manifest_that_is_made_to_break_the_reader_is_refused(sealed, text):
     assert str(caught.value).isprintable()
 
 
-def test_what_is_too_much_is_refused_before_it_is_read(sealed, monkeypatch):
+def test_too_large_folders_are_rejected_before_reading(sealed, monkeypatch):
     monkeypatch.setattr(manifest, "_described", lambda path: pytest.fail("a file was opened"))
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "MAX_FILES", 4)

@@ -9,7 +9,7 @@ from chargpt_jax.storage.manifest import Damaged
 from chargpt_jax.storage.state_arrays import check_same, described, digest, named, on_host, placed, stored_shape
 
 
-def test_a_state_is_what_its_arrays_on_the_host_make_of_it():
+def test_state_round_trip_through_host_arrays():
     state = state_at(3)
     arrays, leaves = on_host(state), named(state)
     assert arrays.keys() == {name for name, _ in leaves}
@@ -23,7 +23,7 @@ def test_a_state_is_what_its_arrays_on_the_host_make_of_it():
         np.testing.assert_array_equal(bits(back), bits(leaf))
 
 
-def test_the_digest_tells_names_dtypes_shapes_and_bytes_apart():
+def test_digest_depends_on_names_dtypes_shapes_and_bytes():
     one = np.arange(6, dtype=np.float32)
     arrays = [{"a": one}, {"b": one}, {"a": one.reshape(2, 3)}, {"a": one.view(np.int32)}, {"a": one + 1}]
     assert len({digest(x) for x in arrays}) == len(arrays)

@@ -43,7 +43,7 @@ def test_a_write_replaces_the_file_whole_and_makes_its_folder(folder):
     assert os.listdir(path.parent) == ["é.json"]
 
 
-def test_nothing_is_made_until_something_is_written(folder):
+def test_no_folder_is_created_before_the_first_write(folder):
     folder.check_writable()
     folder.check_config(Config())
     assert not folder.has_corpus()
@@ -51,7 +51,7 @@ def test_nothing_is_made_until_something_is_written(folder):
     assert not folder.path.exists()
 
 
-def test_a_corpus_comes_back_as_it_was(folder):
+def test_corpus_round_trip(folder):
     text = "\0a\r\n é\ud800\U0001f600\u2028z"
     tokenizer = CharTokenizer.from_text(text)
     sources = [{"title": "Ænes & «co»", "sha256": "0" * 64, "characters": 10, "stand_in_for": None}]
@@ -66,7 +66,7 @@ def test_a_corpus_comes_back_as_it_was(folder):
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
-def test_a_corpus_that_was_cut_short_is_none(folder, monkeypatch, fails_at):
+def test_incomplete_corpus_does_not_count(folder, monkeypatch, fails_at):
     replace, calls = os.replace, []
 
     def failing(*args: object) -> None:
@@ -81,7 +81,7 @@ def test_a_corpus_that_was_cut_short_is_none(folder, monkeypatch, fails_at):
     assert not list(folder.corpus.glob("*.partial"))
 
 
-def test_a_config_comes_back_as_it_was(folder):
+def test_config_round_trip(folder):
     config = load_config("small")
     config.optimizer.learning_rate = 1.2345678901234567e-3
     folder.save_config(config)
@@ -145,7 +145,7 @@ def test_lines_wait_until_the_disk_is_writable(folder, monkeypatch):
     assert [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()] == [1, 2, 3, 4]
 
 
-def test_a_log_that_cannot_be_opened_anew_keeps_what_it_held(folder, monkeypatch):
+def test_log_that_cannot_be_rewritten_keeps_its_lines(folder, monkeypatch):
     log_at(folder, 0).add([{"event": "step", "step": n, "loss": 1.5} for n in (1, 2)])
     warnings: list[str] = []
     monkeypatch.setattr(os, "replace", refuse)
@@ -158,7 +158,7 @@ def test_a_log_that_cannot_be_opened_anew_keeps_what_it_held(folder, monkeypatch
     assert [line["step"] for line in folder.load_metrics()] == [1, 5, 6]
 
 
-def test_a_log_that_somebody_removed_goes_on(folder):
+def test_removed_log_is_created_again(folder):
     log = log_at(folder, 0)
     log.add([{"event": "step", "step": 1}])
     folder.metrics.unlink()
@@ -214,7 +214,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert Workdir("~/run").path == tmp_path / "run"
 
 
-def test_a_file_or_a_path_below_one_is_no_workdir(tmp_path):
+def test_file_as_workdir_is_rejected(tmp_path):
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(UserError, match="that is a file"):
@@ -223,7 +223,7 @@ def test_a_file_or_a_path_below_one_is_no_workdir(tmp_path):
         Workdir(file / "run").check_writable()
 
 
-def test_a_place_without_the_right_to_write_is_no_workdir(tmp_path, monkeypatch):
+def test_read_only_folder_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match="is not writable"):
         Workdir(tmp_path / "run").check_writable()
