@@ -99,7 +99,7 @@ class TrainStarted:
 
 @dataclass(frozen=True)
 class Compiled:
-    """The training loop is compiled, or loaded from the compilation cache."""
+    """The training steps are compiled, or loaded from the compilation cache."""
 
     seconds: float
     """Time of tracing and compiling; the parameters are initialised in the meantime."""

@@ -5,8 +5,8 @@ length, so no sequence sees padding, and its text does not depend on its neighbo
 
 Inside the first `block_size` characters each new one costs one pass of one token against the cache. Beyond them no
 cache is exact: the deeper keys of a window were computed with context that has left it. There the last `block_size`
-characters are read again for every character, with positions from the window's start, which gives exactly the
-original's values.
+characters are read again for every character, with positions from the window's start, which gives the original's
+values up to rounding.
 """
 
 from collections.abc import Callable
@@ -86,10 +86,12 @@ def prefill(
         tokens: int32 [B, N], left-aligned prompts and space for the continuations.
         length: int32 [B], the prompts' lengths.
         graphdef: the model's static description.
-        width: a length that holds every prompt, or block_size if that is less.
+        width: positions to read: at least the longest prompt's, at most block_size. The metrics of a longer prompt's
+        last
+            window are at the start of its row.
         mesh: the devices that split the batch; None: one device.
-        final: one call of `decode` follows, with `final` as well. A cache for sequences that are generated one by one
-            is then allocated for one of them, not for all.
+        final: exactly one call of `decode` follows, with `final` as well. Sequences that are generated one by one then
+            share the memory of one cache.
     """
     read = partial(_prefill, graphdef=graphdef, width=width, final=final)
     if mesh is not None:
@@ -136,8 +138,8 @@ def decode(
 ) -> DecodeState:
     """Generate `count` more tokens for every sequence; any count shares a compilation.
 
-    One call or several, with a cache or without, on one device or many, give the same text. `state` is donated. `final`
-    as for `prefill`: nothing can be generated after that.
+    One call or several, with a cache or without, on one device or many, give the same text. `state` must not be used
+    afterwards. `final` as for `prefill`: nothing can be generated after that.
 
     Decoding beyond the context is a second program, compiled when it is first needed: most texts end inside.
     """
@@ -189,7 +191,7 @@ def _plan(
         loop_of=partial(loop_of, model, sampler),
         capacity=min(model.config.block_size, N),
         vocab_size=model.config.vocab_size,
-        sorts=sampler.sorts,
+        sorts=sampler.filters,
     )
 
 

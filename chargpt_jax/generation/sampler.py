@@ -27,8 +27,8 @@ class SamplerState:
     use_top_p: bool = flax.struct.field(pytree_node=False)
 
     @property
-    def sorts(self) -> bool:
-        """Whether sampling sorts the logits."""
+    def filters(self) -> bool:
+        """Whether some tokens may be excluded. Both filters sort the logits, which a fused kernel cannot do."""
         return self.use_top_k or self.use_top_p
 
     def gumbel(self, indices: jax.Array, positions: jax.Array, logits: jax.Array) -> jax.Array:
@@ -52,7 +52,7 @@ class SamplerState:
         The largest sum of a logit and its Gumbel noise is such a sample: the one of jax.random.categorical.
         """
         scaled = logits / jnp.where(self.temperature > 0, self.temperature, 1)
-        noisy = gumbel + (self.filtered(scaled) if self.sorts else scaled)
+        noisy = gumbel + (self.filtered(scaled) if self.filters else scaled)
         return jnp.argmax(jnp.where(self.temperature > 0, noisy, logits), axis=-1).astype(jnp.int32)
 
     def filtered(self, logits: jax.Array) -> jax.Array:

@@ -22,7 +22,10 @@ from chargpt_jax.ops.plain import Ops, rotary, rotate
 
 Kept = TypeVar("Kept")
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Kept]]
-"""From q, k and v, [B, H, T, D] each, to the heads' outputs [B, H, T, D] and what the caller wants from the layer."""
+"""From q, k and v, [B, H, T, D] each, to the heads' outputs [B, H, T, D] and what is kept of the layer.
+
+That is nothing in training, keys and values in prefill, the cache in decoding.
+"""
 
 Rope = tuple[jax.Array, jax.Array]
 """cos and sin of the positions' angles, [..., D / 2] each."""
@@ -52,7 +55,7 @@ def layer_norm(width: int, ops: Ops) -> nnx.LayerNorm:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Return x P(X < x) for a standard normal X, from erf as in PyTorch (jax.nn.gelu uses erfc, which costs twice)."""
+    """Return x P(X < x) for a standard normal X, from erf as in PyTorch (jax.nn.gelu uses erfc: twice the cost)."""
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
@@ -66,7 +69,7 @@ class Attention(nnx.Module):
         self.proj = Linear(width, config.n_embd, ops)
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Attend[Kept]) -> tuple[jax.Array, Kept]:
-        """Map x [B, T, C] to [B, T, C]; also returns what `attend` returns besides."""
+        """Map x [B, T, C] to [B, T, C]; also returns what `attend` keeps."""
         y, kept = attend(*self.project(x, rope))
         return self.proj(y.swapaxes(1, 2).reshape(*x.shape[:2], -1)), kept
 
@@ -102,7 +105,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, rope: Rope, attend: Attend[Kept], seeds: jax.Array | None = None
     ) -> tuple[jax.Array, Kept]:
-        """Map x [B, T, C] to [B, T, C]; `seeds`, uint32 [B, 2], turn dropout on. Also returns what `attend` returns."""
+        """Map x [B, T, C] to [B, T, C]; `seeds`, uint32 [B, 2], turn dropout on. Also returns what `attend` keeps."""
         y, kept = self.attn(self.ln_1(x), rope, attend)
         x = x + dropout(y, fold_seeds(seeds, 1), self.dropout)
         y = self.mlp(self.ln_2(x))

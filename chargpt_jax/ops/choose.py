@@ -36,25 +36,23 @@ def _ops(dtype: Any, query_block: int, cpu: bool) -> Ops:
     wide = jnp.promote_types(dtype, jnp.float32)
     if not cpu:
         return Ops(
-            dtype=dtype,
             activations=dtype,
             residual=wide,
             embedding_lookup=_lookup,
             attention=blockwise_attention.attention_in_blocks(query_block, chunked=False),
             query_attention=kv_cache.query_attention,
         )
-    exact = dtype == wide
+    full_precision = dtype == wide
     return Ops(
-        dtype=dtype,
         activations=wide,
         residual=wide,
         embedding_lookup=_lookup,
-        linear=cpu_decode.linear if exact else functools.partial(rounded_matmul.rounding_linear, dtype=dtype),
-        unembed=plain.unembed if exact else functools.partial(rounded_matmul.rounding_unembed, dtype=dtype),
+        linear=cpu_decode.linear if full_precision else functools.partial(rounded_matmul.rounding_linear, dtype=dtype),
+        unembed=plain.unembed if full_precision else functools.partial(rounded_matmul.rounding_unembed, dtype=dtype),
         attention=blockwise_attention.attention_in_blocks(query_block, chunked=True),
         query_attention=cpu_kv_cache.query_attention,
-        decode_layers=_cpu_decode_layers if exact else plain.decode_layers,
-        cache_type=_cpu_cache_type if exact else _cpu_lockstep_cache,
+        decode_layers=_cpu_decode_layers if full_precision else plain.decode_layers,
+        cache_type=_cpu_cache_type if full_precision else _cpu_lockstep_cache,
     )
 
 

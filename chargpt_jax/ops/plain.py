@@ -1,7 +1,7 @@
 """The operations of the model as mathematics, and `Ops`: the set of operations that a model is built with.
 
-A device may do each of these operations in its own way. `choose.py` picks the ways; tests hold every one of them to the
-function of the same name here. Axes: B batch, T queries, S keys, C channels, H heads, D head width, V vocabulary, L
+A device may do each of these operations in its own way. `choose.py` picks the ways; tests hold each of them to the
+function here that it replaces. Axes: B batch, T queries, S keys, C channels, H heads, D head width, V vocabulary, L
 layers.
 """
 
@@ -19,7 +19,7 @@ from chargpt_jax.ops.kv_cache import KVCache
 from chargpt_jax.ops.matmul import matmul
 
 SAVED = "attention"
-"""The name of what attention saves for the backward pass, which rematerialisation does not recompute."""
+"""The name of what blockwise attention saves for the backward pass, which rematerialisation does not recompute."""
 
 Layer = Callable[[Any, Any, jax.Array], tuple[Any, Any]]
 """layer(block, carry, index) -> (carry, output): one block of the stack; `index` is an int32 scalar."""
@@ -84,6 +84,10 @@ def attention(
 def query_attention(q: jax.Array, keys: jax.Array, values: jax.Array, position: jax.Array) -> jax.Array:
     """Attend from one query per sequence to the keys at positions 0 to its own.
 
+    Used beyond the context; inside it the KV cache attends.
+
+    Used beyond the context; inside it the KV cache attends.
+
     Args:
         q: [B, H, D].
         keys, values: [B, H, D, S].
@@ -146,10 +150,8 @@ def cache_type(sequences: int, elements: int, parameters: int) -> type[KVCache]:
 
 @dataclass(frozen=True)
 class Ops:
-    """How a model is computed; the defaults are the mathematics above. Equal ones share a compilation."""
+    """How a model is computed; the defaults are the mathematics above. Equal `Ops` share a compilation."""
 
-    dtype: DTypeLike = jnp.float32
-    """Of matrix multiplications."""
     activations: DTypeLike = jnp.float32
     """Of LayerNorm's output and all that follows it up to the residual stream."""
     residual: DTypeLike = jnp.float32

@@ -1,6 +1,6 @@
 """A run's model and devices, ready to train, and the three functions that are compiled for them.
 
-The compiled functions are the training loop (many steps per dispatch), the steps of the range test, and one validation
+The compiled functions are a dispatch of training steps, the steps of the range test, and one validation
 batch. Each is traced once, for epochs and dispatches of any length.
 """
 

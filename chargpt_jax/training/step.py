@@ -1,6 +1,6 @@
-"""The training step: TrainState, loss, train_step, eval_step.
+"""The training step: TrainState, cross_entropy_sum, train_step, eval_step.
 
-These are pure functions on nested dicts of arrays. The caller jits them.
+These are pure functions on trees of arrays. The caller jits them.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ Sums = tuple[tuple[jax.Array, Params], tuple[DynamicScale | None, jax.Array]]
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a training step changes, and therefore the content of a checkpoint."""
+    """All state of a run in training: the content of a checkpoint."""
 
     step: jax.Array
     """Training steps made so far, int32 scalar."""
@@ -100,7 +100,7 @@ def train_step(
 
     Returns:
         The next state, and scalars: loss (nats per character, before the update) and grad_norm. In float16, if the
-        gradients overflow, the parameters stay as they are and the loss scale is halved.
+        gradients overflow, the parameters stay as they are and the loss scale is lowered.
     """
     inputs, targets = batch
     n_targets = jnp.maximum(jnp.sum(targets != 0), 1)
@@ -142,7 +142,7 @@ def gradients(
 
     Returns:
         Loss and gradient, to be summed over all sequences. The next loss scale and whether the gradient is finite, of
-        which the minimum over all sequences is used.
+        which the minimum over all devices is used.
     """
     params, n_targets, loss_scale = shared
 

@@ -298,7 +298,7 @@ def test_fast_bfloat16_operations_are_near_the_plain_ones(platform, rate, tokens
     """Within 2 % of the largest logit of the plain model with the same dtypes."""
     config = dataclasses.replace(CONFIG, dropout=rate, mask_unused_ids=False)
     seeds = seeds_for(jax.random.key(5), 2) if rate else None
-    bfloat16 = Ops(jnp.bfloat16, jnp.bfloat16)
+    bfloat16 = Ops(activations=jnp.bfloat16)
     logits = []
     for ops in (bfloat16, ops_for(jnp.bfloat16, config.attention_block, platform)):
         graphdef, params = create(config, 0, ops)
