@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all: written beside their final path first, then renamed.
+"""Atomic writes of files and folders: they are written next to their final path, and then renamed.
 
 A rename protects against a process that ends in the middle. `sync_folder` and `sync_tree` are for what must also
 survive a power failure.

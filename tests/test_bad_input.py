@@ -178,7 +178,7 @@ def test_samplers_at_the_edge_of_what_float32_holds_still_write_characters(model
     assert model.generate("ab", 10, top_p=1e-300)[0].text == greedy
     assert model.generate("ab", 10, top_k=10**30)[0].text == model.generate("ab", 10, top_k=64)[0].text
     for _ in range(3):
-        assert len(model.generate("ab", 10, temperature=1_000)[0].text) == 12, "an id without a character was drawn"
+        assert len(model.generate("ab", 10, temperature=1_000)[0].text) == 12, "an unused token id was sampled"
 
 
 def test_json_has_no_nan_and_no_control_character() -> None:

@@ -114,9 +114,9 @@ def test_eval_of_a_checkpoint_has_the_loss_of_training(runs, plain):
 
 @pytest.mark.parametrize("what", ["without the other prompt", "with a prompt longer than block_size"])
 def test_sample_does_not_depend_on_other_prompts(model, what):
-    alone, beside = (joined(model, samples) for samples in (generated(model)[:1], [GENERATION[what](model)]))
-    assert same_bits(alone, beside, "text")
-    assert difference(alone, beside, "surprisal") < 1e-5
+    alone, batched = (joined(model, samples) for samples in (generated(model)[:1], [GENERATION[what](model)]))
+    assert same_bits(alone, batched, "text")
+    assert difference(alone, batched, "surprisal") < 1e-5
 
 
 def test_the_bits_of_every_part_are_compared(runs):

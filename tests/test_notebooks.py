@@ -169,7 +169,7 @@ def test_every_cell_works_and_shows_its_pictures(executed):
 
     for stage, at_least in (("find_lr(", 2), ("chargpt_jax.train(", 2)):
         (index,) = [i for i, cell in enumerate(notebook.cells) if stage in cell.source and cell.cell_type == "code"]
-        assert client.live[index] >= at_least, f"the picture of {stage} was not drawn while it ran"
+        assert client.live[index] >= at_least, f"the plot of {stage} was not updated while it ran"
 
     (run,) = [path.parent for path in folder.glob("**/config.json")]
     assert (run / "report.html").read_text(encoding="utf-8").count("<svg") >= 3

@@ -55,7 +55,7 @@ ASKING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP")
 
 
 def check(
-    place: str | Path,
+    parent: str | Path,
     config: Config | None = None,
     *,
     kills: int = 20,
@@ -67,7 +67,7 @@ def check(
     """Stop trainings, damage checkpoints, and check the outcomes.
 
     Args:
-        place: a folder on the disk to check; a new folder is created in it, and removed if all checks pass.
+        parent: a folder on the disk to check; a new folder is created in it, and removed if all checks pass.
         config: its settings (dropout, accumulation, ...) are used with a very small model; None: `everything`.
         kills: number of SIGKILL and SIGTERM at random moments.
         signals: number of additional SIGTERM, SIGINT and SIGHUP.
@@ -78,15 +78,15 @@ def check(
     Raises:
         UserError: if the folder cannot be written.
     """
-    Workdir(place).check_writable()
+    Workdir(parent).check_writable()
     began = time.monotonic()
-    base = Workdir(place).path
+    base = Workdir(parent).path
     base.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="chargpt-selftest-", dir=base))
     bench = _Bench(folder, config or everything(), random.Random(seed), tell)
     try:
         whole = _uninterrupted(bench)
-        _stop_trainings(bench, whole, _plan(kills, signals, bench.draw))
+        _stop_trainings(bench, whole, _plan(kills, signals, bench.rng))
         if corruptions:
             _damage(bench, whole, corruptions)
     finally:
@@ -138,8 +138,8 @@ class _Whole:
 class _Bench:
     """A folder with a text and a config, and the processes that train in it."""
 
-    def __init__(self, folder: Path, config: Config, draw: random.Random, tell: Callable[[str], None]):
-        self.folder, self.draw, self.tell, self.result = folder, draw, tell, Result()
+    def __init__(self, folder: Path, config: Config, rng: random.Random, tell: Callable[[str], None]):
+        self.folder, self.rng, self.tell, self.result = folder, rng, tell, Result()
         self.guard, self.processes = threading.RLock(), set[Any]()
         methods = multiprocessing.get_all_start_methods()
         # A fork server with JAX imported, but not initialised, forks in milliseconds; an import takes seconds.
@@ -257,11 +257,11 @@ def _uninterrupted(bench: _Bench) -> _Whole:
     return whole
 
 
-def _plan(kills: int, signals: int, draw: random.Random) -> list[int]:
+def _plan(kills: int, signals: int, rng: random.Random) -> list[int]:
     """Return the signals to send, in random order."""
-    plan = [draw.choice((KILL, signal.SIGTERM)) for _ in range(kills)]
+    plan = [rng.choice((KILL, signal.SIGTERM)) for _ in range(kills)]
     plan += [ASKING[i % len(ASKING)] for i in range(signals)]
-    draw.shuffle(plan)
+    rng.shuffle(plan)
     return plan
 
 
@@ -270,11 +270,11 @@ def _stop_trainings(bench: _Bench, whole: _Whole, plan: list[int]) -> None:
     total, kills, names = len(plan), bench.result.kills, (f"stopped-{i}" for i in range(10**9))
 
     def work(seed: int) -> None:
-        draw = random.Random(seed)
+        rng = random.Random(seed)
         while plan and not bench.result.broken:
             with bench.guard:
                 name = next(names)
-            stops = _stopped(bench, whole, name, plan, draw)
+            stops = _stopped(bench, whole, name, plan, rng)
             equal = same(bench.state(name), whole.arrays) and bench.log(name) == whole.log
             with bench.guard:
                 kills.tried += stops
@@ -286,20 +286,20 @@ def _stop_trainings(bench: _Bench, whole: _Whole, plan: list[int]) -> None:
             bench.tell(f"{kills.tried} of {total} kills and signals sent")
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(work, [bench.draw.getrandbits(32) for _ in range(WORKERS)]))
+        list(pool.map(work, [bench.rng.getrandbits(32) for _ in range(WORKERS)]))
 
 
-def _stopped(bench: _Bench, whole: _Whole, name: str, plan: list[int], draw: random.Random) -> int:
+def _stopped(bench: _Bench, whole: _Whole, name: str, plan: list[int], rng: random.Random) -> int:
     """Train to the end with stops at random moments; return the number of stops."""
-    stops, place, over = 0, (0, 0), False
+    stops, reached, over = 0, (0, 0), False
     while not over:
         child = bench.train(name)
         number = None
-        if plan and not child.ended(draw.uniform(0.0, whole.seconds)):
+        if plan and not child.ended(rng.uniform(0.0, whole.seconds)):
             with bench.guard:
                 number = plan.pop() if plan else None
         stops += number is not None
-        over, place = _ends(bench, name, child, number, place)
+        over, reached = _ends(bench, name, child, number, reached)
     return stops
 
 
@@ -316,13 +316,13 @@ def _ends(
         child.send(number)
     code, seconds = child.code(), time.monotonic() - began
     # A process that has just started has no signal handlers yet: there every signal kills.
-    deaf = number is not None and code == -number and not child.said()
-    asked = number is not None and number != KILL and not deaf
+    unhandled = number is not None and code == -number and not child.said()
+    asked = number is not None and number != KILL and not unhandled
     right = {0, 130 if number == signal.SIGINT else 143} if asked else {0} if number is None else {0, -number}
-    made = max((line["step"] for line in Workdir(bench.folder / name).load_metrics()), default=0)
-    place = made, int(bench.state(name)["step"])
+    logged = max((line["step"] for line in Workdir(bench.folder / name).load_metrics()), default=0)
+    after = logged, int(bench.state(name)["step"])
     # A process that ended before it trained has lost no step: an earlier process lost the missing ones.
-    lost = 0 if place == before else place[0] - place[1]
+    lost = 0 if after == before else after[0] - after[1]
     with bench.guard:
         kills, signals = bench.result.kills, bench.result.signals
         kills.most_steps_lost = max(kills.most_steps_lost, lost)
@@ -336,7 +336,7 @@ def _ends(
         bench.fail(f"After signal {number}, {name} ended with exit code {code}: see {child.output}.")
     if lost > (0 if asked else INTERVAL):
         bench.fail(f"After signal {number}, {name} had lost {lost} steps: see {child.output}.")
-    return code == 0 or code not in right, place
+    return code == 0 or code not in right, after
 
 
 # Damaging
@@ -348,26 +348,26 @@ def _damage(bench: _Bench, whole: _Whole, corruptions: int) -> None:
     steps = sorted((path for path in checkpoints.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
     right: dict[int, Arrays] = {0: on_host(bench.fresh)}
 
-    def restore(place: Path) -> Arrays:
-        return on_host(restored(bench.setup, bench.fresh, place, lambda text: None))
+    def restore(copy: Path) -> Arrays:
+        return on_host(restored(bench.setup, bench.fresh, copy, lambda text: None))
 
     for i in range(len(steps)):  # each is the newest of a copy without the later ones
-        place = bench.folder / "older"
+        copy = bench.folder / "older"
         for path in steps[: i + 1]:
-            shutil.copytree(path, place / path.name)
-        state = restore(place)
+            shutil.copytree(path, copy / path.name)
+        state = restore(copy)
         right[int(state["step"])] = state
-        shutil.rmtree(place)
+        shutil.rmtree(copy)
     for i in range(corruptions):
-        place = bench.folder / f"damaged-{i}"
-        shutil.copytree(checkpoints, place)
-        what = mutate(place, steps, bench.draw)
-        result = outcome(partial(restore, place), right, max(right))
+        copy = bench.folder / f"damaged-{i}"
+        shutil.copytree(checkpoints, copy)
+        what = mutate(copy, steps, bench.rng)
+        result = outcome(partial(restore, copy), right, max(right))
         found.tried += 1
         setattr(found, result, getattr(found, result) + 1)
         if result in ("silent_wrong", "unclear", "hangs"):
             bench.fail(f"Corruption {i} ({what}) had the outcome: {result.replace('_', ' ')}.")
         else:
-            shutil.rmtree(place)
+            shutil.rmtree(copy)
         if (i + 1) % 100 == 0:
             bench.tell(f"{i + 1} of {corruptions} corruptions tried")

@@ -42,36 +42,36 @@ def outcome(restore: Callable[[], Arrays], valid: dict[int, Arrays], newest: int
     return found
 
 
-def mutate(checkpoints: Path, steps: list[Path], draw: random.Random) -> str:
+def mutate(checkpoints: Path, steps: list[Path], rng: random.Random) -> str:
     """Damage one file or folder, mostly of the newest checkpoint; return a description of the damage."""
-    step = checkpoints / (steps[-1] if draw.random() < 0.8 else draw.choice(steps)).name
+    step = checkpoints / (steps[-1] if rng.random() < 0.8 else rng.choice(steps)).name
     files = sorted(path for path in step.rglob("*") if path.is_file())
-    path = draw.choice(files)
-    kind = draw.choice(("flip", "flip", "truncate", "delete", "zero", "rename", "swap", "delete folder", "rename step"))
+    path = rng.choice(files)
+    kind = rng.choice(("flip", "flip", "truncate", "delete", "zero", "rename", "swap", "delete folder", "rename step"))
     data = bytearray(path.read_bytes())
     if kind in ("flip", "truncate", "zero") and not data:
         kind = "delete"
     if kind == "flip":
-        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
     elif kind == "truncate":
-        path.write_bytes(data[: draw.randrange(len(data))])
+        path.write_bytes(data[: rng.randrange(len(data))])
     elif kind == "zero":
-        start, end = sorted((draw.randrange(len(data)), len(data)))
+        start, end = sorted((rng.randrange(len(data)), len(data)))
         path.write_bytes(data[:start] + bytes(end - start))
     elif kind == "delete":
         path.unlink()
     elif kind == "rename":
         path.rename(path.with_name(path.name + " (1)"))
     elif kind == "swap":
-        other = draw.choice(files)
+        other = rng.choice(files)
         other_data = other.read_bytes()
         other.write_bytes(data)
         path.write_bytes(other_data)
     elif kind == "delete folder":
-        shutil.rmtree(draw.choice([step, *(p for p in step.rglob("*") if p.is_dir())]))
+        shutil.rmtree(rng.choice([step, *(p for p in step.rglob("*") if p.is_dir())]))
     else:
-        step.rename(checkpoints / draw.choice((f"{step.name} (1)", str(int(step.name) + 1), f"0{step.name}")))
+        step.rename(checkpoints / rng.choice((f"{step.name} (1)", str(int(step.name) + 1), f"0{step.name}")))
     return f"{kind} of {path.relative_to(checkpoints)}"
 
 

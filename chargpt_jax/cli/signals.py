@@ -96,7 +96,7 @@ def ignore_signals() -> None:
 
 
 def open_standard_streams() -> None:
-    """Open standard streams that are closed on os.devnull; otherwise a file that we open could take their number."""
+    """Open closed standard streams on os.devnull; otherwise a file opened later could get their descriptor."""
     for stream in (0, 1, 2):
         try:
             os.fstat(stream)

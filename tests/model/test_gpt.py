@@ -119,7 +119,7 @@ def test_parameters_are_initialised_as_pytorch_does():
             assert np.abs(values).max() <= bound
             assert np.abs(values).max() > 0.95 * bound
             assert values.std() == pytest.approx(bound / math.sqrt(3), rel=0.15)
-            assert not np.array_equal(values[0], values[1])  # every layer has draws of its own
+            assert not np.array_equal(values[0], values[1])  # every layer has its own random values
     assert np.abs(np.asarray(params["wte"]["embedding"])).max() <= 64**-0.5
     assert np.all(np.asarray(params["blocks"]["ln_1"]["scale"]) == 1)
 

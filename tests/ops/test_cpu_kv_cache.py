@@ -102,7 +102,7 @@ def test_decoding_does_not_copy_the_blocks(places):
 
         return jax.lax.fori_loop(0, 24, layer, (blocks, x))
 
-    with jax.default_device(jax.devices("cpu")[0]):  # which there is beside any accelerator
+    with jax.default_device(jax.devices("cpu")[0]):  # every machine has one, also with an accelerator
         lowered = jax.jit(in_one_kernel(step), donate_argnums=0).lower(blocks, jnp.ones((1, 4, 16)))
         memory = lowered.compile().memory_analysis()
     assert memory.temp_size_in_bytes < blocks.keys.nbytes / 8
