@@ -22,7 +22,7 @@ from typing import Any
 
 RUNS = {
     "tiny": ["--config=tiny"],
-    "small": ["--config=small", "--config.data.source=stdlib", "--config.train.validate_every=0.05"],
+    "small": ["--config=small", "--config.data.source=stdlib", "--config.train.validate_every=0.25"],
     "tiny, Muon, dropout": [
         "--config=tiny",
         "--config.optimizer.kind=muon",
