@@ -1,6 +1,6 @@
 """Compare two checkouts bit by bit: losses, checkpoints, samples and exported models of the same runs.
 
-    python -m benchmarks.same_bits OTHER [--this=CHECKOUT] [--steps=24] [--keep=FOLDER]
+    python -m benchmarks.same_bits OTHER [--this=CHECKOUT] [--steps=24] [--run=NAME] [--keep=FOLDER]
 
 Both checkouts run the same commands on this machine with the same Python environment: `tiny` on the text that ships
 with Python, and a short `small` run on it. Each checkout also resumes a run that the other one has begun. The script
@@ -22,7 +22,7 @@ from typing import Any
 
 RUNS = {
     "tiny": ["--config=tiny"],
-    "small": ["--config=small", "--config.data.source=stdlib", "--config.train.validate_every=0.25"],
+    "small": ["--config=small", "--config.data.source=stdlib", "--config.optimizer.learning_rate=2e-3"],
     "tiny, Muon, dropout": [
         "--config=tiny",
         "--config.optimizer.kind=muon",
@@ -86,11 +86,13 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=24, help="training steps of the short runs")
     parser.add_argument("--keep", type=Path, help="a new folder for the runs, which are otherwise deleted")
+    parser.add_argument("--run", action="append", choices=RUNS, help="only this run; may be repeated")
     given = parser.parse_args()
     sides = {"this": given.this.absolute(), "other": given.other.absolute()}
     folder = given.keep or Path(tempfile.mkdtemp(prefix="same-bits-"))
     same = []
-    for name, flags in RUNS.items():
+    for name in given.run or RUNS:
+        flags = RUNS[name]
         flags = flags if name == "tiny" else [*flags, f"--config.scheduler.max_steps={given.steps}"]
         made = {}
         for side, checkout in sides.items():
@@ -101,14 +103,14 @@ def main() -> int:
                 command(checkout, "export", workdir, f"--format={form}", f"--out={workdir / form}")
             made[side] = results(workdir)
         same += compared(name, made["this"], made["other"])
-    begun = folder / "other" / "small"
-    resumed = {}
-    for side, checkout in sides.items():
+    begun, resumed = folder / "other" / "small", {}
+    for side, checkout in sides.items() if begun.exists() else ():
         workdir = folder / side / "resumed"
         shutil.copytree(begun, workdir)
         command(checkout, "run", workdir, *RUNS["small"], f"--config.scheduler.max_steps={2 * given.steps}")
         resumed[side] = {kind: found for kind, found in results(workdir).items() if kind not in ("hf", "original")}
-    same += compared("small of other, resumed", resumed["this"], resumed["other"])
+    if resumed:
+        same += compared("small of other, resumed", resumed["this"], resumed["other"])
     if given.keep is None:
         shutil.rmtree(folder)
     print("all identical" if all(same) else "there are differences")
