@@ -523,7 +523,7 @@ def test_muon_finds_a_rate_trains_and_resumes_bit_for_bit(text, tmp_path):
     config = small_config(text)
     config.optimizer.kind, config.optimizer.learning_rate, config.scheduler.max_steps = "muon", None, 12
     arrays = resumed(config, tmp_path)
-    assert ".mean['blocks']['attn']['qkv']['kernel']" in " ".join(arrays)
+    assert ".mean.blocks.attn.qkv.kernel" in " ".join(arrays)
     losses = [line["loss"] for line in logged(tmp_path / "cut") if line["event"] == "step"]
     assert losses[-1] < losses[0] - 0.5
     config.optimizer.kind = "adamw"
