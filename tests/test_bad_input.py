@@ -167,7 +167,7 @@ def test_a_text_beyond_what_is_read_in_one_go_is_refused(model: chargpt_jax.Mode
             call()
     with pytest.raises(UserError, match="are more than 32,000,000 in total"):
         model.generate(["ab"] * 50, MAX_TEXT)
-    with pytest.raises(UserError, match="no prompt"):
+    with pytest.raises(UserError, match="No prompt was given"):
         model.generate([])
 
 
