@@ -44,8 +44,10 @@ RECORDED: dict[str, dict[str, int]] = json.loads(Path(__file__).with_name("opcod
 )
 
 
-LOCKSTEP_SAVES = Counter({"bitcast": 1, "fusion": 1, "get-tuple-element": 2, "parameter": 1})
-"""What the generation loop of a batch needs less since: its loop no longer carries the sequences' indices."""
+LOCKSTEP_SAVES = Counter({"bitcast": 1, "get-tuple-element": 2, "parameter": 1})
+"""Operations that generation in lockstep no longer needs: its loop does not carry the sequences' indices any more."""
+if jax.__version__ != "0.7.2":
+    LOCKSTEP_SAVES["fusion"] = 1
 
 
 def ints(*shape: int) -> jax.ShapeDtypeStruct:
