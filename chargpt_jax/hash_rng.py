@@ -32,7 +32,7 @@ def derive(seeds: jax.Array, number: jax.Array | int) -> jax.Array:
     return jnp.stack([_rounds(first ^ salt, second), _rounds(second + salt, first)], axis=-1)
 
 
-def draw(seeds: jax.Array, number: jax.Array | int) -> jax.Array:
+def random_bits(seeds: jax.Array, number: jax.Array | int) -> jax.Array:
     """Return 32 random bits for each number.
 
     Args:

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chargpt_jax.hash_rng import derive, draw, seeds_of, unit
+from chargpt_jax.hash_rng import derive, random_bits, seeds_of, unit
 from chargpt_jax.model.init import uniform
 
 SEEDS = derive(seeds_of(jax.random.key(1)), jnp.arange(64))
 
 
 def test_a_number_gives_the_same_bits_alone_and_among_others():
-    many = draw(SEEDS[:, None], jnp.arange(100))
+    many = random_bits(SEEDS[:, None], jnp.arange(100))
     assert many.dtype == jnp.uint32
-    assert int(draw(SEEDS[7], 42)) == int(many[7, 42])
+    assert int(random_bits(SEEDS[7], 42)) == int(many[7, 42])
     assert derive(SEEDS[7], 3).tolist() == derive(SEEDS, 3)[7].tolist() == derive(SEEDS[7], jnp.arange(5))[3].tolist()
 
 
@@ -30,14 +30,14 @@ def test_derived_seeds_do_not_meet():
 
 
 def test_every_bit_is_one_half_of_the_time():
-    bits = np.asarray(draw(SEEDS[:, None], jnp.arange(2048))).ravel()
+    bits = np.asarray(random_bits(SEEDS[:, None], jnp.arange(2048))).ravel()
     ones = (bits[:, None] >> np.arange(32, dtype=np.uint32) & 1).sum(axis=0)
     assert np.abs(ones - bits.size / 2).max() < 5 * math.sqrt(bits.size) / 2
 
 
 def test_units_fill_the_interval_evenly():
     """Chi-square over 100 equal intervals, to 5 sigma."""
-    numbers = np.asarray(unit(draw(SEEDS[:, None], jnp.arange(2048)))).ravel()
+    numbers = np.asarray(unit(random_bits(SEEDS[:, None], jnp.arange(2048)))).ravel()
     assert 0 <= numbers.min() < 1e-4
     assert 1 - 1e-4 < numbers.max() < 1
     counts = np.bincount((numbers * 100).astype(int), minlength=100)

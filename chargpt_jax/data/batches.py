@@ -16,7 +16,7 @@ import numpy as np
 
 from chargpt_jax.config import DataConfig
 from chargpt_jax.errors import UserError
-from chargpt_jax.hash_rng import derive, draw, seeds_of, unit
+from chargpt_jax.hash_rng import derive, random_bits, seeds_of, unit
 
 Batch = tuple[jax.Array, jax.Array]
 """Inputs and targets, int32 [B, T] each; targets of 0 are padding and do not count."""
@@ -85,7 +85,7 @@ def batch_at(tokens: jax.Array, key: jax.Array, step: jax.Array, block_size: int
 
     def row(number: jax.Array) -> Batch:
         seeds = derive(seeds_of(key), number // count)
-        phase = below(slack + 1, draw(seeds, 0))
+        phase = below(slack + 1, random_bits(seeds, 0))
         window = shuffled(number % count, count, derive(seeds, 1))
         text = jax.lax.dynamic_slice(tokens, (phase + window * block_size,), (block_size + 1,))
         return _padded(text, derive(derive(seeds, 2), number % count), data.padding_chance)
@@ -104,8 +104,8 @@ def _padded(text: jax.Array, seeds: jax.Array, chance: float) -> Batch:
     if not chance:
         return text[:-1], text[1:]
     block_size = text.shape[0] - 1
-    length = 1 + below(max(2, block_size // 3) - 1, draw(seeds, 1))
-    length = jnp.where(unit(draw(seeds, 0)) < chance, length, 0)
+    length = 1 + below(max(2, block_size // 3) - 1, random_bits(seeds, 1))
+    length = jnp.where(unit(random_bits(seeds, 0)) < chance, length, 0)
     position = jnp.arange(block_size)
     # The first target after the padding counts: padding also marks the beginning of a text.
     return jnp.where(position < length, 0, text[:-1]), jnp.where(position < length - 1, 0, text[1:])
@@ -129,7 +129,7 @@ def shuffled(index: jax.Array, size: int, seeds: jax.Array) -> jax.Array:
     def permute(x: jax.Array) -> jax.Array:
         left, right = x >> half, x & mask
         for own in rounds:
-            left, right = right, left ^ (draw(own, right) & mask)
+            left, right = right, left ^ (random_bits(own, right) & mask)
         joined: jax.Array = (left << half) | right
         return joined
 
@@ -174,7 +174,7 @@ def validation_crops(tokens: jax.Array, key: jax.Array, block_size: int, data: D
     steps = math.ceil(count / data.batch_size)
 
     def crop(seeds: jax.Array) -> Batch:
-        start = below(max(1, tokens.shape[0] - block_size - 1), draw(seeds, 0))
+        start = below(max(1, tokens.shape[0] - block_size - 1), random_bits(seeds, 0))
         text = jax.lax.dynamic_slice(tokens, (start,), (block_size + 1,))
         return _padded(text, derive(seeds, 1), data.padding_chance)
 

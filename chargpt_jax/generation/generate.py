@@ -58,8 +58,8 @@ Carry = tuple[jax.Array, DecodeState]
 """How many tokens each sequence still lacks, int32 [B], and the sequences, without their cache."""
 
 BATCH: Any = PartitionSpec("data")
-LAYERS: Any = PartitionSpec(None, "data")
-SHARDED = DecodeState(tokens=BATCH, length=BATCH, logits=BATCH, cache=LAYERS, surprisal=BATCH, entropy=BATCH)
+CACHE: Any = PartitionSpec(None, "data")
+SHARDED = DecodeState(tokens=BATCH, length=BATCH, logits=BATCH, cache=CACHE, surprisal=BATCH, entropy=BATCH)
 """The devices of a mesh split a batch; none waits for another."""
 
 
@@ -87,8 +87,7 @@ def prefill(
         length: int32 [B], the prompts' lengths.
         graphdef: the model's static description.
         width: positions to read: at least the longest prompt's, at most block_size. The metrics of a longer prompt's
-        last
-            window are at the start of its row.
+            last window are at the start of its row.
         mesh: the devices that split the batch; None: one device.
         final: exactly one call of `decode` follows, with `final` as well. Sequences that are generated one by one then
             share the memory of one cache.
@@ -167,14 +166,14 @@ def decoding_program(
         generate: the cache's: generates a batch in lockstep, or one sequence after the other.
         final: the cache is not returned.
     """
-    run: Callable[..., Any] = partial(generate, partial(_plan, loop_of, graphdef, mesh), final=final)
+    run: Callable[..., Any] = partial(generate, partial(_generation, loop_of, graphdef, mesh), final=final)
     if mesh is not None:
-        specs = (PartitionSpec(), BATCH, LAYERS, PartitionSpec())
-        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(BATCH, LAYERS), check_vma=False)
+        specs = (PartitionSpec(), BATCH, CACHE, PartitionSpec())
+        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(BATCH, CACHE), check_vma=False)
     return jit_for_generation(mesh)(run, donate_argnums=() if final else (1, 2))
 
 
-def _plan(
+def _generation(
     loop_of: Callable[..., Loop],
     graphdef: nnx.GraphDef,
     mesh: Mesh | None,

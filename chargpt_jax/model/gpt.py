@@ -20,11 +20,11 @@ from chargpt_jax.ops.dropout import Dropout, dropout, fold_seeds
 from chargpt_jax.ops.kv_cache import KVCache
 from chargpt_jax.ops.plain import Ops, rotary, rotate
 
-Kept = TypeVar("Kept")
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Kept]]
-"""From q, k and v, [B, H, T, D] each, to the heads' outputs [B, H, T, D] and what is kept of the layer.
+LayerCache = TypeVar("LayerCache")
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, LayerCache]]
+"""From q, k and v, [B, H, T, D] each, to the heads' outputs [B, H, T, D] and the layer's cache.
 
-That is nothing in training, keys and values in prefill, the cache in decoding.
+The cache is None in training, new keys and values in prefill, and the whole KV cache in decoding.
 """
 
 Rope = tuple[jax.Array, jax.Array]
@@ -68,10 +68,10 @@ class Attention(nnx.Module):
         self.qkv = Linear(config.n_embd, 3 * width, ops)
         self.proj = Linear(width, config.n_embd, ops)
 
-    def __call__(self, x: jax.Array, rope: Rope, attend: Attend[Kept]) -> tuple[jax.Array, Kept]:
-        """Map x [B, T, C] to [B, T, C]; also returns what `attend` keeps."""
-        y, kept = attend(*self.project(x, rope))
-        return self.proj(y.swapaxes(1, 2).reshape(*x.shape[:2], -1)), kept
+    def __call__(self, x: jax.Array, rope: Rope, attend: Attend[LayerCache]) -> tuple[jax.Array, LayerCache]:
+        """Map x [B, T, C] to [B, T, C]; also returns `attend`'s cache."""
+        y, cache = attend(*self.project(x, rope))
+        return self.proj(y.swapaxes(1, 2).reshape(*x.shape[:2], -1)), cache
 
     def project(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return queries, keys and values of x [B, T, C], [B, H, T, D] each; queries and keys are rotated."""
@@ -103,13 +103,13 @@ class Block(nnx.Module):
         self.mlp = MLP(config, ops)
 
     def __call__(
-        self, x: jax.Array, rope: Rope, attend: Attend[Kept], seeds: jax.Array | None = None
-    ) -> tuple[jax.Array, Kept]:
-        """Map x [B, T, C] to [B, T, C]; `seeds`, uint32 [B, 2], turn dropout on. Also returns what `attend` keeps."""
-        y, kept = self.attn(self.ln_1(x), rope, attend)
+        self, x: jax.Array, rope: Rope, attend: Attend[LayerCache], seeds: jax.Array | None = None
+    ) -> tuple[jax.Array, LayerCache]:
+        """Map x [B, T, C] to [B, T, C]; `seeds`, uint32 [B, 2], turn dropout on. Also returns `attend`'s cache."""
+        y, cache = self.attn(self.ln_1(x), rope, attend)
         x = x + dropout(y, fold_seeds(seeds, 1), self.dropout)
         y = self.mlp(self.ln_2(x))
-        return x + dropout(y, fold_seeds(seeds, 2), self.dropout), kept
+        return x + dropout(y, fold_seeds(seeds, 2), self.dropout), cache
 
 
 class Embedding(nnx.Module):

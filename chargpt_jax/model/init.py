@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chargpt_jax.config import ModelConfig
-from chargpt_jax.hash_rng import draw, seeds_of, unit
+from chargpt_jax.hash_rng import random_bits, seeds_of, unit
 from chargpt_jax.model.gpt import GPT
 from chargpt_jax.ops.plain import Ops
 
@@ -27,7 +27,7 @@ LAYER = (("ln_1",), ("attn", "qkv"), ("attn", "proj"), ("ln_2",), ("mlp", "up"),
 
 def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, dtype: type = jnp.float32) -> jax.Array:
     """Draw from the uniform distribution in +-1 / sqrt(fan_in), PyTorch's default for Linear weights and biases."""
-    bits = draw(seeds_of(key), jnp.arange(math.prod(shape))).reshape(shape)
+    bits = random_bits(seeds_of(key), jnp.arange(math.prod(shape))).reshape(shape)
     return (2 * unit(bits, dtype) - 1) * fan_in**-0.5
 
 

@@ -11,7 +11,7 @@ from typing import overload
 import jax
 import jax.numpy as jnp
 
-from chargpt_jax.hash_rng import derive, draw
+from chargpt_jax.hash_rng import derive, random_bits
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def dropout(x: jax.Array, seeds: jax.Array | None, how: Dropout) -> jax.Array:
 
 def _hashed(seeds: jax.Array, index: jax.Array) -> jax.Array:
     """Return uint32 [B, ...]: random bits for each of B seeds and each index."""
-    return draw(seeds.reshape(-1, *(1,) * index.ndim, 2), index)
+    return random_bits(seeds.reshape(-1, *(1,) * index.ndim, 2), index)
 
 
 def _threefry(seeds: jax.Array, index: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ The projections to queries, keys and values are three matrices in one array; eac
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,8 @@ import optax
 from jax.sharding import Mesh
 
 from chargpt_jax.devices import sharding
+from chargpt_jax.model.init import Params
 from chargpt_jax.ops.matmul import matmul
-
-Params = dict[str, Any]
-"""Nested dicts of arrays."""
 
 Path = tuple[jax.tree_util.DictKey, ...]
 """The keys that lead to an array in nested dicts."""

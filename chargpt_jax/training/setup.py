@@ -22,13 +22,12 @@ from chargpt_jax.config import Config
 from chargpt_jax.data import batches
 from chargpt_jax.devices import sharding, startup
 from chargpt_jax.devices.platform import compiler_options, compute_dtype
-from chargpt_jax.model.init import plan
+from chargpt_jax.model.init import Params, plan
 from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.pacing import MAX_DISPATCH_STEPS
 from chargpt_jax.training.run import Run, record_of
 from chargpt_jax.training.step import (
-    Params,
     TrainState,
     create_state,
     data_key,
@@ -162,7 +161,7 @@ class Setup:
     graphdef: nnx.GraphDef[Any]
     shapes: Params
     """The shapes of the parameters."""
-    draw: Callable[[], Params]
+    initial_params: Callable[[], Params]
     """Initialises new parameters, on one device."""
     dtype: DTypeLike
     """Of matrix multiplications."""
@@ -184,18 +183,18 @@ class Setup:
         mesh = sharding.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps)
         train, _ = batches.split(tokens, config.data.train_split, config.model.block_size)
         on_device = jax.device_put(train, sharding.replicated(mesh))
-        graphdef, shapes, draw = plan(
+        graphdef, shapes, initial_params = plan(
             config.model,
             config.seed,
             ops_for(dtype, config.model.attention_block),
             compiler_options=compiler_options(mesh),
         )
-        return cls(config, tokens, len(train), vocabulary, graphdef, shapes, draw, dtype, mesh, on_device)
+        return cls(config, tokens, len(train), vocabulary, graphdef, shapes, initial_params, dtype, mesh, on_device)
 
     def initial_state(self, tx: optax.GradientTransformation) -> TrainState:
         """Return the state before the first step, with its shardings, in memory of its own (steps reuse it)."""
         create = partial(create_state, tx=tx, seed=self.config.seed, dtype=self.dtype)
-        state = jax.jit(create, compiler_options=compiler_options(self.mesh))(self.draw())
+        state = jax.jit(create, compiler_options=compiler_options(self.mesh))(self.initial_params())
         return jax.device_put(state, state_sharding(state, self.mesh))
 
     def initial_state_in_background(self, tx: optax.GradientTransformation) -> Future[TrainState]:

@@ -18,10 +18,8 @@ from jax.typing import DTypeLike
 
 from chargpt_jax.data.batches import Batch
 from chargpt_jax.devices import sharding
+from chargpt_jax.model.init import Params
 from chargpt_jax.ops.dropout import seeds_for
-
-Params = dict[str, Any]
-"""Nested dicts of arrays, float32."""
 
 Sums = tuple[tuple[jax.Array, Params], tuple[DynamicScale | None, jax.Array]]
 """(loss, gradients), to be summed over all sequences; (next loss scale, whether the gradients are finite)."""

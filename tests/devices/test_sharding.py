@@ -233,7 +233,7 @@ def trained(workdir: Path, n_devices: int, parts: int, kind: str = "adamw", leas
     sharding.data_mesh = partial(data_mesh, devices=jax.devices()[:n_devices])
     sharding.MIN_SHARDED_SIZE = least
     setup = Setup.of(Run.load(workdir))
-    params = setup.draw()
+    params = setup.initial_params()
     setup = replace(setup, draw=lambda: jax.tree.map(lambda x: x.astype(jnp.float64), params))
     config = replace(setup.config, optimizer=replace(setup.config.optimizer, accumulation_steps=parts, kind=kind))
     tx = optimizer.make_optimizer(config.optimizer, 1e-2, setup.mesh)

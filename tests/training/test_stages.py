@@ -353,7 +353,7 @@ def test_validation_compiles_once_for_all_of_a_run(text, tmp_path, monkeypatch):
 def test_merged_validation_batches_give_the_same_loss(text, tmp_path, monkeypatch):
     list(stages.prepare(small_config(text), tmp_path, quiet))
     run, asked, losses = Setup.of(Run.load(tmp_path)), [], []
-    params = jax.tree.map(np.asarray, run.draw())
+    params = jax.tree.map(np.asarray, run.initial_params())
     for most in (1, 600, 10**6):  # a batch of training is 8 x 32 characters
         monkeypatch.setattr(setup, "VALIDATED_AT_ONCE", most)
         asked.append(0)
@@ -400,7 +400,7 @@ def test_settings_of_the_original_can_be_enabled(text, tmp_path):
     assert rates[steps:] == pytest.approx([1e-2] * 2 * steps)
 
     setup = Setup.of(Run.load(tmp_path))
-    params = jax.tree.map(np.asarray, setup.draw())
+    params = jax.tree.map(np.asarray, setup.initial_params())
     crops, windows = setup.validator(), setup.validator(whole=True)
     assert crops(params, 1) == crops(params, 1) != crops(params, 2)
     assert windows(params, 1) == windows(params, 2)
