@@ -234,7 +234,7 @@ def trained(workdir: Path, n_devices: int, parts: int, kind: str = "adamw", leas
     sharding.MIN_SHARDED_SIZE = least
     setup = Setup.of(Run.load(workdir))
     params = setup.initial_params()
-    setup = replace(setup, draw=lambda: jax.tree.map(lambda x: x.astype(jnp.float64), params))
+    setup = replace(setup, initial_params=lambda: jax.tree.map(lambda x: x.astype(jnp.float64), params))
     config = replace(setup.config, optimizer=replace(setup.config.optimizer, accumulation_steps=parts, kind=kind))
     tx = optimizer.make_optimizer(config.optimizer, 1e-2, setup.mesh)
     state, count = setup.initial_state(tx), np.int32(STEPS)

@@ -435,7 +435,7 @@ def test_error_of_initialisation_in_the_thread_is_raised(text, tmp_path):
     def draw():
         raise MemoryError
 
-    setup = dataclasses.replace(Setup.of(Run.load(tmp_path)), draw=draw)
+    setup = dataclasses.replace(Setup.of(Run.load(tmp_path)), initial_params=draw)
     state = setup.initial_state_in_background(optimizer.make_optimizer(setup.config.optimizer, 1e-3))
     with pytest.raises(MemoryError):
         state.result()
