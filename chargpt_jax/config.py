@@ -68,7 +68,13 @@ class ModelConfig:
 class DataConfig:
     """Source of the text, and how it is split into batches."""
 
-    source: str = setting("60", "Gutenberg number, URL, .txt file, folder or 'stdlib'; separate several with commas")
+    source: str = setting("60", "Gutenberg number, URL, text file, folder or 'stdlib'; separate several with commas")
+    encoding: str = setting("", "encoding of texts without a byte order mark; '': as declared, else UTF-8")
+    repair: str = setting(
+        "auto",
+        "ftfy fixes to run: 'auto' (all for Project Gutenberg, else mojibake, line ends and NFC), 'all', 'none', or a "
+        "list of mojibake, line_ends, nfc, entities, quotes, width, ligatures, controls",
+    )
     start_at: str = setting("", "regular expression; each text starts at its first match; '': keep the full text")
     allow_stand_in: bool = setting(True, "if a download fails, use the help texts that ship with Python")
     mirrors: tuple[str, ...] = setting(
@@ -80,7 +86,7 @@ class DataConfig:
         "URLs to try for a Gutenberg number, in this order",
     )
     timeout: float = setting(20.0, "seconds to wait for a response before a download is retried", above=0.0, most=1e6)
-    max_megabytes: float = setting(100.0, "maximum size of a text in MB, downloaded or local", above=0.0, most=1e6)
+    max_megabytes: float = setting(100.0, "maximum size of all texts together in MB", above=0.0, most=1e6)
     batch_size: int = setting(16, "sequences per training step", least=1)
     oversample: float = setting(1.0, "passes over the training text per epoch", above=0.0, most=1e6)
     train_split: float = setting(

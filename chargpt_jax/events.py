@@ -29,6 +29,8 @@ class Prepared:
     vocab_size: int
     stand_in_for: str | None
     """The source that could not be downloaded, if another text is used instead of it."""
+    notes: tuple[str, ...] = ()
+    """What was removed from, changed or found in the texts."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = {"ml-collections": "ml_collections", "absl-py": "absl", "orbax-checkpoint": "orbax"}
+MODULES = {
+    "charset-normalizer": "charset_normalizer",
+    "ml-collections": "ml_collections",
+    "absl-py": "absl",
+    "orbax-checkpoint": "orbax",
+}
 """{package: its module, if the names differ}."""
 
 OPTIONAL = {"IPython"}

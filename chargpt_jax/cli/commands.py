@@ -257,7 +257,8 @@ def score(request: Request) -> int:
     flags = request.flags
     if (flags.text is None) == (flags.text_file is None):
         raise UserError("--mode=score needs a text: give either --text or --text_file.")
-    text = flags.text if flags.text is not None else corpus.read_text(Path(flags.text_file))
+    config = request.folder.load_config().data
+    text = flags.text if flags.text is not None else corpus.read_text(Path(flags.text_file), config, warn)
     api = _api()
     model = api.load(request.folder, request.step, warn)
     sample = model.score(text, stride=flags.stride, skip_unknown=flags.skip_unknown)

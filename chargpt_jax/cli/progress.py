@@ -3,7 +3,7 @@
 import contextlib
 import html
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TextIO
 
 from rich.console import Console
@@ -29,6 +29,9 @@ from chargpt_jax.pictures import plots
 
 MAX_TITLES = 400
 """Maximum length of a list of titles, in characters; titles are untrusted input."""
+
+MAX_NOTES = 6
+"""Maximum number of notes on the corpus in its line."""
 
 
 def in_notebook() -> bool:
@@ -71,6 +74,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def _notes(notes: Sequence[str]) -> str:
+    """Return the notes on a corpus, to be appended to its line."""
+    more = f"; and {len(notes) - MAX_NOTES} more notes in corpus/sources.json" if len(notes) > MAX_NOTES else ""
+    return "".join(f"; {one_line(note, MAX_TITLES)}" for note in notes[:MAX_NOTES]) + more
+
+
 def sentence(event: Event) -> str | None:
     """Return an event as one line; None for an event that only moves the progress bar."""
     match event:
@@ -79,7 +88,7 @@ def sentence(event: Event) -> str | None:
             titles = one_line(", ".join(event.titles), MAX_TITLES)
             return (
                 f"corpus: {titles}{stand_in}: {event.characters:,} characters ({event.n_ids - 1} distinct); "
-                f"training set {event.n_train:,}, validation set {event.n_validation:,}"
+                f"training set {event.n_train:,}, validation set {event.n_validation:,}{_notes(event.notes)}"
             )
         case Zoom():
             return (

@@ -1,20 +1,26 @@
-"""Load a text, remove the licence, repair encoding errors, and record its source.
+"""Load the texts of a corpus, remove licences, repair encoding errors, and record the source of each text.
 
-A text is read from a file, from the download cache or from the web. If a download fails, a text that ships with Python
-is used instead, with a warning. `download.py` downloads and caches; `tokenizer.py` encodes characters.
+A text is read from a file, from the download cache or from the web; if no text can be downloaded, a text that ships
+with Python is used instead, with a warning. `download.py` downloads and caches, `encoding.py` decodes, `gutenberg.py`
+removes licences, `repair.py` repairs encoding errors.
 """
 
+import contextlib
 import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from chargpt_jax.config import MAX_TEXT, DataConfig
+from chargpt_jax.data import gutenberg
 from chargpt_jax.data.download import DownloadError, Page, default_cache, fetch, keep, split_url
+from chargpt_jax.data.encoding import BYTE_ORDER_MARKS, UndecodableText, decode, several
+from chargpt_jax.data.repair import DEFAULT, fixes_of, kinds, repair
 from chargpt_jax.errors import UserError
 
 MAX_SCORED = 4 * MAX_TEXT
@@ -22,21 +28,6 @@ MAX_SCORED = 4 * MAX_TEXT
 
 MIN_REMAINING = 1_000
 """Minimum number of characters that remain after a part was removed; at least 10 % of the text must remain too."""
-
-_BOOK = r"PROJECT\s+GUTENBERG(?:['’]S)?\s+E-?(?:BOOK|TEXT)\b"
-_START = re.compile(
-    # The title can span several lines, but no empty line; the closing stars of a marker can be missing.
-    rf"^[ \t]*\*{{3}}\s*START\s+OF\s+(?:THE|THIS)\s+{_BOOK}(?:(?:(?!\n[ \t]*\n)[\s\S]){{0,500}}?\*{{3}}|[^\n]*)",
-    re.IGNORECASE | re.MULTILINE,
-)
-_OLD_START = re.compile(r"^[ \t]*\*+\s*END\s*\**\s*THE\s+SMALL\s+PRINT[^\n]*", re.IGNORECASE | re.MULTILINE)
-_END = re.compile(
-    rf"^[ \t]*(?:\*{{3}}\s*END\s+OF\s+(?:THE|THIS)\s+{_BOOK}"
-    rf"|END\s+OF\s+(?:(?:THE|THIS)\s+)?(?:{_BOOK}|PROJECT\s+GUTENBERG['’]S\b))",
-    re.IGNORECASE | re.MULTILINE,
-)
-_TITLE = re.compile(r"^Title:[ \t]*(\S.*(?:\n[ \t]+\S.*)*)", re.MULTILINE)
-_PRODUCER = re.compile(r"\s*(?:Produced|E-?text\s+prepared)\s+by\b(?:(?!\n[ \t]*\n)[\s\S])*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -55,6 +46,12 @@ class Source:
     """Encoding errors that ftfy repaired: pairs of action and parameter, in order."""
     stand_in_for: str | None = None
     """The source that could not be downloaded, if this one is its stand-in."""
+    repairs: tuple[str, ...] = ()
+    """The fixes that ran: names of `repair.FIXES`."""
+    notes: tuple[str, ...] = ()
+    """What was removed, changed or found in the text, for people."""
+    file_sha256: str | None = None
+    """Of the bytes of a local file, in hexadecimal."""
 
 
 Part = tuple[str, Source]
@@ -67,48 +64,85 @@ def _to_stderr(line: str) -> None:
 def load_corpus(
     config: DataConfig, *, cache: Path | None = None, warn: Callable[[str], None] = _to_stderr
 ) -> tuple[str, tuple[Source, ...]]:
-    """Return the concatenated texts of `config.source`, and the source of each.
+    """Return the texts of `config.source`, joined by line breaks, and the source of each.
 
     Raises:
         UserError: if a source is missing or invalid, or `start_at` is not a regular expression or has no match.
     """
-    try:
-        start = re.compile(config.start_at, re.MULTILINE)
-    except re.error as error:
-        raise UserError(
-            f"data.start_at is {config.start_at!r}, but it must be a regular expression ({error}): correct or empty it."
-        ) from None
+    start = _start_pattern(config)
+    fixes_of(config.repair, from_gutenberg=False)  # rejects an unknown name before anything is downloaded
     cache = cache or default_cache()
     parts: list[Part] = []
     missing: dict[str, str] = {}
+    undecodable: list[UndecodableText] = []
+    left = config.max_megabytes * 1e6
     for entry in _entries(config.source):
         if entry == "stdlib":
             parts.append(_stdlib_part())
             continue
         try:
-            kind, pages = _pages(entry, config, cache)
+            kind, pages = _pages(entry, config, cache, left, warn)
         except DownloadError as error:
             missing[entry] = str(error)
             continue
         for page in pages:
-            body, title = _remove_licence(_decode(page), kind, page.url)
+            left -= len(page.data)
+            try:
+                text = decode(page.data, page.url, config.encoding, page.charset)
+            except UndecodableText as error:
+                undecodable.append(error)
+                continue
+            parts.append(_finish(kind, page, text, start, config.repair))
             if page.key:  # cached only now, so that an invalid page is downloaded again
                 keep(page, cache, warn)
-            parts.append(_finish(kind, page.url, title, _start_at(body, start, page.url)))
-    if missing:  # one stand-in for all: a repeated text would put training text into the validation set
-        parts = [part for part in parts if part[1].kind != "stdlib"] + [_stand_in(missing, config, warn)]
-    return "".join(text for text, _ in parts), tuple(source for _, source in parts)
+    if undecodable:
+        raise several(undecodable)
+    if left < 0:
+        raise _too_large(config)
+    if missing:
+        parts = [_stand_in(missing, [part for part in parts if part[1].kind != "stdlib"], config, warn)]
+    return "\n".join(text for text, _ in parts), tuple(source for _, source in parts)
 
 
-def read_text(path: str | Path) -> str:
-    """Return a local text file by the rules for sources: strict UTF-8, no byte order mark, plain line ends.
+def read_text(path: str | Path, config: DataConfig | None = None, warn: Callable[[str], None] = _to_stderr) -> str:
+    """Return a local text file, decoded like a source.
 
-    No part is removed or repaired, and the text may be empty. At most `MAX_SCORED` bytes are read.
+    At most `MAX_SCORED` bytes are read. The text may be empty.
+
+    Args:
+        path: of the file.
+        config: of the run that the text is scored with. The licence text of Project Gutenberg, and what comes before a
+            match of `start_at`, are removed like from the corpus, and `warn` is told; None: nothing is removed.
+        warn: called with one line per removal.
 
     Raises:
-        UserError: if the file is unreadable, too large or not UTF-8.
+        UserError: if the file is unreadable, too large, binary or in an unknown encoding.
     """
-    return _decode(Page(str(path), _read_file(str(path), MAX_SCORED, "score its parts one by one")))
+    data = _read_file(str(path), MAX_SCORED, "score its parts one by one")
+    text = decode(data, str(path), config.encoding if config else "")
+    if config is None:
+        return text
+    text, _, notes = _trimmed(text, str(path), "file")
+    match = _start_pattern(config).search(text)
+    if match and match.start():
+        text = text[match.start() :]
+        notes.append("data.start_at was applied")
+    if notes:
+        warn(f"{path}: {'; '.join(notes)}, as in the corpus")
+    return text
+
+
+def changed_files(config: DataConfig, sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the paths of local files that have changed since a corpus was made from them."""
+    changed = []
+    for source in sources:
+        path, recorded = os.path.expanduser(source.get("url") or ""), source.get("file_sha256")
+        if recorded and os.path.isfile(path):
+            with contextlib.suppress(UserError):
+                data = _read_file(path, round(config.max_megabytes * 1e6), "")
+                if hashlib.sha256(data).hexdigest() != recorded:
+                    changed.append(str(source["url"]))
+    return changed
 
 
 def stdlib_text() -> str:
@@ -121,12 +155,26 @@ def stdlib_text() -> str:
 
 def _stdlib_part(stand_in_for: str | None = None) -> Part:
     """Return the complete stdlib text: `start_at` is for books, and no encoding error needs repair."""
-    return _part("Python help topics", "stdlib", "python:pydoc_data.topics", stdlib_text(), (), stand_in_for)
+    return _part(
+        "Python help topics",
+        "stdlib",
+        "python:pydoc_data.topics",
+        stdlib_text(),
+        (),
+        stand_in_for=stand_in_for,
+        repairs=DEFAULT,
+    )
 
 
-def _stand_in(missing: dict[str, str], config: DataConfig, warn: Callable[[str], None]) -> Part:
+def _stand_in(missing: dict[str, str], found: Sequence[Part], config: DataConfig, warn: Callable[[str], None]) -> Part:
+    """Return the stand-in for all texts of the corpus: a part of it cannot be replaced by another text."""
     names = ", ".join(missing)
     reasons = "; ".join(dict.fromkeys(missing.values()))
+    if found:
+        raise UserError(
+            f"data.source names {names}, which could not be downloaded ({reasons}), beside texts that were found: "
+            "connect, or remove it from data.source."
+        )
     if not config.allow_stand_in:
         raise UserError(
             f"data.source names {names}, which could not be downloaded ({reasons}), and data.allow_stand_in is off: "
@@ -166,22 +214,39 @@ def _exists(entry: str) -> bool:
     return os.path.exists(os.path.expanduser(entry))
 
 
-def _pages(entry: str, config: DataConfig, cache: Path) -> tuple[str, list[Page]]:
-    """Return the kind of a source, and its pages, unchanged."""
-    if entry.isascii() and entry.isdigit():
+def _pages(
+    entry: str, config: DataConfig, cache: Path, left: float, warn: Callable[[str], None]
+) -> tuple[str, list[Page]]:
+    """Return the kind of a source, and its pages, unchanged. An existing path goes before a Gutenberg number.
+
+    Args:
+        entry: the source.
+        config: of the corpus.
+        cache: the folder of downloads.
+        left: bytes that the corpus may still grow by.
+        warn: is told which files of a folder are not texts.
+    """
+    if not _exists(entry) and entry.isascii() and entry.isdigit():
         number = entry.lstrip("0") or "0"
         urls = [mirror.replace("{number}", number) for mirror in config.mirrors]
         return "gutenberg", [fetch(f"pg{number}", urls, config, cache)]
-    if "://" in entry:
+    if not _exists(entry) and "://" in entry:
         host = f".{split_url(entry).hostname}"
         kind = "gutenberg" if host.endswith(".gutenberg.org") else "url"
         key = "url-" + hashlib.sha256(os.fsencode(entry)).hexdigest()[:24]
         return kind, [fetch(key, [entry], config, cache)]
-    max_bytes, fix = round(config.max_megabytes * 1e6), "increase data.max_megabytes, or give a smaller text"
-    return "file", [Page(name, _read_file(name, max_bytes, fix)) for name in _files(entry)]
+    pages = []
+    for name in _files(entry, warn):
+        data = _read_file(name, round(config.max_megabytes * 1e6), "increase data.max_megabytes, or give less text")
+        left -= len(data)
+        if left < 0:
+            raise _too_large(config)
+        pages.append(Page(name, data))
+    return "file", pages
 
 
-def _files(entry: str) -> list[str]:
+def _files(entry: str, warn: Callable[[str], None]) -> list[str]:
+    """Return the path of a file, or the paths of the files in a folder, in order of their names."""
     path = Path(os.path.expanduser(entry))
     if not _exists(entry):
         raise UserError(
@@ -190,10 +255,33 @@ def _files(entry: str) -> list[str]:
         )
     if not path.is_dir():
         return [entry]
-    names = sorted(item.name for item in path.glob("*.txt") if item.is_file())
-    if not names:
-        raise UserError(f"The folder {entry!r} has no .txt file, but must have at least one: put a text there.")
-    return [os.path.join(entry, name) for name in names]
+    try:
+        items = sorted(path.iterdir())
+    except OSError as error:
+        raise UserError(f"The folder {entry!r} cannot be read ({error.strerror}): give a readable folder.") from None
+    texts = [item.name for item in items if not item.name.startswith(".") and _is_text(item)]
+    if others := [item.name for item in items if item.name not in texts]:
+        warn(f"{entry}: left out {_listed(others)} (hidden, empty, binary, or a folder)")
+    if not texts:
+        raise UserError(f"The folder {entry!r} has no text file, but must have at least one: put a text there.")
+    return [os.path.join(entry, name) for name in texts]
+
+
+def _is_text(path: Path) -> bool:
+    """Return whether the start of a file looks like text; an unreadable file is not left out silently."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            start = file.read(8_192)
+    except OSError:
+        return True
+    marked = start.startswith(tuple(mark for mark, _ in BYTE_ORDER_MARKS))
+    return bool(start.strip()) and (marked or b"\0" not in start)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _read_file(name: str, max_bytes: int, fix: str) -> bytes:
@@ -208,39 +296,67 @@ def _read_file(name: str, max_bytes: int, fix: str) -> bytes:
     return data
 
 
-# From bytes to a clean text
+def _too_large(config: DataConfig) -> UserError:
+    return UserError(
+        f"The texts of data.source together are larger than data.max_megabytes ({config.max_megabytes:g}): increase "
+        "it, or give less text."
+    )
 
 
-def _decode(page: Page) -> str:
-    if (offset := page.data.find(b"\0")) >= 0:
-        raise UserError(f"{page.url} is binary (NUL at byte {offset}), but must be a text: give plain text in UTF-8.")
-    charset = page.charset or "utf-8"
+# From a text to a part of the corpus
+
+
+def _start_pattern(config: DataConfig) -> re.Pattern[str]:
     try:
-        text = page.data.decode(charset)
-    except (LookupError, UnicodeError) as error:
-        wrong = f"at byte {error.start}" if isinstance(error, UnicodeDecodeError) else f"({error})"
+        return re.compile(config.start_at, re.MULTILINE)
+    except re.error as error:
         raise UserError(
-            f"{page.url} cannot be read as {charset} {wrong}: save it in UTF-8 and give the file."
+            f"data.start_at is {config.start_at!r}, but it must be a regular expression ({error}): correct or empty it."
         ) from None
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _remove_licence(text: str, kind: str, url: str) -> tuple[str, str | None]:
-    """Return the text between Gutenberg's markers, and the title in its header; other texts are returned unchanged."""
-    start = _START.search(text) or _OLD_START.search(text)
-    end = _END.search(text, start.end() if start else 0)
-    if not start or not end:
+def _finish(kind: str, page: Page, text: str, start: re.Pattern[str], setting: str) -> Part:
+    """Remove from a text what is not the author's, repair its encoding errors, and describe its source."""
+    body, title, notes = _trimmed(text, page.url, kind)
+    from_gutenberg = kind == "gutenberg" or bool(notes)
+    begun = _start_at(body, start, page.url)
+    if len(begun) < len(body):
+        notes.append(f"data.start_at removed {len(body) - len(begun):,} characters")
+    repaired = repair(begun.strip(), names := fixes_of(setting, from_gutenberg))
+    if not repaired.text:
+        raise UserError(f"{page.url} is empty, but must be a text: give another.")
+    if repaired.lines:
+        lines = "1 line" if repaired.lines == 1 else f"{repaired.lines:,} lines"
+        notes.append(f"repaired {lines} ({', '.join(kinds(repaired.fixes))})")
+    if page.cached_on:
+        notes.append(f"downloaded on {page.cached_on}")
+    if not title:
+        title = Path(page.url).stem if kind == "file" else unquote(urlsplit(page.url).path).rpartition("/")[2]
+    file_sha256 = hashlib.sha256(page.data).hexdigest() if kind == "file" else None
+    described = {"repairs": names, "notes": tuple(notes), "file_sha256": file_sha256}
+    return _part(title or page.url, kind, page.url, repaired.text, repaired.fixes, **described)
+
+
+def _trimmed(text: str, where: str, kind: str) -> tuple[str, str | None, list[str]]:
+    """Remove Project Gutenberg's own text.
+
+    Returns:
+        The rest, its title, and what was removed; the text unchanged if it is not from Project Gutenberg.
+    """
+    cut = gutenberg.cut(text)
+    if cut is None:
         if kind == "gutenberg":
             raise UserError(
-                f"{url} has no Gutenberg {'end' if start else 'start'} marker, but both are needed to remove "
-                "the licence text: remove it by hand and give the file."
+                f"{where} has no Gutenberg start or end marker, but one is needed to remove the licence text: remove "
+                "it by hand and give the file."
             )
-        return text, None
-    body = text[start.end() : end.start()]
-    if producer := _PRODUCER.match(body):
-        body = body[producer.end() :]
-    title = _TITLE.search(text, 0, start.start())
-    return _plausible(body, text, url, "removing the licence text"), title and " ".join(title[1].split())
+        return text, None, []
+    lines = ", ".join(f"{first:,}-{last:,}" for first, last in cut.lines)
+    rest = _plausible(cut.text, text, where, "removing the licence text")
+    notes = [f"kept {len(rest):,} of {len(text):,} characters, licence removed at lines {lines}"]
+    if cut.notes:
+        notes.append(f"kept a transcriber's note at line {', '.join(f'{line:,}' for line in cut.notes)}")
+    return rest, cut.title, notes
 
 
 def _start_at(text: str, start: re.Pattern[str], where: str) -> str:
@@ -260,21 +376,6 @@ def _plausible(rest: str, text: str, where: str, step: str) -> str:
     return rest
 
 
-def _finish(kind: str, url: str, title: str | None, body: str) -> Part:
-    """Strip a text, repair its encoding errors, and describe its source."""
-    import ftfy
-
-    repaired = ftfy.fix_and_explain(body.strip())
-    fixes = tuple((str(action), str(parameter)) for action, parameter in repaired.explanation or ())
-    if not repaired.text:
-        raise UserError(f"{url} is empty, but must be a text: give another.")
-    if not title:
-        title = Path(url).stem if kind == "file" else unquote(urlsplit(url).path).rpartition("/")[2]
-    return _part(title or url, kind, url, repaired.text, fixes)
-
-
-def _part(
-    title: str, kind: str, url: str, text: str, fixes: tuple[tuple[str, str], ...], stand_in_for: str | None = None
-) -> Part:
+def _part(title: str, kind: str, url: str, text: str, fixes: tuple[tuple[str, str], ...], **described: Any) -> Part:
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return text, Source(title, kind, url, sha256, len(text), fixes, stand_in_for)
+    return text, Source(title, kind, url, sha256, len(text), fixes, **described)

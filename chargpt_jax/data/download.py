@@ -4,6 +4,7 @@ A request is tried up to TRIES times, with a timeout and a size limit; the answe
 write the cache: the caller checks the page first, then calls `keep`. `corpus.py` interprets the page.
 """
 
+import datetime
 import hashlib
 import json
 import os
@@ -29,6 +30,9 @@ TRIES = 3
 RETRY_STATUSES = frozenset({408, 429, *range(500, 600)})
 """HTTP status codes that may be temporary."""
 
+GONE_STATUSES = frozenset({404, 410})
+"""HTTP status codes of a server that answers, but has no such text."""
+
 BACKOFF_SECONDS = 1.0
 """urllib3's backoff factor: the first retry is immediate, the second waits twice this time."""
 
@@ -50,6 +54,8 @@ class Page:
     """The charset that the server declared."""
     key: str | None = None
     """Its name in the cache, if it is not cached yet."""
+    cached_on: str | None = None
+    """The date of the download, if it comes from the cache."""
 
 
 class DownloadError(Exception):
@@ -99,6 +105,7 @@ def fetch(key: str, urls: Sequence[str], config: DataConfig, cache: Path) -> Pag
 def keep(page: Page, cache: Path, warn: Callable[[str], None]) -> None:
     """Cache a page, with a record of its URL, sha256 and charset; if that fails, only warn."""
     record = {"url": page.url, "sha256": hashlib.sha256(page.data).hexdigest(), "charset": page.charset}
+    record["downloaded"] = datetime.date.today().isoformat()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         atomic.write_file(cache / f"{page.key}.txt", page.data, shared=True)
@@ -142,7 +149,9 @@ def _get(url: str, config: DataConfig) -> tuple[bytes, str | None]:
                 for scheme in ("http://", "https://"):
                     session.mount(scheme, HTTPAdapter(max_retries=retries))
                 with session.get(url, stream=True, timeout=timeout, headers=headers) as response:
-                    if (code := response.status_code) != 200:
+                    if (code := response.status_code) in GONE_STATUSES:
+                        raise UserError(f"{url} does not exist (HTTP status {code}): correct it, or give a file.")
+                    if code != 200:
                         raise DownloadError(f"HTTP status {code}")
                     charset = _charset(url, response)
                     try:
@@ -254,5 +263,10 @@ def _cached(cache: Path, key: str) -> Page | None:
         record = json.loads((cache / f"{key}.json").read_text("utf-8"))
         data = (cache / f"{key}.txt").read_bytes()
         if hashlib.sha256(data).hexdigest() == record["sha256"]:
-            return Page(record["url"], data, record["charset"])
+            downloaded = record.get("downloaded") or _date_of(cache / f"{key}.txt")
+            return Page(record["url"], data, record["charset"], cached_on=str(downloaded))
     return None
+
+
+def _date_of(path: Path) -> str:
+    return datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()

@@ -10,6 +10,7 @@ from flax import nnx
 
 from chargpt_jax.config import MAX_TEXT, Config, shown
 from chargpt_jax.config_io import from_dict
+from chargpt_jax.data.repair import ALL, DEFAULT, repaired_as
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.devices import sharding, startup
 from chargpt_jax.devices.platform import compute_dtype
@@ -37,9 +38,18 @@ STREAMED = 16
 class Model:
     """A trained model with its vocabulary; `load` makes one."""
 
-    def __init__(self, config: Config, tokenizer: CharTokenizer, graphdef: nnx.GraphDef, params: Params, step: int):
-        """Put together what a checkpoint contains."""
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: CharTokenizer,
+        graphdef: nnx.GraphDef,
+        params: Params,
+        step: int,
+        repairs: Sequence[Sequence[str]] = (DEFAULT,),
+    ):
+        """Put together what a checkpoint contains; `repairs`: the fixes that each text of the corpus got."""
         self.config, self.tokenizer, self.graphdef, self.params, self.step = config, tokenizer, graphdef, params, step
+        self.repairs = repairs
 
     def generate(
         self,
@@ -56,7 +66,8 @@ class Model:
         """Continue one or more prompts.
 
         Args:
-            prompts: strings of at least one character; the model reads the last block_size characters of a longer one.
+            prompts: strings of at least one character, which are repaired like the corpus (line ends, Unicode NFC,
+                data.repair); the model reads the last block_size characters of a longer one.
                 All prompts and continuations together have at most `MAX_CHARACTERS`.
             max_new_tokens: characters to generate, 1 to `MAX_TEXT`.
             temperature: sampling temperature; 0: greedy.
@@ -115,7 +126,7 @@ class Model:
         """Compute the metrics of every character of a given text.
 
         Args:
-            text: at least two characters.
+            text: at least two characters; it is repaired like the corpus.
             stride: beyond block_size, each character is predicted from at least block_size - stride characters of
                 context; 1 gives exactly the context of generation, at the cost of one window per character. None: half
                 of block_size.
@@ -139,6 +150,7 @@ class Model:
         return score_tokens(self.params, tokens, graphdef=self.graphdef, block_size=block_size, stride=stride)
 
     def _known(self, text: str, skip_unknown: bool) -> str:
+        text = repaired_as(text, self.tokenizer.vocabulary, self.repairs)
         text = self.tokenizer.drop_unknown(text) if skip_unknown else text
         if not text:
             raise UserError("The text is empty, but the model needs at least one character: try '\\n'.")
@@ -192,7 +204,16 @@ def load(workdir: str | Path | Workdir, step: str | int = "best", warn: Callable
     finally:
         store.close()
     config, graphdef = models[chosen]
-    return Model(config, _vocabulary(record, folder.checkpoints / str(chosen)), graphdef, state.params, chosen)
+    vocabulary = _vocabulary(record, folder.checkpoints / str(chosen))
+    return Model(config, vocabulary, graphdef, state.params, chosen, _repairs(folder))
+
+
+def _repairs(folder: Workdir) -> Sequence[Sequence[str]]:
+    """Return the fixes that each text of the corpus got; earlier versions always ran all of them."""
+    try:
+        return [source.get("repairs", ALL) for source in folder.load_sources()] or [DEFAULT]
+    except UserError:  # an imported model, or a model without its corpus
+        return [DEFAULT]
 
 
 def _vocabulary(record: dict[str, Any], where: Path) -> CharTokenizer:

@@ -330,11 +330,18 @@ def _sources(saved: Any) -> list[dict[str, Any]]:
             and type(source.get("characters")) is int
             and 0 <= source["characters"] <= MAX_CORPUS
             and isinstance(source.get("stand_in_for"), str | None)
+            and isinstance(source.get("url"), str | None)
+            and isinstance(source.get("file_sha256"), str | None)
+            and all(_strings(source.get(name, [])) for name in ("repairs", "notes"))
         )
 
     if not isinstance(saved, list) or not all(map(good, saved)):
         raise ValueError("each source must have a title and a number of characters")
     return saved
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _facts(saved: Any) -> dict[str, Any]:

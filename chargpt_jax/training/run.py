@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import optax
 
 from chargpt_jax.config import Config, validate
 from chargpt_jax.data import batches
-from chargpt_jax.data.corpus import load_corpus
+from chargpt_jax.data.corpus import changed_files, load_corpus
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import Prepared
@@ -62,6 +62,10 @@ class Run:
             saved = cls.load(folder)
             filled_in = _with_vocabulary(_merge(saved.config, config), saved.tokenizer)
             run = dataclasses.replace(saved, config=filled_in, sources=folder.load_sources())
+            for path in changed_files(config.data, run.sources):
+                warn(
+                    f"{path} has changed since this run began: the run keeps its own text; use a new --workdir for it."
+                )
             _check_split(run)
             _check_length(run)
         else:
@@ -119,7 +123,14 @@ class Run:
             n_ids=self.tokenizer.n_ids,
             vocab_size=self.config.model.vocab_size,
             stand_in_for=next((source["stand_in_for"] for source in self.sources if source["stand_in_for"]), None),
+            notes=_notes(self.sources),
         )
+
+
+def _notes(sources: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return what was removed from, changed or found in the texts; with the title if there are several texts."""
+    notes = [(source["title"], note) for source in sources for note in source.get("notes", ())]
+    return tuple(f"{title}: {note}" if len(sources) > 1 else note for title, note in notes)
 
 
 def checked_workdir(config: Config, workdir: str | Path | Workdir) -> Workdir:

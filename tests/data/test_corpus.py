@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chargpt_jax.config import DataConfig
-from chargpt_jax.data.corpus import Source, load_corpus, read_text, stdlib_text
+from chargpt_jax.data.corpus import Source, changed_files, load_corpus, read_text, stdlib_text
+from chargpt_jax.data.repair import ALL, DEFAULT
 from chargpt_jax.errors import UserError
 
 STORY = "\n".join(f"CHAPTER {n}\n\nIt was day {n}, and nothing had happened yet." for n in range(1, 60))
@@ -72,22 +73,59 @@ def test_a_file_is_read_and_described(cache: Path, tmp_path: Path) -> None:
     file.write_text(STORY)
     text, (source,) = load(str(file), cache)
     assert text == STORY
-    assert source == Source("story", "file", str(file), hashlib.sha256(STORY.encode()).hexdigest(), len(STORY), ())
+    sha256 = hashlib.sha256(STORY.encode()).hexdigest()
+    assert source == Source(
+        "story", "file", str(file), sha256, len(STORY), (), repairs=DEFAULT, notes=(), file_sha256=sha256
+    )
     assert json.loads(json.dumps(dataclasses.asdict(source)))["characters"] == len(STORY)
     assert files_in(cache) == {}
 
 
-def test_a_folder_gives_its_txt_files_in_order_of_name(cache: Path, tmp_path: Path) -> None:
-    for name in ("b.txt", "a.txt", "c.md"):
+def test_a_folder_gives_its_texts_in_order_of_name_and_reports_the_rest(cache: Path, tmp_path: Path) -> None:
+    for name in ("b.txt", "A.TXT", "c.md", "README", ".hidden"):
         (tmp_path / name).write_text(name)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\0\0")
     (tmp_path / "d.txt").mkdir()
-    text, sources = load(str(tmp_path), cache)
-    assert text == "a.txtb.txt"
-    assert [source.url for source in sources] == [f"{tmp_path}/a.txt", f"{tmp_path}/b.txt"]
+    (tmp_path / "wide.txt").write_bytes("wide".encode("utf-16"))
+    said: list[str] = []
+    text, sources = load_corpus(settings_for(str(tmp_path)), cache=cache, warn=said.append)
+    assert text == "A.TXT\nREADME\nb.txt\nc.md\nwide"
+    assert [source.url for source in sources][:2] == [f"{tmp_path}/A.TXT", f"{tmp_path}/README"]
+    (line,) = said
+    assert "left out .hidden, d.txt, empty.txt, photo.jpg" in line
 
 
-def test_a_folder_without_txt_files_is_refused(cache: Path, tmp_path: Path) -> None:
-    assert "has no .txt file" in refusal(str(tmp_path), cache)
+def test_a_folder_without_texts_is_refused(cache: Path, tmp_path: Path) -> None:
+    assert "has no text file" in refusal(str(tmp_path), cache)
+
+
+def test_an_existing_path_goes_before_a_gutenberg_number(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "1984").mkdir()
+    (tmp_path / "1984" / "a.txt").write_text("a diary")
+    assert load("1984", cache)[0] == "a diary"
+
+
+def test_the_maximum_size_is_that_of_all_texts_together(cache: Path, tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name * 400)
+    assert len(load(str(tmp_path), cache, max_megabytes=1.2e-3)[0]) == 1_202
+    assert "together are larger" in refusal(str(tmp_path), cache, max_megabytes=1.1e-3)
+    assert "together are larger" in refusal(f"{tmp_path}/a.txt,{tmp_path}", cache, max_megabytes=1.2e-3)
+
+
+def test_all_unreadable_files_are_named_at_once(cache: Path, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text("fine" if name == "b" else "Ein Käse, größer als süß " * 9, "latin-1")
+    message = refusal(str(tmp_path), cache)
+    assert "2 texts cannot be read" in message
+    assert "a.txt" in message
+    assert "c.txt" in message
+    assert "--config.data.encoding=cp1252" in message
+    assert load(str(tmp_path), cache, encoding="cp1252")[0].count("Käse") == 18
 
 
 def test_a_path_with_comma_spaces_and_other_letters_is_one_source(cache: Path, tmp_path: Path) -> None:
@@ -96,7 +134,7 @@ def test_a_path_with_comma_spaces_and_other_letters_is_one_source(cache: Path, t
     (tmp_path / "plain.txt").write_text("plain")
     assert load(str(odd), cache)[1][0].url == str(odd)
     text, sources = load(f"{tmp_path}/plain.txt,{odd},{tmp_path}/plain.txt", cache)
-    assert text == "plainoddplain"
+    assert text == "plain\nodd\nplain"
     assert sources[1].title == "naïve, 60, ça va 文"
 
 
@@ -136,6 +174,19 @@ def test_source_that_cannot_be_fetched_is_rejected(cache: Path, source: str) -> 
     assert "give" in message
 
 
+def test_a_changed_file_is_found(cache: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    config = settings_for(str(tmp_path))
+    _, sources = load_corpus(config, cache=cache, warn=pytest.fail)
+    saved = json.loads(json.dumps([dataclasses.asdict(source) for source in sources]))
+    assert changed_files(config, saved) == []
+    (tmp_path / "b.txt").write_text("c")
+    assert changed_files(config, saved) == [f"{tmp_path}/b.txt"]
+    (tmp_path / "b.txt").unlink()
+    assert changed_files(config, saved) == []
+
+
 # Texts to score
 
 
@@ -143,12 +194,19 @@ def test_text_to_score_is_read_unchanged(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes("\ufeff\r\n  “cafÃ©”\r\rCHAPTER 1\n".encode())
     assert read_text(file) == read_text(str(file)) == "\n  “cafÃ©”\n\nCHAPTER 1\n"
+    assert read_text(file, DataConfig(), pytest.fail) == "\n  “cafÃ©”\n\nCHAPTER 1\n"
 
 
-def test_a_text_keeps_its_licence_and_may_be_empty(tmp_path: Path) -> None:
-    (tmp_path / "book.txt").write_text(HEADER + START + STORY + END)
+def test_a_book_to_score_is_cut_like_the_corpus(cache: Path, tmp_path: Path) -> None:
+    file, config = tmp_path / "book.txt", DataConfig(start_at="^CHAPTER 2$")
+    file.write_text(HEADER + START + STORY + END)
+    said: list[str] = []
+    text = read_text(file, config, said.append)
+    assert text == load(str(file), cache, start_at="^CHAPTER 2$")[0]
+    (line,) = said
+    assert "licence removed at lines 1-8" in line
+    assert "data.start_at was applied" in line
     (tmp_path / "empty.txt").write_bytes(b"")
-    assert read_text(tmp_path / "book.txt") == HEADER + START + STORY + END
     assert read_text(tmp_path / "empty.txt") == ""
 
 
@@ -209,12 +267,11 @@ def test_the_licence_is_cut_off(cache: Path, tmp_path: Path, before: str, after:
     assert (source.title, source.kind) == ("A Story of Days", "file")
 
 
-@pytest.mark.parametrize("text", [HEADER + START + STORY, STORY + END, f"{STORY}\nthe end of the Project Gutenberg"])
-def test_file_without_both_markers_is_unchanged(cache: Path, tmp_path: Path, text: str) -> None:
-    file = tmp_path / "mine.txt"
+def test_a_file_without_markers_is_unchanged(cache: Path, tmp_path: Path) -> None:
+    file, text = tmp_path / "mine.txt", f"{STORY}\nthe end of the Project Gutenberg"
     file.write_text(text)
     loaded, (source,) = load(str(file), cache)
-    assert (loaded, source.title) == (text.strip(), "mine")
+    assert (loaded, source.title, source.notes) == (text, "mine", ())
 
 
 @pytest.mark.parametrize(
@@ -253,14 +310,38 @@ def test_a_bad_start_at_is_refused(cache: Path, tmp_path: Path, pattern: str, sa
 # Repair of encoding errors
 
 
-def test_repairs_are_recorded(cache: Path, tmp_path: Path) -> None:
+def test_a_text_keeps_what_its_author_may_have_meant(cache: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
-    file.write_text("The cafÃ© said “no”.", encoding="utf-8")
+    file.write_text("今天天气很好，“我们”去公园吧！１２３ &amp; ﬁn\nThe cafÃ©, re\u0301sume\u0301.\n", encoding="utf-8")
     text, (source,) = load(str(file), cache)
-    assert text == 'The café said "no".'
+    assert text == "今天天气很好，“我们”去公园吧！１２３ &amp; ﬁn\nThe café, résumé."
+    assert source.repairs == DEFAULT
+    assert source.notes == ("repaired 1 line (mojibake, nfc)",)
+    assert (source.sha256, source.characters) == (hashlib.sha256(text.encode()).hexdigest(), len(text))
+
+
+def test_a_book_of_project_gutenberg_gets_every_repair(cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text(HEADER + START + STORY + "\nThe cafÃ© said “no”." + END, encoding="utf-8")
+    text, (source,) = load(str(file), cache)
+    assert text == STORY + '\nThe café said "no".'
+    assert source.repairs == ALL
     assert ("apply", "uncurl_quotes") in source.fixes
     assert any("decode" in parameter for _, parameter in source.fixes)
-    assert (source.sha256, source.characters) == (hashlib.sha256(text.encode()).hexdigest(), 19)
+    assert source.notes[-1] == "repaired 1 line (mojibake, quotes)"
+
+
+@pytest.mark.parametrize(
+    ("repair", "wanted"), [("none", "“cafÃ©”"), ("mojibake", "“café”"), ("quotes", '"cafÃ©"'), ("all", '"café"')]
+)
+def test_repairs_can_be_chosen(cache: Path, tmp_path: Path, repair: str, wanted: str) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("“cafÃ©”", encoding="utf-8")
+    assert load(str(file), cache, repair=repair)[0] == wanted
+
+
+def test_an_unknown_repair_is_refused(cache: Path) -> None:
+    assert "data.repair names 'everything', but must be" in refusal("stdlib", cache, repair="nfc, everything")
 
 
 def test_clean_text_has_no_repairs(cache: Path, tmp_path: Path) -> None:
@@ -270,9 +351,9 @@ def test_clean_text_has_no_repairs(cache: Path, tmp_path: Path) -> None:
 
 
 def test_no_explanation_from_ftfy_means_no_fixes(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ftfy, "fix_and_explain", lambda text: ftfy.ExplainedText(text, None))
+    monkeypatch.setattr(ftfy, "fix_and_explain", lambda text, config: ftfy.ExplainedText(text, None))
     file = tmp_path / "a.txt"
-    file.write_text(STORY)
+    file.write_text("é")
     assert load(str(file), cache)[1][0].fixes == ()
 
 
@@ -281,22 +362,29 @@ PIECES = st.sampled_from(["\r", "\n", "\r\n", "\ufeff", "“", "Ã©", "&amp;", 
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(TEXTS | PIECES, max_size=6).map("".join))
+@given(st.lists(TEXTS | PIECES, max_size=6).map("".join), st.sampled_from(["auto", "all"]))
 def test_text_without_markers_is_normalised_and_repaired(
-    tmp_path_factory: pytest.TempPathFactory, written: str
+    tmp_path_factory: pytest.TempPathFactory, written: str, how: str
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
     file, cache = folder / "any.txt", folder / "never made"
     file.write_bytes(written.encode())
     plain = written.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").strip()
-    wanted = ftfy.fix_and_explain(
-        plain
-    ).text  # fix_text works line by line, and can differ if a text has both '<' and '&'
+    if how == "all":  # the text as a whole, as in the original
+        wanted = ftfy.fix_and_explain(plain).text
+    else:
+        mild = ftfy.TextFixerConfig(
+            unescape_html=False,
+            remove_terminal_escapes=False,
+            fix_latin_ligatures=False,
+            fix_character_width=False,
+            uncurl_quotes=False,
+            remove_control_chars=False,
+        )
+        wanted = "\n".join(ftfy.fix_and_explain(line, mild).text for line in plain.split("\n"))
     if not wanted:
-        assert "is empty" in refusal(str(file), cache)
+        assert "is empty" in refusal(str(file), cache, repair=how)
         return
-    text, (source,) = load(str(file), cache)
+    text, (source,) = load(str(file), cache, repair=how)
     assert text == wanted
     assert (source.sha256, source.characters) == (hashlib.sha256(wanted.encode()).hexdigest(), len(wanted))
-    if "<" not in plain and "&" not in plain and plain.isascii():
-        assert text == ftfy.fix_text(plain)

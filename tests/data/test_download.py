@@ -1,7 +1,10 @@
 """download.py and corpus.py with a real HTTP server on the loopback interface."""
 
+import dataclasses
+import datetime
 import hashlib
 import json
+import os
 import socket
 import threading
 import time
@@ -128,16 +131,19 @@ def test_only_keep_writes_the_cache(server: Server, cache: Path) -> None:
     assert page == Page(url, STORY.encode(), "utf-8", key="a")
     assert files_in(cache) == {}
     keep(page, cache, pytest.fail)
-    assert fetch("a", ["http://never.asked/"], settings_for(url), cache) == Page(url, STORY.encode(), "utf-8")
+    today = datetime.date.today().isoformat()
+    again = fetch("a", ["http://never.asked/"], settings_for(url), cache)
+    assert again == Page(url, STORY.encode(), "utf-8", cached_on=today)
     assert len(server.asked) == 1
 
 
 def test_a_page_is_fetched_once_and_then_comes_from_the_cache(server: Server, cache: Path) -> None:
     server.answers["/a.txt"] = [Answer()]
-    first = load(f"{server.url}/a.txt", cache)
-    assert load(f"{server.url}/a.txt", cache) == first
+    text, (source,) = load(f"{server.url}/a.txt", cache)
+    cached, (same,) = load(f"{server.url}/a.txt", cache)
+    assert (cached, same) == (text, dataclasses.replace(source, notes=same.notes))
+    assert same.notes == (f"downloaded on {datetime.date.today().isoformat()}",)
     assert server.asked == ["/a.txt"]
-    text, (source,) = first
     assert text == STORY
     assert (source.kind, source.title, source.url) == ("url", "a.txt", f"{server.url}/a.txt")
 
@@ -165,10 +171,20 @@ def test_a_corrupted_cache_is_fetched_again(server: Server, cache: Path, suffix:
     assert files_in(cache) == whole
 
 
-def test_a_status_404_is_not_tried_again(server: Server, cache: Path) -> None:
-    message = refusal(f"{server.url}/none.txt", cache)
-    assert "404" in message
-    assert "allow_stand_in" in message
+def test_a_page_cached_without_a_date_has_that_of_its_file(server: Server, cache: Path) -> None:
+    server.answers["/a.txt"] = [Answer()]
+    load(f"{server.url}/a.txt", cache)
+    (record,) = cache.glob("*.json")
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "downloaded"}))
+    os.utime(record.with_suffix(".txt"), (86_400 * 365, 86_400 * 365))
+    assert load(f"{server.url}/a.txt", cache)[1][0].notes[0].startswith("downloaded on 197")
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_a_text_that_a_server_does_not_have_is_the_users_mistake(server: Server, cache: Path, status: int) -> None:
+    server.answers["/none.txt"] = [Answer(status=status)]
+    message = refusal(f"{server.url}/none.txt", cache, allow_stand_in=True)
+    assert f"does not exist (HTTP status {status})" in message
     assert server.asked == ["/none.txt"]
 
 
@@ -360,22 +376,23 @@ def test_each_mirror_is_tried_for_a_number(server: Server, cache: Path) -> None:
     assert len(server.asked) == 3
 
 
-@pytest.mark.parametrize(("text", "lost"), [(HEADER + STORY + END, "start"), (HEADER + START + STORY, "end")])
-def test_a_number_needs_both_markers(server: Server, cache: Path, text: str, lost: str) -> None:
-    server.answers["/60"] = [Answer(text.encode())]
-    message = refusal("60", cache, mirrors=(server.url + "/{number}",), allow_stand_in=True)
-    assert f"no Gutenberg {lost} marker" in message
+def test_a_number_needs_a_marker(server: Server, cache: Path) -> None:
+    server.answers["/60"] = [Answer(STORY.encode()), Answer((HEADER + START + STORY).encode())]
+    mirrors = (server.url + "/{number}",)
+    message = refusal("60", cache, mirrors=mirrors, allow_stand_in=True)
+    assert "no Gutenberg start or end marker" in message
+    assert load("60", cache, mirrors=mirrors)[0] == STORY
 
 
 @pytest.mark.parametrize("host", ["www.gutenberg.org", "gutenberg.org"])
-def test_an_address_at_gutenberg_org_needs_both_markers(
+def test_an_address_at_gutenberg_org_needs_a_marker(
     server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
     here = socket.getaddrinfo("127.0.0.1", server.server_port, type=socket.SOCK_STREAM)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: here)
     server.answers = {"/a.txt": [Answer(STORY.encode())], "/b.txt": [Answer(BOOK.encode())]}
     address = f"http://{host}:{server.server_port}"
-    assert "no Gutenberg start marker" in refusal(f"{address}/a.txt", cache)
+    assert "no Gutenberg start or end marker" in refusal(f"{address}/a.txt", cache)
     text, (source,) = load(f"{address}/b.txt", cache)
     assert (text, source.kind) == (STORY, "gutenberg")
     other = f"http://notgutenberg.org:{server.server_port}/a.txt"
@@ -387,29 +404,39 @@ def test_an_address_at_gutenberg_org_needs_both_markers(
 
 def test_failed_download_uses_the_stand_in_with_one_warning(server: Server, cache: Path) -> None:
     lines: list[str] = []
+    server.answers["/60"] = [Answer(status=403)]
     config = settings_for("60", mirrors=(server.url + "/{number}",), allow_stand_in=True, start_at="^CHAPTER")
     text, (source,) = load_corpus(config, cache=cache, warn=lines.append)
     assert text == stdlib_text()
     assert (source.kind, source.stand_in_for, source.url) == ("stdlib", "60", "python:pydoc_data.topics")
     assert len(lines) == 1
     assert "\n" not in lines[0]
-    assert all(word in lines[0] for word in ("60", "404", "STAND-IN", "Python help topics"))
+    assert all(word in lines[0] for word in ("60", "403", "STAND-IN", "Python help topics"))
     assert files_in(cache) == {}
 
 
 def test_the_stand_in_is_not_used_without_permission(server: Server, cache: Path) -> None:
+    server.answers["/60"] = [Answer(status=403)]
     message = refusal("60", cache, mirrors=(server.url + "/{number}",))
-    assert all(word in message for word in ("60", "404", "data.allow_stand_in"))
+    assert all(word in message for word in ("60", "403", "data.allow_stand_in"))
 
 
 def test_stand_in_is_used_once_for_all_missing_sources(server: Server, cache: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("here")
-    lines: list[str] = []
-    config = settings_for(f"60,{tmp_path}/a.txt,61,stdlib", mirrors=(server.url + "/{number}",), allow_stand_in=True)
+    server.answers = {"/60": [Answer(status=403)], "/61": [Answer(status=403)]}
+    mirrors, lines = (server.url + "/{number}",), list[str]()
+    config = settings_for("60,61,stdlib", mirrors=mirrors, allow_stand_in=True)
     text, sources = load_corpus(config, cache=cache, warn=lines.append)
-    assert text == "here" + stdlib_text()
-    assert [source.stand_in_for for source in sources] == [None, "60, 61"]
+    assert text == stdlib_text()
+    assert [source.stand_in_for for source in sources] == ["60, 61"]
     assert len(lines) == 1
+
+
+def test_no_stand_in_beside_texts_that_were_found(server: Server, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("here")
+    server.answers["/60"] = [Answer(status=403)]
+    message = refusal(f"{tmp_path}/a.txt,60", cache, mirrors=(server.url + "/{number}",), allow_stand_in=True)
+    assert "beside texts that were found" in message
+    assert "60" in message
 
 
 def test_offline_machine_tries_each_host_once(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,7 +467,7 @@ def test_several_sources_are_joined_as_they_are_named(server: Server, cache: Pat
     server.answers["/a.txt"] = [Answer(b"web")]
     (tmp_path / "a.txt").write_text("file")
     text, sources = load(f" {server.url}/a.txt , {tmp_path}/a.txt,", cache)
-    assert text == "webfile"
+    assert text == "web\nfile"
     assert [source.kind for source in sources] == ["url", "file"]
     assert [source.characters for source in sources] == [3, 4]
 

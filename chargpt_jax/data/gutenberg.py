@@ -1,0 +1,207 @@
+"""Remove Project Gutenberg's own text (headers, licences, credits) from a file with one or more of its books.
+
+A file is a sequence of stretches: a head that ends with a start marker, a book, a tail that begins with an end marker,
+perhaps more of them, and perhaps texts that are not from Project Gutenberg. A head extends back, and a tail extends
+on, over the paragraphs that speak of licences and electronic texts; everything else is kept.
+
+The markers, headings and credits are tables below. To support another wording or language, add a line.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+BOOK = r"PROJECT\s+GUTENBERG(?:(?:['’]|&rsquo;|&\#39;|&\#8217;|&apos;)?S)?\s+E-?(?:BOOKS?|TEXTE?S?)\b"
+"""'Project Gutenberg EBook', in the spellings that occur."""
+
+APOSTROPHE_S = r"(?:['’]|&rsquo;|&\#39;|&\#8217;|&apos;)\s*S\b"
+
+TITLE = r"(?:(?:(?!\n[ \t]*\n)[\s\S]){0,500}?\*{3}|[^\n]*)"
+"""The rest of a marker: it can span several lines, but no empty line; its closing stars can be missing."""
+
+START_MARKERS = (
+    rf"\*{{3}}\s*START\s+OF\s+(?:THE|THIS)\s+{BOOK}{TITLE}",
+    # Until 2003 the licence was in front of the book.
+    r"\*+\s*END\s*\**\s*THE\s+SMALL\s+PRINT[^\n]*",
+)
+"""What the last line of a head looks like, from the start of a line; the book begins after it."""
+
+END_MARKERS = (
+    rf"\*{{3}}\s*END\s+OF\s+(?:THE|THIS)\s+{BOOK}{TITLE}",
+    rf"(?:THE\s+)?END\s+OF\s+(?:(?:THE|THIS)\s+)?(?:{BOOK}|PROJECT\s+GUTENBERG{APOSTROPHE_S})",
+    r"(?:THE\s+)?END\s+OF\s+(?:THE|THIS)\s+E-?TEXT\b(?:[ \t]+OF\b|[ \t]*[.*]*[ \t]*$)",
+    r"ENDE\s+(?:(?:DIESES|DES|VON)\s+)?PROJE[CK]TE?S?\s+GUTENBERG\b",
+    r"FIN\s+(?:DU|DE\s+CE|DE\s+LA|DE)\s+PROJE[CT]T?\s+GUTENBERG\b",
+    r"(?:FIN|FINE|FIM)\s+(?:DEL?|DO|DESTE|DI)\s+(?:PROYECTO|PROGETTO|PROJE[CT]TO|PROJECT)\s+GUTENBERG\b",
+    r"EINDE\s+VAN\s+(?:HET\s+|DIT\s+)?PROJECT\s+GUTENBERG\b",
+)
+"""What the first line of a tail begins with, from the start of a line."""
+
+HEADINGS = (
+    rf"(?:THIS\s+IS\s+)?(?:THE\s+)?{BOOK}[ \t]*(?:OF\b|,|\#|\[|$)",
+    rf"(?:THE\s+)?PROJECT\s+GUTENBERG{APOSTROPHE_S}[ \t]+\S[^\n]*,[ \t]+BY\b",
+)
+"""What the first line of a head looks like, from the start of a line."""
+
+LAST_SENTENCES = (
+    r"subscribe\s+to\s+our\s+email\s+newsletter\s+to\s+hear\s+about\s+new\s+e-?books\.?",
+    r"END\s*\**\s*THE\s+SMALL\s+PRINT[^\n]*",
+)
+"""The last words of a tail. If they are missing, the tail ends with its last paragraph that has a word of WORDS."""
+
+WORDS = (
+    r"gutenberg|licen[cs]e|lizenz|copyright|trademark|public[ \t]domain|small[ \t]print|donations?\b|refund|warrant"
+    r"|\be-?te?xte?s?\b|\be-?books?\b|electronic[ \t]works?\b|updated[ \t]editions"
+    r"|^(?:title|author|editor|translator|illustrator|release[ \t]date|posting[ \t]date|language|credits)[ \t]*:"
+    r"|character[ \t]set"
+)
+"""What paragraphs of heads and tails contain."""
+
+CREDITS = (
+    r"(?:This\s+(?:e-?book|e-?text|file)\s+was\s+)?(?:Produced|(?:E-?text\s+)?Prepared|Scanned|Transcribed|Digitized)"
+    r"\s+(?:and\s+\w+\s+)?by\b",
+    r"Transcribed\s+from\s+the\s+[^\n]*\bedition\b",
+    r"Credits\s*:",
+)
+"""What a credit begins with; the paragraphs at the start of a book that begin so are removed."""
+
+NOTES = (r"\[?\s*\**\s*Transcriber(?:['’]?s)?['’]?\s+notes?\b", r"\[?\s*\**\s*Note\s+(?:by|of)\s+the\s+transcriber")
+"""What may be a remnant, but also the author's: it is kept, and reported."""
+
+MAX_GAP = 1_000
+"""Characters without a word of WORDS that a licence can have between two paragraphs with one."""
+
+MAX_HEAD = 20_000
+"""Maximum size of a head without a heading at the start of a file, characters."""
+
+
+def _table(rows: Sequence[str], flags: int = 0) -> re.Pattern[str]:
+    return re.compile(rf"^[ \t*]*?(?:{'|'.join(rows)})", re.IGNORECASE | re.MULTILINE | flags)
+
+
+_START, _END, _HEADING, _NOTES = map(_table, (START_MARKERS, END_MARKERS, HEADINGS, NOTES))
+_WORDS = re.compile(WORDS, re.IGNORECASE | re.MULTILINE)
+_LAST = re.compile("|".join(LAST_SENTENCES), re.IGNORECASE)
+_CREDIT = re.compile(rf"\s*(?:{'|'.join(CREDITS)})(?:(?!\n[ \t]*\n)[\s\S])*", re.IGNORECASE)
+_PARAGRAPH = re.compile(r"(?:[^\n]*\S[^\n]*(?:\n|\Z))+")
+_EMPTY_LINES = re.compile(r"\s*\n")
+_TITLE = re.compile(r"^Title:[ \t]*(\S.*(?:\n[ \t]+\S.*)*)", re.MULTILINE)
+
+
+class Cut(NamedTuple):
+    """A text without Project Gutenberg's own."""
+
+    text: str
+    """Everything that was kept; its parts are separated by an empty line."""
+    title: str | None
+    """The titles in the heads."""
+    lines: tuple[tuple[int, int], ...]
+    """The first and last line of each part that was removed, counted from 1."""
+    notes: tuple[int, ...]
+    """The lines at which a transcriber's note was kept."""
+
+
+Span = tuple[int, int]
+"""The positions of the first character of a part, and of the first one after it."""
+
+
+def cut(text: str) -> Cut | None:
+    """Remove heads, tails and credits; return None if the text has no marker of Project Gutenberg."""
+    heads = list(_heads(text))
+    tails = list(_tails(text, heads))
+    if not heads and not tails:
+        return None
+    removed: list[Span] = []
+    for start, end in sorted(heads + tails):
+        if (start, end) in heads:
+            while credit := _CREDIT.match(text, end):
+                end = credit.end()
+        if removed and not text[removed[-1][1] : start].strip():
+            start = removed.pop()[0]
+        removed.append((start, end))
+    ends = [0, *(end for _, end in removed)]
+    kept = zip(ends, [*(start for start, _ in removed), len(text)], strict=True)
+    parts = [text[start:end].strip() for start, end in kept]
+    titles = [match[1] for head in heads if (match := _TITLE.search(text, *head))]
+    body = "\n\n".join(part for part in parts if part)
+    return Cut(
+        text=body,
+        title=", ".join(" ".join(title.split()) for title in titles) or None,
+        lines=tuple(_lines(text, span) for span in removed),
+        notes=tuple(_lines(text, match.span())[0] for match in _NOTES.finditer(text) if not _inside(match, removed)),
+    )
+
+
+def _lines(text: str, span: Span) -> tuple[int, int]:
+    """Return the first and the last line of a part, counted from 1, without the empty lines around it."""
+    part = text[slice(*span)]
+    first = text.count("\n", 0, span[0] + len(part) - len(part.lstrip())) + 1
+    return first, first + part.strip().count("\n")
+
+
+def _inside(match: re.Match[str], spans: Sequence[Span]) -> bool:
+    return any(start <= match.start() < end for start, end in spans)
+
+
+def _heads(text: str) -> Iterator[Span]:
+    """Yield the heads: each from its heading to its start marker."""
+    floor = 0
+    for marker in _START.finditer(text):
+        yield _head_start(text, floor, marker.start()), marker.end()
+        floor = marker.end()
+
+
+def _head_start(text: str, floor: int, marker: int) -> int:
+    """Return where the head of a start marker begins, not before `floor`."""
+    first, reached = marker, marker
+    for start, end in reversed(_paragraphs(text, floor, marker)):
+        if _WORDS.search(text, start, end):
+            first, reached = start, start
+        elif reached - start > MAX_GAP:
+            break
+    headings = [heading.start() for heading in _HEADING.finditer(text, floor, marker)]
+    if inside := [heading for heading in headings if heading >= first]:
+        return inside[0]
+    # Without a heading, all in front of the first marker is its head, unless it is too long to be one.
+    return 0 if floor == 0 and marker <= MAX_HEAD and not headings else first
+
+
+def _tails(text: str, heads: Sequence[Span]) -> Iterator[Span]:
+    """Yield the tails: each from its end marker to the end of the licence, at most to the next head."""
+    reached = 0
+    for marker in _END.finditer(text):
+        if marker.start() < reached or _inside(marker, heads):
+            continue
+        limit = min((start for start, _ in heads if start >= marker.end()), default=len(text))
+        reached = _tail_end(text, marker, limit)
+        yield marker.start(), reached
+
+
+def _tail_end(text: str, marker: re.Match[str], limit: int) -> int:
+    """Return where the tail of an end marker ends."""
+    reached = _line_end(text, marker.end(), limit)
+    while again := _END.match(text, _next_line(text, reached)):  # often twice, in two wordings
+        reached = _line_end(text, again.end(), limit)
+    for start, end in _paragraphs(text, reached, limit):
+        if start - reached > MAX_GAP:
+            break
+        if last := _LAST.search(text, start, end):
+            return _line_end(text, last.end(), limit)
+        if _WORDS.search(text, start, end):
+            reached = max(reached, end)
+    return reached
+
+
+def _line_end(text: str, position: int, limit: int) -> int:
+    found = text.find("\n", position, limit)
+    return limit if found < 0 else found
+
+
+def _next_line(text: str, position: int) -> int:
+    """Return where the next line that is not empty starts."""
+    match = _EMPTY_LINES.match(text, position)
+    return match.end() if match else position
+
+
+def _paragraphs(text: str, start: int, end: int) -> list[Span]:
+    return [match.span() for match in _PARAGRAPH.finditer(text, start, end)]

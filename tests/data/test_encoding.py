@@ -1,0 +1,78 @@
+"""Decoding: byte order marks, declarations, a given encoding, and what is said about a text that has none of them."""
+
+import codecs
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chargpt_jax.data.encoding import UndecodableText, decode, several
+from chargpt_jax.errors import UserError
+
+GERMAN = "Der Käse ist größer als süß, sagte die müde Bäuerin.\n" * 5
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\ufeff")),
+    st.sampled_from(["utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"]),
+)
+def test_a_byte_order_mark_gives_the_encoding(text: str, encoding: str) -> None:
+    mark = "\ufeff".encode(encoding)
+    assert decode(mark + text.encode(encoding), "a", encoding="latin-1", declared="ascii") == text
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "The Project Gutenberg EBook of X\n\nTitle: X\n\nCharacter set encoding: ISO-8859-1\n\n",
+        '<html><head><meta http-equiv="Content-Type" content="text/html; charset=iso-8859-1"></head>\n',
+        "<html><meta charset='latin1'>\n",
+        '<?xml version="1.0" encoding="ISO-8859-1"?>\n',
+    ],
+)
+def test_a_declaration_in_the_text_counts_unless_the_text_is_utf_8(head: str) -> None:
+    assert decode((head + GERMAN).encode("latin-1"), "a") == head + GERMAN
+    assert decode((head + GERMAN).encode("utf-8"), "a") == head + GERMAN
+
+
+def test_a_given_encoding_goes_before_declarations() -> None:
+    head = "Character set encoding: UTF-8\n"
+    assert decode((head + "Łódź").encode("cp1250"), "a", encoding="cp1250", declared="utf-8") == head + "Łódź"
+    assert decode("Łódź".encode("utf-16-le"), "a", encoding="utf-16-le") == "Łódź"
+
+
+def test_a_charset_of_the_server_counts() -> None:
+    assert decode("Łódź".encode("cp1250"), "a", declared="cp1250") == "Łódź"
+
+
+def test_an_unreadable_text_is_refused_with_its_likely_encoding() -> None:
+    with pytest.raises(UndecodableText) as caught:
+        decode(GERMAN.encode("latin-1"), "de.txt")
+    assert str(caught.value) == (
+        "de.txt cannot be read as utf-8 at byte 5, probably cp1252: save it in UTF-8, or pass "
+        "--config.data.encoding=cp1252."
+    )
+
+
+@pytest.mark.parametrize("name", ["no-such", "rot13", "hex", "\0", "a" * 100])
+def test_an_unknown_encoding_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="data.encoding is"):
+        decode(b"abc", "a", encoding=name)
+
+
+@pytest.mark.parametrize("data", [b"abc\0def", codecs.BOM_UTF16_LE + b"a\0\0\0", b"\xff\xd8\0\xff"])
+def test_a_binary_file_is_refused(data: bytes) -> None:
+    with pytest.raises(UserError, match="binary"):
+        decode(data, "a")
+
+
+def test_several_errors_are_one() -> None:
+    errors = [UndecodableText(f"{n}.txt", "utf-8 at byte 3", "cp1252") for n in range(12)]
+    message = str(several(errors))
+    assert "12 texts" in message
+    assert "9.txt" in message
+    assert "and 2 more" in message
+    assert "--config.data.encoding=cp1252" in message
+    other = UndecodableText("x.txt", "utf-8 at byte 0", None)
+    assert "encoding=NAME" in str(several([errors[0], other]))
+    assert several([other]) is other
