@@ -178,9 +178,12 @@ def write_samples(workdir: str | Path | Workdir, warn: Warn = print) -> Samples:
     return samples
 
 
-def save_samples(folder: Workdir, samples: Samples, name: str) -> list[Path]:
-    """Write samples as one JSON file, and as one SVG file per sample; return the paths of the SVG files."""
-    folder.write(folder.samples / f"{name}.json", json.dumps(samples.to_dict(), indent=1) + "\n")
+def save_samples(folder: Workdir, samples: Samples, name: str, content: dict[str, Any] | None = None) -> list[Path]:
+    """Write samples as one JSON file, and as one SVG file per sample; return the paths of the SVG files.
+
+    `content` is what the JSON file holds; None: the samples.
+    """
+    folder.write(folder.samples / f"{name}.json", json.dumps(content or samples.to_dict(), indent=1) + "\n")
     paths = [folder.samples / f"{name}-{i}.svg" for i in range(len(samples))]
     for path, sample in zip(paths, samples, strict=True):
         folder.write(path, sample.svg())

@@ -3,6 +3,7 @@
 import contextlib
 import html
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TextIO
 
@@ -64,6 +65,26 @@ def display(file: TextIO | None = None) -> Iterator[Callable[[Event], None]]:
         return
     with _Terminal(file) as terminal:
         yield terminal.show
+
+
+@contextlib.contextmanager
+def counting(what: str) -> Iterator[Callable[[int], None]]:
+    """Yield a function that shows a growing number on stderr: in place on a terminal, else a line every 10 s."""
+    terminal = sys.stderr.isatty()
+    every = 0.5 if terminal else 10.0
+    due = time.monotonic() + every
+
+    def show(count: int) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            due = time.monotonic() + every
+            with contextlib.suppress(OSError):
+                print(f"{count:,} {what}", end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+
+    yield show
+    if terminal:
+        with contextlib.suppress(OSError):
+            print(" " * 40, end="\r", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

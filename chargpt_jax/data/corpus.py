@@ -10,21 +10,24 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from chargpt_jax.config import MAX_TEXT, DataConfig
+from chargpt_jax.config import DataConfig
 from chargpt_jax.data import gutenberg
 from chargpt_jax.data.download import DownloadError, Page, default_cache, fetch, keep, split_url
-from chargpt_jax.data.encoding import BYTE_ORDER_MARKS, UndecodableText, decode, several
+from chargpt_jax.data.encoding import BYTE_ORDER_MARKS, UndecodableText, decode, decode_pieces, several
 from chargpt_jax.data.repair import DEFAULT, fixes_of, kinds, repair
 from chargpt_jax.errors import UserError
 
-MAX_SCORED = 4 * MAX_TEXT
-"""Maximum size of a text to be scored, bytes: UTF-8 needs up to 4 bytes per character."""
+MAX_SCORED = 64 << 20
+"""Size up to which a text to be scored is read at once, bytes; only such a text loses its licence text."""
+
+SCORED_AT_ONCE = 1 << 20
+"""Bytes of a larger text that are read at once."""
 
 MIN_REMAINING = 1_000
 """Minimum number of characters that remain after a part was removed; at least 10 % of the text must remain too."""
@@ -130,6 +133,32 @@ def read_text(path: str | Path, config: DataConfig | None = None, warn: Callable
     if notes:
         warn(f"{path}: {'; '.join(notes)}, as in the corpus")
     return text
+
+
+def check_exists(path: str) -> None:
+    """Check that a text file is there, before anything that takes long.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if not _exists(path):
+        _read_file(path, 0, "")
+
+
+def text_pieces(path: str, config: DataConfig, warn: Callable[[str], None]) -> Iterator[str]:
+    """Yield a local text file to be scored, as `read_text` returns it, or, if it is large, in pieces.
+
+    Raises:
+        UserError: as for `read_text`.
+    """
+    path = os.path.expanduser(path)
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    if size <= MAX_SCORED:
+        yield read_text(path, config, warn)
+        return
+    warn(f"{path} is larger than {MAX_SCORED >> 20} MiB: it is scored in pieces, and no licence text is removed")
+    with open(path, "rb") as file:
+        yield from decode_pieces(iter(lambda: file.read(SCORED_AT_ONCE), b""), path, config.encoding)
 
 
 def changed_files(config: DataConfig, sources: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -288,7 +317,7 @@ def _read_file(name: str, max_bytes: int, fix: str) -> bytes:
     try:
         with Path(os.path.expanduser(name)).open("rb") as file:
             data = file.read(max_bytes + 1)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"The file {name!r} cannot be read ({reason}): give a readable text file.") from None
     if len(data) > max_bytes:

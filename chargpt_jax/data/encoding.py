@@ -1,8 +1,9 @@
 """Decode the bytes of a text: the encoding is given, or found in the text; it is never guessed silently."""
 
 import codecs
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from chargpt_jax.errors import UserError
 
@@ -61,7 +62,7 @@ def decode(data: bytes, name: str, encoding: str = "", declared: str | None = No
         raise UserError(
             f"data.encoding is {encoding!r}, but must be an encoding that Python knows: give 'latin-1', for example."
         )
-    mark, marked = next(((m, e) for m, e in BYTE_ORDER_MARKS if data.startswith(m)), (b"", ""))
+    mark, marked = _mark(data)
     body = data[len(mark) :]
     used = marked or encoding or declared or _declared_in(body) or "utf-8"
     try:
@@ -73,6 +74,47 @@ def decode(data: bytes, name: str, encoding: str = "", declared: str | None = No
         raise UndecodableText(name, f"{used} {where}", likely_encoding(data)) from None
     if "\0" in text:
         raise _binary(name, data.find(b"\0"))
+    return _line_ends(text)
+
+
+def decode_pieces(blocks: Iterable[bytes], name: str, encoding: str = "") -> Iterator[str]:
+    r"""Decode a large text piece by piece, like `decode`; a declaration in the text counts as well.
+
+    Args:
+        blocks: the bytes, in order; none is empty.
+        name: of the text, for error messages.
+        encoding: as for `decode`.
+
+    Raises:
+        UserError: as for `decode`.
+    """
+    decoder: codecs.IncrementalDecoder | None = None
+    held, done = "", 0
+    for block in itertools.chain(blocks, [b""]):
+        if decoder is None:
+            mark, marked = _mark(block)
+            used = marked or encoding or _declared_in(block[:-4]) or "utf-8"
+            if not is_encoding(used):
+                decode(b"", name, encoding)  # raises
+            decoder, block = codecs.getincrementaldecoder(used)(), block[len(mark) :]
+        try:
+            text = held + decoder.decode(block, final=not block)
+        except UnicodeError as error:
+            raise UndecodableText(name, f"{used} after byte {done} ({error})", likely_encoding(block)) from None
+        if "\0" in text:
+            raise _binary(name, done + block.find(b"\0"))
+        done += len(block)
+        held = "\r" if text.endswith("\r") and block else ""
+        if text := text.removesuffix(held):
+            yield _line_ends(text)
+
+
+def _mark(data: bytes) -> tuple[bytes, str]:
+    """Return the byte order mark of a text and its encoding; both are empty without one."""
+    return next(((mark, encoding) for mark, encoding in BYTE_ORDER_MARKS if data.startswith(mark)), (b"", ""))
+
+
+def _line_ends(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

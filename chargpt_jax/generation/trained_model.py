@@ -1,6 +1,6 @@
 """A trained model, loaded from a run: continue prompts, score texts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from chargpt_jax.devices import sharding, startup
 from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.errors import NoCheckpoint, UserError
 from chargpt_jax.generation.generate import DecodeState, bucket, decode, prefill
+from chargpt_jax.generation.passages import Passages, passages
 from chargpt_jax.generation.sample import Sample, Samples
 from chargpt_jax.generation.sampler import Sampler
-from chargpt_jax.generation.score import score_tokens
+from chargpt_jax.generation.score import score_pieces, score_tokens
 from chargpt_jax.model.init import Params, abstract_model
 from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.storage.checkpoint import Checkpoints
@@ -30,6 +31,9 @@ MAX_CHARACTERS = 32 * MAX_TEXT
 """Characters of all prompts and continuations of one call, which are in memory together."""
 
 MAX_SEED = 2**31
+
+PIECE = 2**16
+"""Characters of a long text that are encoded at once."""
 
 STREAMED = 16
 """Characters that are generated between two calls of `on_text`."""
@@ -136,22 +140,63 @@ class Model:
             UserError: if the text or the stride is invalid.
         """
         text = self._known(text, skip_unknown)
-        if len(text) < 2:
-            raise UserError(
-                "The text has 1 character, but scoring needs at least 2, because the first has no context: give a "
-                "longer text."
-            )
+        _check_scored(len(text))
         tokens = self.tokenizer.encode_text(text)
         surprisal, entropy = self._measure(tokens, stride)
         return Sample(text, tuple(text), surprisal, entropy, self.config.model.vocab_size)
+
+    def score_long(
+        self,
+        pieces: Iterable[str],
+        *,
+        stride: int | None = None,
+        skip_unknown: bool = False,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Passages:
+        """Compute the loss of a text of any length, and find its most surprising passages, in constant memory.
+
+        Args:
+            pieces: the text in pieces of any length, which are repaired like the corpus, one by one.
+            stride: as for `score`.
+            skip_unknown: as for `score`.
+            on_progress: called with the number of characters that are scored.
+
+        Raises:
+            UserError: if the text or the stride is invalid.
+        """
+        text = ""
+
+        def encoded() -> Iterator[np.ndarray]:
+            nonlocal text
+            for piece in pieces:
+                repaired = self._repaired(piece, skip_unknown)
+                for start in range(0, len(repaired), PIECE):
+                    text += repaired[start : start + PIECE]
+                    yield self.tokenizer.encode_text(repaired[start : start + PIECE])
+
+        def scored() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+            nonlocal text
+            done, block_size, next_report = 0, self.config.model.block_size, 0
+            how: dict[str, Any] = {"graphdef": self.graphdef, "block_size": block_size, "stride": stride}
+            for surprisal, entropy in score_pieces(self.params, encoded(), **how):
+                part, text = text[: len(surprisal)], text[len(surprisal) :]
+                if part:
+                    yield part, surprisal, entropy
+                done += len(part)
+                if on_progress is not None and done >= next_report:
+                    on_progress(done)
+                    next_report = done + PIECE
+
+        result = passages(scored(), self.config.model.vocab_size)
+        _check_scored(result.characters)
+        return result
 
     def _measure(self, tokens: np.ndarray, stride: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         block_size = self.config.model.block_size
         return score_tokens(self.params, tokens, graphdef=self.graphdef, block_size=block_size, stride=stride)
 
     def _known(self, text: str, skip_unknown: bool) -> str:
-        text = repaired_as(text, self.tokenizer.vocabulary, self.repairs)
-        text = self.tokenizer.drop_unknown(text) if skip_unknown else text
+        text = self._repaired(text, skip_unknown)
         if not text:
             raise UserError("The text is empty, but the model needs at least one character: try '\\n'.")
         if len(text) > MAX_TEXT:
@@ -159,6 +204,18 @@ class Model:
                 f"The text has {len(text):,} characters, but {MAX_TEXT:,} is the maximum: give a part of it."
             )
         return text
+
+    def _repaired(self, text: str, skip_unknown: bool) -> str:
+        text = repaired_as(text, self.tokenizer.vocabulary, self.repairs)
+        return self.tokenizer.drop_unknown(text) if skip_unknown else text
+
+
+def _check_scored(characters: int) -> None:
+    if characters < 2:
+        raise UserError(
+            f"The text has {characters} character{'' if characters else 's'}, but scoring needs at least 2, because "
+            "the first has no context: give a longer text."
+        )
 
 
 def _check_generation(prompts: list[str], max_new_tokens: int, seed: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chargpt_jax.data.encoding import UndecodableText, decode, several
+from chargpt_jax.data.encoding import UndecodableText, decode, decode_pieces, several
 from chargpt_jax.errors import UserError
 
 GERMAN = "Der Käse ist größer als süß, sagte die müde Bäuerin.\n" * 5
@@ -76,3 +76,22 @@ def test_several_errors_are_one() -> None:
     other = UndecodableText("x.txt", "utf-8 at byte 0", None)
     assert "encoding=NAME" in str(several([errors[0], other]))
     assert several([other]) is other
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"), max_size=40),
+    st.sampled_from(["utf-8", "utf-16-le", "utf-32-be"]),
+    st.integers(1, 7),
+    st.booleans(),
+)
+def test_pieces_of_a_text_decode_to_the_text(text: str, encoding: str, size: int, marked: bool) -> None:
+    data = ("\ufeff" if marked else "").encode(encoding) + text.encode(encoding)
+    given_encoding = "" if marked else encoding
+    blocks = [data[i : i + max(size, 4)] for i in range(0, len(data), max(size, 4))]
+    assert "".join(decode_pieces(blocks, "a", given_encoding)) == decode(data, "a", given_encoding)
+
+
+@pytest.mark.parametrize(("blocks", "said"), [([b"abc", b"d\xff"], "utf-8 after byte 3"), ([b"ab", b"c\0"], "binary")])
+def test_a_bad_piece_is_refused(blocks: list[bytes], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        list(decode_pieces(blocks, "a"))

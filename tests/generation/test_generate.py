@@ -14,7 +14,7 @@ from chargpt_jax.generation import generate as generation
 from chargpt_jax.generation.generate import beyond_context, bucket, decode, decoding_program, inside_context, prefill
 from chargpt_jax.generation.metrics import surprisal_and_entropy
 from chargpt_jax.generation.sampler import Sampler
-from chargpt_jax.generation.score import score_tokens
+from chargpt_jax.generation.score import score_pieces, score_tokens
 from chargpt_jax.ops.cpu_kv_cache import BlockedKVCache, CpuKVCache
 from chargpt_jax.ops.kv_cache import KVCache
 from tests import reference
@@ -262,6 +262,20 @@ def test_scores_beyond_the_context_at_stride_1_equal_generation(length):
     assert np.isnan(rough[0][0])
     assert np.isfinite(rough[0][1:]).all()
     np.testing.assert_allclose(rough[0][1:25], exact[0][1:25], atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 7, 12, 24])
+def test_a_text_in_pieces_has_the_scores_of_the_text_at_once(stride):
+    (row,) = prompts(700)
+    how = {"graphdef": GRAPHDEF, "block_size": 24, "stride": stride}
+    for length in (1, 2, 24, 25, 26, 50, 24 + 8 * stride, 25 + 8 * stride, 26 + 8 * stride, 699):
+        whole = np.stack(score_tokens(PARAMS, row[:length], **how))
+        cuts = np.sort(np.random.default_rng(length).integers(0, length + 1, 5))
+        parts = list(score_pieces(PARAMS, np.split(row[:length], cuts), **how))
+        np.testing.assert_array_equal(np.concatenate([np.stack(part) for part in parts], axis=1), whole)
+        assert whole.shape == (2, length)
+        assert np.isnan(whole[:, 0]).all()
+        assert np.isfinite(whole[:, 1:]).all()
 
 
 def test_stride_out_of_range_is_rejected():

@@ -1,0 +1,47 @@
+"""A long text's loss and its most surprising passages, collected from pieces."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chargpt_jax.generation.passages import LENGTH, MOST_SURPRISING, passages
+
+TEXT = "".join(chr(97 + i % 26) for i in range(12 * LENGTH + 150))
+SURPRISAL = np.random.default_rng(0).random(len(TEXT)).astype(np.float32)
+SURPRISAL[0] = np.nan
+SURPRISAL[7 * LENGTH : 8 * LENGTH] += 3
+SURPRISAL[2 * LENGTH : 3 * LENGTH] += 2
+ENTROPY = np.where(np.isnan(SURPRISAL), np.nan, 1.0).astype(np.float32)
+
+
+def pieces(cuts):
+    for start, end in zip([0, *cuts], [*cuts, len(TEXT)], strict=True):
+        yield TEXT[start:end], SURPRISAL[start:end], ENTROPY[start:end]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, len(TEXT) - 1), max_size=20, unique=True).map(sorted))
+def test_the_pieces_do_not_matter(cuts):
+    found = passages(pieces(cuts), 64)
+    assert found.characters == len(TEXT)
+    assert found.loss == pytest.approx(np.nanmean(SURPRISAL.astype(np.float64)))
+    assert found.starts[:3] == (0, 7 * LENGTH, 2 * LENGTH)
+    assert len(found.starts) == len(found.samples) == 1 + MOST_SURPRISING
+    for start, sample in zip(found.starts, found.samples, strict=True):
+        assert sample.text == TEXT[start : start + LENGTH]
+        np.testing.assert_array_equal(sample.surprisal, SURPRISAL[start : start + LENGTH])
+    losses = [sample.loss for sample in found.samples[1:]]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_passages_are_given_as_json():
+    found = passages(pieces([5]), 64).to_dict()
+    assert found["characters"] == len(TEXT)
+    assert found["bits_per_character"] == pytest.approx(found["loss"] / np.log(2))
+    assert [sample["start"] for sample in found["samples"]][:2] == [0, 7 * LENGTH]
+
+
+def test_a_text_shorter_than_a_passage_is_one_passage():
+    found = passages([("ab", np.array([np.nan, 2.0]), np.ones(2))], 64)
+    assert (found.characters, found.loss, found.starts) == (2, 2.0, (0,))
