@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO, TypeVar, cast
 
 from chargpt_jax.cli.request import Request, api_module
 from chargpt_jax.cli.signals import ResilientStream
-from chargpt_jax.cli.terminal import as_json, one_line, printable, warn
+from chargpt_jax.cli.terminal import as_json, one_line, shown, warn
 from chargpt_jax.cli.text_modes import generate, score
 from chargpt_jax.errors import UserError
 
@@ -130,7 +130,7 @@ def _print_samples(folder: "Workdir", out: TextIO) -> None:
     if not found:  # they could not be written, and a warning said so
         return
     for sample in folder.load_json(found[max(found)])["samples"]:
-        print(f"\n{printable(sample['text'])}", file=out)
+        print(f"\n{shown(sample['text'], out)}", file=out)
     print(f"\nreport: {one_line(folder.report)}", file=out)
 
 

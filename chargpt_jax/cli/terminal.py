@@ -1,8 +1,8 @@
 """Safe terminal output: replaces control characters in untrusted text, and makes the streams accept any text.
 
 Control characters and bidirectional controls can move the cursor, set the title and colours, write to the clipboard,
-or reverse the direction of a line. Generated text, titles of texts and contents of files are printed with a
-replacement character in their place.
+or reverse the direction of a line. On a terminal, generated text is printed with a replacement character in their
+place, and so are titles of texts and contents of files everywhere. Text in files and pipes is not changed.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import math
 import sys
 import unicodedata
 import warnings
+from typing import TextIO
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -23,10 +24,20 @@ MAX_MESSAGE = 2_000
 """Maximum length of a message, in characters."""
 
 
+JOINERS = "\u200c\u200d"
+"""ZERO WIDTH NON-JOINER and JOINER: Persian and Indic spelling needs them, and emoji sequences."""
+
+
+def shown(text: str, out: TextIO) -> str:
+    """Return text for a stream: as it is for a file or a pipe, and `printable` for a terminal."""
+    return printable(text) if out.isatty() else text
+
+
 def printable(text: str, keep: str = "\n\t") -> str:
     """Return text with a replacement character for controls, format characters and surrogates.
 
-    Spaces of every width stay, and the first `MAX_MARKS` combining marks of a character.
+    Spaces of every width stay, the first `MAX_MARKS` combining marks of a character, `JOINERS` between letters, marks
+    or emoji, and code points that are newer than Python's tables.
 
     Args:
         text: any text.
@@ -34,13 +45,32 @@ def printable(text: str, keep: str = "\n\t") -> str:
     """
     if text.isascii() and text.isprintable():
         return text
-    shown, marks = [], 0
-    for char in text:
-        kind = unicodedata.category(char)
-        marks = marks + 1 if kind in ("Mn", "Mc", "Me") else 0
-        harmless = (char.isprintable() or kind == "Zs") and marks <= MAX_MARKS
-        shown.append(char if harmless or char in keep else REPLACEMENT)
-    return "".join(shown)
+    kinds = [unicodedata.category(char) for char in text]
+    clean, marks = [], 0
+    for i, (char, kind) in enumerate(zip(text, kinds, strict=True)):
+        marks = marks + 1 if kind[0] == "M" else 0
+        if char in JOINERS:
+            harmless = 0 < i < len(text) - 1 and _joins(kinds[i - 1]) and _joins(kinds[i + 1])
+        else:
+            harmless = (char.isprintable() or kind == "Zs" or _is_new(char, kind)) and marks <= MAX_MARKS
+        clean.append(char if harmless or char in keep else REPLACEMENT)
+    return "".join(clean)
+
+
+def _joins(kind: str) -> bool:
+    """Return whether a joiner may stand beside a character of this category: a letter, a mark or an emoji."""
+    return kind[0] in "LM" or kind in ("So", "Sk")
+
+
+def _is_new(char: str, kind: str) -> bool:
+    """Return whether a code point may have been assigned after Python's tables were made.
+
+    Noncharacters never are, and the reserved format characters would be invisible.
+    """
+    code = ord(char)
+    never = 0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE
+    invisible = code == 0x2065 or 0xFFF0 <= code <= 0xFFF8 or 0xE0000 <= code <= 0xE0FFF
+    return kind == "Cn" and not never and not invisible
 
 
 def one_line(text: object, limit: int = MAX_MESSAGE) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chargpt_jax.cli.request import Request, api_module
-from chargpt_jax.cli.terminal import as_json, one_line, printable, warn
+from chargpt_jax.cli.terminal import as_json, one_line, shown, warn
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import bits_per_character
 
@@ -51,7 +51,7 @@ def _given(flag: T | None, default: T) -> T:
 
 
 def _stream(_: int, text: str) -> None:
-    print(printable(text), end="", flush=True)
+    print(shown(text, sys.stdout), end="", flush=True)
 
 
 def score(request: Request) -> int:
@@ -124,6 +124,6 @@ def _save_and_print(request: Request, samples: "Samples", name: str, quiet: bool
         print(as_json(samples.to_dict()))
     elif not quiet:
         for sample in samples:
-            print(printable(sample.text))
+            print(shown(sample.text, sys.stdout))
     for sample, path in zip(samples, _saved(request, samples, name), strict=False):
         print(f"\nloss {sample.loss:.4f} nats per character; plot: {one_line(path)}", file=out)

@@ -6,6 +6,7 @@ removes licences, `repair.py` repairs encoding errors.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import re
@@ -84,7 +85,7 @@ def load_corpus(
             parts.append(_stdlib_part())
             continue
         try:
-            kind, pages = _pages(entry, config, cache, left, warn)
+            kind, pages, left_out = _pages(entry, config, cache, left)
         except DownloadError as error:
             missing[entry] = str(error)
             continue
@@ -95,7 +96,9 @@ def load_corpus(
             except UndecodableText as error:
                 undecodable.append(error)
                 continue
-            parts.append(_finish(kind, page, text, start, config.repair))
+            part, source = _finish(kind, page, text, start, config.repair)
+            parts.append((part, dataclasses.replace(source, notes=left_out + source.notes)))
+            left_out = ()
             if page.key:  # cached only now, so that an invalid page is downloaded again
                 keep(page, cache, warn)
     if undecodable:
@@ -243,39 +246,39 @@ def _exists(entry: str) -> bool:
     return os.path.exists(os.path.expanduser(entry))
 
 
-def _pages(
-    entry: str, config: DataConfig, cache: Path, left: float, warn: Callable[[str], None]
-) -> tuple[str, list[Page]]:
-    """Return the kind of a source, and its pages, unchanged. An existing path goes before a Gutenberg number.
+def _pages(entry: str, config: DataConfig, cache: Path, left: float) -> tuple[str, list[Page], tuple[str, ...]]:
+    """Return the kind of a source, its pages, unchanged, and a note on what was left out of a folder.
+
+    An existing path goes before a Gutenberg number.
 
     Args:
         entry: the source.
         config: of the corpus.
         cache: the folder of downloads.
         left: bytes that the corpus may still grow by.
-        warn: is told which files of a folder are not texts.
     """
     if not _exists(entry) and entry.isascii() and entry.isdigit():
         number = entry.lstrip("0") or "0"
         urls = [mirror.replace("{number}", number) for mirror in config.mirrors]
-        return "gutenberg", [fetch(f"pg{number}", urls, config, cache)]
+        return "gutenberg", [fetch(f"pg{number}", urls, config, cache)], ()
     if not _exists(entry) and "://" in entry:
         host = f".{split_url(entry).hostname}"
         kind = "gutenberg" if host.endswith(".gutenberg.org") else "url"
         key = "url-" + hashlib.sha256(os.fsencode(entry)).hexdigest()[:24]
-        return kind, [fetch(key, [entry], config, cache)]
+        return kind, [fetch(key, [entry], config, cache)], ()
     pages = []
-    for name in _files(entry, warn):
+    names, left_out = _files(entry)
+    for name in names:
         data = _read_file(name, round(config.max_megabytes * 1e6), "increase data.max_megabytes, or give less text")
         left -= len(data)
         if left < 0:
             raise _too_large(config)
         pages.append(Page(name, data))
-    return "file", pages
+    return "file", pages, left_out
 
 
-def _files(entry: str, warn: Callable[[str], None]) -> list[str]:
-    """Return the path of a file, or the paths of the files in a folder, in order of their names."""
+def _files(entry: str) -> tuple[list[str], tuple[str, ...]]:
+    """Return the path of a file, or the paths of the texts in a folder, by name, and a note on the other items."""
     path = Path(os.path.expanduser(entry))
     if not _exists(entry):
         raise UserError(
@@ -283,17 +286,17 @@ def _files(entry: str, warn: Callable[[str], None]) -> list[str]:
             "URL or 'stdlib'."
         )
     if not path.is_dir():
-        return [entry]
+        return [entry], ()
     try:
         items = sorted(path.iterdir())
     except OSError as error:
         raise UserError(f"The folder {entry!r} cannot be read ({error.strerror}): give a readable folder.") from None
     texts = [item.name for item in items if not item.name.startswith(".") and _is_text(item)]
-    if others := [item.name for item in items if item.name not in texts]:
-        warn(f"{entry}: left out {_listed(others)} (hidden, empty, binary, or a folder)")
+    others = [item.name for item in items if item.name not in texts]
     if not texts:
         raise UserError(f"The folder {entry!r} has no text file, but must have at least one: put a text there.")
-    return [os.path.join(entry, name) for name in texts]
+    note = (f"left out {_listed(others)} of {entry} (hidden, empty, binary, or a folder)",) if others else ()
+    return [os.path.join(entry, name) for name in texts], note
 
 
 def _is_text(path: Path) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chargpt_jax.cli.terminal import MAX_MARKS, MAX_MESSAGE, REPLACEMENT, guard, one_line, printable
+from chargpt_jax.cli.terminal import MAX_MARKS, MAX_MESSAGE, REPLACEMENT, guard, one_line, printable, shown
 from tests.payloads import MARKUP, PAYLOADS, STEERING
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))
@@ -18,11 +18,11 @@ ANY_TEXT = st.text(st.characters(exclude_categories=()))
 
 @given(ANY_TEXT)
 def test_printable_text_has_no_control_characters(text):
-    shown = printable(text)
-    assert len(shown) == len(text)
-    assert all(c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" for c in shown)
-    assert printable(shown) == shown
-    shown.encode()
+    seen = printable(text)
+    assert len(seen) == len(text)
+    assert all(c.isprintable() or c in "\n\t\u200c\u200d" or unicodedata.category(c) in ("Zs", "Cn") for c in seen)
+    assert printable(seen) == seen
+    seen.encode()
 
 
 @given(ANY_TEXT)
@@ -54,10 +54,31 @@ def test_letters_of_every_script_and_spaces_of_every_width_stay(text):
     assert printable(text) == text
 
 
+@pytest.mark.parametrize(
+    "text", ["می\u200cخواهم", "क्\u200dष", "👩\u200d💻", "👨🏽\u200d🚀", "❤\ufe0f\u200d🔥", "\U0001fae9\U00011f60"]
+)
+def test_joiners_within_words_and_emoji_and_new_code_points_stay(text):
+    assert printable(text) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["\u200ca", "a\u200d", "a\u200d b", "1\u200c2", "a\u200c\u200db", "\ufdd0", "\U0001ffff", "\u2065"]
+)
+def test_joiners_elsewhere_and_noncharacters_are_replaced(text):
+    assert REPLACEMENT in printable(text)
+
+
+def test_text_is_changed_on_a_terminal_only(monkeypatch):
+    out, text = io.StringIO(), "a\x1b[31m"
+    assert shown(text, out) == text
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    assert shown(text, out) == printable(text) != text
+
+
 def test_a_character_keeps_so_many_marks_and_no_more():
-    shown = printable("a" + "\u0301" * 100 + "b\u0301")
-    assert shown.startswith("a" + "\u0301" * MAX_MARKS + REPLACEMENT)
-    assert shown.endswith("b\u0301")
+    seen = printable("a" + "\u0301" * 100 + "b\u0301")
+    assert seen.startswith("a" + "\u0301" * MAX_MARKS + REPLACEMENT)
+    assert seen.endswith("b\u0301")
 
 
 def test_long_message_is_truncated_with_an_ellipsis():
@@ -101,9 +122,9 @@ def test_what_libraries_log_or_warn_of_is_one_harmless_line(guarded):
     logger.propagate = False
     for text in STEERING.values():
         logger.warning("a name of a file: %s\nand more", text)
-        shown = warnings.formatwarning(UserWarning(text), UserWarning, "x.py", 1)
-        assert shown.startswith("UserWarning: ")
-        assert printable(shown) == shown
+        line = warnings.formatwarning(UserWarning(text), UserWarning, "x.py", 1)
+        assert line.startswith("UserWarning: ")
+        assert printable(line) == line
     logger.removeHandler(handler)
     written = err.getvalue().decode()
     assert len(written.splitlines()) == len(STEERING)

@@ -88,12 +88,11 @@ def test_a_folder_gives_its_texts_in_order_of_name_and_reports_the_rest(cache: P
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\0\0")
     (tmp_path / "d.txt").mkdir()
     (tmp_path / "wide.txt").write_bytes("wide".encode("utf-16"))
-    said: list[str] = []
-    text, sources = load_corpus(settings_for(str(tmp_path)), cache=cache, warn=said.append)
+    text, sources = load(str(tmp_path), cache)
     assert text == "A.TXT\nREADME\nb.txt\nc.md\nwide"
     assert [source.url for source in sources][:2] == [f"{tmp_path}/A.TXT", f"{tmp_path}/README"]
-    (line,) = said
-    assert "left out .hidden, d.txt, empty.txt, photo.jpg" in line
+    assert "left out .hidden, d.txt, empty.txt, photo.jpg of" in sources[0].notes[0]
+    assert not any("left out" in note for source in sources[1:] for note in source.notes)
 
 
 def test_a_folder_without_texts_is_refused(cache: Path, tmp_path: Path) -> None:
