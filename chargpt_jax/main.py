@@ -11,8 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from chargpt_jax.cli.commands import MODES
-from chargpt_jax.cli.flags import help_text
-from chargpt_jax.cli.request import read
+from chargpt_jax.cli.flags import help_text, read
 from chargpt_jax.cli.signals import ResilientStream, Signals, ignore_signals, open_standard_streams
 from chargpt_jax.cli.terminal import guard, one_line
 from chargpt_jax.errors import ExpectedError, UserError

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO, TypeVar, cast
 
-from chargpt_jax.cli.request import Request, api_module
+from chargpt_jax.cli.flags import Request, api_module
 from chargpt_jax.cli.signals import ResilientStream
 from chargpt_jax.cli.terminal import as_json, one_line, shown, warn
 from chargpt_jax.cli.text_modes import generate, score
@@ -104,7 +104,7 @@ class Session:
         """Return the events, with a profiler trace of a few dispatches if --profile is set."""
         if not self.request.flags.profile:
             return events
-        from chargpt_jax.cli import profiler
+        from chargpt_jax.training import profiler
 
         return profiler.profiled(events, self.request.folder.path / "profile")
 

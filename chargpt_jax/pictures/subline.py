@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from chargpt_jax.pictures import bidi
 from chargpt_jax.pictures.svg import N_COLOURS, Entry, clip_path, columns, escaped, figure, glyph, joins, legend, number
 
 CELL = 8.4
@@ -115,7 +116,9 @@ def subline(
     if chars_per_line < 1:
         raise ValueError(f"chars_per_line is {chars_per_line}, but it must be at least 1.")
     lines = [list(line) for _, line in groupby(_cells(tokens, chars_per_line), key=lambda cell: cell.line)]
-    width = CELL * max([MIN_COLUMNS, *(line[-1].column + line[-1].width for line in lines)])
+    base = bidi.base_level("".join(tokens))
+    lines = _in_visual_columns(lines, base)
+    width = CELL * max([MIN_COLUMNS, *(cell.column + cell.width for line in lines for cell in line)])
     numbers = [(s.label, s.dashed, s.filled, np.asarray(s.values).tolist()) for s in series]
     content = (list(tokens), numbers, chars_per_line, n_prompt, title)
     clip, clipped = clip_path(content, 0, -RISE - 1, width, FALL)
@@ -125,8 +128,8 @@ def subline(
     pieces = [_pieces(line) for line in lines]
     for i, line in enumerate(lines):
         at = f"translate({MARGIN:g} {number(top + i * PITCH + TEXT + RISE)})"
-        curves = "".join(_curve(s, n, _with_neighbours(pieces, i)) for n, s in enumerate(series))
-        body.append(f'<g transform="{at}">{_text(line, n_prompt)}<g clip-path="{clipped}">{curves}</g>')
+        curves = "".join(_curve(s, n, _with_neighbours(pieces, i, base)) for n, s in enumerate(series))
+        body.append(f'<g transform="{at}">{_text(line, n_prompt, base)}<g clip-path="{clipped}">{curves}</g>')
         body.append(f"{_marks(pieces[i])}</g>")
     key, bottom = legend(_entries(series, n_prompt), MARGIN, top + len(lines) * PITCH + LEGEND, width)
     return figure(
@@ -161,28 +164,54 @@ def _cells(tokens: Sequence[str], chars_per_line: int) -> list[Cell]:
     return cells
 
 
+def _in_visual_columns(lines: list[list[Cell]], base: int) -> list[list[Cell]]:
+    """Move the cells of each line to their visual columns; lines that run from right to left end at the right edge."""
+    characters = [cell.text for line in lines for cell in line]
+    found = bidi.levels(characters, base)
+    if not any(found):
+        return lines
+    edge = max([MIN_COLUMNS, *(sum(cell.width for cell in line) for line in lines)])
+    moved, start = [], 0
+    for line in lines:
+        own, start = found[start : start + len(line)], start + len(line)
+        column = edge - sum(cell.width for cell in line) if base else 0
+        places = [0] * len(line)
+        for i in bidi.visual_order(own, [cell.text.isspace() for cell in line], base):
+            places[i], column = column, column + line[i].width
+        moved.append([cell._replace(column=place) for cell, place in zip(line, places, strict=True)])
+    return moved
+
+
 def _centre(cell: Cell) -> float:
     return (cell.column + cell.width / 2) * CELL
 
 
 def _pieces(line: Sequence[Cell]) -> list[Piece]:
     runs = [list(run) for _, run in groupby(line, key=lambda cell: cell.token)]
-    return [Piece(run[0].token, _centre(run[0]), _centre(run[-1])) for run in runs]
+    return [Piece(run[0].token, min(map(_centre, run)), max(map(_centre, run))) for run in runs]
 
 
-def _with_neighbours(pieces: Sequence[Sequence[Piece]], i: int) -> list[Piece]:
-    """Return the pieces of line i and, one cell beyond either end, the neighbouring tokens, so that curves continue."""
-    found = list(pieces[i])
+def _with_neighbours(pieces: Sequence[Sequence[Piece]], i: int, base: int) -> list[Piece]:
+    """Return the pieces of line i from left to right, with the neighbouring tokens one cell beyond either end.
+
+    With them, curves continue to the ends of a line. Where a line runs from right to left, the next token is at its
+    left.
+    """
+    found = sorted(pieces[i], key=lambda piece: piece.first)
+    left, right = found[0].first - CELL, found[-1].last + CELL
+    before, after = (right, left) if base else (left, right)
     if i > 0:
-        found.insert(0, Piece(pieces[i - 1][-1].token, -CELL / 2, -CELL / 2))
+        found.append(Piece(pieces[i - 1][-1].token, before, before))
     if i + 1 < len(pieces):
-        beyond = found[-1].last + CELL
-        found.append(Piece(pieces[i + 1][0].token, beyond, beyond))
-    return found
+        found.append(Piece(pieces[i + 1][0].token, after, after))
+    return sorted(found, key=lambda piece: piece.first)
 
 
-def _text(line: Sequence[Cell], n_prompt: int) -> str:
-    """Return the characters of a line. Runs share a tspan; x counts code units, so longer characters have their own."""
+def _text(line: Sequence[Cell], n_prompt: int, base: int) -> str:
+    """Return the characters of a line in their logical order: the browser joins Arabic letters and mirrors brackets.
+
+    Runs share a tspan; x counts code units, so longer characters have their own.
+    """
 
     def style(cell: Cell) -> tuple[str, int]:
         kind = "cg-stand-in" if cell.stand_in else "cg-prompt" if cell.token < n_prompt else ""
@@ -194,7 +223,8 @@ def _text(line: Sequence[Cell], n_prompt: int) -> str:
         xs = " ".join(number(_centre(cell)) for cell in cells)
         classed = f' class="{kind}"' if kind else ""
         spans.append(f'<tspan{classed} x="{xs}">{escaped("".join(cell.text for cell in cells))}</tspan>')
-    return f'<text class="cg-text" xml:space="preserve" y="{-RISE - 5:g}">{"".join(spans)}</text>'
+    direction = ' direction="rtl"' if base else ""
+    return f'<text class="cg-text"{direction} xml:space="preserve" y="{-RISE - 5:g}">{"".join(spans)}</text>'
 
 
 def _marks(pieces: Sequence[Piece]) -> str:

@@ -255,3 +255,29 @@ def test_svg_of_500_characters_is_below_100_kilobytes():
     tokens = ["a"] * 500
     series = metric_series(rng.uniform(0, 5, 500), rng.uniform(0, 5, 500), rng.uniform(-1, 1, 500), 128)
     assert len(subline(tokens, series).encode()) < 100_000
+
+
+def positions(root: ET.Element) -> list[list[float]]:
+    """Return the x of the characters of each line, in the order of the text."""
+    return [[x for _, span in line for x in span] for line in lines(root)]
+
+
+def test_a_text_from_right_to_left_ends_at_the_left() -> None:
+    root = draw("אבג 12 ab גד", chars_per_line=6)
+    first, second = positions(root)
+    assert first[:4] == sorted(first[:4], reverse=True)
+    assert first[4] < first[5] < first[3], "a number runs from left to right"
+    assert max(first) == max(second), "both lines begin at the right edge"
+    texts = [e for e in root.iter(f"{SVG}text") if e.get("class") == "cg-text"]
+    assert [e.get("direction") for e in texts] == ["rtl", "rtl"]
+
+
+def test_curves_follow_the_characters_of_both_directions() -> None:
+    root = draw("ab אב cd")
+    (line,) = positions(root)
+    assert line[:3] == sorted(line[:3])
+    assert line[3] > line[4] > line[2]
+    for curve in root.iter(f"{SVG}path"):
+        if "cg-line" in curve.get("class", "") and curve.get("d", "").startswith("M") and "C" in curve.get("d", ""):
+            knots = [float(part.split()[-2]) for part in curve.get("d", "")[1:].split("C")[1:]]
+            assert knots == sorted(knots)
