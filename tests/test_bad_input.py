@@ -120,7 +120,7 @@ MISTAKES = [
     ("score --text=abab --stride=33", 2, "stride is 33"),
     ("score --text_file=.", 2, "cannot be read (Is a directory)"),
     ("score --text_file=empty.txt", 2, "The text is empty"),
-    ("score --text_file=large.txt", 2, "larger than 4 MB"),
+    ("score --text_file=large.txt", 2, "large.txt is binary (NUL at byte 0)"),
     ("score --text_file=gone.txt", 2, "cannot be read (No such file or directory)"),
     ("'generate\x1b[2J' --prompt=ab", 2, "--mode"),
     ("generate --prompt=ab '--step=\x1b]0;x\a'", 2, "--step is"),

@@ -159,9 +159,11 @@ def text_pieces(path: str, config: DataConfig, warn: Callable[[str], None]) -> I
     if size <= MAX_SCORED:
         yield read_text(path, config, warn)
         return
-    warn(f"{path} is larger than {MAX_SCORED >> 20} MiB: it is scored in pieces, and no licence text is removed")
     with open(path, "rb") as file:
-        yield from decode_pieces(iter(lambda: file.read(SCORED_AT_ONCE), b""), path, config.encoding)
+        for i, piece in enumerate(decode_pieces(iter(lambda: file.read(SCORED_AT_ONCE), b""), path, config.encoding)):
+            if i == 0:
+                warn(f"{path} is larger than {MAX_SCORED >> 20} MiB: it is read in pieces, and no licence is removed")
+            yield piece
 
 
 def changed_files(config: DataConfig, sources: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chargpt_jax.config import DataConfig
-from chargpt_jax.data.corpus import Source, changed_files, load_corpus, read_text, stdlib_text
+from chargpt_jax.data import corpus
+from chargpt_jax.data.corpus import Source, changed_files, load_corpus, read_text, stdlib_text, text_pieces
 from chargpt_jax.data.repair import ALL, DEFAULT
 from chargpt_jax.errors import UserError
 
@@ -230,6 +231,21 @@ def test_file_that_is_not_a_text_is_rejected(tmp_path: Path, data: bytes | None,
 def test_a_folder_is_not_read_as_a_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Is a directory"):
         read_text(tmp_path)
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_a_large_text_to_score_is_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line_end: str
+) -> None:
+    monkeypatch.setattr(corpus, "MAX_SCORED", 100)
+    monkeypatch.setattr(corpus, "SCORED_AT_ONCE", 64)
+    file, said = tmp_path / "a.txt", list[str]()
+    file.write_text(STORY, newline=line_end)
+    pieces = list(text_pieces(str(file), DataConfig(), said.append))
+    assert "".join(pieces) == STORY
+    assert max(map(len, pieces)) <= 66
+    assert len(said) == 1
+    assert "no licence is removed" in said[0]
 
 
 # Licence and start_at

@@ -1,5 +1,8 @@
 """A long text's loss and its most surprising passages, collected from pieces."""
 
+import itertools
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -45,3 +48,16 @@ def test_passages_are_given_as_json():
 def test_a_text_shorter_than_a_passage_is_one_passage():
     found = passages([("ab", np.array([np.nan, 2.0]), np.ones(2))], 64)
     assert (found.characters, found.loss, found.starts) == (2, 2.0, (0,))
+
+
+def test_memory_does_not_depend_on_the_length():
+    def peak(count: int) -> int:
+        piece = ("x" * 1_000, np.full(1_000, 1.5, np.float32), np.ones(1_000, np.float32))
+        tracemalloc.start()
+        found = passages(itertools.repeat(piece, count), 64)
+        _, highest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert found.characters == count * 1_000
+        return highest
+
+    assert peak(400) < 1.2 * peak(40)
