@@ -24,7 +24,7 @@ from chargpt_jax.data.encoding import BYTE_ORDER_MARKS, UndecodableText, decode,
 from chargpt_jax.data.repair import DEFAULT, fixes_of, kinds, repair
 from chargpt_jax.errors import UserError
 
-MAX_SCORED = 64 << 20
+MAX_SCORED = 64_000_000
 """Size up to which a text to be scored is read at once, bytes; only such a text loses its licence text."""
 
 SCORED_AT_ONCE = 1 << 20
@@ -162,7 +162,7 @@ def text_pieces(path: str, config: DataConfig, warn: Callable[[str], None]) -> I
     with open(path, "rb") as file:
         for i, piece in enumerate(decode_pieces(iter(lambda: file.read(SCORED_AT_ONCE), b""), path, config.encoding)):
             if i == 0:
-                warn(f"{path} is larger than {MAX_SCORED >> 20} MiB: it is read in pieces, and no licence is removed")
+                warn(f"{path} is larger than {MAX_SCORED // 10**6} MB: it is read in pieces, and no licence is removed")
             yield piece
 
 
