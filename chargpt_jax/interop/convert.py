@@ -24,6 +24,7 @@ from chargpt_jax.interop import hugging_face
 from chargpt_jax.interop.ancestor import MULTIPLES, checked, from_original, from_params, read, to_original, to_params
 from chargpt_jax.interop.array_names import Params
 from chargpt_jax.interop.safetensors_file import write_safetensors
+from chargpt_jax.interop.unused_ids import tied_row, with_unused_rows
 from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
@@ -142,10 +143,30 @@ def _write_original(
     odd = [f"{name} a multiple of {n}" for name, n in MULTIPLES.items() if getattr(config.model, name) % n]
     if odd:
         warn(f"The original's config requires {', '.join(odd)}, so the original will reject this model.")
+    if config.model.mask_unused_ids:
+        params = _without_unused_ids(config, params, warn)
     described = json.dumps(to_original(config, tokenizer), indent=2) + "\n"
     (folder / "config.json").write_text(described, encoding="utf-8")
     arrays = from_params(params, config.model)
     write_safetensors(folder / "model.safetensors", arrays, {"format": "pt", "config": described})
+
+
+def _without_unused_ids(config: Config, params: Params, warn: Callable[[str], None]) -> Params:
+    """Return parameters whose unused token ids have a probability of 0 in the original, which does not mask them."""
+    row, table = tied_row(params["ln_f"]["scale"], params["ln_f"]["bias"]), params["wte"]["embedding"]
+    if row is None:
+        warn(
+            "The original does not mask unused token ids, and no weights can replace the mask in this model (the scale "
+            "of its final LayerNorm has zeros, or sum(bias / scale) is almost 0), so the original's loss will be "
+            "higher: train longer, or use --format=hf."
+        )
+        return params
+    if config.data.padding_chance:
+        warn(
+            "The original does not mask unused token ids, and the weights that replace the mask overwrite the trained "
+            "embedding of padding: give the original prompts without padding."
+        )
+    return {**params, "wte": {"embedding": with_unused_rows(table, config.model.used_ids, row)}}
 
 
 @contextlib.contextmanager

@@ -1,9 +1,12 @@
 """Export to a folder that Hugging Face's transformers loads: a Starcoder2 model, and a tokenizer for characters.
 
 Starcoder2 (Lozhkov et al. 2024) is the same decoder: pre-LayerNorm with biases, half rotation, exact GELU, a tied head.
-There are two differences. Starcoder2 cannot mask unused token ids inside the model: generation_config.json suppresses
-them. Beyond block_size, chargpt_jax recomputes the last block_size characters, but transformers continues with
-positions that the model was not trained on.
+There are two differences:
+
+- Starcoder2 cannot mask unused token ids. If chargpt_jax masks them, the export has a head of its own, whose weights
+  give those ids a probability of 0: see unused_ids.py. Losses and probabilities are the same.
+- Beyond block_size, chargpt_jax recomputes the last block_size characters, but transformers continues with positions
+  that the model was not trained on.
 """
 
 import json
@@ -16,6 +19,7 @@ from chargpt_jax.data.tokenizer import PADDING, CharTokenizer
 from chargpt_jax.errors import UserError
 from chargpt_jax.interop.array_names import Params, layer_arrays
 from chargpt_jax.interop.safetensors_file import write_safetensors
+from chargpt_jax.interop.unused_ids import untied
 
 
 def write(folder: Path, config: Config, tokenizer: CharTokenizer, params: Params) -> None:
@@ -37,16 +41,16 @@ def write(folder: Path, config: Config, tokenizer: CharTokenizer, params: Params
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    write_safetensors(folder / "model.safetensors", arrays(params), {"format": "pt"})
+    write_safetensors(folder / "model.safetensors", arrays(config, params), {"format": "pt"})
 
 
-def arrays(params: Params) -> dict[str, np.ndarray]:
-    """Convert parameters to Starcoder2's arrays, by name; the head is the embedding table, which is listed once."""
-    found = {
-        "model.embed_tokens.weight": params["wte"]["embedding"],
-        "model.norm.weight": params["ln_f"]["scale"],
-        "model.norm.bias": params["ln_f"]["bias"],
-    }
+def arrays(config: Config, params: Params) -> dict[str, np.ndarray]:
+    """Convert parameters to Starcoder2's arrays, by name; a head that is the embedding table is not listed."""
+    table, scale, bias = params["wte"]["embedding"], params["ln_f"]["scale"], params["ln_f"]["bias"]
+    found = {"model.embed_tokens.weight": table}
+    if config.model.mask_unused_ids:
+        scale, bias, found["lm_head.weight"] = untied(scale, bias, table, config.model.used_ids)
+    found |= {"model.norm.weight": scale, "model.norm.bias": bias}
     qkv: dict[tuple[int, int, str], np.ndarray] = {}
     for names, layer, array in layer_arrays(params):
         if names.starcoder2:
@@ -78,7 +82,7 @@ def model_config(config: Config) -> dict[str, object]:
         "norm_epsilon": 1e-5,
         "rope_theta": 10_000.0,
         "use_bias": True,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": not model.mask_unused_ids,
         "sliding_window": None,
         "attention_dropout": model.dropout,
         "residual_dropout": model.dropout,
@@ -91,7 +95,7 @@ def model_config(config: Config) -> dict[str, object]:
 
 
 def generation_config(config: Config) -> dict[str, object]:
-    """Describe which tokens `generate` must not sample: those that chargpt_jax masks."""
+    """Describe which tokens `generate` must not sample at any temperature: those that chargpt_jax masks."""
     model = config.model
     given: dict[str, object] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": PADDING}
     if model.mask_unused_ids:
