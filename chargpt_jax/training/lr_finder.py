@@ -21,6 +21,12 @@ Range = tuple[float, float]
 
 State = TypeVar("State")
 
+CLEAR_FALL = 0.1
+"""A zoom that lowers its first loss by more than this fraction shows a descent, whatever the batches."""
+
+NOISE_FACTOR = 1.5
+"""A smaller fall must exceed the variation of the loss between batches by this factor."""
+
 
 def search(losses_of: LossesOf, config: LRFinderConfig) -> Iterator[LRFinderStep | Zoom | LRFinderResult]:
     """Run the range test; the last event is its result.
@@ -53,6 +59,37 @@ def search(losses_of: LossesOf, config: LRFinderConfig) -> Iterator[LRFinderStep
             "lr_finder.start_lr and end_lr, or set optimizer.learning_rate."
         )
     yield LRFinderResult(zooms[-1].best, config.method, config.start_lr, config.end_lr, tuple(zooms))
+
+
+def fall(zoom: Zoom) -> float:
+    """Return how far the loss fell in a zoom, nats per character."""
+    return zoom.losses[0] - zoom.losses[-1]
+
+
+def unclear(result: LRFinderResult) -> Zoom | None:
+    """Return the zoom with the largest fall if batches that differ could explain it; None if the descent is clear."""
+    zoom = max(result.zooms, key=fall)
+    return None if fall(zoom) > CLEAR_FALL * zoom.losses[0] else zoom
+
+
+def check_descent(zoom: Zoom, untrained: Sequence[float], config: LRFinderConfig) -> None:
+    """Compare the fall of the loss in a zoom with the losses of the initial model on the batches of that zoom.
+
+    Raises:
+        UserError: if the fall is no larger than the variation between batches, so that it proposes no learning rate.
+    """
+    noise = max(untrained) - min(untrained)
+    if not fall(zoom) > NOISE_FACTOR * noise:
+        raise UserError(
+            f"The range test from {config.start_lr:g} to {config.end_lr:g} shows no descent (the loss falls by "
+            f"{fall(zoom):.3f} nats, and varies by {noise:.3f} between batches without training): widen "
+            "lr_finder.start_lr and end_lr, raise lr_finder.steps_per_zoom, or set optimizer.learning_rate."
+        )
+
+
+def lowest_at_the_end(result: LRFinderResult) -> bool:
+    """Return whether a zoom has its lowest loss at the highest learning rate of the test."""
+    return any(zoom.lrs[-1] >= result.end_lr * (1 - 1e-9) for zoom in result.zooms)
 
 
 def result_from(saved: Any) -> LRFinderResult:

@@ -25,7 +25,14 @@ from chargpt_jax.storage.lock import Lock, writer
 from chargpt_jax.storage.workdir import Workdir, excused
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.loop import TrainingLoop
-from chargpt_jax.training.lr_finder import search, trainer_losses
+from chargpt_jax.training.lr_finder import (
+    LossesOf,
+    check_descent,
+    lowest_at_the_end,
+    search,
+    trainer_losses,
+    unclear,
+)
 from chargpt_jax.training.pacing import MAX_DISPATCH_STEPS, DispatchSize, Stop, StopCondition
 from chargpt_jax.training.run import Run, Warn, checked_workdir
 from chargpt_jax.training.setup import Setup, jit_range_test_steps, jit_train_steps
@@ -104,6 +111,39 @@ def train(
 
 def _range_test(run: Run, warn: Warn, lock: Lock, condition: StopCondition) -> Generator[Event, None, Run]:
     """Run the range test; return the run with the learning rate, or unchanged if the test was stopped."""
+    finder, losses_of = run.config.lr_finder, _range_test_losses(run, condition)
+
+    def untrained(zoom: int) -> Iterator[float]:
+        for loss in losses_of(zoom, [0.0] * finder.steps_per_zoom):
+            lock.alive()
+            if condition.reached():
+                break
+            yield loss
+
+    for event in search(losses_of, finder):
+        lock.alive()
+        if condition.reached():
+            break
+        if isinstance(event, LRFinderResult):
+            if (zoom := unclear(event)) is not None:
+                losses = list(untrained(zoom.number - 1))
+                if condition.reached():
+                    break
+                check_descent(zoom, losses, finder)
+            if lowest_at_the_end(event):
+                warn(
+                    f"The loss is lowest at the highest learning rate of the range test, {finder.end_lr:g}: raise "
+                    "lr_finder.end_lr, since a higher one may be better."
+                )
+            with excused(str(run.workdir.lr_finder), warn):
+                run.workdir.save_lr_finder(dataclasses.asdict(event))
+            run = run.with_learning_rate(event.learning_rate)
+        yield event
+    return run
+
+
+def _range_test_losses(run: Run, condition: StopCondition) -> LossesOf:
+    """Return the function that trains the run's model with the learning rates of a zoom."""
     setup, finder = Setup.of(run), run.config.lr_finder
     tx = optimizer.make_optimizer(run.config.optimizer, 0.0)
     steps = jit_range_test_steps(run.config, setup.graphdef, setup.mesh, setup.state_shapes(tx))
@@ -122,16 +162,7 @@ def _range_test(run: Run, warn: Warn, lock: Lock, condition: StopCondition) -> G
         size.record(time.perf_counter() - began, count)
         return state, losses
 
-    for event in search(trainer_losses(start, dispatch), finder):
-        lock.alive()
-        if condition.reached():
-            break
-        if isinstance(event, LRFinderResult):
-            with excused(str(run.workdir.lr_finder), warn):
-                run.workdir.save_lr_finder(dataclasses.asdict(event))
-            run = run.with_learning_rate(event.learning_rate)
-        yield event
-    return run
+    return trainer_losses(start, dispatch)
 
 
 def restored(setup: Setup, initial: TrainState, checkpoints: Path, warn: Warn) -> TrainState:

@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from chargpt_jax.config import LRFinderConfig
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import LRFinderResult, LRFinderStep, Zoom
-from chargpt_jax.training.lr_finder import LossesOf, log_spaced, search, steepest_rate, trainer_losses, zoom_in
+from chargpt_jax.training.lr_finder import (
+    LossesOf,
+    check_descent,
+    fall,
+    log_spaced,
+    lowest_at_the_end,
+    search,
+    steepest_rate,
+    trainer_losses,
+    unclear,
+    zoom_in,
+)
 from tests import reference
 
 LossOf = Callable[[int, int, float], float]
@@ -164,6 +175,41 @@ def halved(proposed: tuple[float, float], low: float, high: float, zoom_factor: 
 
 def test_rates_are_evenly_spaced_in_the_logarithm_with_both_ends():
     assert log_spaced((1e-10, 10.0), 12) == pytest.approx([10.0**n for n in range(-10, 2)])
+
+
+# Whether the test shows a descent
+
+
+def result_of(*falls: float, first: float = 4.0, rates: Sequence[float] = (1e-3, 1e-2)) -> LRFinderResult:
+    """Return a result with one zoom per fall of the loss."""
+    zooms = [Zoom(i + 1, 1e-5, 1.0, tuple(rates), (first, first - x), 1e-3, 1e-2, 1e-3) for i, x in enumerate(falls)]
+    return LRFinderResult(1e-3, "steepest", 1e-5, 1.0, tuple(zooms))
+
+
+def test_small_fall_is_unclear_and_a_large_one_is_not():
+    assert unclear(result_of(0.1, 0.41, 0.2)) is None
+    zoom = unclear(result_of(0.1, 0.39, 0.2))
+    assert zoom is not None
+    assert (zoom.number, fall(zoom)) == (2, pytest.approx(0.39))
+
+
+@pytest.mark.parametrize("untrained", [[4.0, 3.61], [4.0, 3.7, 3.9], [3.73, 4.0]])
+def test_fall_within_the_variation_of_batches_is_rejected(untrained):
+    (zoom,) = result_of(0.39).zooms
+    with pytest.raises(
+        UserError, match=r"from 1e-10 to 10 shows no descent .* by 0.390 nats, .*: widen lr_finder.start"
+    ):
+        check_descent(zoom, untrained, LRFinderConfig())
+
+
+def test_fall_beyond_the_variation_of_batches_is_accepted():
+    (zoom,) = result_of(0.39).zooms
+    check_descent(zoom, [4.0, 3.8, 3.9], LRFinderConfig())
+
+
+def test_lowest_loss_at_the_highest_rate_is_recognised():
+    assert not lowest_at_the_end(result_of(0.5, 0.5))
+    assert lowest_at_the_end(result_of(0.5, rates=(1e-3, float(log_spaced((1e-5, 1.0), 7)[-1]))))
 
 
 # The loss function of a training run

@@ -14,6 +14,7 @@ import pytest
 
 from chargpt_jax import api
 from chargpt_jax.cli.selftest import shrunk
+from chargpt_jax.config import Config
 from chargpt_jax.config_io import load_config
 from chargpt_jax.devices.platform import BFLOAT16_ON_CPU
 from chargpt_jax.errors import NonFiniteLoss, UserError
@@ -240,6 +241,16 @@ def test_signal_ends_the_range_test_without_a_result(text, tmp_path):
     assert not (tmp_path / "lr_finder.json").exists()
 
 
+def test_signal_ends_the_check_for_a_descent_without_a_result(text, tmp_path, monkeypatch):
+    checked: list[object] = []
+    monkeypatch.setattr(stages, "unclear", lambda result: checked.append(result) or result.zooms[0])
+    stop = lambda: signal.SIGINT if checked else None  # noqa: E731
+    (*_, last) = stages.train(range_test_config(text, 0), tmp_path, quiet, stop)
+    assert last == Ended(0, 0.0, math.inf, signal.SIGINT)
+    assert len(checked) == 1
+    assert not (tmp_path / "lr_finder.json").exists()
+
+
 def test_unwritable_log_does_not_end_training(whole, text, tmp_path, monkeypatch):
     warnings, original, full = [], Path.open, True
 
@@ -427,6 +438,41 @@ def test_range_test_runs_if_no_learning_rate_is_set(text, tmp_path):
     assert max(firsts) - min(firsts) < 0.2
     again = list(stages.train(config, tmp_path, quiet))
     assert not [event for event in again if isinstance(event, LRFinderStep)]
+
+
+def range_test_config(source: Path, seed: int, **settings: float) -> Config:
+    """Return a config without a learning rate, with changed settings of the range test."""
+    config = small_config(source)
+    config.optimizer.learning_rate, config.seed = None, seed
+    config.lr_finder = dataclasses.replace(config.lr_finder, **settings)
+    return config
+
+
+NO_DESCENT = [
+    *((seed, {"num_zooms": 1, "steps_per_zoom": 2, "method": "balanced"}) for seed in range(3)),
+    (0, {"end_lr": 1e-8}),
+    (0, {"start_lr": 1.0, "num_zooms": 2}),
+]
+
+
+@pytest.mark.parametrize(("seed", "settings"), NO_DESCENT)
+def test_range_test_without_a_descent_proposes_no_learning_rate(text, tmp_path, seed, settings):
+    events = []
+    with pytest.raises(UserError, match=r"shows no descent|lowers the loss"):
+        events.extend(stages.train(range_test_config(text, seed, **settings), tmp_path, quiet))
+    assert Workdir(tmp_path).load_config().optimizer.learning_rate is None
+    assert not (tmp_path / "lr_finder.json").exists()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_lowest_loss_at_the_end_of_the_range_is_reported(text, tmp_path):
+    said: list[str] = []
+    (*_, result) = stages.find_lr(range_test_config(text, 0, end_lr=0.1), tmp_path, said.append)
+    assert isinstance(result, LRFinderResult)
+    assert [line for line in said if "lowest at the highest learning rate of the range test, 0.1: raise" in line]
+    said.clear()
+    list(stages.find_lr(range_test_config(text, 0), tmp_path / "wide", said.append))
+    assert not [line for line in said if "highest learning rate" in line]
 
 
 def test_error_of_initialisation_in_the_thread_is_raised(text, tmp_path):
