@@ -34,7 +34,7 @@ from chargpt_jax.training import optimizer, stages
 from chargpt_jax.training.lr_finder import result_from
 from chargpt_jax.training.pacing import Stop
 from chargpt_jax.training.run import Run, Warn
-from chargpt_jax.training.setup import Setup
+from chargpt_jax.training.setup import Setup, training_mesh
 from chargpt_jax.training.stages import prepare
 
 MAX_SAMPLES_JSON = 512 << 20
@@ -238,6 +238,7 @@ def info(workdir: str | Path | Workdir) -> dict[str, Any]:
     folder = Workdir(workdir)
     config, sources, speed = folder.load_config(), folder.load_sources(), folder.load_speed()
     log = [line for line in folder.load_metrics() if line["event"] == "validation"]
+    mesh = training_mesh(config, tell=False)  # first: it also decides how many CPU devices there are
     _, like = state_shapes_of(config, compute_dtype(config.amp))
     n = int(sum(source["characters"] for source in sources))
     epoch_steps = batches.steps_per_epoch(
@@ -258,7 +259,7 @@ def info(workdir: str | Path | Workdir) -> dict[str, Any]:
         "best_step": best and best["step"],
         "best_loss": best and best["loss"],
         "best_bits_per_character": best and best["bits_per_character"],
-        "devices": sharding.describe(sharding.data_mesh(config.data.batch_size)),
+        "devices": sharding.describe(mesh, jax.local_device_count()),
         "dtype": jnp.dtype(compute_dtype(config.amp)).name,
         "trained_on": speed.get("device"),
         "compile_seconds": speed.get("compile_seconds"),

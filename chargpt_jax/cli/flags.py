@@ -307,12 +307,14 @@ def read(argv: Sequence[str], signals: Signals) -> Request:
     """Parse a command line, the program's name first, and check what its mode needs.
 
     Raises:
-        UserError: if a flag, a config field or a value is invalid, or a flag that the mode needs is missing.
+        UserError: if a flag, a config field, an environment variable or a value is invalid, or a flag that the mode
+            needs is missing.
     """
     began = time.monotonic()
     flags, config, name = parse(argv)
     mode, minutes = flags.mode, flags.max_minutes
     if not flags.help:
+        startup.check_environment()
         if mode in NEEDS_CONFIG:
             if config is None:
                 raise UserError(f"--mode={mode} needs a config: give --config=small, or the path of a config file.")

@@ -46,7 +46,8 @@ class Shaped(Protocol):
 def data_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None, tell: bool = True) -> Mesh:
     """Return the mesh that splits a batch: as many local devices as divide it evenly, on one axis named 'data'.
 
-    The number of devices in the mesh also divides the number of all devices, which a TPU's all-reduce requires.
+    On accelerators the number of devices in the mesh also divides the number of all devices, which a TPU's all-reduce
+    requires.
 
     Args:
         batch_size: number of sequences.
@@ -54,7 +55,10 @@ def data_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None, tell
         tell: log a warning if some devices stay idle.
     """
     devices = jax.local_devices() if devices is None else devices
-    count = math.gcd(batch_size, len(devices))
+    if devices[0].platform == "cpu":
+        count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
+    else:
+        count = math.gcd(batch_size, len(devices))
     if tell and count < len(devices) and devices[0].platform != "cpu":
         logging.getLogger(__name__).warning(
             "batch of %d is split over %d of %d devices; the others are idle", batch_size, count, len(devices)
@@ -62,9 +66,15 @@ def data_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None, tell
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
 
 
-def describe(mesh: Mesh) -> str:
-    """Return the number and kind of the devices in use: '1 x cpu', '8 x TPU v5 lite'."""
-    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+def describe(mesh: Mesh, available: int = 0) -> str:
+    """Return the number and kind of the devices in use: '1 x cpu', '8 x TPU v5 lite', '2 of 3 x cpu'.
+
+    Args:
+        mesh: the devices in use.
+        available: number of all devices, mentioned if it is larger.
+    """
+    count = f"{mesh.size} of {available}" if available > mesh.size else f"{mesh.size}"
+    return f"{count} x {mesh.devices.flat[0].device_kind}"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

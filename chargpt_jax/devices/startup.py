@@ -3,11 +3,23 @@
 import contextlib
 import gc
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from chargpt_jax.errors import UserError
+
 MAX_CORES = 8
 """Each CPU core counts as one device, up to this number; further cores help all of them."""
+
+MAX_DEVICES = 4096
+"""Maximum number of CPU devices that a user may choose."""
+
+DEVICE_COUNTS = {
+    "JAX_NUM_CPU_DEVICES": r"\A.*\Z",
+    "XLA_FLAGS": r"--xla_force_host_platform_device_count=(\S*)",
+}
+"""Environment variables that set the number of CPU devices, and the regular expression of the number in each."""
 
 
 @contextlib.contextmanager
@@ -29,13 +41,32 @@ def gc_paused() -> Iterator[None]:
             gc.enable()
 
 
+def check_environment() -> None:
+    """Check the number of CPU devices in the environment: JAX and XLA end with a traceback if it is invalid.
+
+    Raises:
+        UserError: with the variable and its value.
+    """
+    for variable, pattern in DEVICE_COUNTS.items():
+        for value in re.findall(pattern, os.environ.get(variable, "1"), re.DOTALL)[-1:]:
+            if not (re.fullmatch(r"\s*\+?\d{1,9}\s*", value, re.ASCII) and 1 <= int(value) <= MAX_DEVICES):
+                raise UserError(
+                    f"{variable} sets the number of CPU devices to {value[:80]!r}, but it must be an integer from 1 to "
+                    f"{MAX_DEVICES:,}: correct it, or unset {variable}."
+                )
+
+
 def use_every_core() -> None:
     """Make each CPU core a device, so that the batch is split over the cores, which is faster.
 
     This has no effect if JAX is already initialised, or if XLA_FLAGS or JAX_NUM_CPU_DEVICES set the number of devices.
+
+    Raises:
+        UserError: if that number is invalid.
     """
     import jax
 
+    check_environment()
     is_set = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if is_set or getattr(jax.config, "jax_num_cpu_devices", -1) >= 0:
         return

@@ -112,7 +112,7 @@ class TrainingLoop:
             epoch_steps=self.epoch_steps,
             epochs=self.total_steps / self.epoch_steps,
             learning_rate=config.optimizer.learning_rate,
-            device=sharding.describe(self.setup.mesh),
+            device=sharding.describe(self.setup.mesh, jax.local_device_count()),
             dtype=jnp.dtype(self.setup.dtype).name,
             training=self._logged_losses("step"),
             validation=self._logged_losses("validation"),
@@ -254,7 +254,7 @@ def speed(compiled: Compiled, size: DispatchSize, setup: Setup) -> dict[str, Any
     device, dtype = setup.mesh.devices.flat[0], jnp.dtype(setup.dtype).name
     achieved, peak = compiled.flops_per_step / size.seconds_per_step, peak_flops(device, dtype)
     return {
-        "device": sharding.describe(setup.mesh),
+        "device": sharding.describe(setup.mesh, jax.local_device_count()),
         "compile_seconds": compiled.seconds,
         "seconds_per_step": size.seconds_per_step,
         "flops_per_step": compiled.flops_per_step,

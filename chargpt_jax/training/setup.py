@@ -46,6 +46,12 @@ VALIDATED_AT_ONCE = 8192
 """Characters of the validation set in one batch, at most, if a training batch has fewer."""
 
 
+def training_mesh(config: Config, tell: bool = True) -> Mesh:
+    """Return the devices that a training with this config uses; `tell` as in `sharding.data_mesh`."""
+    startup.use_every_core()
+    return sharding.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps, tell=tell)
+
+
 def train_steps(
     state: TrainState,
     tokens: jax.Array,
@@ -178,9 +184,8 @@ class Setup:
     @startup.gc_paused()
     def on(cls, config: Config, tokens: np.ndarray, vocabulary: tuple[str, ...]) -> "Setup":
         """Build the model of a config for a corpus, int32 [N]."""
-        startup.use_every_core()
+        mesh = training_mesh(config)
         dtype = compute_dtype(config.amp)
-        mesh = sharding.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps)
         train, _ = batches.split(tokens, config.data.train_split, config.model.block_size)
         on_device = jax.device_put(train, sharding.replicated(mesh))
         graphdef, shapes, initial_params = plan(

@@ -90,6 +90,28 @@ def test_mesh_size_divides_the_batch_and_the_slice(batch_size, used):
     assert sharding.describe(mesh) == f"{used} x imaginary"
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "devices", "used"),
+    [
+        (16, 3, 2),
+        (16, 5, 4),
+        (16, 6, 4),
+        (16, 8, 8),
+        (12, 8, 6),
+        (6, 2, 2),
+        (7, 8, 7),
+        (11, 8, 1),
+        (1, 4, 1),
+        (9, 1, 1),
+    ],
+)
+def test_cpu_mesh_has_the_largest_size_that_divides_the_batch(batch_size, devices, used):
+    mesh = sharding.data_mesh(batch_size, [Device("cpu", id=i) for i in range(devices)])
+    assert mesh.size == used
+    expected = f"{used} of {devices} x imaginary" if used < devices else f"{used} x imaginary"
+    assert sharding.describe(mesh, devices) == expected
+
+
 def test_a_large_array_is_cut_where_the_devices_divide_it():
     mesh = sharding.data_mesh(4, [Device("gpu", id=i) for i in range(4)])
     least = sharding.MIN_SHARDED_SIZE
