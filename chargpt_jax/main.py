@@ -7,6 +7,7 @@ python -m chargpt_jax.main --config=small [--workdir=DIR] [--mode=MODE] [--confi
 
 import contextlib
 import errno
+import re
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +19,9 @@ from chargpt_jax.errors import ExpectedError, UserError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 """OS errors that only a user can fix: a full, read-only or broken disk, or missing permissions."""
+
+JAX_REFUSES = re.compile(r"Unable to initialize backend|Invalid value .* for JAX flag|invalid truth value .* for env")
+"""Messages of JAX about devices that are missing and environment variables that are invalid."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 what = f"Cannot use {error.filename or 'the disk'} ({error.strerror})"
                 return _complain(f"{what}: fix this, then run the same command again.", 2)
+            if isinstance(error, ValueError | RuntimeError) and JAX_REFUSES.match(str(error)):
+                return _complain(f"JAX cannot start ({error}): correct or unset its environment variables.", 2)
             raise
 
 

@@ -37,12 +37,18 @@ def test_a_valid_number_of_cpu_devices_is_accepted(monkeypatch, variable, prefix
     startup.check_environment()
 
 
-def test_a_command_with_an_invalid_number_of_cpu_devices_ends_in_a_sentence(tmp_path):
-    command = [sys.executable, "-m", "chargpt_jax.main", "--config=tiny", f"--workdir={tmp_path / 'run'}"]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "abc"}
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("JAX_NUM_CPU_DEVICES", "abc"), ("JAX_PLATFORMS", "abc"), ("JAX_ENABLE_X64", "2"), ("JAX_LOG_COMPILES", "maybe")],
+)
+def test_an_environment_that_jax_refuses_is_answered_in_a_sentence(tmp_path, variable, value):
+    config = small_config(write_words(tmp_path / "text.txt"))
+    list(prepare(config, tmp_path / "run"))
+    command = [sys.executable, "-m", "chargpt_jax.main", "--mode=info", f"--workdir={tmp_path / 'run'}"]
+    environment = {**os.environ, "XLA_FLAGS": "", variable: value}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert list(tmp_path.iterdir()) == []
+    assert value in done.stderr
 
 
 COUNTS = """
