@@ -45,7 +45,7 @@ def evaluate(workdir: str | Path | Workdir, step: str | int = "best", warn: Warn
     """Compute the loss of a trained model on the full validation set.
 
     Returns:
-        loss (nats per character), bits_per_character, perplexity, tokens, split, step.
+        loss (nats per character), bits_per_character, bits_per_char (the same number), perplexity, tokens, split, step.
 
     Raises:
         UserError: if the workdir's vocabulary differs from the one that the model was trained with.
@@ -64,6 +64,7 @@ def evaluate(workdir: str | Path | Workdir, step: str | int = "best", warn: Warn
     return {
         "loss": loss,
         "bits_per_character": bits_per_character(loss),
+        "bits_per_char": bits_per_character(loss),
         "perplexity": perplexity(loss),
         "tokens": len(setup.tokens) - setup.n_train,
         "split": "validation",

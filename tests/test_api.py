@@ -206,6 +206,7 @@ def test_eval_and_info_print_json(capsys, workdir):
     code, out, _ = command(capsys, workdir, "--mode=eval", "--json")
     assert code == 0
     assert {"loss", "bits_per_character", "tokens", "split"} <= set(json.loads(out))
+    assert json.loads(out)["bits_per_char"] == json.loads(out)["bits_per_character"]
     code, out, _ = command(capsys, workdir, "--mode=info", "--json")
     facts = json.loads(out)
     assert code == 0
