@@ -41,8 +41,10 @@ SIZES = {"vocab_size": 64, "n_embd": 16, "n_head": 3, "n_head_dim": 8, "n_ff": 4
 CONFIG = ModelConfig(**SIZES, used_ids=64, block_size=24, mask_unused_ids=False, attention_block=10)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
 STEPS, WARMUP = 50, 10
-TRAINED, KEYS = f"parameters after {STEPS} training steps", f"the keys' biases after {STEPS} training steps"
-"""Softmax ignores the biases of the keys: their gradient is rounding noise, which Adam scales up."""
+TRAINED = f"parameters after {STEPS} training steps"
+KEYS = f"the keys' biases that rotate slowest, after {STEPS} training steps"
+"""The pair of channels with the lowest frequency in the bias of each head. Without rotation a bias adds the same number
+to all scores of a query, which softmax ignores. This pair has a small gradient, so Adam amplifies rounding errors in it."""
 SCHEDULER = SchedulerConfig(max_steps=STEPS, warmup_epochs=1.0, min_lr_factor=0.1)
 ZOOMS = LRFinderConfig(start_lr=1e-5, end_lr=1.0, num_zooms=3, steps_per_zoom=8)
 
@@ -124,10 +126,16 @@ def our_model(precision: str) -> tuple[nnx.GraphDef, dict[str, Any]]:
 # Logits, loss, gradients and training
 
 
+def slowest_of_keys() -> np.ndarray:
+    """Return the indices, in a layer's qkv.bias, of each key's pair of channels that RoPE rotates slowest."""
+    heads, width = SIZES["n_head"], SIZES["n_head_dim"]
+    starts = width * (heads + np.arange(heads))
+    return np.sort(np.concatenate([starts + width // 2 - 1, starts + width - 1]))
+
+
 def trained(params: Arrays) -> Figures:
-    """Return the parameters by name, with the biases of the keys separated from the rest."""
-    width = SIZES["n_head"] * SIZES["n_head_dim"]
-    keys = slice(width, 2 * width)
+    """Return the parameters by name, with the biases of the keys that rotate slowest separated from the rest."""
+    keys = slowest_of_keys()
     biases = {name: array[keys] for name, array in params.items() if name.endswith("qkv.bias")}
     rest = {name: np.delete(array, keys) if name in biases else array for name, array in params.items()}
     return {TRAINED: rest, KEYS: biases}

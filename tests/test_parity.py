@@ -8,9 +8,11 @@ differences, which are about as large as those of PyTorch from float64. The test
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,11 +98,30 @@ def test_in_float32_we_are_the_ancestor_but_for_rounding(quantity):
     assert distance(quantity, "float32") <= 1e-5
 
 
-def test_key_biases_differ_from_float64_by_rounding():
-    """Their exact gradient is 0: float64 differs by up to 1e-9; in float32, Adam amplifies rounding errors."""
+def test_slowest_key_biases_differ_from_float64_by_rounding():
+    """Their gradient is small: float64 differs by up to 1e-9; in float32, Adam amplifies rounding errors."""
     assert distance(KEYS, "float64") <= 1e-9
     assert 1e-6 < distance(KEYS, "float32") <= 3e-4
     assert difference(theirs("float32")[KEYS], theirs("float64")[KEYS])[1] <= 3e-4
+
+
+def test_key_biases_have_a_gradient_because_rope_rotates_them():
+    """Without rotation it would be 0. The slowest pair, with 0.001 radians per position, has the smallest gradient."""
+    width, slowest = SIZES["n_head"] * SIZES["n_head_dim"], fidelity.slowest_of_keys()
+    biases = [array for name, array in theirs("float64")["gradients"].items() if name.endswith("qkv.bias")]
+    for gradient in map(np.abs, biases):
+        assert gradient[width : 2 * width].max() > 1e-3
+        assert gradient[slowest].max() < gradient[width : 2 * width].max() / 50
+
+
+def test_key_biases_affect_the_logits():
+    with x64(True):
+        graphdef, params = fidelity.our_model("float64")
+        logits = jax.jit(lambda p: nnx.merge(graphdef, p)(fidelity.batch(0)[0]))
+        before, qkv = np.asarray(logits(params)), params["blocks"]["attn"]["qkv"]
+        width = SIZES["n_head"] * SIZES["n_head_dim"]
+        qkv["bias"] = qkv["bias"].at[:, width : 2 * width].set(0)
+        assert np.abs(np.asarray(logits(params)) - before).max() > 0.01
 
 
 # bfloat16
@@ -155,6 +176,16 @@ def test_greedy_text_is_the_ancestors():
     given = torch.from_numpy(fidelity.prompts()).long()
     expected = pytorch_reference.greedy(fidelity.torch_model(torch.float64), given, 30, CONFIG.block_size)
     assert tokens.tolist() == expected.tolist()
+
+
+def test_original_reads_padding_in_front_of_a_prompt_as_tokens():
+    """chargpt_jax processes each prompt without padding."""
+    padded, model = fidelity.prompts(), fidelity.torch_model(torch.float64)
+    for row in (padded[0], padded[2]):
+        with torch.no_grad():
+            both = [model(torch.from_numpy(tokens).long()[None])[0, -1] for tokens in (row, row[row > 0])]
+        surprisals = [-torch.log_softmax(logits, -1) for logits in both]
+        assert (surprisals[0] - surprisals[1]).abs().max() > 0.1
 
 
 # Settings of the original

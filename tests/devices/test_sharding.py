@@ -249,7 +249,7 @@ def trained(workdir: Path, n_devices: int, parts: int, kind: str = "adamw", leas
 
     Arrays of `least` numbers and more are shared.
 
-    (In float32 the gradient of the keys' bias, which softmax does not see, is rounding noise that Adam makes large.)
+    (In float32, Adam amplifies rounding errors in the keys' biases that RoPE rotates slowest: their gradient is small.)
     """
     training_setup.compute_dtype = lambda amp: jnp.float64
     sharding.data_mesh = partial(data_mesh, devices=jax.devices()[:n_devices])
