@@ -44,7 +44,7 @@ STEPS, WARMUP = 50, 10
 TRAINED = f"parameters after {STEPS} training steps"
 KEYS = f"the keys' biases that rotate slowest, after {STEPS} training steps"
 """The pair of channels with the lowest frequency in the bias of each head. Without rotation a bias adds the same number
-to all scores of a query, which softmax ignores. This pair has a small gradient, so Adam amplifies rounding errors in it."""
+to all scores of a query, which softmax ignores. The gradient of this pair is small, and Adam amplifies its rounding."""
 SCHEDULER = SchedulerConfig(max_steps=STEPS, warmup_epochs=1.0, min_lr_factor=0.1)
 ZOOMS = LRFinderConfig(start_lr=1e-5, end_lr=1.0, num_zooms=3, steps_per_zoom=8)
 

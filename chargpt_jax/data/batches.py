@@ -5,7 +5,16 @@ the device, so a resumed run gets exactly the batches of an uninterrupted run. B
 
 Each pass over the training set splits it into consecutive windows, starting at a random offset, and visits the windows
 in a random order. A pass therefore covers each character once, except for less than two windows at the ends; the next
-pass has another offset.
+pass has another offset. Three consequences matter for short texts:
+
+- Ends: in a pass, the probability of being a target rises evenly from 0 to 1 over the first characters, and falls in
+  the same way over the last. Each of these ends has T to 2 T - 1 characters, depending on the length of the text. The
+  outermost T characters of an end have a probability of 0.25 to 0.5 (mean over lengths: 0.35).
+- Epochs: an epoch is rounded up to full batches, by at most B - 1 windows. With T = 512 and B = 16 an epoch has 1.065
+  times the characters of a training set of 100,000, and 1.024 times those of 240,000.
+- Order: the orders of few windows are not equally likely. The 24 orders of four windows have 0.73 to 1.19 times the
+  probability of a uniform permutation, the 120 orders of five windows 0.36 to 3.23 times. One of 64 windows is at a
+  given position with 0.87 to 1.12 times the uniform probability. (48,000 keys each.)
 """
 
 import math
@@ -53,7 +62,7 @@ def windows_per_pass(n_tokens: int, block_size: int) -> int:
 
 
 def steps_per_epoch(n_tokens: int, block_size: int, data: DataConfig, short_epochs: bool = False) -> int:
-    """Return the number of training steps that cover the training set `oversample` times, at least 1.
+    """Return the number of training steps that cover the training set `oversample` times, rounded up, at least 1.
 
     With `short_epochs` that number is divided by the batch size once more, and rounded like the original's.
     """
@@ -116,6 +125,8 @@ def shuffled(index: jax.Array, size: int, seeds: jax.Array) -> jax.Array:
 
     A four-round Feistel network permutes range(4**k), the next even power of two. A result outside range(size) is
     permuted again until it is inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+
+    The permutations of a small range are not equally likely: the module's docstring has the figures.
 
     Args:
         index: int32 scalar in [0, size).

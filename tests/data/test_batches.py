@@ -120,6 +120,21 @@ def test_batch_is_a_function_of_key_and_step():
     assert first[0].tolist() != compiled(key=jax.random.key(4), step=5)[0].tolist()
 
 
+@pytest.mark.parametrize(("n", "mean"), [(65, 0.5), (72, 0.28)])
+def test_ends_are_targets_less_often(n, mean):
+    """The training set is 8 blocks and a character long, or 7 more: the shortest and the longest ends."""
+    block_size, passes = 8, 1000
+    count = windows_per_pass(n, block_size)
+    slack = n - 1 - count * block_size
+    targets = run(n, block_size, count, passes)[1]
+    often = np.bincount(targets.ravel(), minlength=n + 1)[2:] / passes
+    assert (often[slack:-slack] == 1).all()
+    rising = np.arange(1, slack + 1) / (slack + 1)
+    for end in (often[:slack], often[: -slack - 1 : -1]):
+        np.testing.assert_allclose(end, rising, atol=0.08)
+        assert end[:block_size].mean() == pytest.approx(mean, abs=0.04)
+
+
 # Order
 
 
@@ -143,6 +158,16 @@ def test_order_of_windows_is_uniform():
     assert ((counts - expected) ** 2 / expected).sum() < 81 + 5 * math.sqrt(2 * 81)
 
 
+def test_orders_of_four_windows_are_nearly_uniform():
+    n_keys = 48_000
+    seeds = derive(seeds_of(KEY), jnp.arange(n_keys))
+    order = jax.jit(jax.vmap(lambda own: jax.vmap(partial(shuffled, size=4, seeds=own))(jnp.arange(4))))(seeds)
+    _, counts = np.unique(np.asarray(order), axis=0, return_counts=True)
+    assert len(counts) == 24
+    assert counts.min() * 24 / n_keys > 0.7
+    assert counts.max() * 24 / n_keys < 1.25
+
+
 # Epochs
 
 
@@ -154,6 +179,13 @@ def test_epoch_covers_the_windows_oversample_times(n, block_size, batch_size, ov
     assert steps >= 1
     assert steps * batch_size >= wanted * (1 - 1e-12)
     assert (steps - 1) * batch_size < max(wanted, 1)
+
+
+@pytest.mark.parametrize(("n", "ratio"), [(100_000, 1.065), (240_000, 1.024)])
+def test_epoch_is_rounded_up_to_full_batches(n, ratio):
+    steps = steps_per_epoch(n, 512, DataConfig(batch_size=16))
+    assert steps * 16 * 512 / n == pytest.approx(ratio, abs=5e-4)
+    assert (steps - 1) * 16 < windows_per_pass(n, 512) <= steps * 16
 
 
 def test_oversample_scales_an_epoch():
