@@ -5,30 +5,34 @@ survive a power failure.
 """
 
 import contextlib
+import errno
 import os
+import re
+import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+PARTIAL = re.compile(r"\..*\.[0-9a-z_]{8}\.partial", re.DOTALL)
+"""The name of a temporary file or folder: that of its target with 8 random characters."""
+
+OLD_SECONDS = 86_400.0
+"""Age at which a temporary file outside of a run's folder is of a killed process."""
+
 
 @contextlib.contextmanager
-def replacing(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield an open file that becomes `path` at the end of the block. If the block fails, the old file stays.
 
-    Args:
-        path: the file to create or replace; its folder must exist.
-        shared: several processes may write the same path at the same time, so each gets a neighbour of its own.
-            Otherwise the neighbour is always `path` + '.partial', and a later write reuses what a killed process left.
+    The file is created under a name that did not exist, next to `path`, whose folder must exist. No link is followed,
+    and several processes may write the same path at the same time.
     """
-    if shared:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        partial, file = Path(name), os.fdopen(descriptor, "wb")
-    else:
-        partial = path.with_name(path.name + ".partial")
-        file = partial.open("wb")
+    partial = _fresh(path)
+    file = open(partial, "xb")  # noqa: SIM115
     try:
         with file:
             yield file
@@ -39,10 +43,43 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
         raise
 
 
-def write_file(path: Path, content: bytes, *, shared: bool = False) -> None:
-    """Create or replace a file; `shared` as for `replacing`."""
-    with replacing(path, shared=shared) as file:
+def write_file(path: Path, content: bytes) -> None:
+    """Create or replace a file, as `replacing` does."""
+    with replacing(path) as file:
         file.write(content)
+
+
+def sweep(folder: Path, seconds: float = 0.0, start: str = "") -> None:
+    """Remove the temporary files that killed processes have left in a folder.
+
+    Args:
+        folder: may be missing.
+        seconds: minimum age of a file; a younger one may belong to a process that still writes it.
+        start: only files whose name starts so, after the dot.
+    """
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                facts = entry.stat(follow_symlinks=False)
+                ours = PARTIAL.fullmatch(entry.name) and entry.name.startswith(f".{start}")
+                if ours and time.time() - facts.st_mtime >= seconds:
+                    shutil.rmtree(entry.path) if stat.S_ISDIR(facts.st_mode) else os.unlink(entry.path)
+
+
+def regular_only(path: str, flags: int) -> int:
+    """Open a regular file, and no other: an `opener` for `open`.
+
+    Raises:
+        OSError: if the path is a link, a folder or a pipe.
+    """
+    # Do not follow a link to another file, and do not block on a pipe.
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"):
+        flags |= getattr(os, name, 0)
+    descriptor = os.open(path, flags, 0o666)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file", path)
 
 
 def create_file(path: Path, content: bytes) -> None:
@@ -67,6 +104,7 @@ def creating_folder(path: Path) -> Iterator[Path]:
     `path` must not exist, or be an empty folder; missing parents are created at the end.
     """
     parent = next((p for p in (path.parent, *path.parent.parents) if p.exists()), path.parent)
+    sweep(parent, OLD_SECONDS, f"{path.name[:40]}.")
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".partial", dir=parent))
     try:
         yield partial
@@ -134,6 +172,11 @@ def _sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _fresh(path: Path) -> Path:
+    """Return a new name next to a path. A part of its name is enough: the longest names have 255 bytes."""
+    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.partial")
 
 
 def _umask() -> int:

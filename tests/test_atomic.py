@@ -13,23 +13,21 @@ def refuse(*_: object, **__: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_write_file_creates_and_replaces(tmp_path, shared):
+def test_write_file_creates_and_replaces(tmp_path):
     path = tmp_path / "é.json"
     for content in (b"first, and rather long", b"second", b""):
-        atomic.write_file(path, content, shared=shared)
+        atomic.write_file(path, content)
         assert path.read_bytes() == content
     assert os.listdir(tmp_path) == ["é.json"]
 
 
-@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
-def test_replacing_that_fails_leaves_the_old_file(tmp_path, shared, kind):
+def test_replacing_that_fails_leaves_the_old_file(tmp_path, kind):
     path = tmp_path / "x"
     path.write_bytes(b"old")
 
     def fail_halfway() -> None:
-        with atomic.replacing(path, shared=shared) as file:
+        with atomic.replacing(path) as file:
             file.write(b"half")
             raise kind
 
@@ -39,26 +37,49 @@ def test_replacing_that_fails_leaves_the_old_file(tmp_path, shared, kind):
     assert os.listdir(tmp_path) == ["x"]
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_write_file_cleans_up_if_the_rename_fails(tmp_path, monkeypatch, shared):
+def test_write_file_cleans_up_if_the_rename_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="No space left"):
-        atomic.write_file(tmp_path / "x", b"new", shared=shared)
+        atomic.write_file(tmp_path / "x", b"new")
     assert os.listdir(tmp_path) == []
 
 
-def test_replacing_removes_what_a_dead_process_left(tmp_path):
-    (tmp_path / "x.partial").write_bytes(b"left by a killed process")
+def test_sweep_removes_what_killed_processes_left_and_nothing_else(tmp_path):
+    for name in (".x.0123abcd.partial", "x.partial", ".x.partial", "x.0123abcd.partial"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / ".y.0123_bcd.partial").mkdir()
+    (tmp_path / ".z.0123abcd.partial").symlink_to(tmp_path / "x.partial")
+    atomic.sweep(tmp_path, seconds=60)
+    assert len(os.listdir(tmp_path)) == 6
+    atomic.sweep(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".x.partial", "x.0123abcd.partial", "x.partial"]
+    atomic.sweep(tmp_path / "missing")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has neither pipes nor links of this kind")
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_no_write_goes_through_what_has_a_name_like_a_temporary_file(tmp_path, kind):
+    victim, trap = tmp_path / "victim", tmp_path / "x.partial"
+    victim.write_bytes(b"mine")
+    {"link": lambda: trap.symlink_to(victim), "pipe": lambda: os.mkfifo(trap), "folder": trap.mkdir}[kind]()
+    (tmp_path / "x").symlink_to(victim)
     atomic.write_file(tmp_path / "x", b"new")
-    assert os.listdir(tmp_path) == ["x"]
+    assert victim.read_bytes() == b"mine"
+    assert not (tmp_path / "x").is_symlink()
     assert (tmp_path / "x").read_bytes() == b"new"
+
+
+def test_a_new_file_has_the_permissions_of_any_new_file(tmp_path):
+    (tmp_path / "plain").touch()
+    atomic.write_file(tmp_path / "x", b"")
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_shared_writers_of_one_path_do_not_meet(tmp_path):
     path = tmp_path / "x"
-    with atomic.replacing(path, shared=True) as one:
+    with atomic.replacing(path) as one:
         one.write(b"first to begin, last to end")
-        atomic.write_file(path, b"in between", shared=True)
+        atomic.write_file(path, b"in between")
         assert path.read_bytes() == b"in between"
     assert path.read_bytes() == b"first to begin, last to end"
     assert os.listdir(tmp_path) == ["x"]

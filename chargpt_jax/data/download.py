@@ -108,8 +108,9 @@ def keep(page: Page, cache: Path, warn: Callable[[str], None]) -> None:
     record["downloaded"] = datetime.date.today().isoformat()
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        atomic.write_file(cache / f"{page.key}.txt", page.data, shared=True)
-        atomic.write_file(cache / f"{page.key}.json", json.dumps(record, indent=2).encode(), shared=True)
+        atomic.sweep(cache, atomic.OLD_SECONDS)
+        atomic.write_file(cache / f"{page.key}.txt", page.data)
+        atomic.write_file(cache / f"{page.key}.json", json.dumps(record, indent=2).encode())
     except OSError as error:
         warn(f"WARNING: Cannot cache {page.url} in {cache} ({error.strerror}): it will be downloaded again.")
 
@@ -219,7 +220,8 @@ def _body(url: str, response: "requests.Response", max_megabytes: float) -> byte
     from requests.exceptions import ChunkedEncodingError
 
     declared = response.headers.get("Content-Length", "")
-    length = int(declared) if declared.isdecimal() else None
+    # Python refuses to convert thousands of digits; so many bytes are above every limit.
+    length = int(declared[:18]) if declared.isascii() and declared.isdecimal() else None
     limit = max_megabytes * 1e6
     data = bytearray()
     if (length or 0) <= limit:

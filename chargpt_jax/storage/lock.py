@@ -64,7 +64,8 @@ class Lock:
         self.lost = True
         _held.pop(self.path, None)
         if os.name == "posix":  # while the file is locked, so that the file of the next holder is not removed
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that became read-only
+                self.path.unlink()
         os.close(self.file)
         if os.name != "posix":  # Windows removes only closed files
             with contextlib.suppress(OSError):
@@ -127,10 +128,11 @@ def _open(path: Path) -> int:
             continue
         except OSError as error:
             raise UserError(f"Cannot write {path} ({error.strerror}): choose another --workdir.") from None
-        if stat.S_ISREG(os.fstat(file).st_mode):
+        facts = os.fstat(file)
+        if stat.S_ISREG(facts.st_mode) and facts.st_nlink <= 1:  # the lock overwrites it, under every name
             return file
         os.close(file)
-        raise UserError(f"{path} is not a regular file: remove it.")
+        raise UserError(f"{path} is not a regular file with one name: remove it.")
     raise UserError(f"Cannot write {path} (its folder cannot be created): choose another --workdir.")
 
 

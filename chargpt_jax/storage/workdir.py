@@ -10,6 +10,7 @@ import contextlib
 import copy
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,9 @@ NUMBERS = {"step": ("loss",), "validation": ("loss", "bits_per_character", "seco
 """Numbers that a line of metrics.jsonl must have, by its event, in addition to its step; each is below MAX_NUMBER."""
 
 MAX_NUMBER = 1e30
+
+SAMPLE_SECONDS = 60.0
+"""Age at which a temporary file of a sample is of a killed process."""
 
 T = TypeVar("T")
 
@@ -128,6 +132,15 @@ class Workdir:
             self._read[path] = version, read()
         return self._read[path][1]
 
+    def sweep(self) -> None:
+        """Remove the temporary files of killed processes. Only the process that holds the lock may call this.
+
+        Processes without the lock write samples, so a young temporary file of them stays.
+        """
+        atomic.sweep(self.path)
+        atomic.sweep(self.corpus)
+        atomic.sweep(self.samples, SAMPLE_SECONDS)
+
     def save_config(self, config: Config) -> None:
         """Write the run's config."""
         self.write(self.config, to_json(config))
@@ -194,14 +207,18 @@ class Workdir:
         Raises:
             UserError: if the file exists, but is unreadable or larger than MAX_METRICS.
         """
-        if not self.metrics.exists():
-            return []
         try:
-            if not self.metrics.is_file() or self.metrics.stat().st_size > MAX_METRICS:
-                raise UserError(f"{self.metrics} cannot be read: it must be a file of at most {MAX_METRICS >> 20} MiB.")
-            with self.metrics.open("rb") as file:
+            facts = os.lstat(self.metrics)
+            if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_METRICS:
+                raise UserError(
+                    f"{self.metrics} cannot be read: it must be a regular file, not a link, of at most "
+                    f"{MAX_METRICS >> 20} MiB: remove it."
+                )
+            with open(self.metrics, "rb", opener=atomic.regular_only) as file:
                 lines = map(_metrics_line, iter(lambda: file.readline(MAX_LINE), b""))
                 return [line for line in lines if line is not None]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
         except OSError as error:
             raise UserError(f"{self.metrics} cannot be read ({error.strerror}): repair or remove it.") from None
 
@@ -270,7 +287,7 @@ class Log:
             self._pending = ""
 
     def _append(self, size: int, data: bytes, durably: bool) -> int:
-        with self._folder.metrics.open("ab") as file:
+        with open(self._folder.metrics, "ab", opener=atomic.regular_only) as file:
             size = min(size, os.fstat(file.fileno()).st_size)
             file.truncate(size)
             file.write(data)

@@ -58,6 +58,7 @@ class Run:
             UserError: if the config, the workdir or the text is invalid; nothing has been written then.
         """
         folder.check_config(config)
+        folder.sweep()
         if folder.has_corpus() and folder.config.exists():
             saved = cls.load(folder)
             filled_in = _with_vocabulary(_merge(saved.config, config), saved.tokenizer)

@@ -127,15 +127,17 @@ def test_resuming_before_the_first_line_leaves_an_empty_log(folder):
 
 def test_lines_wait_until_the_disk_is_writable(folder, monkeypatch):
     warnings: list[str] = []
-    log, opened = log_at(folder, 0, warnings), Path.open
+    log, opened = log_at(folder, 0, warnings), open
     log.add([{"event": "step", "step": 1}])
 
     def full(path: Path, *args: object, **options: object) -> object:
+        if path != folder.metrics:
+            return opened(path, *args, **options)
         with opened(path, "ab") as file:
             file.write(b'{"event": "st')  # the disk stores only a part
-        refuse()
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr("builtins.open", full)
     log.add([{"event": "step", "step": 2}])
     log.add([{"event": "step", "step": 3}])
     monkeypatch.undo()
@@ -170,6 +172,46 @@ def test_a_log_that_cannot_be_read_is_named(folder):
     folder.metrics.mkdir(parents=True)
     with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
         folder.load_metrics()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has neither pipes nor links of this kind")
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe"])
+def test_a_log_that_is_no_regular_file_is_refused(folder, tmp_path, kind):
+    folder.path.mkdir()
+    victim = tmp_path / "victim"
+    if kind == "link":
+        victim.write_text("mine")
+    if kind == "pipe":
+        os.mkfifo(folder.metrics)
+    else:
+        folder.metrics.symlink_to(victim)
+    with pytest.raises(UserError, match="must be a regular file, not a link"):
+        log_at(folder, 0)
+    assert victim.exists() == (kind == "link")
+
+
+def test_a_log_that_becomes_a_link_is_not_followed(folder, tmp_path):
+    warnings: list[str] = []
+    log, victim = log_at(folder, 0, warnings), tmp_path / "victim"
+    victim.write_text("mine")
+    folder.metrics.unlink()
+    folder.metrics.symlink_to(victim)
+    log.add([{"event": "step", "step": 1}])
+    assert victim.read_text() == "mine"
+    assert len(warnings) == 1
+
+
+def test_leftovers_of_killed_processes_are_swept(folder):
+    folder.save_corpus(CharTokenizer("ab"), np.int32([1, 2]), [])
+    folder.samples.mkdir()
+    left = [part / ".x.0123abcd.partial" for part in (folder.path, folder.corpus, folder.samples)]
+    for path in left:
+        path.touch()
+    folder.sweep()
+    assert [path.exists() for path in left] == [False, False, True]  # a sample may be in writing
+    os.utime(left[2], (0, 0))
+    folder.sweep()
+    assert not left[2].exists()
 
 
 def test_contradicting_config_is_rejected_by_field(folder):
