@@ -33,6 +33,9 @@ MAX_INT = 2**63
 """Integers must be less than this."""
 
 
+KINDS = {float: "a number", int: "an integer", str: "a string", bool: "True or False"}
+"""The types of fields and arguments, in words."""
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 
@@ -248,18 +251,28 @@ def renamed_field(path: str) -> UserError | None:
 def validate(config: Config) -> Config:
     """Check every field's type and limits and the relations between fields; return the config.
 
+    NumPy scalars in the config are replaced by Python's numbers, which JSON can hold.
+
     Raises:
         UserError: for the first invalid field, with its value and the rule.
     """
+    if not isinstance(config, Config):
+        raise UserError(f"The config is {shown(config)}, but it must be a Config: use chargpt_jax.load_config.")
     for section in dataclasses.fields(config):
         value = getattr(config, section.name)
-        if not dataclasses.is_dataclass(value):
+        kind = typing.cast(type, section.type)
+        if not dataclasses.is_dataclass(kind):
+            setattr(config, section.name, value := plain(value))
             _check_field(section.name, section, value)
             continue
+        if not isinstance(value, kind):
+            rule = f"a {kind.__name__}: set its fields, or leave out the section for the defaults"
+            raise UserError(f"{section.name} is {shown(value)}, but it must be {rule}.")
         for name in vars(value):  # assigning to a field that a dataclass no longer has raises nothing
             if (renamed := renamed_field(f"{section.name}.{name}")) is not None:
                 raise renamed
         for item in dataclasses.fields(value):
+            setattr(value, item.name, plain(getattr(value, item.name)))
             _check_field(f"{section.name}.{item.name}", item, getattr(value, item.name))
     model, data = config.model, config.data
     if model.vocab_size % VOCAB_MULTIPLE:
@@ -311,6 +324,30 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def plain(value: Any) -> Any:
+    """Return a value with Python's numbers in place of NumPy's and JAX's scalars, also inside a tuple or list."""
+    if isinstance(value, tuple | list):
+        return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+
+
+def argument(name: str, value: Any, kind: type, fix: str) -> Any:
+    """Return an argument of a Python function as a plain value, if it is of a kind in `KINDS`.
+
+    Raises:
+        UserError: if it is of another kind; the message ends with the fix.
+    """
+    value = plain(value)
+    if not _is_a(kind, value):
+        raise UserError(f"{name} is {shown(value)}, but it must be {KINDS[kind]}: {fix}.")
+    return value
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    accepted = (float, int) if kind is float else kind
+    return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+
+
 def _check_field(name: str, item: dataclasses.Field, value: Any) -> None:
     kind, optional = item.type, False
     if isinstance(kind, types.UnionType):
@@ -336,10 +373,8 @@ def _check_value(name: str, item: dataclasses.Field, kind: type, value: Any) -> 
     def wrong(rule: str) -> UserError:
         return UserError(f"{name} is {shown(value)}, but it must be {rule} ({item.metadata.get('about', '')}).")
 
-    accepted: tuple[type, ...] = (float, int) if kind is float else (kind,)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        names = {float: "a number", int: "an integer", str: "a string", bool: "True or False"}
-        raise wrong(names.get(kind, kind.__name__))
+    if not _is_a(kind, value):
+        raise wrong(KINDS[kind])
     if isinstance(value, int) and abs(value) >= MAX_INT:
         raise wrong("an integer of at most 18 digits")
     if kind is float and not abs(typing.cast(float, value)) < math.inf:

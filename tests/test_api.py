@@ -132,11 +132,55 @@ def test_samples_draw_themselves_in_a_notebook(model):
         ({"prompts": "ab", "temperature": -1.0}, "temperature is -1.0"),
         ({"prompts": "ab", "top_k": 0}, "top_k is 0"),
         ({"prompts": "ab", "top_p": 0.0}, "top_p is 0.0"),
+        ({"prompts": "ab", "max_new_tokens": 20.0}, "max_new_tokens is 20.0, but it must be an integer: try 500"),
+        ({"prompts": "ab", "max_new_tokens": True}, "max_new_tokens is True, but it must be an integer"),
+        ({"prompts": "ab", "max_new_tokens": None}, "max_new_tokens is None, but it must be an integer"),
+        ({"prompts": "ab", "temperature": "hot"}, "temperature is 'hot', but it must be a number: try 0.8"),
+        ({"prompts": "ab", "temperature": None}, "temperature is None, but it must be a number"),
+        ({"prompts": "ab", "top_k": 2.5}, "top_k is 2.5, but it must be an integer"),
+        ({"prompts": "ab", "top_p": "0.5"}, "top_p is '0.5', but it must be a number"),
+        ({"prompts": "ab", "seed": 1.5}, "seed is 1.5, but it must be an integer"),
+        ({"prompts": "ab", "seed": np.int64(-1)}, "seed is -1, but it must be at least 0"),
+        ({"prompts": "ab", "skip_unknown": "no"}, "skip_unknown is 'no', but it must be True or False"),
+        ({"prompts": "ab", "on_text": "print"}, "on_text is 'print', but it must be a function"),
+        ({"prompts": 7}, "prompts is 7, but it must be a string, or a list of strings"),
+        ({"prompts": b"ab"}, "prompts is b'ab', but it must be a string"),
+        ({"prompts": None}, "prompts is None"),
+        ({"prompts": ["ab", 7]}, "A prompt is 7, but it must be a string"),
     ],
 )
 def test_invalid_arguments_are_rejected_with_one_sentence(model, arguments, message):
     with pytest.raises(UserError, match=message):
         model.generate(**arguments)
+
+
+def test_numpy_numbers_are_arguments_like_pythons(model):
+    plain = model.generate(["ab"], 5, temperature=0.5, top_k=3, top_p=0.5, seed=1)
+    numbers = {"temperature": np.float32(0.5), "top_k": np.int32(3), "top_p": np.float64(0.5), "seed": np.int64(1)}
+    assert model.generate(np.array(["ab"]), np.int64(5), **numbers)[0].text == plain[0].text
+    assert model.score("abab" * 20, stride=np.int64(4)).loss == model.score("abab" * 20, stride=4).loss
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": None}, "text is None, but it must be a string"),
+        ({"text": 5}, "text is 5, but it must be a string"),
+        ({"text": "ab", "stride": 1.0}, "stride is 1.0, but it must be an integer"),
+        ({"text": "ab", "skip_unknown": 1}, "skip_unknown is 1, but it must be True or False"),
+    ],
+)
+def test_score_rejects_a_wrong_kind(model, arguments, message):
+    with pytest.raises(UserError, match=message):
+        model.score(**arguments)
+
+
+def test_load_rejects_a_step_of_a_wrong_kind(workdir):
+    latest = chargpt_jax.load(workdir, "latest").step
+    assert chargpt_jax.load(workdir, np.int64(latest)).step == latest
+    for step in (1.5, None, True):
+        with pytest.raises(UserError, match="step is .*, but it must be an integer: give 'best', 'latest'"):
+            chargpt_jax.load(workdir, step)
 
 
 def test_unknown_characters_can_be_dropped(model):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from chargpt_jax.config import Config, validate
@@ -336,3 +337,42 @@ def test_the_config_of_a_run_is_a_config_file_too(tmp_path):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(UserError):
             load_config(str(path))
+
+
+# NumPy's numbers, and sections of a wrong kind
+
+
+def test_numpy_scalars_in_a_config_become_pythons_numbers():
+    config = Config()
+    config.model.n_layer, config.optimizer.learning_rate = np.int64(2), np.float32(0.5)
+    config.optimizer.betas, config.seed = (np.float64(0.5), np.float64(0.75)), np.int32(3)
+    config.amp.enabled, config.data.source = np.bool_(False), np.str_("stdlib")
+    validate(config)
+    values = (config.model.n_layer, config.optimizer.learning_rate, *config.optimizer.betas, config.amp.enabled)
+    assert [type(value) for value in values] == [int, float, float, float, bool]
+    assert from_dict(json.loads(to_json(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: setattr(config, "model", None), "model is None, but it must be a ModelConfig"),
+        (
+            lambda config: setattr(config, "data", {"source": "60"}),
+            "data is {'source': '60'}, but it must be a DataCon",
+        ),
+        (lambda config: setattr(config, "seed", np.float64(1)), "seed is 1.0, but it must be an integer"),
+        (lambda config: setattr(config.model, "n_layer", np.arange(2)), "n_layer is array.* must be an integer"),
+    ],
+)
+def test_a_wrong_kind_in_a_config_is_refused(change, message):
+    config = Config()
+    change(config)
+    with pytest.raises(UserError, match=message):
+        validate(config)
+
+
+@pytest.mark.parametrize("given", [None, {"seed": 1}, "small"])
+def test_something_else_than_a_config_is_refused(given):
+    with pytest.raises(UserError, match="The config is .*, but it must be a Config: use chargpt_jax.load_config"):
+        validate(given)

@@ -545,6 +545,29 @@ def test_closed_standard_streams_are_not_reused_for_files(here: Path) -> None:
 # Imports
 
 
+@pytest.mark.slow
+def test_a_prompt_is_utf8_in_any_language(here: Path) -> None:
+    (here / "zh.txt").write_text("今天天气很好。" * 300, encoding="utf-8")
+    sizes = "--config.scheduler.max_steps=1 --config.optimizer.learning_rate=0.001 --config.sample.max_new_tokens=3"
+    start = (
+        "--config.data.source=zh.txt --config.data.start_at=天 --config.model.block_size=32 --config.model.n_layer=1"
+    )
+    assert main(f"chargpt --config=tiny --workdir=run {start} {sizes}".split()) == 0
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "chargpt_jax.main", "--workdir=run", "--max_new_tokens=2", "--mode=generate"]
+    for prompt in (["--prompt=今天"], ["--prompt", "今天"]):
+        done = subprocess.run([*command, *prompt], capture_output=True, timeout=60, env=environment)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout.startswith(b"\\u4eca\\u5929")
+
+
+def test_help_does_not_need_docstrings() -> None:
+    command = [sys.executable, "-OO", "-m", "chargpt_jax.main", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "save a checkpoint and exit within this many minutes" in done.stdout
+
+
 def test_the_bare_command_answers_without_starting_jax() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "chargpt_jax.main"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

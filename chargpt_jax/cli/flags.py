@@ -4,6 +4,7 @@
 overrides a field, through ml_collections. This file does not import JAX, so a mistyped command is answered at once.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -74,6 +75,10 @@ FLAG_MODES = {
 """The modes that a flag applies to; other flags apply to every mode."""
 
 
+TEXTS = ("prompt", "text", "config.data.start_at", "config.sample.prompts")
+"""The flags whose values are texts: they are read as UTF-8, whatever encoding the system uses for file names."""
+
+
 def define_flags() -> flags.FlagValues:
     """Return the flags of all modes, unparsed."""
     values = flags.FlagValues()
@@ -133,7 +138,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Config | None, str | N
     Raises:
         UserError: if a flag, a field or a value is invalid.
     """
-    argv, name = _without_config(list(argv))
+    argv, name = _without_config(_texts_in_utf8(argv))
     name = _own_config(argv) if name is None else name
     values = define_flags()
     if name is not None:
@@ -185,6 +190,20 @@ def help_text() -> str:
         lines.append(f"    {line}")
     lines += ["", "Exit codes:", *(f"  {code:<4}{about}" for code, about in EXIT_CODES.items())]
     return "\n".join(lines)
+
+
+def _texts_in_utf8(argv: Sequence[str]) -> list[str]:
+    """Decode the values of `TEXTS`: Python has read bytes that are not ASCII as lone surrogates under LC_ALL=C."""
+    words, of_a_text = [], False
+    for word in argv:
+        flag, equals, _ = word.partition("=")
+        named = word.startswith("-") and flag.lstrip("-") in TEXTS
+        if of_a_text or (named and equals):
+            with contextlib.suppress(UnicodeError):
+                word = os.fsencode(word).decode()
+        of_a_text = named and not equals
+        words.append(word)
+    return words
 
 
 def _without_config(argv: list[str]) -> tuple[list[str], str | None]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chargpt_jax.config import MAX_TEMPERATURE
+from chargpt_jax.config import MAX_TEMPERATURE, argument, shown
 from chargpt_jax.errors import UserError
 
 MIN_TEMPERATURE = 1e-6
@@ -70,6 +70,14 @@ class SamplerState:
         return logits
 
 
+KINDS: dict[str, tuple[type, str]] = {
+    "temperature": (float, "try 0.8"),
+    "top_k": (int, "leave it out to sample from all"),
+    "top_p": (float, "leave it out to sample from all"),
+}
+"""For each setting of a sampler its type, and what to do about a value of another type."""
+
+
 @dataclass(frozen=True)
 class Sampler:
     """The sampling settings that a user gives."""
@@ -82,17 +90,22 @@ class Sampler:
     """Nucleus sampling: from the fewest most likely characters with total probability of at least p; None: all."""
 
     def __post_init__(self) -> None:
-        """Reject invalid values, in one sentence each."""
+        """Reject invalid values, in one sentence each; NumPy scalars become Python's numbers."""
+        for name, (kind, fix) in KINDS.items():
+            if (value := getattr(self, name)) is not None or name == "temperature":
+                object.__setattr__(self, name, argument(name, value, kind, fix))
         if not 0 <= self.temperature <= MAX_TEMPERATURE:
             raise UserError(
-                f"temperature is {self.temperature}, but it must be between 0 (greedy) and {MAX_TEMPERATURE:g}: "
+                f"temperature is {shown(self.temperature)}, but it must be between 0 (greedy) and {MAX_TEMPERATURE:g}: "
                 "try 0.8."
             )
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}, but it must be at least 1: leave it out to sample from all.")
+            raise UserError(
+                f"top_k is {shown(self.top_k)}, but it must be at least 1: leave it out to sample from all."
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(
-                f"top_p is {self.top_p}, but it must be above 0 and at most 1: leave it out to sample from all."
+                f"top_p is {shown(self.top_p)}, but it must be above 0 and at most 1: leave it out to sample from all."
             )
 
     def with_key(self, key: jax.Array) -> SamplerState:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from chargpt_jax.config import MAX_TEXT, Config, shown
+from chargpt_jax.config import MAX_TEXT, Config, argument, shown
 from chargpt_jax.config_io import from_dict
 from chargpt_jax.data.repair import ALL, DEFAULT, repaired_as
 from chargpt_jax.data.tokenizer import CharTokenizer
@@ -84,9 +84,9 @@ class Model:
         Raises:
             UserError: if an argument is invalid.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        sampler = Sampler(temperature, top_k, top_p)
-        _check_generation(prompts, max_new_tokens, seed)
+        sampler, on_text = Sampler(temperature, top_k, top_p), _checked_callback(on_text)
+        prompts, skip_unknown = _checked_prompts(prompts), _checked_skip(skip_unknown)
+        max_new_tokens, seed = _checked_count(max_new_tokens), _checked_seed(seed)
         prompts = [self._known(prompt, skip_unknown) for prompt in prompts]
         encoded = [self.tokenizer.encode_text(prompt) for prompt in prompts]
         lengths = np.array([len(ids) for ids in encoded], np.int32)
@@ -139,7 +139,8 @@ class Model:
         Raises:
             UserError: if the text or the stride is invalid.
         """
-        text = self._known(text, skip_unknown)
+        text, stride = argument("text", text, str, "give the text to score"), _checked_stride(stride)
+        text = self._known(text, _checked_skip(skip_unknown))
         _check_scored(len(text))
         tokens = self.tokenizer.encode_text(text)
         surprisal, entropy = self._measure(tokens, stride)
@@ -164,7 +165,7 @@ class Model:
         Raises:
             UserError: if the text or the stride is invalid.
         """
-        text = ""
+        text, stride, skip_unknown = "", _checked_stride(stride), _checked_skip(skip_unknown)
 
         def encoded() -> Iterator[np.ndarray]:
             nonlocal text
@@ -218,15 +219,43 @@ def _check_scored(characters: int) -> None:
         )
 
 
-def _check_generation(prompts: list[str], max_new_tokens: int, seed: int) -> None:
-    if not 1 <= max_new_tokens <= MAX_TEXT:
-        raise UserError(
-            f"max_new_tokens is {shown(max_new_tokens)}, but it must be between 1 and {MAX_TEXT:,}: try 500."
-        )
+def _checked_prompts(prompts: str | Sequence[str]) -> list[str]:
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts is {shown(prompts)}, but it must be a string, or a list of strings: try '\\n'.")
+    found = [
+        argument("A prompt", one, str, "try '\\n'") for one in ([prompts] if isinstance(prompts, str) else prompts)
+    ]
+    if not found:
+        raise UserError("No prompt was given, but the model needs at least one character: try '\\n'.")
+    return found
+
+
+def _checked_count(max_new_tokens: int) -> int:
+    count: int = argument("max_new_tokens", max_new_tokens, int, "try 500")
+    if not 1 <= count <= MAX_TEXT:
+        raise UserError(f"max_new_tokens is {shown(count)}, but it must be between 1 and {MAX_TEXT:,}: try 500.")
+    return count
+
+
+def _checked_seed(seed: int) -> int:
+    seed = argument("seed", seed, int, "try 0")
     if not 0 <= seed < MAX_SEED:
         raise UserError(f"seed is {shown(seed)}, but it must be at least 0 and below {MAX_SEED:,}: try 0.")
-    if not prompts:
-        raise UserError("No prompt was given, but the model needs at least one character: try '\\n'.")
+    return seed
+
+
+def _checked_stride(stride: int | None) -> int | None:
+    return None if stride is None else argument("stride", stride, int, "try 1, which is exact but slow")
+
+
+def _checked_skip(skip_unknown: bool) -> bool:
+    return bool(argument("skip_unknown", skip_unknown, bool, "leave it out to reject unknown characters"))
+
+
+def _checked_callback(on_text: Callable[[int, str], None] | None) -> Callable[[int, str], None] | None:
+    if on_text is not None and not callable(on_text):
+        raise UserError(f"on_text is {shown(on_text)}, but it must be a function of an index and a text: leave it out.")
+    return on_text
 
 
 def load(workdir: str | Path | Workdir, step: str | int = "best", warn: Callable[[str], None] = print) -> Model:
@@ -241,6 +270,8 @@ def load(workdir: str | Path | Workdir, step: str | int = "best", warn: Callable
         UserError: if the folder is not a run.
         NoCheckpoint: if it has no such checkpoint, or none that passes verification.
     """
+    if not isinstance(step, str):
+        step = argument("step", step, int, "give 'best', 'latest' or the step of a checkpoint")
     startup.use_every_core()
     folder = Workdir(workdir)
     folder.load_config()  # raises if this is not a run

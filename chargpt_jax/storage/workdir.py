@@ -171,6 +171,8 @@ class Workdir:
         """
         path = self.corpus / "tokens.npy"
         if self.has_corpus() and not path.exists():
+            if self.load_sources():
+                raise UserError(f"{path} is missing: restore it, or start a new --workdir.")
             raise UserError(
                 f"{self.path} holds a model imported without its text, so it cannot be trained or evaluated: import it "
                 "again with --text_file."

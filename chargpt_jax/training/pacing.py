@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 
-from chargpt_jax.config import Config
+from chargpt_jax.config import Config, argument
 
 MAX_DISPATCH_STEPS = 256
 """Training steps in one dispatch, at most."""
@@ -59,6 +59,8 @@ class StopCondition:
         self.signal: int | None = None
         self.out_of_time = False
         self._stop = stop
+        if max_minutes is not None:
+            max_minutes = argument("max_minutes", max_minutes, float, "give a number of minutes, or leave it out")
         self._deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._save_seconds = 2.0
 
