@@ -1,6 +1,5 @@
 """A small character-level GPT in JAX: train it on a text, generate samples, and score texts."""
 
-from importlib import metadata as _metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from chargpt_jax.config_io import load_config
     from chargpt_jax.errors import UserError
 
-__version__ = _metadata.version("chargpt_jax")
+    __version__: str
 
 _MODULES = {
     "Config": "config",
@@ -67,6 +66,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import on first use: a mistyped command gets its error message without waiting for JAX."""
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("chargpt_jax")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

@@ -11,10 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from chargpt_jax.cli.commands import MODES
-from chargpt_jax.cli.flags import help_text, read
-from chargpt_jax.cli.signals import ResilientStream, Signals, ignore_signals, open_standard_streams
-from chargpt_jax.cli.terminal import guard, one_line
+from chargpt_jax.cli.signals import ResilientStream, Signals, open_standard_streams
 from chargpt_jax.errors import ExpectedError, UserError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
@@ -24,41 +21,63 @@ JAX_REFUSES = re.compile(r"Unable to initialize backend|Invalid value .* for JAX
 """Messages of JAX about devices that are missing and environment variables that are invalid."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line, `sys.argv` by default, and return its exit code."""
+def main(argv: Sequence[str] | None = None, last: bool = False) -> int:
+    """Run a command line and return its exit code.
+
+    Args:
+        argv: the command line; None: `sys.argv`.
+        last: the process ends with this command, so signals that arrive later are ignored.
+    """
     open_standard_streams()
-    with Signals() as signals:
+    with Signals(last) as signals:
         try:
-            request = read(sys.argv if argv is None else argv, signals)
-            code = MODES[request.mode](request) if not request.flags.help else _print_help()
-            sys.stdout.flush()
-            return code
-        except UserError as error:
-            return _complain(error, error.exit_code)
-        except BrokenPipeError:
-            ResilientStream(sys.stdout).mute()
-            return 0
-        except KeyboardInterrupt:
+            try:
+                # Imported here, so that a signal during the imports is handled as well.
+                from chargpt_jax.cli import commands, flags, terminal
+
+                if last:
+                    terminal.guard()
+                request = flags.read(sys.argv if argv is None else argv, signals)
+                code = commands.MODES[request.mode](request) if not request.flags.help else _print_help()
+                sys.stdout.flush()
+                return code
+            except (Exception, KeyboardInterrupt) as error:
+                return _reported(error, signals)
+        except KeyboardInterrupt:  # a signal that arrived while an error was reported
             return _complain(signals.message, signals.code)
-        except Exception as error:
-            if signals.interrupted:  # a library may have replaced the KeyboardInterrupt by an error of its own
-                return _complain(signals.message, signals.code)
-            if isinstance(error, ExpectedError):
-                return _complain(error, error.exit_code)
-            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-                what = f"Cannot use {error.filename or 'the disk'} ({error.strerror})"
-                return _complain(f"{what}: fix this, then run the same command again.", 2)
-            if isinstance(error, ValueError | RuntimeError) and JAX_REFUSES.match(str(error)):
-                return _complain(f"JAX cannot start ({error}): correct or unset its environment variables.", 2)
-            raise
+
+
+def _reported(error: Exception | KeyboardInterrupt, signals: Signals) -> int:
+    """Print the message of an error and return its exit code; raise an error that is none of the user's."""
+    signals.finished = True
+    if isinstance(error, UserError):
+        return _complain(error, error.exit_code)
+    if isinstance(error, BrokenPipeError):
+        ResilientStream(sys.stdout).mute()
+        return 0
+    # A library may have replaced the KeyboardInterrupt by an error of its own.
+    if signals.interrupted or isinstance(error, KeyboardInterrupt):
+        return _complain(signals.message, signals.code)
+    if isinstance(error, ExpectedError):
+        return _complain(error, error.exit_code)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        what = f"Cannot use {error.filename or 'the disk'} ({error.strerror})"
+        return _complain(f"{what}: fix this, then run the same command again.", 2)
+    if isinstance(error, ValueError | RuntimeError) and JAX_REFUSES.match(str(error)):
+        return _complain(f"JAX cannot start ({error}): correct or unset its environment variables.", 2)
+    raise error
 
 
 def _print_help() -> int:
+    from chargpt_jax.cli.flags import help_text
+
     print(help_text())
     return 0
 
 
 def _complain(message: object, code: int) -> int:
+    from chargpt_jax.cli.terminal import one_line
+
     with contextlib.suppress(OSError):
         print(f"chargpt: {one_line(message)}", file=sys.stderr, flush=True)
     return code
@@ -66,10 +85,7 @@ def _complain(message: object, code: int) -> int:
 
 def console() -> None:
     """Run `main` as the `chargpt` command of a shell."""
-    guard()
-    code = main()
-    ignore_signals()
-    sys.exit(code)
+    sys.exit(main(last=True))
 
 
 if __name__ == "__main__":

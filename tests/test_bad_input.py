@@ -19,6 +19,7 @@ import pytest
 
 import chargpt_jax
 from chargpt_jax import main
+from chargpt_jax.cli import terminal
 from chargpt_jax.cli.terminal import as_json
 from chargpt_jax.config import MAX_TEXT
 from chargpt_jax.errors import UserError
@@ -205,7 +206,7 @@ def test_a_run_that_cannot_be_written_is_still_read_from(asked: Asked, monkeypat
 def test_a_terminal_of_ascii_takes_every_text(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder has non-ASCII letters in its name, which is printed after a picture was written."""
     raw = io.BytesIO()
-    monkeypatch.setattr(main, "guard", lambda: sys.stdout.reconfigure(errors="backslashreplace"))  # type: ignore[union-attr]
+    monkeypatch.setattr(terminal, "guard", lambda: sys.stdout.reconfigure(errors="backslashreplace"))  # type: ignore[union-attr]
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
     monkeypatch.setattr(sys, "argv", ["chargpt", f"--workdir={run}", "--mode=score", "--text=ab cde"])
     with pytest.raises(SystemExit) as left:
@@ -245,7 +246,8 @@ def damaged(copy: Path, name: str, content: str | bytes | None) -> None:
     [
         ("corpus", None, "eval", "has no corpus/vocabulary.json"),
         ("corpus", None, "info", "has no corpus/sources.json"),
-        ("corpus/tokens.npy", None, "eval", "imported without its text"),
+        ("corpus/tokens.npy", None, "eval", "tokens.npy is missing: restore it"),
+        ("corpus/tokens.npy", None, "train", "tokens.npy is missing: restore it"),
         ("corpus/tokens.npy", b"", "eval", "tokens.npy cannot be read"),
         ("corpus/tokens.npy", b"\x93NUMPY\x01\x00garbage", "train", "tokens.npy cannot be read"),
         ("corpus/vocabulary.json", '["", "b", "a"]', "eval", "not sorted and distinct"),

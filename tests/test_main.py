@@ -3,6 +3,8 @@
 Except the tests of imports and signals, all tests run in this process.
 """
 
+import contextlib
+import importlib
 import os
 import shlex
 import signal
@@ -439,6 +441,89 @@ def test_signal_during_prepare_leaves_no_file(
     )
     said = refused(PREPARE, code)
     assert said == f"chargpt: Stopped by {name}: run the same command again to continue from the saved state.\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="timers of POSIX")
+@pytest.mark.parametrize("source", ["pipe", "server", "pattern"])
+def test_the_time_limit_ends_every_wait(refused: Refused, here: Path, source: str) -> None:
+    os.mkfifo(here / "pipe")
+    (here / "text.txt").write_text("a" * 40 + "!" + "b c d " * 2000)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts a connection, and never answers
+        where = {"pipe": "pipe", "pattern": "text.txt", "server": f"http://127.0.0.1:{server.getsockname()[1]}/"}[
+            source
+        ]
+        start = "(a+)+$" if source == "pattern" else ""
+        line = f"--config=tiny --workdir=run --config.data.source={where} --config.data.start_at={start}"
+        began = time.monotonic()
+        said = refused(f"{line} --max_minutes=0.005", 0)
+    assert time.monotonic() - began < 5
+    assert said == "chargpt: Time limit reached: run the same command again to continue from the saved state.\n"
+    assert not (here / "run" / "config.json").exists()
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_the_time_limit_ends_a_body_that_trickles(refused: Refused, here: Path) -> None:
+    def trickle(server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = server.accept()
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 100000\r\n\r\n")
+            while True:
+                connection.sendall(b"x")
+                time.sleep(0.02)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=trickle, args=(server,), daemon=True).start()
+        line = f"--config=tiny --workdir=run --config.data.source=http://127.0.0.1:{server.getsockname()[1]}/"
+        said = refused(f"{line} --max_minutes=0.005", 0)
+    assert said.startswith("chargpt: Time limit reached: ")
+
+
+def test_two_signals_within_a_millisecond_are_one_message(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: object) -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(5)
+        finally:  # a second signal must not end a clean-up
+            signal.raise_signal(signal.SIGTERM)
+            cleaned.append(True)
+        return 0
+
+    cleaned: list[bool] = []
+    monkeypatch.setitem(commands.MODES, "selftest", interrupted)
+    assert refused("--mode=selftest", 143) == "chargpt: Stopped by SIGTERM.\n"
+    assert cleaned == [True]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="timers of POSIX")
+def test_a_signal_waits_for_an_import(refused: Refused, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "slow_module.py").write_text(
+        "import signal, time\nsignal.raise_signal(signal.SIGTERM)\ntime.sleep(0.2)\nDONE = True\n"
+    )
+    monkeypatch.syspath_prepend(str(here))
+
+    def importing(_: object) -> int:
+        importlib.import_module("slow_module")
+        time.sleep(5)
+        return 0
+
+    monkeypatch.setitem(commands.MODES, "selftest", importing)
+    assert refused("--mode=selftest", 143) == "chargpt: Stopped by SIGTERM.\n"
+    assert sys.modules.pop("slow_module").DONE
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("seconds", [0.1, 0.2, 0.4, 0.8, 1.6, 2.2, 2.6])
+def test_a_signal_at_any_time_gives_one_line(here: Path, seconds: float) -> None:
+    command = [sys.executable, "-m", "chargpt_jax.main", *train_line(here)[1:]]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGHUP)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode in (0, 143)
+    assert "Traceback" not in said
+    assert said.count("\n") <= 1
 
 
 def test_library_errors_after_an_interrupt_are_not_shown(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

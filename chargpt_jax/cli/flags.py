@@ -342,6 +342,8 @@ def read(argv: Sequence[str], signals: Signals) -> Request:
             raise UserError(f"--mode={mode} needs the folder of a run: give --workdir.")
         if minutes is not None and not 0 < minutes < math.inf:
             raise UserError(f"--max_minutes is {minutes}, but it must be a number above 0: give 50, for example.")
+        if minutes is not None:
+            signals.end_after(60 * minutes)
     workdir = flags.workdir or ("." if mode == "selftest" else f"runs/{name}")
     return Request(flags, config, workdir, signals, began)
 

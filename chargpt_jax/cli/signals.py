@@ -1,55 +1,82 @@
 """Signals that stop a command, and output streams whose reader may close them."""
 
 import contextlib
+import math
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TextIO
+from typing import TextIO, cast
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 """Signals that stop a command; Windows has no SIGHUP."""
 
 
-class Signals:
-    """Handler of SIGINT, SIGTERM and SIGHUP for the duration of a command.
+MAX_ALARM = 1e6
+"""Seconds that a timer of the system can certainly hold; it is set again for the rest."""
 
-    A signal raises KeyboardInterrupt at once. While `deferred` is set it is only recorded, and the command stops at the
-    next point where it has saved its state. A second SIGINT always exits immediately: a thread watches for it, because
-    Python's own handlers do not run before compiled code returns.
+AGAIN_SECONDS = 1.0
+"""A further signal within this time of a KeyboardInterrupt raises no second one, which could end a clean-up."""
+
+RETRY_SECONDS, MAX_RETRIES = 0.05, 200
+"""How often, and how many times, to check whether an import has ended before a signal raises KeyboardInterrupt."""
+
+
+class Signals:
+    """Handler of SIGINT, SIGTERM, SIGHUP and a time limit for the duration of a command.
+
+    A signal raises KeyboardInterrupt at once, or after the import that is going on: compiled modules may abort if they
+    are interrupted. While `deferred` is set it is only recorded, and the command stops at the next point where it has
+    saved its state. A second SIGINT always exits immediately: a thread watches for it, because Python's own handlers do
+    not run before compiled code returns.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last: bool = False) -> None:
+        """Create a handler; `last`: the process ends after the command, so further signals are then ignored."""
         self.deferred = False
+        self.finished = False
+        """Whether the command's exit code is known, and a signal must not change it."""
         self.interrupted = False
-        """Whether a signal has raised KeyboardInterrupt."""
+        """Whether a signal or the time limit has raised KeyboardInterrupt."""
         self.advice = ""
         """Added to the message "Stopped by SIGNAL"."""
-        self._number: int | None = None
+        self._last, self._number = last, cast("int | None", None)
+        self._deadline, self._raised, self._retries = math.inf, -math.inf, 0
         self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> "Signals":
         """Install the handlers; in other threads than the main one Python does not allow that, and nothing happens."""
         if threading.current_thread() is not threading.main_thread():
             return self
-        for name in NAMES:
-            if hasattr(signal, name):
-                self._before[getattr(signal, name)] = signal.signal(getattr(signal, name), self._on_signal)
         inner, outer = socket.socketpair()
         outer.setblocking(False)
         self._sockets, self._fd_before = (inner, outer), signal.set_wakeup_fd(outer.fileno(), warn_on_full_buffer=False)
+        for name, handler in (*dict.fromkeys(NAMES, self._on_signal).items(), ("SIGALRM", self._on_alarm)):
+            if hasattr(signal, name):
+                self._before[getattr(signal, name)] = signal.signal(getattr(signal, name), handler)
         threading.Thread(target=self._watch, args=(inner,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Restore the handlers of before."""
+        """Restore the handlers of before, or ignore further signals if the process ends now.
+
+        An interrupted process leaves without Python's own clean-up, which crashes while a thread compiles a program.
+        """
+        self.finished = True
+        if self._last and self.interrupted:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(self.code)
         if self._before:
+            _set_alarm(0.0)
             signal.set_wakeup_fd(self._fd_before)
             for number, handler in self._before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if self._last else handler)
             self._sockets[1].close()  # the thread ends with it
 
     @property
@@ -58,41 +85,81 @@ class Signals:
         return signal.Signals(self._number or signal.SIGINT).name
 
     @property
+    def out_of_time(self) -> bool:
+        """Whether the time limit, and no signal, has ended the command."""
+        return self._number is None and time.monotonic() >= self._deadline
+
+    @property
     def code(self) -> int:
-        """The exit code: 130 for SIGINT, 143 for the others."""
-        return 130 if self._number in (None, signal.SIGINT) else 143
+        """The exit code: 0 for the time limit, 130 for SIGINT, 143 for the others."""
+        return 0 if self.out_of_time else 130 if self._number in (None, signal.SIGINT) else 143
 
     @property
     def message(self) -> str:
-        """The message that reports the signal."""
-        return f"Stopped by {self.name}{self.advice}."
+        """The message that reports the signal or the time limit."""
+        return f"{'Time limit reached' if self.out_of_time else f'Stopped by {self.name}'}{self.advice}."
 
     def received(self) -> int | None:
         """Return the number of the first signal that arrived, or None."""
         return self._number
 
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
+    def end_after(self, seconds: float) -> None:
+        """Raise KeyboardInterrupt after a time; while `deferred` is set, training watches the time itself.
+
+        Windows has no SIGALRM: there the limit holds from the first training step on.
+        """
+        if self._before:
+            self._deadline = time.monotonic() + seconds
+            _set_alarm(seconds)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._number = self._number or number
-        if not self.deferred:
-            self.interrupted = True
-            raise KeyboardInterrupt
+        self._stop(frame)
+
+    def _on_alarm(self, _: int, frame: FrameType | None) -> None:
+        """Stop at the time limit, or for a signal that had to wait for an import."""
+        if self._number is not None or time.monotonic() >= self._deadline:
+            self._stop(frame)
+        else:
+            _set_alarm(self._deadline - time.monotonic())
+
+    def _stop(self, frame: FrameType | None) -> None:
+        """Raise KeyboardInterrupt, unless the command is about to end, or must not or cannot be interrupted now."""
+        if self.deferred and self._number is None:  # the limit holds again after training
+            _set_alarm(AGAIN_SECONDS)
+        if self.deferred or self.finished or time.monotonic() - self._raised < AGAIN_SECONDS:
+            return
+        if hasattr(signal, "SIGALRM") and self._retries < MAX_RETRIES and _in_an_import(frame):
+            self._retries += 1
+            _set_alarm(RETRY_SECONDS)
+            return
+        self.interrupted, self._raised = True, time.monotonic()
+        raise KeyboardInterrupt
 
     def _watch(self, arrived: socket.socket) -> None:
         """Exit at the second SIGINT; the socket receives a byte, its number, for every signal."""
-        count = 0
+        count, stopping = 0, {getattr(signal, name) for name in NAMES if hasattr(signal, name)}
         while number := arrived.recv(1):
             if count and number[0] == signal.SIGINT:
                 os.write(2, b"\nchargpt: Exited immediately; files saved earlier are intact.\n")
                 os._exit(130)
-            count += number[0] in self._before
+            count += number[0] in stopping
         arrived.close()
 
 
-def ignore_signals() -> None:
-    """Ignore all signals that stop a command: the work is done, and its exit code must not change any more."""
-    for name in NAMES:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+def _set_alarm(seconds: float) -> None:
+    """Send SIGALRM to this process after a time; 0: do not."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, min(seconds, MAX_ALARM))
+
+
+def _in_an_import(frame: FrameType | None) -> bool:
+    """Return whether a frame belongs to an import."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def open_standard_streams() -> None:

@@ -99,7 +99,9 @@ class TrainingLoop:
                 yield self.progress(dispatched)
             if self.step > self.saved_step:
                 yield self.save(UNVALIDATED)
-        yield Ended(self.step, self.seconds, self.best_loss, self.condition.signal, self.condition.out_of_time)
+        complete = self.step == self.total_steps == self.validated_step
+        out_of_time = self.condition.out_of_time and not complete
+        yield Ended(self.step, self.seconds, self.best_loss, self.condition.signal, out_of_time)
 
     def started(self) -> TrainStarted:
         """Return the event that describes the model, the schedule and the losses logged so far."""
