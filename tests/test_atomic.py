@@ -140,7 +140,7 @@ def test_replace_folder_moves_the_old_one_back_if_it_fails(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
 @pytest.mark.parametrize("kind", ["pipe", "link", "file"])
-def test_what_has_the_name_of_the_partial_file_is_replaced(tmp_path, kind):
+def test_a_file_with_a_likely_temporary_name_does_not_matter(tmp_path, kind):
     partial, other = tmp_path / "a.json.partial", tmp_path / "other"
     other.write_text("kept")
     {"pipe": os.mkfifo, "link": lambda path: path.symlink_to(other), "file": lambda path: path.write_text("x" * 99)}[
@@ -149,4 +149,3 @@ def test_what_has_the_name_of_the_partial_file_is_replaced(tmp_path, kind):
     atomic.write_file(tmp_path / "a.json", b"new")
     assert (tmp_path / "a.json").read_bytes() == b"new"
     assert other.read_text() == "kept"
-    assert not partial.exists()
