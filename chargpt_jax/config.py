@@ -29,6 +29,9 @@ MAX_STEPS = 2**31
 MAX_BYTES = 10**12
 """A config that needs more bytes of memory than this, by `min_memory`, is refused."""
 
+MIN_FLOAT32, MAX_FLOAT32 = 2.0**-126, 2.0**127
+"""Learning rates and norms are multiplied as float32: below and above these it has 0 and infinity."""
+
 MAX_INT = 2**63
 """Integers must be less than this."""
 
@@ -41,7 +44,7 @@ _SHORT.maxstring = _SHORT.maxother = 200
 
 
 def setting(default: Any, about: str, **limits: Any) -> Any:
-    """Declare a field with its meaning and its limits (`above`, `least`, `below`, `most`, `choices`, `even`)."""
+    """Declare a field with its meaning and limits (`above`, `least`, `below`, `most`, `choices`, `even`, `float32`)."""
     return field(default=default, metadata={"about": about, **limits})
 
 
@@ -107,12 +110,12 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW or Muon. If the learning rate is None, the range test chooses it before training."""
 
-    learning_rate: float | None = setting(None, "peak learning rate; None: use the range test", above=0.0)
+    learning_rate: float | None = setting(None, "peak learning rate; None: use the range test", above=0.0, float32=True)
     weight_decay: float = setting(0.1, "decoupled weight decay for arrays of rank 2 or more", least=0.0, most=1.0)
     betas: tuple[float, float] = setting(
         (0.9, 0.95), "AdamW: decay rates of the first and second moment", least=0.0, below=1.0
     )
-    clip_norm: float | None = setting(None, "maximum global gradient norm; None: no clipping", above=0.0)
+    clip_norm: float | None = setting(None, "maximum global gradient norm; None: no clipping", above=0.0, float32=True)
     accumulation_steps: int = setting(1, "gradient accumulation: microbatches per training step; saves memory", least=1)
     kind: str = setting(
         "adamw",
@@ -152,8 +155,8 @@ class AmpConfig:
 class LRFinderConfig:
     """Learning-rate range test with several zooms."""
 
-    start_lr: float = setting(1e-10, "lowest learning rate of the first zoom", above=0.0)
-    end_lr: float = setting(10.0, "highest learning rate of the first zoom", above=0.0)
+    start_lr: float = setting(1e-10, "lowest learning rate of the first zoom", above=0.0, float32=True)
+    end_lr: float = setting(10.0, "highest learning rate of the first zoom", above=0.0, float32=True)
     num_zooms: int = setting(5, "number of zooms; each searches a narrower range", least=1, most=1_000)
     steps_per_zoom: int = setting(10, "training steps per zoom", least=2, most=10_000)
     zoom_factor: float = setting(
@@ -285,6 +288,12 @@ def validate(config: Config) -> Config:
             f"lr_finder.start_lr is {config.lr_finder.start_lr:g}, but it must be less than lr_finder.end_lr "
             f"({config.lr_finder.end_lr:g}): lower it."
         )
+    rate, factor = config.optimizer.learning_rate, config.optimizer.muon_factor
+    if config.optimizer.kind == "muon" and rate is not None and rate * factor > MAX_FLOAT32:
+        raise UserError(
+            f"optimizer.learning_rate is {rate:g}, but times muon_factor ({factor:g}) it must be at most "
+            f"{MAX_FLOAT32:.1e}, the range of float32: lower it."
+        )
     if data.batch_size % config.optimizer.accumulation_steps:
         raise UserError(
             f"optimizer.accumulation_steps is {config.optimizer.accumulation_steps}, but it must divide "
@@ -389,5 +398,7 @@ def _check_value(name: str, item: dataclasses.Field, kind: type, value: Any) -> 
         raise wrong(f"below {limits['below']}")
     if "most" in limits and not value <= limits["most"]:
         raise wrong(f"at most {limits['most']:,.10g}")
+    if limits.get("float32") and not MIN_FLOAT32 <= value <= MAX_FLOAT32:
+        raise wrong(f"within the range of float32, {MIN_FLOAT32:.1e} to {MAX_FLOAT32:.1e}")
     if limits.get("even") and typing.cast(int, value) % 2:
         raise wrong("even, because rotary position embedding rotates its two halves")

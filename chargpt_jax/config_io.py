@@ -37,6 +37,10 @@ The devices are not part of the config and may change, too.
 """
 
 
+MAY_CHANGE_BEFORE_A_CHECKPOINT = (*MAY_CHANGE, "optimizer.learning_rate", "optimizer.clip_norm")
+"""Fields that may also change while a run has no checkpoint, so that a run that diverged at once can be repeated."""
+
+
 def flatten(config: Config) -> dict[str, Any]:
     """Return {'section.field': value} for every field, in order; tuples become lists as in JSON."""
     flat: dict[str, Any] = {}
@@ -46,7 +50,7 @@ def flatten(config: Config) -> dict[str, Any]:
     return flat
 
 
-def differences(saved: Config, given: Config) -> list[str]:
+def differences(saved: Config, given: Config, may_change: tuple[str, ...] = MAY_CHANGE) -> list[str]:
     """Return one line for each field in which a given config contradicts the saved one of a workdir.
 
     Fields that a run sets itself count only if both configs set them. Fields that may change do not count.
@@ -55,7 +59,7 @@ def differences(saved: Config, given: Config) -> list[str]:
     lines = []
     for name, value in new.items():
         unset = name in RESOLVED and not (value and old[name])
-        if value != old[name] and not unset and not name.startswith(MAY_CHANGE):
+        if value != old[name] and not unset and not name.startswith(may_change):
             lines.append(f"{name}: saved {shown(old[name])}, given {shown(value)}")
     return lines
 

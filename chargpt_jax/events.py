@@ -52,6 +52,8 @@ class Zoom:
     """Learning rate at the lowest loss of all zooms so far."""
     best: float
     """Learning rate that this zoom proposes."""
+    method: str = "steepest"
+    """How it was chosen: 'steepest', 'lowest' or 'balanced'."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class TrainStarted:
     """(step, loss) of the training steps logged so far, nats per character."""
     validation: tuple[tuple[int, float], ...] = ()
     """(step, loss) of the validations so far, nats per character."""
+    warmup_steps: int = 0
+    """Training steps of warm-up that the config asks for, which may be more than the run has."""
 
 
 @dataclass(frozen=True)

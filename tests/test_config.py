@@ -339,6 +339,24 @@ def test_the_config_of_a_run_is_a_config_file_too(tmp_path):
             load_config(str(path))
 
 
+# Rates beyond float32
+
+
+@pytest.mark.parametrize("value", [1e39, 1e300, 1e-39, 5e-324])
+@pytest.mark.parametrize("name", ["optimizer.learning_rate", "optimizer.clip_norm", "lr_finder.end_lr"])
+def test_a_rate_beyond_float32_is_refused(name, value):
+    with pytest.raises(UserError, match=rf"{name} is .* must be within the range of float32, 1.2e-38 to 1.7e\+38"):
+        validate(changed(name, value))
+
+
+def test_a_rate_of_muon_beyond_float32_is_refused():
+    config = changed("optimizer.learning_rate", 1e38)
+    validate(config)
+    config.optimizer.kind = "muon"
+    with pytest.raises(UserError, match=r"rate is 1e\+38, but times muon_factor \(10\) it must be at most 1.7e\+38"):
+        validate(config)
+
+
 # NumPy's numbers, and sections of a wrong kind
 
 

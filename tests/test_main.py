@@ -511,6 +511,23 @@ def test_a_signal_waits_for_an_import(refused: Refused, here: Path, monkeypatch:
     assert sys.modules.pop("slow_module").DONE
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="timers of POSIX")
+def test_a_signal_in_a_callback_is_not_lost(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dying:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def interrupted(_: object) -> int:
+        Dying()
+        time.sleep(5)
+        return 0
+
+    before = sys.unraisablehook
+    monkeypatch.setitem(commands.MODES, "selftest", interrupted)
+    assert refused("--mode=selftest", 143) == "chargpt: Stopped by SIGTERM.\n"
+    assert sys.unraisablehook is before
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize("seconds", [0.1, 0.2, 0.4, 0.8, 1.6, 2.2, 2.6])

@@ -114,17 +114,17 @@ def sentence(event: Event) -> str | None:
         case Zoom():
             return (
                 f"learning rate: zoom {event.number} from {event.low:.2e} to {event.high:.2e}, "
-                f"steepest descent at {event.steepest:.2e}"
+                f"steepest descent at {event.steepest:.2e}, proposed {event.best:.2e} ({event.method})"
             )
         case LRFinderResult():
             return f"learning rate: {event.learning_rate:.2e} ({event.method})"
         case TrainStarted():
-            steps = f"{event.total_steps:,}"
-            start = f"resuming after step {event.first_step:,} of {steps}" if event.first_step else f"starting, {steps}"
+            start = f"resuming after step {event.first_step:,} of {event.total_steps:,}"
             return (
-                f"training: {event.parameters:,} parameters on {event.device} in {event.dtype}; {start} "
-                f"steps ({event.epochs:g} epochs of {event.epoch_steps:,} steps), peak learning rate "
-                f"{event.learning_rate:.2e}"
+                f"training: {event.parameters:,} parameters on {event.device} in {event.dtype}; "
+                f"{start if event.first_step else f'starting, {_steps(event.total_steps)}'} "
+                f"({event.epochs:.4g} epochs of {_steps(event.epoch_steps)}), peak learning rate "
+                f"{event.learning_rate:.2e}{_long_warmup(event)}"
             )
         case Compiled():
             return f"compiled in {event.seconds:.1f} s; {event.flops_per_step / 1e9:,.3g} GFLOP per training step"
@@ -138,12 +138,24 @@ def sentence(event: Event) -> str | None:
             return f"time limit reached after step {event.step:,}; run the same command again to resume"
         case Ended(signal=None):
             return (
-                f"done: {event.step:,} steps in {duration(event.seconds)}, best validation loss "
+                f"done: {_steps(event.step)} in {duration(event.seconds)}, best validation loss "
                 f"{event.best_loss:.4f} nats per character"
             )
         case Ended():
             return f"stopped by signal {event.signal} after step {event.step:,}; run the same command again to resume"
     return None
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count:,} steps"
+
+
+def _long_warmup(event: TrainStarted) -> str:
+    """Return a note if the run ends before the warm-up that the config asks for."""
+    if event.warmup_steps < event.total_steps:
+        return ""
+    warmup = _steps(event.warmup_steps)
+    return f"; the warm-up of {warmup} is not shorter than the run: lower scheduler.warmup_epochs"
 
 
 def numbers(event: Steps, wide: bool = True) -> str:
@@ -239,7 +251,8 @@ class _Notebook:
             case Zoom():
                 self._zooms.append(event)
                 curves = [(zoom.lrs, zoom.losses) for zoom in self._zooms]
-                self._update(plots.lr_finder_plot(curves, [zoom.steepest for zoom in self._zooms], event.best))
+                steepest = [zoom.steepest for zoom in self._zooms]
+                self._update(plots.lr_finder_plot(curves, steepest, event.best, event.method))
             case TrainStarted():
                 print(text)
                 self._training, self._validation = list(event.training), list(event.validation)

@@ -22,17 +22,20 @@ MAX_ALARM = 1e6
 AGAIN_SECONDS = 1.0
 """A further signal within this time of a KeyboardInterrupt raises no second one, which could end a clean-up."""
 
+WAITED_FOR = ("<frozen importlib", f"{os.sep}asyncio{os.sep}")
+"""Parts of file names of code that a signal waits for: imports, because compiled modules may abort if they are
+interrupted, and event loops, in which checkpoints are read, because other threads report to them."""
+
 RETRY_SECONDS, MAX_RETRIES = 0.05, 200
-"""How often, and how many times, to check whether an import has ended before a signal raises KeyboardInterrupt."""
+"""How often, and how many times, to check whether such code has ended before a signal raises KeyboardInterrupt."""
 
 
 class Signals:
     """Handler of SIGINT, SIGTERM, SIGHUP and a time limit for the duration of a command.
 
-    A signal raises KeyboardInterrupt at once, or after the import that is going on: compiled modules may abort if they
-    are interrupted. While `deferred` is set it is only recorded, and the command stops at the next point where it has
-    saved its state. A second SIGINT always exits immediately: a thread watches for it, because Python's own handlers do
-    not run before compiled code returns.
+    A signal raises KeyboardInterrupt at once, or after code of `WAITED_FOR` that is running. While `deferred` is set
+    it is only recorded, and the command stops at the next point where it has saved its state. A second SIGINT always
+    exits immediately: a thread watches for it, because Python's own handlers do not run before compiled code returns.
     """
 
     def __init__(self, last: bool = False) -> None:
@@ -46,18 +49,22 @@ class Signals:
         """Added to the message "Stopped by SIGNAL"."""
         self._last, self._number = last, cast("int | None", None)
         self._deadline, self._raised, self._retries = math.inf, -math.inf, 0
+        self._outermost: FrameType | None = None
+        """The frame of the command."""
         self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> "Signals":
         """Install the handlers; in other threads than the main one Python does not allow that, and nothing happens."""
         if threading.current_thread() is not threading.main_thread():
             return self
+        self._outermost = sys._getframe(1)
         inner, outer = socket.socketpair()
         outer.setblocking(False)
         self._sockets, self._fd_before = (inner, outer), signal.set_wakeup_fd(outer.fileno(), warn_on_full_buffer=False)
         for name, handler in (*dict.fromkeys(NAMES, self._on_signal).items(), ("SIGALRM", self._on_alarm)):
             if hasattr(signal, name):
                 self._before[getattr(signal, name)] = signal.signal(getattr(signal, name), handler)
+        self._hook_before, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
         threading.Thread(target=self._watch, args=(inner,), daemon=True).start()
         return self
 
@@ -66,7 +73,7 @@ class Signals:
 
         An interrupted process leaves without Python's own clean-up, which crashes while a thread compiles a program.
         """
-        self.finished = True
+        self.finished, self._outermost = True, None
         if self._last and self.interrupted:
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError, ValueError):
@@ -74,6 +81,7 @@ class Signals:
             os._exit(self.code)
         if self._before:
             _set_alarm(0.0)
+            sys.unraisablehook = self._hook_before
             signal.set_wakeup_fd(self._fd_before)
             for number, handler in self._before.items():
                 signal.signal(number, signal.SIG_IGN if self._last else handler)
@@ -129,12 +137,28 @@ class Signals:
             _set_alarm(AGAIN_SECONDS)
         if self.deferred or self.finished or time.monotonic() - self._raised < AGAIN_SECONDS:
             return
-        if hasattr(signal, "SIGALRM") and self._retries < MAX_RETRIES and _in_an_import(frame):
+        if hasattr(signal, "SIGALRM") and self._retries < MAX_RETRIES and self._must_wait(frame):
             self._retries += 1
             _set_alarm(RETRY_SECONDS)
             return
         self.interrupted, self._raised = True, time.monotonic()
         raise KeyboardInterrupt
+
+    def _on_unraisable(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        """Stop again if a callback, as of a weak reference, has swallowed the KeyboardInterrupt."""
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            self._hook_before(unraisable)
+            return
+        self._raised = -math.inf
+        _set_alarm(RETRY_SECONDS)
+
+    def _must_wait(self, frame: FrameType | None) -> bool:
+        """Return whether code of `WAITED_FOR`, called by this command, is running in a frame."""
+        while frame is not None and frame is not self._outermost:
+            if any(part in frame.f_code.co_filename for part in WAITED_FOR):
+                return True
+            frame = frame.f_back
+        return False
 
     def _watch(self, arrived: socket.socket) -> None:
         """Exit at the second SIGINT; the socket receives a byte, its number, for every signal."""
@@ -151,15 +175,6 @@ def _set_alarm(seconds: float) -> None:
     """Send SIGALRM to this process after a time; 0: do not."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, min(seconds, MAX_ALARM))
-
-
-def _in_an_import(frame: FrameType | None) -> bool:
-    """Return whether a frame belongs to an import."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def open_standard_streams() -> None:

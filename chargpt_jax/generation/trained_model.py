@@ -272,7 +272,7 @@ def load(workdir: str | Path | Workdir, step: str | int = "best", warn: Callable
     """
     if not isinstance(step, str):
         step = argument("step", step, int, "give 'best', 'latest' or the step of a checkpoint")
-    startup.use_every_core()
+    startup.check_single_process()
     folder = Workdir(workdir)
     folder.load_config()  # raises if this is not a run
     if not folder.checkpoints.is_dir():

@@ -19,7 +19,17 @@ import numpy as np
 
 from chargpt_jax import atomic
 from chargpt_jax.config import MAX_STEPS, Config
-from chargpt_jax.config_io import MAX_JSON, differences, file_version, from_dict, read_json, read_json_once, to_json
+from chargpt_jax.config_io import (
+    MAX_JSON,
+    MAY_CHANGE,
+    MAY_CHANGE_BEFORE_A_CHECKPOINT,
+    differences,
+    file_version,
+    from_dict,
+    read_json,
+    read_json_once,
+    to_json,
+)
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError
 from chargpt_jax.storage.npy_header import read_npy_header
@@ -107,12 +117,17 @@ class Workdir:
         """
         if not self.config.exists():
             return
-        lines = differences(self.load_config(), given)
+        may_change = MAY_CHANGE if self.has_checkpoints() else MAY_CHANGE_BEFORE_A_CHECKPOINT
+        lines = differences(self.load_config(), given, may_change)
         if lines:
             shown = "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")
             raise UserError(
                 f"The run in {self.path} has a different config ({shown}): use the saved values, or another --workdir."
             )
+
+    def has_checkpoints(self) -> bool:
+        """Return whether there is a checkpoint, valid or not."""
+        return any(path.name.isdecimal() for path in self.checkpoints.glob("*"))
 
     def load_config(self) -> Config:
         """Read the run's config, including the fields that the run has resolved.

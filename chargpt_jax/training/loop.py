@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from chargpt_jax.config import OptimizerConfig
 from chargpt_jax.devices import sharding
 from chargpt_jax.errors import NonFiniteLoss
 from chargpt_jax.events import (
@@ -114,6 +115,7 @@ class TrainingLoop:
             epoch_steps=self.epoch_steps,
             epochs=self.total_steps / self.epoch_steps,
             learning_rate=config.optimizer.learning_rate,
+            warmup_steps=self.run.warmup_steps,
             device=sharding.describe(self.setup.mesh, jax.local_device_count()),
             dtype=jnp.dtype(self.setup.dtype).name,
             training=self._logged_losses("step"),
@@ -208,8 +210,8 @@ class TrainingLoop:
         at, steps = int(np.argmax(bad)), self.store.steps()
         last = f"The last checkpoint is step {steps[-1]}" if steps else "There is no checkpoint yet"
         raise NonFiniteLoss(
-            f"Training diverged at step {step + at + 1}: loss {losses[at]}, gradient norm {norms[at]}. {last}. Lower "
-            "optimizer.learning_rate, or set optimizer.clip_norm=1.0."
+            f"Training diverged at step {step + at + 1}: loss {losses[at]}, gradient norm {norms[at]}. {last}: start "
+            f"again with {remedies(self.run.config.optimizer)} and {'a new' if steps else 'the same'} --workdir."
         )
 
     def log_steps(self, dispatched: Dispatched) -> None:
@@ -249,6 +251,13 @@ class TrainingLoop:
             seconds=self.seconds,
             seconds_left=(self.total_steps - self.step) * self.size.seconds_per_step,
         )
+
+
+def remedies(config: OptimizerConfig) -> str:
+    """Return the flags that may cure a non-finite loss; a gradient norm that is limited already is not among them."""
+    assert config.learning_rate is not None
+    lower = f"--config.optimizer.learning_rate={config.learning_rate / 10:.1e}"
+    return lower if config.clip_norm is not None else f"{lower} or --config.optimizer.clip_norm=1.0"
 
 
 def speed(compiled: Compiled, size: DispatchSize, setup: Setup) -> dict[str, Any]:

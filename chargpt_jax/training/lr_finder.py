@@ -50,7 +50,7 @@ def search(losses_of: LossesOf, config: LRFinderConfig) -> Iterator[LRFinderStep
         steepest, lowest = steepest_rate(lrs, losses), min(lowest, lowest_rate(lrs, losses))
         proposed = propose(config.method, steepest, lowest)
         best = float(np.mean(proposed))
-        zooms.append(Zoom(number + 1, *span, tuple(lrs), tuple(losses), steepest, lowest, best))
+        zooms.append(Zoom(number + 1, *span, tuple(lrs), tuple(losses), steepest, lowest, best, config.method))
         yield zooms[-1]
         span = zoom_in(proposed, span, config.zoom_factor)
     if not zooms:
@@ -99,7 +99,7 @@ def result_from(saved: Any) -> LRFinderResult:
         ValueError: if the content is invalid: the file is untrusted input.
     """
     try:
-        zooms = tuple(_zoom_from(**zoom) for zoom in saved["zooms"])
+        zooms = tuple(_zoom_from(**{**zoom, "method": saved["method"]}) for zoom in saved["zooms"])
         rate, start_lr, end_lr = (_number(saved[name]) for name in ("learning_rate", "start_lr", "end_lr"))
         if saved["method"] not in ("steepest", "lowest", "balanced"):
             raise ValueError("it has no valid method")
@@ -108,11 +108,11 @@ def result_from(saved: Any) -> LRFinderResult:
         raise ValueError(f"it is not the result of a range test: {type(error).__name__}") from None
 
 
-def _zoom_from(*, number: int, lrs: Sequence[float], losses: Sequence[float], **rates: float) -> Zoom:
+def _zoom_from(*, number: int, lrs: Sequence[float], losses: Sequence[float], method: str, **rates: float) -> Zoom:
     if type(number) is not int or not isinstance(lrs, list) or not isinstance(losses, list) or len(lrs) != len(losses):
         raise ValueError("a zoom must have as many losses as learning rates")
     rates = {name: _number(rate) for name, rate in rates.items()}
-    return Zoom(number=number, lrs=tuple(map(_number, lrs)), losses=tuple(map(_number, losses)), **rates)
+    return Zoom(number=number, lrs=tuple(map(_number, lrs)), losses=tuple(map(_number, losses)), method=method, **rates)
 
 
 def _number(value: Any) -> float:

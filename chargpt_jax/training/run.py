@@ -14,6 +14,7 @@ from chargpt_jax.config import Config, validate
 from chargpt_jax.data import batches
 from chargpt_jax.data.corpus import changed_files, load_corpus
 from chargpt_jax.data.tokenizer import CharTokenizer
+from chargpt_jax.devices import startup
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import Prepared
 from chargpt_jax.storage.checkpoint import Checkpoints
@@ -101,6 +102,11 @@ class Run:
         """Training steps in the whole run."""
         return optimizer.total_steps(self.config.scheduler, self.epoch_steps)
 
+    @property
+    def warmup_steps(self) -> int:
+        """Training steps of warm-up that the config asks for, which may be more than the run has."""
+        return round(self.config.scheduler.warmup_epochs * self.epoch_steps)
+
     def schedule(self) -> optax.Schedule:
         """Return the learning rate as a function of the step."""
         config, peak = self.config, self.config.optimizer.learning_rate
@@ -135,8 +141,9 @@ def _notes(sources: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def checked_workdir(config: Config, workdir: str | Path | Workdir) -> Workdir:
-    """Return the workdir, after checking the config and that the folder can hold a run."""
+    """Return the workdir, after checking the config, the number of processes and that the folder can hold a run."""
     validate(config)
+    startup.check_single_process()
     folder = Workdir(workdir)
     folder.check_writable()
     return folder

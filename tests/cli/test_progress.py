@@ -1,5 +1,6 @@
 """Output of a run in a log, a terminal and a notebook, from a list of events and without JAX."""
 
+import dataclasses
 import io
 import math
 import re
@@ -142,6 +143,27 @@ def test_a_resumed_run_says_from_where():
     )
 
 
+def test_a_warm_up_that_the_run_is_too_short_for_is_reported():
+    started = TrainStarted(1, 0, 40, 10, 4.0, 1e-3, "x", "float32", warmup_steps=40)
+    assert "the warm-up of 40 steps is not shorter than the run: lower scheduler.warmup_epochs" in sentence(started)
+    assert "warm-up" not in sentence(dataclasses.replace(started, warmup_steps=39))
+
+
+def test_training_line_is_english_for_any_number():
+    assert "; starting, 1 step (0.1 epochs of 10 steps)" in sentence(
+        TrainStarted(1, 0, 1, 10, 0.1, 1e-3, "x", "float32")
+    )
+    assert "; resuming after step 4 of 4 (0.03774 epochs of 106 steps)" in sentence(
+        TrainStarted(1, 4, 4, 106, 4 / 106, 1e-3, "x", "float32")
+    )
+    assert sentence(Ended(1, 2.0, 1.7)).startswith("done: 1 step in ")
+
+
+def test_a_zoom_names_the_method_and_its_rate():
+    line = sentence(dataclasses.replace(ZOOM, best=5.6e-3, method="balanced"))
+    assert "steepest descent at 3.20e-03, proposed 5.60e-03 (balanced)" in line
+
+
 def test_only_the_best_validation_is_marked():
     assert "(best)" not in sentence(Validated(1, 1.0, 1.7, 2.4, False, 1.0))
 
@@ -239,6 +261,13 @@ def test_notebook_shows_the_last_line_and_both_plots(cell, capsys):
     assert f"<pre>{numbers(LAST)}</pre>" in cell
     assert len([thing for thing in cell if "<svg" in thing]) >= 2
     assert "training: 213,504 parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["steepest", "lowest", "balanced"])
+def test_notebook_plot_of_the_range_test_names_its_method(cell, method):
+    show([dataclasses.replace(ZOOM, best=5.6e-3, method=method)])
+    assert f"suggested ({method})" in next(thing for thing in cell if "<svg" in thing)
+    assert "0.0056" in next(thing for thing in cell if "<svg" in thing)
 
 
 def test_a_title_is_text_to_a_notebook_not_html(cell):

@@ -500,9 +500,39 @@ def test_non_finite_loss_stops_training(text, tmp_path):
     config.scheduler.min_lr_factor = 0.0
     config.train.validate_every = 1 / 40
     config.scheduler.max_steps = 200
-    with pytest.raises(NonFiniteLoss, match=r"diverged at step \d+: loss (nan|inf).* last checkpoint is step \d+"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"diverged at step \d+: loss (nan|inf).* last checkpoint is step \d+: .*a new --workdir"
+    ):
         list(stages.train(config, tmp_path, quiet))
     assert all(np.isfinite(x).all() for x in final(tmp_path).values())
+
+
+@pytest.mark.slow
+def test_advice_after_a_non_finite_loss_can_be_followed(text, tmp_path):
+    config = small_config(text)
+    config.optimizer.learning_rate, config.scheduler.warmup_epochs = 1e30, 0.0
+    advice = r"no checkpoint yet: start again with --config.optimizer.learning_rate=1.0e\+29 or --config.optimizer."
+    with pytest.raises(NonFiniteLoss, match=advice + "clip_norm=1.0 and the same --workdir"):
+        list(stages.train(config, tmp_path, quiet))
+    config.optimizer.learning_rate, config.optimizer.clip_norm = 1e29, 1.0
+    with pytest.raises(NonFiniteLoss, match=r"again with --config.optimizer.learning_rate=1.0e\+28 and the same --"):
+        list(stages.train(config, tmp_path, quiet))
+    config.optimizer.learning_rate = 1e-3
+    list(stages.train(config, tmp_path, quiet))
+    config.optimizer.learning_rate = 1e-4
+    with pytest.raises(UserError, match="optimizer.learning_rate: saved 0.001, given 0.0001"):
+        next(stages.train(config, tmp_path, quiet))
+
+
+def test_more_than_one_process_is_refused(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    config = small_config(text)
+    for stage in (stages.prepare, stages.find_lr, stages.train):
+        with pytest.raises(UserError, match=r"process_count\(\) is 2, but it must be 1: start one process"):
+            next(stage(config, tmp_path / "run", quiet))
+    with pytest.raises(UserError, match=r"process_count\(\) is 2"):
+        api.load(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_changed_config_is_rejected_by_field(whole, text):
