@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import signal
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from chargpt_jax import api
+from chargpt_jax import api, atomic
 from chargpt_jax.cli.selftest import shrunk
 from chargpt_jax.config import Config
 from chargpt_jax.config_io import load_config
@@ -252,15 +253,15 @@ def test_signal_ends_the_check_for_a_descent_without_a_result(text, tmp_path, mo
 
 
 def test_unwritable_log_does_not_end_training(whole, text, tmp_path, monkeypatch):
-    warnings, original, full = [], Path.open, True
+    warnings, original, full = [], atomic.regular_only, True
 
-    def opened(path, mode="r", *args, **options):
-        if full and path.name == "metrics.jsonl" and "a" in mode:
+    def opened(path, flags):
+        if full and flags & os.O_APPEND:
             raise OSError(28, "No space left on device")
-        return original(path, mode, *args, **options)
+        return original(path, flags)
 
-    monkeypatch.setattr(Path, "open", opened)
-    monkeypatch.setattr(Workdir, "save_speed", lambda *_: opened(Path("metrics.jsonl"), "a"))
+    monkeypatch.setattr(atomic, "regular_only", opened)
+    monkeypatch.setattr(Workdir, "save_speed", lambda *_: opened("speed.json", os.O_APPEND))
     for event in stages.train(small_config(text), tmp_path, warnings.append):
         if isinstance(event, Saved) and event.step >= 15:
             full = False
