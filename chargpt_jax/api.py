@@ -23,7 +23,7 @@ from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import Ended, Event, LRFinderResult, bits_per_character, perplexity
 from chargpt_jax.generation.sample import Sample, Samples
-from chargpt_jax.generation.trained_model import Model, load, state_shapes_of
+from chargpt_jax.generation.trained_model import Model, load, load_with_record, state_shapes_of
 from chargpt_jax.interop import convert
 from chargpt_jax.interop.convert import import_original
 from chargpt_jax.model.flops import training_flops
@@ -33,7 +33,7 @@ from chargpt_jax.storage.workdir import Workdir, excused
 from chargpt_jax.training import optimizer, stages
 from chargpt_jax.training.lr_finder import result_from
 from chargpt_jax.training.pacing import Stop
-from chargpt_jax.training.run import Run, Warn
+from chargpt_jax.training.run import Run, Warn, check_record
 from chargpt_jax.training.setup import Setup, training_mesh
 from chargpt_jax.training.stages import prepare
 
@@ -48,10 +48,10 @@ def evaluate(workdir: str | Path | Workdir, step: str | int = "best", warn: Warn
         loss (nats per character), bits_per_character, bits_per_char (the same number), perplexity, tokens, split, step.
 
     Raises:
-        UserError: if the workdir's vocabulary differs from the one that the model was trained with.
+        UserError: if the workdir's config, vocabulary or corpus differs from that of the checkpoint.
     """
     folder = Workdir(workdir)
-    model = load(folder, step, warn)
+    model, record = load_with_record(folder, step, warn)
     run = Run.load(folder)
     if run.tokenizer.vocabulary != model.tokenizer.vocabulary:
         raise UserError(
@@ -59,6 +59,7 @@ def evaluate(workdir: str | Path | Workdir, step: str | int = "best", warn: Warn
             "corpus/."
         )
     setup = Setup.of(run)
+    check_record(record, setup.record(), folder.checkpoints)
     loss = setup.validator(whole=True)(jax.device_put(model.params, sharding.replicated(setup.mesh)), model.step)
     assert loss is not None
     return {

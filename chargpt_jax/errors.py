@@ -1,4 +1,4 @@
-"""Exceptions of the package, each with the exit code that `main` returns for it. This file imports nothing."""
+"""Exceptions of the package, each with the exit code that `main` returns for it. Imports nothing."""
 
 
 class ExpectedError(Exception):
@@ -27,3 +27,8 @@ class SaveFailed(ExpectedError):
     """A checkpoint could not be written."""
 
     exit_code = 5
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether Python, NumPy or JAX raised an exception because no memory was left, on the host or a device."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:1000]

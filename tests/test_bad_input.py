@@ -283,7 +283,39 @@ def test_another_vocabulary_than_the_models_is_no_measure(asked: Asked, copy: Pa
     path.write_text(json.dumps([*letters[:-1], "~"]), encoding="utf-8")
     code, _, err = asked("--mode=eval", workdir=copy)
     assert code == 2
+    assert "has changed (vocabulary.json" in err
+    (copy / "corpus" / "manifest.json").unlink()  # as in a run of an earlier version
+    code, _, err = asked("--mode=eval", workdir=copy)
+    assert code == 2
     assert "differs from that of checkpoint 4" in err
+
+
+def test_another_corpus_than_the_models_is_no_measure(asked: Asked, copy: Path) -> None:
+    path = copy / "corpus" / "tokens.npy"
+    np.save(path, np.load(path)[::-1].copy())
+    for said in ("has changed (tokens.npy", "a different run (corpus_sha256 differs)"):
+        before = tree(copy)
+        code, out, err = asked("--mode=eval", workdir=copy)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert said in err
+        assert tree(copy) == before
+        (copy / "corpus" / "manifest.json").unlink(missing_ok=True)
+
+
+def test_another_config_than_the_models_is_no_measure(asked: Asked, copy: Path) -> None:
+    saved = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    saved["data"]["train_split"] = 0.5
+    (copy / "config.json").write_text(json.dumps(saved), encoding="utf-8")
+    code, out, err = asked("--mode=eval", workdir=copy)
+    assert (code, out) == (2, "")
+    assert "data.train_split: saved 0.8, given 0.5" in err
+
+
+def test_a_run_of_an_earlier_version_without_a_manifest_of_its_corpus_is_measured(asked: Asked, copy: Path) -> None:
+    first = asked("--mode=eval", workdir=copy)
+    (copy / "corpus" / "manifest.json").unlink()
+    assert asked("--mode=eval", workdir=copy) == first
+    assert first[0] == 0
 
 
 def test_garbage_in_the_log_changes_nothing_that_is_told(asked: Asked, run: Path, copy: Path) -> None:

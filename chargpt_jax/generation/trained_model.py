@@ -270,6 +270,13 @@ def load(workdir: str | Path | Workdir, step: str | int = "best", warn: Callable
         UserError: if the folder is not a run.
         NoCheckpoint: if it has no such checkpoint, or none that passes verification.
     """
+    return load_with_record(workdir, step, warn)[0]
+
+
+def load_with_record(
+    workdir: str | Path | Workdir, step: str | int = "best", warn: Callable[[str], None] = print
+) -> tuple[Model, dict[str, Any]]:
+    """Load a trained model as `load` does; return the record of its checkpoint as well."""
     if not isinstance(step, str):
         step = argument("step", step, int, "give 'best', 'latest' or the step of a checkpoint")
     startup.check_single_process()
@@ -293,7 +300,7 @@ def load(workdir: str | Path | Workdir, step: str | int = "best", warn: Callable
         store.close()
     config, graphdef = models[chosen]
     vocabulary = _vocabulary(record, folder.checkpoints / str(chosen))
-    return Model(config, vocabulary, graphdef, state.params, chosen, _repairs(folder))
+    return Model(config, vocabulary, graphdef, state.params, chosen, _repairs(folder)), record
 
 
 def _repairs(folder: Workdir) -> Sequence[Sequence[str]]:

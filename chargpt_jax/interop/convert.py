@@ -83,9 +83,7 @@ def _write_run(
     tokens: np.ndarray,
     sources: list[dict[str, Any]],
 ) -> None:
-    folder.save_corpus(tokenizer, tokens, sources)
-    if not len(tokens):
-        (folder.corpus / "tokens.npy").unlink()
+    folder.save_corpus(tokenizer, tokens if len(tokens) else None, sources)
     folder.save_config(config)
     record = record_of(config, tokenizer.vocabulary, tokens)
     tx = optimizer.empty(config.optimizer)

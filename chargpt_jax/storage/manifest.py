@@ -53,8 +53,12 @@ def seal(folder: Path) -> None:
     atomic.sync_tree(folder)
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, *, extra_files: bool = False) -> None:
     """Compare a folder with its manifest: sizes first, then content. No file outside the folder is opened.
+
+    Args:
+        folder: a sealed folder.
+        extra_files: whether files that the manifest does not list are ignored.
 
     Raises:
         Damaged: if a file differs, naming the first one.
@@ -62,6 +66,8 @@ def verify(folder: Path) -> None:
     try:
         listed = _listed(folder)
         found = _files(folder)
+        if extra_files:
+            found = {name: size for name, size in found.items() if name in listed}
         for name in sorted(listed.keys() - found.keys()):
             raise Damaged(name, "is missing")
         for name, size in found.items():
@@ -88,7 +94,7 @@ def read(path: Path, max_bytes: int) -> bytes:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise Damaged(path.name, "is not a regular file")
         with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
+            content = file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
     except FileNotFoundError:
         raise Damaged(path.name, "is missing") from None
     except OSError as error:

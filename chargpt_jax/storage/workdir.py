@@ -1,7 +1,7 @@
 """A run's folder: its files, and how they are read and written.
 
-    config.json   corpus/{tokens.npy, vocabulary.json, sources.json}   lr_finder.{json, svg}   metrics.jsonl
-    speed.json   checkpoints/   samples/   loss.svg   report.html
+    config.json   corpus/{tokens.npy, vocabulary.json, sources.json, manifest.json}   lr_finder.{json, svg}
+    metrics.jsonl   speed.json   checkpoints/   samples/   loss.svg   report.html
 
 Every file but metrics.jsonl is written atomically (atomic.py).
 """
@@ -32,7 +32,8 @@ from chargpt_jax.config_io import (
 )
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError
-from chargpt_jax.storage.npy_header import read_npy_header
+from chargpt_jax.storage import manifest
+from chargpt_jax.storage.npy_header import read_npy_header, write_npy
 
 MAX_CORPUS = 4 << 30
 """Maximum size of the values in tokens.npy, bytes: about 1e9 characters."""
@@ -69,6 +70,7 @@ class Workdir:
         path = os.fspath(path)
         if "\0" in str(path):
             raise UserError(f"--workdir is {str(path)!r}, but a path cannot contain NUL: give a folder.")
+        check_name(str(path), "--workdir")
         try:
             self.path = Path(path).expanduser().absolute()
         except RuntimeError:
@@ -161,13 +163,34 @@ class Workdir:
         self.write(self.config, to_json(config))
         self._read[self.config] = file_version(self.config), copy.deepcopy(config)
 
-    def save_corpus(self, tokenizer: CharTokenizer, tokens: np.ndarray, sources: Sequence[dict[str, object]]) -> None:
-        """Write the encoded corpus, int32 [N], its vocabulary and its sources."""
+    def save_corpus(
+        self, tokenizer: CharTokenizer, tokens: np.ndarray | None, sources: Sequence[dict[str, object]]
+    ) -> None:
+        """Write the encoded corpus, int32 [N] (None: it is not known), its vocabulary and its sources."""
         self.corpus.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(self.corpus / "tokens.npy") as file:
-            np.save(file, tokens, allow_pickle=False)
+        (self.corpus / manifest.NAME).unlink(missing_ok=True)
+        if tokens is not None:
+            with atomic.replacing(self.corpus / "tokens.npy") as file:
+                write_npy(file, tokens)
         self.write(self.corpus / "sources.json", json.dumps(list(sources), indent=2) + "\n")
         self.write(self.corpus / "vocabulary.json", json.dumps(tokenizer.vocabulary) + "\n")
+        manifest.seal(self.corpus)
+
+    def check_corpus(self) -> None:
+        """Compare the corpus with its manifest. Workdirs of version 0.1.0 have none.
+
+        Raises:
+            UserError: if a file differs.
+        """
+        if not os.path.lexists(self.corpus / manifest.NAME):
+            return
+        try:
+            manifest.verify(self.corpus, extra_files=True)
+        except manifest.Damaged as error:
+            raise UserError(
+                f"The corpus of the run in {self.path} has changed ({error}): restore the files in {self.corpus}, or "
+                "use a new --workdir."
+            ) from None
 
     def has_corpus(self) -> bool:
         """Return whether the corpus is complete; the vocabulary is written last."""
@@ -194,6 +217,8 @@ class Workdir:
             )
         try:
             tokens = _read_tokens(path)
+        except MemoryError:
+            raise
         except Exception as error:  # NumPy raises many types for a malformed header
             what = " ".join(str(error).split())[:200]
             raise UserError(f"{path} cannot be read ({what}): run --mode=prepare in a new --workdir.") from error
@@ -333,6 +358,18 @@ def excused(what: str, warn: Callable[[str], None]) -> Iterator[None]:
         yield
     except OSError as error:
         warn(f"Cannot write {what} ({error.strerror}): the run continues without it.")
+
+
+def check_name(path: str, flag: str) -> None:
+    """Check the name of a folder that is to be written.
+
+    Raises:
+        UserError: if it is not UTF-8, which the library that writes arrays does not support.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag} is {path!a}, but its name must be valid UTF-8: rename it, or give another.") from None
 
 
 def _json_lines(lines: Sequence[dict[str, Any]]) -> str:

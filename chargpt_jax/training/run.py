@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from chargpt_jax.config import Config, validate
+from chargpt_jax.config_io import differences, from_dict
 from chargpt_jax.data import batches
 from chargpt_jax.data.corpus import changed_files, load_corpus
 from chargpt_jax.data.tokenizer import CharTokenizer
@@ -46,8 +47,9 @@ class Run:
             UserError: if a file is missing or damaged.
         """
         folder = Workdir(workdir)
-        config, tokenizer = folder.load_config(), folder.load_tokenizer()
-        return cls(folder, config, tokenizer, folder.load_tokens())
+        config, tokenizer, tokens = folder.load_config(), folder.load_tokenizer(), folder.load_tokens()
+        folder.check_corpus()
+        return cls(folder, config, tokenizer, tokens)
 
     @classmethod
     def prepare(cls, config: Config, folder: Workdir, warn: Warn) -> "Run":
@@ -156,6 +158,21 @@ def record_of(config: Config, vocabulary: Sequence[str], tokens: np.ndarray) -> 
         "vocabulary": list(vocabulary),
         "corpus_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
     }
+
+
+def check_record(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> None:
+    """Compare the record of a checkpoint with that of its run, as `record_of` returns it.
+
+    Raises:
+        UserError: if config, vocabulary or corpus differ, naming the fields.
+    """
+    lines = differences(from_dict(saved["config"]), from_dict(own["config"]))
+    lines += [f"{name} differs" for name in ("vocabulary", "corpus_sha256") if saved[name] != own[name]]
+    if lines:
+        raise UserError(
+            f"Checkpoint {saved['step']} in {folder} belongs to a different run ({'; '.join(lines[:6])}): "
+            "use its saved values, or another --workdir."
+        )
 
 
 def _merge(saved: Config, given: Config) -> Config:

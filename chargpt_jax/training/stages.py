@@ -16,9 +16,7 @@ import jax
 import numpy as np
 
 from chargpt_jax.config import Config
-from chargpt_jax.config_io import differences, from_dict
 from chargpt_jax.devices import startup
-from chargpt_jax.errors import UserError
 from chargpt_jax.events import Ended, Event, LRFinderResult
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.lock import Lock, writer
@@ -34,7 +32,7 @@ from chargpt_jax.training.lr_finder import (
     unclear,
 )
 from chargpt_jax.training.pacing import MAX_DISPATCH_STEPS, DispatchSize, Stop, StopCondition
-from chargpt_jax.training.run import Run, Warn, checked_workdir
+from chargpt_jax.training.run import Run, Warn, check_record, checked_workdir
 from chargpt_jax.training.setup import Setup, jit_range_test_steps, jit_train_steps
 from chargpt_jax.training.step import TrainState
 
@@ -181,13 +179,7 @@ def _restore(setup: Setup, store: Checkpoints, initial: TrainState) -> TrainStat
     own = setup.record()
 
     def like_of(saved: dict[str, Any]) -> TrainState:
-        lines = differences(from_dict(saved["config"]), setup.config)
-        lines += [f"{name} differs" for name in ("vocabulary", "corpus_sha256") if saved[name] != own[name]]
-        if lines:
-            raise UserError(
-                f"Checkpoint {saved['step']} in {store.folder} belongs to a different run ({'; '.join(lines[:6])}): "
-                "use its saved values, or another --workdir."
-            )
+        check_record(saved, own, store.folder)
         return initial
 
     return store.load("latest", like_of)[2] if store.steps() else initial

@@ -62,7 +62,33 @@ def test_corpus_round_trip(folder):
     assert tokens.dtype == np.int32
     assert again.decode([tokens]) == [text]
     assert folder.load_sources() == sources
-    assert sorted(os.listdir(folder.corpus)) == ["sources.json", "tokens.npy", "vocabulary.json"]
+    assert sorted(os.listdir(folder.corpus)) == ["manifest.json", "sources.json", "tokens.npy", "vocabulary.json"]
+    folder.check_corpus()
+    (folder.corpus / "notes of a user.txt").write_text("may stay")
+    folder.check_corpus()
+
+
+@pytest.mark.parametrize("name", ["sources.json", "tokens.npy", "vocabulary.json", "manifest.json"])
+def test_a_changed_corpus_is_refused_by_name(folder, name):
+    folder.save_corpus(CharTokenizer("ab"), np.int32([1, 2]), [])
+    content = (folder.corpus / name).read_bytes()
+    (folder.corpus / name).write_bytes(content[:-2] + b"\1" + content[-1:])
+    with pytest.raises(UserError, match=f"has changed \\({name}.*restore the files"):
+        folder.check_corpus()
+
+
+def test_a_corpus_of_an_earlier_version_has_no_manifest(folder):
+    folder.save_corpus(CharTokenizer("ab"), np.int32([1, 2]), [])
+    (folder.corpus / "manifest.json").unlink()
+    folder.check_corpus()
+
+
+def test_tokens_are_written_as_numpy_writes_them(folder, tmp_path):
+    tokens = np.arange(1, 5, dtype=np.int32)
+    folder.save_corpus(CharTokenizer("abcd"), tokens, [])
+    np.save(tmp_path / "x.npy", tokens)
+    assert (folder.corpus / "tokens.npy").read_bytes() == (tmp_path / "x.npy").read_bytes()
+    assert (folder.load_tokens() == tokens).all()
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
