@@ -37,7 +37,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with file:
             yield file
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise

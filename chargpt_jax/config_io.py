@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -227,7 +228,8 @@ def read_json(path: Path, limit: int = MAX_JSON) -> Any:
     if path.exists() and not path.is_file():
         raise ValueError("not a regular file")  # reading a pipe would block
     with path.open("rb") as file:
-        data = file.read(limit + 1)
+        # As much memory as the file needs; a file that grows meanwhile is cut, and then not JSON.
+        data = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
     if len(data) > limit:
         raise ValueError(f"larger than {limit >> 20} MiB")
     try:

@@ -12,10 +12,20 @@ import sys
 from collections.abc import Sequence
 
 from chargpt_jax.cli.signals import ResilientStream, Signals, open_standard_streams
-from chargpt_jax.errors import ExpectedError, UserError
+from chargpt_jax.errors import ExpectedError, UserError, is_out_of_memory
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
-"""OS errors that only a user can fix: a full, read-only or broken disk, or missing permissions."""
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),  # full, limited, read-only or broken
+    *(errno.EACCES, errno.EPERM, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EBUSY, errno.ENOTEMPTY, errno.EXDEV),
+    *(errno.EMFILE, errno.ENFILE),
+)
+"""OS errors that only a user can fix: of the disk, of permissions, of names that are something else, of limits."""
+
+OUT_OF_MEMORY = (
+    "There is not enough memory for this: reduce data.batch_size, model.block_size or the model, set model.remat=True "
+    "or optimizer.accumulation_steps, or free memory."
+)
 
 JAX_REFUSES = re.compile(r"Unable to initialize backend|Invalid value .* for JAX flag|invalid truth value .* for env")
 """Messages of JAX about devices that are missing and environment variables that are invalid."""
@@ -65,6 +75,8 @@ def _reported(error: Exception | KeyboardInterrupt, signals: Signals) -> int:
         return _complain(f"{what}: fix this, then run the same command again.", 2)
     if isinstance(error, ValueError | RuntimeError) and JAX_REFUSES.match(str(error)):
         return _complain(f"JAX cannot start ({error}): correct or unset its environment variables.", 2)
+    if is_out_of_memory(error):
+        return _complain(OUT_OF_MEMORY, 2)
     raise error
 
 

@@ -39,8 +39,9 @@ def test_replacing_that_fails_leaves_the_old_file(tmp_path, kind):
 
 def test_write_file_cleans_up_if_the_rename_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         atomic.write_file(tmp_path / "x", b"new")
+    assert caught.value.filename == str(tmp_path / "x")
     assert os.listdir(tmp_path) == []
 
 

@@ -20,6 +20,7 @@ from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.sample import Samples
 from chargpt_jax.interop.safetensors_file import read_npz
+from chargpt_jax.storage import manifest
 from chargpt_jax.storage.workdir import MAX_LINE, MAX_METRICS, Log, Workdir
 from chargpt_jax.training.lr_finder import result_from
 from chargpt_jax.training.optimizer import total_steps
@@ -409,3 +410,15 @@ def test_files_of_a_run_are_below_the_limits(folder):
     assert folder.load_config() == config == from_dict(json.loads(to_json(config)))
     assert len(folder.load_tokens()) == 300
     assert folder.load_sources()[0]["title"] == "A book"
+
+
+def test_a_small_json_file_takes_little_memory(tmp_path):
+    import tracemalloc
+
+    path = tmp_path / "small.json"
+    path.write_text("{}")
+    tracemalloc.start()
+    assert read_json(path) == {}
+    assert manifest.read_json(path, 1 << 25) == {}
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()

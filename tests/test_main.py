@@ -26,7 +26,7 @@ from chargpt_jax.cli.signals import Signals
 from chargpt_jax.config import Config
 from chargpt_jax.config_io import flatten, to_json
 from chargpt_jax.data.batches import windows_per_pass
-from chargpt_jax.main import main
+from chargpt_jax.main import DISK_ERRORS, main
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import run as run_module
 from chargpt_jax.training.pacing import StopCondition
@@ -698,3 +698,58 @@ def test_invalid_flags_and_fields_do_not_start_jax(here: Path) -> None:
     )
     assert done.returncode == 0, done.stderr.splitlines()[-1]
     assert len(done.stderr.splitlines()) == len(lines) - 1
+
+
+# Failing machines
+
+
+FAILURES = {
+    "There is not enough memory for this: reduce data.batch_size": [
+        MemoryError(),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 67396004656 bytes."),
+    ],
+    "Cannot use there (": [OSError(number, os.strerror(number), "there") for number in DISK_ERRORS],
+    "Cannot use the disk (": [OSError(27, "File too large")],
+}
+
+
+@pytest.mark.parametrize(("said", "error"), [(said, error) for said, errors in FAILURES.items() for error in errors])
+def test_a_machine_that_fails_is_told_in_a_sentence(refused: Refused, monkeypatch, said: str, error: Exception) -> None:
+    def fail(_: object) -> int:
+        raise error
+
+    monkeypatch.setitem(commands.MODES, "prepare", fail)
+    assert said in refused(PREPARE)
+
+
+def test_a_mistake_in_the_program_keeps_its_traceback(monkeypatch) -> None:
+    def fail(_: object) -> int:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setitem(commands.MODES, "prepare", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["chargpt", *shlex.split(PREPARE)])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on the size of files")
+@pytest.mark.slow
+def test_a_limit_on_the_size_of_files_is_named(here: Path) -> None:
+    import resource
+
+    (here / "text.txt").write_text(SENTENCE * 1000)
+    done = subprocess.run(
+        [sys.executable, "-m", "chargpt_jax.main", *shlex.split(PREPARE)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "tokens.npy (File too large): fix this" in done.stderr
+    assert not (here / "run" / "config.json").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_workdir_whose_name_is_not_utf8_is_refused(refused: Refused) -> None:
+    assert "its name must be valid UTF-8" in refused(PREPARE.replace("=run", "=ru\udcff"))

@@ -58,6 +58,7 @@ FIXES = {
     errno.EACCES: "make the folder writable, or choose another --workdir",
     errno.EPERM: "make the folder writable, or choose another --workdir",
     errno.EIO: "check the disk",
+    errno.ENOMEM: "free memory",
 }
 """What a user can do about an OS error of a write."""
 

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from chargpt_jax.errors import is_out_of_memory
 from chargpt_jax.storage.manifest import Damaged
 from chargpt_jax.storage.state_arrays import Arrays, Shaped, check_same, described
 
@@ -152,6 +153,8 @@ def _readable(name: str) -> Iterator[None]:
     except Damaged:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise  # the folder may be whole
         first = (str(error).splitlines() or [""])[0][:200]
         raise Damaged(name, f"cannot be read ({type(error).__name__}: {first})") from error
 

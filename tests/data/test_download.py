@@ -311,6 +311,17 @@ def test_endless_redirect_is_an_error(server: Server, cache: Path) -> None:
     assert "too many redirects" in refusal(f"{server.url}/old", cache)
 
 
+def test_a_length_of_thousands_of_digits_is_too_large(server: Server, cache: Path) -> None:
+    server.answers["/a.txt"] = [Answer(headers={**TEXT, "Content-Length": "9" * 5_000})]
+    assert "is larger than data.max_megabytes" in refusal(f"{server.url}/a.txt", cache)
+
+
+@pytest.mark.parametrize("length", ["many", "-1", "1.5", "²", "0x10"])
+def test_a_length_that_is_no_number_is_ignored(server: Server, cache: Path, length: str) -> None:
+    server.answers["/a.txt"] = [Answer(headers={**TEXT, "Content-Length": length})]
+    assert load(f"{server.url}/a.txt", cache)[0] == STORY
+
+
 @pytest.mark.parametrize("length", [{}, {"Content-Length": ""}])
 def test_a_page_above_the_cap_is_refused(server: Server, cache: Path, length: dict[str, str]) -> None:
     server.answers["/a.txt"] = [Answer(b"a" * 200_000, headers=TEXT | length)]
