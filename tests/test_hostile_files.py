@@ -293,11 +293,11 @@ def test_overflowed_gradient_norm_stays_in_the_log(folder):
 def test_a_log_of_absurd_size_or_no_file_is_refused(folder):
     folder.metrics.touch()
     os.truncate(folder.metrics, MAX_METRICS + 1)
-    with pytest.raises(UserError, match="a file of at most 1024 MiB"):
+    with pytest.raises(UserError, match="a regular file, not a link, of at most 1024 MiB"):
         folder.load_metrics()
     folder.metrics.unlink()
     folder.metrics.mkdir()
-    with pytest.raises(UserError, match="a file of at most"):
+    with pytest.raises(UserError, match="a regular file, not a link, of at most"):
         folder.load_metrics()
 
 

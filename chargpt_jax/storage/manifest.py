@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypedDict
 
@@ -46,19 +46,44 @@ class Damaged(Exception):
         return f"{file[:200]} {self.reason}"
 
 
-def seal(folder: Path) -> None:
-    """Write the manifest of a complete folder, and wait until the folder is on the disk."""
-    files = {name: _described(folder / name) for name in _files(folder)}
+def seal(folder: Path, known: Mapping[str, FileFacts] | None = None) -> None:
+    """Write the manifest of a complete folder, and wait until the folder is on the disk.
+
+    Args:
+        folder: the folder.
+        known: the facts of files that the caller has written; these are not read.
+    """
+    files = {name: (known or {}).get(name) or _described(folder / name) for name in _files(folder)}
     atomic.create_file(folder / NAME, json.dumps(files, indent=1).encode() + b"\n")
     atomic.sync_tree(folder)
 
 
-def verify(folder: Path, *, extra_files: bool = False) -> None:
+class Facts:
+    """A file to write to, of which only the facts are kept: what a manifest would state of it."""
+
+    def __init__(self) -> None:
+        """Begin with an empty file."""
+        self._sha256, self._bytes = hashlib.sha256(), 0
+
+    def write(self, content: bytes | memoryview) -> int:
+        """Add bytes."""
+        self._sha256.update(content)
+        size = memoryview(content).nbytes
+        self._bytes += size
+        return size
+
+    def result(self) -> FileFacts:
+        """Return the facts of all that was written."""
+        return {"sha256": self._sha256.hexdigest(), "bytes": self._bytes}
+
+
+def verify(folder: Path, *, extra_files: bool = False, known: Mapping[str, FileFacts] | None = None) -> None:
     """Compare a folder with its manifest: sizes first, then content. No file outside the folder is opened.
 
     Args:
         folder: a sealed folder.
         extra_files: whether files that the manifest does not list are ignored.
+        known: the facts of files that the caller has read; these are not opened again.
 
     Raises:
         Damaged: if a file differs, naming the first one.
@@ -78,7 +103,7 @@ def verify(folder: Path, *, extra_files: bool = False) -> None:
         if sum(found.values()) > MAX_TOTAL:
             raise Damaged(NAME, f"lists more than {MAX_TOTAL:,} bytes")
         for name in found:
-            if _described(folder / name) != listed[name]:
+            if ((known or {}).get(name) or _described(folder / name)) != listed[name]:
                 raise Damaged(name, "sha256 differs from the saved value")
     except OSError as error:
         raise Damaged(_within(folder, error), f"cannot be read ({error.strerror or error})") from error

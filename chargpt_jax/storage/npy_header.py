@@ -3,7 +3,7 @@
 `write_npy` writes the same bytes as `np.save`, whose errors do not say why a disk refused them.
 """
 
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -27,7 +27,14 @@ def read_npy_header(file: IO[bytes]) -> NpyHeader:
     return NpyHeader(*_READERS[np.lib.format.read_magic(file)](file))
 
 
-def write_npy(file: IO[bytes], array: np.ndarray) -> None:
+class Writable(Protocol):
+    """Something that bytes can be written to."""
+
+    def write(self, content: bytes | memoryview, /) -> int:
+        """Write bytes and return their number."""
+
+
+def write_npy(file: Writable, array: np.ndarray) -> None:
     """Write an array to an open file, in C order."""
     array = np.ascontiguousarray(array)
     np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))

@@ -173,11 +173,13 @@ class Workdir:
             with atomic.replacing(self.corpus / "tokens.npy") as file:
                 write_npy(file, tokens)
         self.write(self.corpus / "sources.json", json.dumps(list(sources), indent=2) + "\n")
-        self.write(self.corpus / "vocabulary.json", json.dumps(tokenizer.vocabulary) + "\n")
-        manifest.seal(self.corpus)
+        self.write(self.corpus / "vocabulary.json", _vocabulary_json(tokenizer))
+        manifest.seal(self.corpus, _facts_of(tokenizer, tokens))
 
-    def check_corpus(self) -> None:
-        """Compare the corpus with its manifest. Workdirs of version 0.1.0 have none.
+    def check_corpus(self, tokenizer: CharTokenizer, tokens: np.ndarray) -> None:
+        """Compare the corpus, and these parts of it that were read, with its manifest.
+
+        Workdirs of version 0.1.0 have none.
 
         Raises:
             UserError: if a file differs.
@@ -185,7 +187,7 @@ class Workdir:
         if not os.path.lexists(self.corpus / manifest.NAME):
             return
         try:
-            manifest.verify(self.corpus, extra_files=True)
+            manifest.verify(self.corpus, extra_files=True, known=_facts_of(tokenizer, tokens))
         except manifest.Damaged as error:
             raise UserError(
                 f"The corpus of the run in {self.path} has changed ({error}): restore the files in {self.corpus}, or "
@@ -370,6 +372,21 @@ def check_name(path: str, flag: str) -> None:
         path.encode()
     except UnicodeEncodeError:
         raise UserError(f"{flag} is {path!a}, but its name must be valid UTF-8: rename it, or give another.") from None
+
+
+def _facts_of(tokenizer: CharTokenizer, tokens: np.ndarray | None) -> dict[str, manifest.FileFacts]:
+    """Return what the manifest of a corpus states of its vocabulary and its tokens."""
+    vocabulary = manifest.Facts()
+    vocabulary.write(_vocabulary_json(tokenizer).encode())
+    if tokens is None:
+        return {"vocabulary.json": vocabulary.result()}
+    array = manifest.Facts()
+    write_npy(array, tokens)
+    return {"vocabulary.json": vocabulary.result(), "tokens.npy": array.result()}
+
+
+def _vocabulary_json(tokenizer: CharTokenizer) -> str:
+    return json.dumps(tokenizer.vocabulary) + "\n"
 
 
 def _json_lines(lines: Sequence[dict[str, Any]]) -> str:

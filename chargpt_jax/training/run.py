@@ -48,7 +48,7 @@ class Run:
         """
         folder = Workdir(workdir)
         config, tokenizer, tokens = folder.load_config(), folder.load_tokenizer(), folder.load_tokens()
-        folder.check_corpus()
+        folder.check_corpus(tokenizer, tokens)
         return cls(folder, config, tokenizer, tokens)
 
     @classmethod
