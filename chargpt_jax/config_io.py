@@ -1,5 +1,6 @@
 """Config files: read and write JSON, run a Python config file, compare two configs, suggest the nearest field."""
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -7,6 +8,7 @@ import json
 import os
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -264,10 +266,10 @@ def load_config(name: str) -> Config:
     if spec is None or spec.loader is None:
         raise UserError(f"--config is {name!r}, but that is not a Python file: give one that ends in .py, or .json.")
     module = importlib.util.module_from_spec(spec)
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no __pycache__ next to a user's file
     try:
-        spec.loader.exec_module(module)
-        config = module.get_config() if hasattr(module, "get_config") else None
+        with _importing(module, path.absolute().parent):
+            spec.loader.exec_module(module)
+            config = module.get_config() if hasattr(module, "get_config") else None
     except UserError:
         raise
     except Exception as error:
@@ -276,8 +278,30 @@ def load_config(name: str) -> Config:
                 raise renamed_field(old) or error from None
         what = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"{path} fails with {type(error).__name__} ({what}): correct it.") from error
-    finally:
-        sys.dont_write_bytecode = before
     if not isinstance(config, Config):
         raise UserError(f"{path} does not define get_config() returning a chargpt_jax Config: see configs/small.py.")
     return config
+
+
+@contextlib.contextmanager
+def _importing(module: types.ModuleType, folder: Path) -> Iterator[None]:
+    """Let a config file import modules of its folder, as a script can, and forget them afterwards.
+
+    The module is registered, because dataclasses look up its annotations there. No __pycache__ is written.
+    """
+    before, path, known = sys.dont_write_bytecode, list(sys.path), set(sys.modules)
+    sys.dont_write_bytecode, sys.modules[module.__name__] = True, module
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode, sys.path[:] = before, path
+        for name in set(sys.modules) - known:
+            file = getattr(sys.modules[name], "__file__", None)
+            if name == module.__name__ or (file and Path(file).is_relative_to(folder) and not _installed(file)):
+                del sys.modules[name]
+
+
+def _installed(file: str) -> bool:
+    """Return whether a module belongs to this package or to an environment, which may lie below a config's folder."""
+    return Path(file).is_relative_to(Path(__file__).parent) or Path(file).is_relative_to(sys.prefix)

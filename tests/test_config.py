@@ -301,6 +301,36 @@ def test_a_config_file_leaves_no_bytecode_beside_it(tmp_path, monkeypatch, code)
     assert not sys.dont_write_bytecode
 
 
+def test_a_config_file_may_use_a_dataclass_and_deferred_annotations(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom typing import ClassVar\n"
+        "from chargpt_jax.config import Config\n\n"
+        "@dataclass\nclass Size:\n    layers: int = 2\n    most: ClassVar[int] = 9\n\n"
+        "def get_config() -> Config:\n    config = Config()\n"
+        "    config.model.n_layer = Size().layers\n    return config\n"
+    )
+    assert load_config(str(tmp_path / "mine.py")).model.n_layer == 2
+
+
+def test_a_config_file_may_import_modules_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, layers in (("a", 3), ("b", 4)):
+        (tmp_path / folder / "parts").mkdir(parents=True)
+        (tmp_path / folder / "sizes_of_mine.py").write_text(f"LAYERS = {layers}\n")
+        (tmp_path / folder / "parts" / "__init__.py").write_text(f"HEADS = {layers}\n")
+        (tmp_path / folder / "c.py").write_text(
+            "from sizes_of_mine import LAYERS\nfrom chargpt_jax.config import Config\n"
+            "def get_config():\n    from parts import HEADS\n    config = Config()\n"
+            "    config.model.n_layer, config.model.n_head = LAYERS, HEADS\n    return config\n"
+        )
+    before = list(sys.path), set(sys.modules)
+    for name, layers in (("a/c.py", 3), ("b/c.py", 4), (str(tmp_path / "a" / "c.py"), 3)):
+        config = load_config(name)
+        assert (config.model.n_layer, config.model.n_head) == (layers, layers)
+    assert (sys.path, set(sys.modules)) == before
+    assert not list(tmp_path.rglob("__pycache__"))
+
+
 def test_two_loads_of_a_config_share_nothing():
     first = load_config("small")
     first.model.n_layer = 99
