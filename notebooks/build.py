@@ -4,6 +4,7 @@ The source is a percent script, which jupytext opens as a notebook. A cell tagge
 notebook; every other cell is in both. The notebooks have no outputs, and the result is deterministic.
 """
 
+import tomllib
 from pathlib import Path
 
 import jupytext
@@ -21,10 +22,17 @@ KERNEL = {
 }
 
 
+def address() -> str:
+    """Return the address of the repository from pyproject.toml; '' while it has none."""
+    project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return str(project.get("urls", {}).get("Repository", ""))
+
+
 def notebook(platform: str) -> nbformat.NotebookNode:
     """Return the notebook for a platform, 'colab' or 'kaggle'."""
     cells = []
     for cell in jupytext.read(SOURCE, fmt="py:percent").cells:
+        cell.source = cell.source.replace('ADDRESS = ""', f'ADDRESS = "{address()}"')
         if platform in cell.metadata.pop("tags", [platform]):
             cells.append({**cell, "id": f"cell-{len(cells) + 1}"})
     metadata = {**METADATA[platform], **KERNEL}

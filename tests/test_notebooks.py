@@ -4,6 +4,8 @@ import ast
 import importlib.util
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -32,8 +34,11 @@ def code(platform: str) -> list[str]:
     return [cell.source for cell in read(platform).cells if cell.cell_type == "code"]
 
 
-def install_lines(platform: str) -> list[str]:
-    return [line for source in code(platform) for line in source.splitlines() if re.search(r"\bpip\b", line)]
+def install_cell(platform: str) -> str:
+    """Return the code of a notebook up to the cell that installs the package."""
+    cells = code(platform)
+    (last,) = [i for i, source in enumerate(cells) if '"pip", "install"' in source]
+    return "\n".join(cells[: last + 1])
 
 
 # What is on disk
@@ -73,13 +78,60 @@ def test_a_notebook_asks_for_its_platforms_tpu():
     assert colab["kernelspec"]["name"] == kaggle["kernelspec"]["name"] == "python3"
 
 
+@pytest.fixture
+def installed(monkeypatch):
+    """Return a function that runs a notebook's installation in a folder, and lists what pip was asked to install.
+
+    The package cannot be imported there; pip succeeds for sources that a function accepts.
+    """
+
+    def run(platform: str, folder: Path, accepts, address: str = "") -> list[str]:
+        asked: list[str] = []
+
+        def pip(command, **_):
+            assert command[1:5] == ["-m", "pip", "install", "-q"]
+            asked.append(str(command[5]))
+            return subprocess.CompletedProcess(command, 0 if accepts(asked[-1]) else 1)
+
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            patch.setitem(sys.modules, "chargpt_jax.api", None)
+            patch.setattr(subprocess, "run", pip)
+            exec(install_cell(platform).replace('ADDRESS = ""', f'ADDRESS = "{address}"'), {})
+        return asked
+
+    return run
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_a_notebook_installs_the_project_and_leaves_jax_alone(platform):
-    (line,) = install_lines(platform)
-    assert line == '%pip install -q "{SOURCE}"'
-    first = code(platform)[0]
-    assert line in first
-    assert first.startswith('SOURCE = "')
+def test_a_notebook_installs_from_the_nearest_source(platform, installed, tmp_path):
+    here = tmp_path / "checkout" / "notebooks"
+    here.mkdir(parents=True)
+    assert installed(platform, here, lambda source: True) == ["chargpt_jax"]
+    git = "git+https://example.org/a"
+    assert installed(platform, here, lambda source: True, "https://example.org/a") == [git]
+    (here / "chargpt_jax-0.1.0-py3-none-any.whl").touch()
+    assert installed(platform, here, lambda source: True, "https://example.org/a") == [
+        "chargpt_jax-0.1.0-py3-none-any.whl"
+    ]
+    (tmp_path / "checkout" / "chargpt_jax").mkdir()
+    (tmp_path / "checkout" / "chargpt_jax" / "api.py").touch()
+    everything = [str(tmp_path / "checkout"), "chargpt_jax-0.1.0-py3-none-any.whl", git, "chargpt_jax"]
+    last = installed(platform, here, lambda source: source == "chargpt_jax", "https://example.org/a")
+    assert last == everything
+    with pytest.raises(RuntimeError, match=r"^chargpt_jax could not be installed: .*wheel.*, then run this cell"):
+        installed(platform, here, lambda source: False)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_notebook_installs_nothing_if_the_package_is_there(platform, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("pip was started"))
+    exec(install_cell(platform), {})
+
+
+def test_cure_for_a_dead_tpu_on_kaggle_is_a_newer_jax():
+    assert 'run %pip install -U "jax[tpu]" in a new cell and restart the session' in install_cell("kaggle")
+    assert "jax[tpu]" not in install_cell("colab")
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -188,7 +240,7 @@ def test_notebook_prints_nothing_to_stderr(executed):
 def test_notebook_stops_with_a_fix_if_jax_sees_no_tpu(platform, tmp_path):
     notebook = read(platform)
     (check,) = [i for i, cell in enumerate(notebook.cells) if "raise RuntimeError" in cell.source]
-    notebook.cells = [cell for cell in notebook.cells[: check + 1] if "%pip" not in cell.source]
+    notebook.cells = notebook.cells[: check + 1]
     fix = {"colab": "Runtime > Change runtime type", "kaggle": "Settings > Accelerator"}[platform]
     with pytest.raises(nbclient.exceptions.CellExecutionError, match=f"JAX cannot see it.*{fix}"):
         execute(notebook, tmp_path, TPU_ACCELERATOR_TYPE="v5e-1")
