@@ -297,7 +297,8 @@ def _importing(module: types.ModuleType, folder: Path) -> Iterator[None]:
     finally:
         sys.dont_write_bytecode, sys.path[:] = before, path
         for name in set(sys.modules) - known:
-            file = getattr(sys.modules[name], "__file__", None)
+            found = sys.modules[name]
+            file = vars(found).get("__file__") if isinstance(found, types.ModuleType) else None
             if name == module.__name__ or (file and Path(file).is_relative_to(folder) and not _installed(file)):
                 del sys.modules[name]
 

@@ -198,11 +198,7 @@ HIDDEN = {"__builtins__", "__globals__", "__subclasses__", "__loader__", "__code
 MAY_RUN = {
     # The lazy names of the package, and the user's own --config.
     "__init__": {"importlib.import_module"},
-    # sys.modules: a dataclass looks up its annotations there while the config runs.
-    "config_io": {
-        *("importlib.util.spec_from_file_location", "importlib.util.module_from_spec", ".exec_module"),
-        "sys.modules",
-    },
+    "config_io": {"importlib.util.spec_from_file_location", "importlib.util.module_from_spec", ".exec_module"},
     "cli.tpu_compile": {"importlib.util.find_spec"},  # whether libtpu is installed
     "cli.selftest": {"runpy.run_module"},  # the command itself, in a child
 }
