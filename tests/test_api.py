@@ -10,6 +10,7 @@ import pytest
 
 import chargpt_jax
 from chargpt_jax.errors import NoCheckpoint, UserError
+from chargpt_jax.generation import generate
 from chargpt_jax.main import main
 from chargpt_jax.model.flops import peak_flops
 from tests.corpus_text import FLOOR, small_config, write_words
@@ -159,6 +160,19 @@ def test_numpy_numbers_are_arguments_like_pythons(model):
     numbers = {"temperature": np.float32(0.5), "top_k": np.int32(3), "top_p": np.float64(0.5), "seed": np.int64(1)}
     assert model.generate(np.array(["ab"]), np.int64(5), **numbers)[0].text == plain[0].text
     assert model.score("abab" * 20, stride=np.int64(4)).loss == model.score("abab" * 20, stride=4).loss
+
+
+def test_numbers_of_prompts_share_a_compilation(model):
+    prompts = ["a", "b", "cd", "e", "ab", "ce", "d", "be"]
+    eight = model.generate(prompts, 6, seed=3)
+    before = generate.prefill._cache_size()
+    pieces: list[tuple[int, str]] = []
+    for count in (5, 6, 7):
+        assert [s.text for s in model.generate(prompts[:count], 6, seed=3)] == [s.text for s in eight[:count]]
+    assert generate.prefill._cache_size() == before
+    streamed = model.generate(prompts[:5], 40, seed=3, on_text=lambda i, text: pieces.append((i, text)))
+    assert [s.text for s in streamed] == [s.text for s in model.generate(prompts[:5], 40, seed=3)]
+    assert {i for i, _ in pieces} == set(range(5))
 
 
 @pytest.mark.parametrize(

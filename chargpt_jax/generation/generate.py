@@ -63,9 +63,9 @@ SHARDED = DecodeState(tokens=BATCH, length=BATCH, logits=BATCH, cache=CACHE, sur
 """The devices of a mesh split a batch; none waits for another."""
 
 
-def bucket(length: int) -> int:
-    """Round a length up to a power of two, at least 64, so that few lengths need their own compilation."""
-    return max(64, 1 << (length - 1).bit_length())
+def bucket(length: int, least: int = 64) -> int:
+    """Round a length up to a power of two, so that few lengths need their own compilation."""
+    return max(least, 1 << (length - 1).bit_length())
 
 
 @partial(jax.jit, static_argnames=("graphdef", "width", "mesh", "final"))
@@ -128,14 +128,16 @@ def _prefill(
 def decode(
     params: Params,
     state: DecodeState,
-    count: int,
+    count: int | np.ndarray,
     sampler: SamplerState,
     *,
     graphdef: nnx.GraphDef,
     mesh: Mesh | None = None,
     final: bool = False,
 ) -> DecodeState:
-    """Generate `count` more tokens for every sequence; any count shares a compilation.
+    """Generate `count` more tokens for every sequence, or for each its own; any count shares a compilation.
+
+    A sequence with a lower count than another may get more tokens, which are to be ignored.
 
     One call or several, with a cache or without, on one device or many, give the same text. `state` must not be used
     afterwards. `final` as for `prefill`: nothing can be generated after that.
@@ -147,7 +149,7 @@ def decode(
     generate, final = type(cache).generate, final and cache.one_by_one
     inside = decoding_program(inside_context, graphdef, mesh, generate, final)
     (left, state), cache = inside(params, carry, cache, sampler)
-    if np.asarray(left).any():
+    if (np.asarray(left) > 0).any():
         beyond = decoding_program(beyond_context, graphdef, mesh, generate, False)
         (left, state), _ = beyond(params, (left, state), None, sampler)
     return replace(state, cache=cache)

@@ -89,17 +89,19 @@ class Model:
         max_new_tokens, seed = _checked_count(max_new_tokens), _checked_seed(seed)
         prompts = [self._known(prompt, skip_unknown) for prompt in prompts]
         encoded = [self.tokenizer.encode_text(prompt) for prompt in prompts]
-        lengths = np.array([len(ids) for ids in encoded], np.int32)
-        longest = int(lengths.max())
+        longest = max(map(len, encoded))
         if len(prompts) * (longest + max_new_tokens) > MAX_CHARACTERS:
             raise UserError(
                 f"{len(prompts):,} prompts of up to {longest + max_new_tokens:,} characters with their continuations "
                 f"are more than {MAX_CHARACTERS:,} in total: ask for fewer or shorter ones."
             )
-        tokens = np.zeros((len(prompts), bucket(longest + max_new_tokens)), np.int32)
-        for buffer, ids in zip(tokens, encoded, strict=True):
-            buffer[: len(ids)] = ids
-        mesh = sharding.data_mesh(len(prompts), tell=False)
+        # Further rows, which generate nothing, make the number of rows one of few: each is a compilation of its own.
+        rows = bucket(len(prompts), least=1)
+        tokens = np.zeros((rows, bucket(longest + max_new_tokens)), np.int32)
+        lengths, wanted = np.ones(rows, np.int32), np.zeros(rows, np.int32)
+        for i, ids in enumerate(encoded):
+            tokens[i, : len(ids)], lengths[i], wanted[i] = ids, len(ids), 1
+        mesh = sharding.data_mesh(rows, tell=False)
         how: dict[str, Any] = {"graphdef": self.graphdef, "mesh": mesh, "final": on_text is None}
         params = jax.device_put(self.params, sharding.replicated(mesh))
         width = min(self.config.model.block_size, bucket(longest), tokens.shape[1])
@@ -107,9 +109,9 @@ class Model:
         piece = max_new_tokens if on_text is None else STREAMED
         for done in range(0, max_new_tokens, piece):
             count = min(piece, max_new_tokens - done)
-            state = decode(params, state, count, sampling, **how)
+            state = decode(params, state, count * wanted, sampling, **how)
             if on_text is not None:
-                for i, ids in enumerate(np.asarray(state.tokens)):
+                for i, ids in enumerate(np.asarray(state.tokens)[: len(prompts)]):
                     start = lengths[i] + done
                     on_text(i, self.tokenizer.decode([ids[start : start + count]])[0])
         return self._samples(prompts, encoded, state, max_new_tokens)
