@@ -239,7 +239,7 @@ def test_notebook_prints_nothing_to_stderr(executed):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_notebook_stops_with_a_fix_if_jax_sees_no_tpu(platform, tmp_path):
     notebook = read(platform)
-    (check,) = [i for i, cell in enumerate(notebook.cells) if "raise RuntimeError" in cell.source]
+    (check,) = [i for i, cell in enumerate(notebook.cells) if "JAX cannot see it" in cell.source]
     notebook.cells = notebook.cells[: check + 1]
     fix = {"colab": "Runtime > Change runtime type", "kaggle": "Settings > Accelerator"}[platform]
     with pytest.raises(nbclient.exceptions.CellExecutionError, match=f"JAX cannot see it.*{fix}"):
