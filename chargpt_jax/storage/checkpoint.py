@@ -91,6 +91,19 @@ class Checkpoints:
         except OSError as error:
             raise NoCheckpoint(f"{self.folder} cannot be read ({error.strerror}): make it readable.") from error
 
+    def valid_steps(self) -> list[int]:
+        """List the training steps of the checkpoints that pass verification, oldest first."""
+        return [step for step in self.steps() if self._is_valid(step)]
+
+    def best(self) -> tuple[int, float] | None:
+        """Return the training step and the validation loss of the best checkpoint; None if none was validated."""
+        step, record = min(
+            ((step, self._read_record(step)) for step in self.valid_steps()),
+            key=lambda pair: _rank(*pair),
+            default=(0, {"loss": UNVALIDATED}),
+        )
+        return (step, record["loss"]) if record["loss"] < UNVALIDATED else None
+
     def sweep(self) -> None:
         """Remove the temporary folders of killed processes. Only the process that holds the lock may call this."""
         for prefix in (SAVING, DELETING):
@@ -174,7 +187,7 @@ class Checkpoints:
 
     def _delete_old(self) -> None:
         """Delete the valid checkpoints but the newest few and the best; one that fails verification stays."""
-        valid = [step for step in self.steps() if self._is_valid(step)]
+        valid = self.valid_steps()
         best = min(valid, key=lambda step: _rank(step, self._read_record(step)))
         for step in valid:
             if step == best or step in valid[-self.keep_last :]:
@@ -295,12 +308,15 @@ class Checkpoints:
         return arrays
 
 
-def _remove(folder: Path) -> None:
-    """Remove a folder; give up after a second if the system refuses."""
+def _remove(path: Path) -> None:
+    """Remove a folder, or a link or file in its place; give up after a second if the system refuses."""
     for _ in range(20):
         with contextlib.suppress(OSError):
-            shutil.rmtree(folder, ignore_errors=True)
-        if not os.path.lexists(folder):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        if not os.path.lexists(path):
             return
         time.sleep(0.05)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from chargpt_jax.errors import UserError
+from chargpt_jax.errors import SaveFailed, UserError
 
 NAME = "lock.json"
 
@@ -42,15 +42,30 @@ class Lock:
         """Take an open, locked lock file."""
         self.path, self.file, self.lost = path, file, False
         self._pid, self._last_heartbeat = os.getpid(), time.monotonic()
+        self._folder = os.stat(path.parent)
 
     def alive(self) -> None:
         """Update the modification time of the file, at most once every HEARTBEAT seconds.
 
         Raises:
             UserError: if a newer training in this process has taken over the workdir.
+            SaveFailed: if the workdir was moved or removed, so that no checkpoint can be saved in it.
         """
+        folder = self.path.parent
+        try:
+            there = os.path.samestat(os.stat(folder), self._folder)
+            # While a folder is being removed, a save may keep it from vanishing.
+            there = there and (self.path.exists() or any(path.suffix == ".json" for path in folder.iterdir()))
+        except (FileNotFoundError, NotADirectoryError):
+            there = False
+        except OSError:  # the disk fails: the next save reports it
+            there = True
+        if not there:
+            raise SaveFailed(
+                f"{folder} was moved or removed during training, so training has stopped: run the same command again "
+                "with the --workdir where the run is; it continues from the newest checkpoint."
+            )
         if self.lost:
-            folder = self.path.parent
             raise UserError(f"A newer training in this process has taken over {folder}: continue with that one.")
         if time.monotonic() - self._last_heartbeat >= HEARTBEAT:
             self._last_heartbeat = time.monotonic()

@@ -71,7 +71,9 @@ class TrainingLoop:
         validations = [line for line in self.log.lines if line["event"] == "validation"]
         self.seconds: float = max((line.get("seconds", 0.0) for line in self.log.lines), default=0.0)
         """Of training and validation, without interruptions of the run."""
-        self.best_loss: float = min((line["loss"] for line in validations), default=math.inf)
+        best = store.best()
+        self.best_loss: float = best[1] if best else math.inf
+        """Of the checkpoints; a log may have been edited, or be missing."""
         self.validated_step: int = max((line["step"] for line in validations), default=0)
 
     def events(self, lowered: jax.stages.Lowered, tracing: float) -> Iterator[Event]:
@@ -169,6 +171,7 @@ class TrainingLoop:
 
     def save(self, loss: float) -> Saved:
         """Save a checkpoint with a validation loss, or UNVALIDATED; record how long that takes."""
+        self.lock.alive()
         began = time.perf_counter()
         path = self.store.save(self.state, self.setup.record(), loss)
         self.condition.record_save(time.perf_counter() - began)
@@ -207,7 +210,7 @@ class TrainingLoop:
         bad = ~np.isfinite(losses) | (~np.isfinite(norms) & (not scaled))
         if not bad.any():
             return
-        at, steps = int(np.argmax(bad)), self.store.steps()
+        at, steps = int(np.argmax(bad)), self.store.valid_steps()
         last = f"The last checkpoint is step {steps[-1]}" if steps else "There is no checkpoint yet"
         raise NonFiniteLoss(
             f"Training diverged at step {step + at + 1}: loss {losses[at]}, gradient norm {norms[at]}. {last}: start "

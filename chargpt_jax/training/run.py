@@ -208,10 +208,15 @@ def _check_split(run: Run) -> None:
 
 
 def _check_length(run: Run) -> None:
-    """Check that the schedule is not shorter than the steps already made: it may grow, but not shrink below them."""
+    """Check that the schedule is not shorter than the steps already made: it may grow, but not shrink below them.
+
+    A folder beyond the schedule that is not a valid checkpoint does not count.
+    """
+    scheduler, total = run.config.scheduler, run.total_steps
     with contextlib.closing(Checkpoints(run.workdir.checkpoints)) as store:
         made = max(store.steps(), default=0)
-    scheduler, total = run.config.scheduler, run.total_steps
+        if made > total:
+            made = max(store.valid_steps(), default=0)
     if made > total:
         name = "epochs" if scheduler.max_steps is None else "max_steps"
         raise UserError(

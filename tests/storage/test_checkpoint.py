@@ -307,3 +307,27 @@ def test_a_relative_folder_is_made_absolute(tmp_path, monkeypatch):
     store.close()
     assert path.is_absolute()
     assert path.is_dir()
+
+
+def test_links_in_the_place_of_temporary_folders_are_swept_and_not_followed(store, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    store.folder.mkdir()
+    for name in (".saving-5", ".saving-6", ".deleting-2"):
+        (store.folder / name).symlink_to(tmp_path / "mine")
+    (store.folder / ".saving-7").symlink_to(tmp_path / "nothing")
+    store.save(state_at(5), RECORD, 1.0)
+    store.sweep()
+    assert [path.name for path in store.folder.iterdir()] == ["5"]
+    assert (tmp_path / "mine" / "file").exists()
+
+
+def test_the_best_is_that_of_the_valid_checkpoints(copy, store):
+    assert store.best() is None
+    (copy.folder / "999").mkdir()
+    assert copy.steps() == [1, 2, 3, 999]
+    assert copy.valid_steps() == [1, 2, 3]
+    step, loss = copy.best()
+    assert (step, loss) == (2, copy.record(2)["loss"])
+    (copy.folder / "2" / "record.json").write_text("{}")
+    assert Store(copy.folder).best()[0] != 2

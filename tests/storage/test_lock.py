@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from chargpt_jax.errors import UserError
+from chargpt_jax.errors import SaveFailed, UserError
 from chargpt_jax.storage import lock
 
 OLD_BOOT = "5d7f5d8c-7a0c-4f0e-9a39-1f1d6f3d0c11"
@@ -223,3 +223,20 @@ def test_on_a_full_disk_the_lock_is_held_without_a_name(folder, monkeypatch):
     with lock.writer(folder):
         assert (folder / lock.NAME).read_bytes() == b""
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("how", ["moved", "replaced", "removed", "emptied"])
+def test_a_folder_that_is_moved_or_removed_ends_training(tmp_path, how):
+    folder = tmp_path / "run"
+    with lock.writer(folder) as held:
+        held.alive()
+        if how in ("moved", "replaced"):
+            folder.rename(tmp_path / "elsewhere")
+        else:
+            (folder / lock.NAME).unlink()
+        if how == "replaced":
+            folder.mkdir()
+        if how == "removed":
+            folder.rmdir()
+        with pytest.raises(SaveFailed, match="was moved or removed during training"):
+            held.alive()
