@@ -8,6 +8,7 @@ Every file but metrics.jsonl is written atomically (atomic.py).
 
 import contextlib
 import copy
+import itertools
 import json
 import os
 import stat
@@ -311,8 +312,11 @@ class Log:
             step: number of training steps done.
             warn: called once, when a write fails for the first time.
         """
-        self.lines = [line for line in folder.load_metrics() if line["step"] <= step]
-        """The lines that were in the file, without the dropped ones."""
+        found = [line for line in folder.load_metrics() if line["step"] <= step]
+        self.lines = list({(line["step"], line["event"]): line for line in sorted(found, key=_position)}.values())
+        """The lines that were in the file, by step, without the dropped and the repeated ones."""
+        if fault := _fault(found, self.lines):
+            warn(f"{folder.metrics} {fault}: the checkpoints are whole, and training continues.")
         self._folder, self._warn, self._warned = folder, warn, False
         self._size: int | None = None
         """Bytes of complete lines in the file; None: rewrite the whole file."""
@@ -360,6 +364,28 @@ def excused(what: str, warn: Callable[[str], None]) -> Iterator[None]:
         yield
     except OSError as error:
         warn(f"Cannot write {what} ({error.strerror}): the run continues without it.")
+
+
+def _position(line: Mapping[str, Any]) -> tuple[int, bool]:
+    """Sort by step; a step is logged before its validation."""
+    return line["step"], line["event"] == "validation"
+
+
+def _fault(found: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> str:
+    """Say what is wrong with a log of these lines, of which `lines` are left; '' if its steps are in order.
+
+    A gap is a distance between logged steps above those before and after it: train.log_every may have changed once.
+    """
+    if len(found) > len(lines):
+        return f"repeats {len(found) - len(lines)} of its lines, which are removed"
+    if list(found) != list(lines):
+        return "has lines that were out of order, and are sorted"
+    steps = [line["step"] for line in lines if line["event"] == "step"]
+    apart = [after - before for before, after in itertools.pairwise([0, *steps])]
+    for (before, gap, after), step in zip(zip(apart, apart[1:], apart[2:], strict=False), steps[1:], strict=False):
+        if gap > max(before, after):
+            return f"has no line for some steps before step {step:,}"
+    return ""
 
 
 def check_name(path: str, flag: str) -> None:

@@ -207,6 +207,28 @@ def test_log_that_cannot_be_rewritten_keeps_its_lines(folder, monkeypatch):
     assert [line["step"] for line in folder.load_metrics()] == [1, 5, 6]
 
 
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ([10, 20, 30, 40], None),
+        ([1, 2, 3, 10, 20, 30], None),  # log_every changed
+        ([10, 20, 21, 22], None),
+        ([10, 20, 40, 50], "no line for some steps before step 40"),
+        ([10, 20, 20, 30], "repeats 1 of its lines"),
+        ([10, 30, 20, 40], "out of order"),
+    ],
+)
+def test_a_log_with_a_gap_or_a_repeat_is_reported_once(folder, steps, said):
+    warnings: list[str] = []
+    folder.path.mkdir()
+    folder.metrics.write_text("".join(json.dumps({"event": "step", "step": n, "loss": 1.5}) + "\n" for n in steps))
+    log = log_at(folder, 60, warnings)
+    assert [line["step"] for line in log.lines] == sorted(set(steps))
+    assert folder.load_metrics() == log.lines
+    assert len(warnings) == (said is not None)
+    assert said is None or said in warnings[0]
+
+
 def test_removed_log_is_created_again(folder):
     log = log_at(folder, 0)
     log.add([{"event": "step", "step": 1}])
