@@ -29,6 +29,7 @@ from chargpt_jax.interop.convert import import_original
 from chargpt_jax.model.flops import training_flops
 from chargpt_jax.model.init import count_parameters
 from chargpt_jax.pictures import plots, report
+from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.workdir import Workdir, excused
 from chargpt_jax.training import optimizer, stages
 from chargpt_jax.training.lr_finder import result_from
@@ -246,7 +247,8 @@ def info(workdir: str | Path | Workdir) -> dict[str, Any]:
     epoch_steps = batches.steps_per_epoch(
         int(config.data.train_split * n), config.model.block_size, config.data, config.ancestor.short_epochs
     )
-    best = min(log, key=lambda line: line["loss"], default=None)
+    with contextlib.closing(Checkpoints(folder.checkpoints)) as store:
+        best = store.best()
     return {
         "sources": [source["title"] for source in sources],
         "characters": n,
@@ -258,9 +260,9 @@ def info(workdir: str | Path | Workdir) -> dict[str, Any]:
         "learning_rate": config.optimizer.learning_rate,
         "step": log[-1]["step"] if log else 0,
         "seconds": log[-1]["seconds"] if log else 0.0,
-        "best_step": best and best["step"],
-        "best_loss": best and best["loss"],
-        "best_bits_per_character": best and best["bits_per_character"],
+        "best_step": best and best[0],
+        "best_loss": best and best[1],
+        "best_bits_per_character": best and bits_per_character(best[1]),
         "devices": sharding.describe(mesh, jax.local_device_count()),
         "dtype": jnp.dtype(compute_dtype(config.amp)).name,
         "trained_on": speed.get("device"),

@@ -318,6 +318,16 @@ def test_a_run_of_an_earlier_version_without_a_manifest_of_its_corpus_is_measure
     assert first[0] == 0
 
 
+def test_the_best_loss_is_not_taken_from_the_log(asked: Asked, run: Path, copy: Path) -> None:
+    first = json.loads(asked("--mode=info", "--json", workdir=run)[1])
+    log = copy / "metrics.jsonl"
+    lines = [{**json.loads(line), "loss": 0.001} for line in log.read_text(encoding="utf-8").splitlines()]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    again = json.loads(asked("--mode=info", "--json", workdir=copy)[1])
+    assert again["best_loss"] == first["best_loss"] > 1
+    assert again["best_bits_per_character"] == first["best_bits_per_character"]
+
+
 def test_garbage_in_the_log_changes_nothing_that_is_told(asked: Asked, run: Path, copy: Path) -> None:
     from tests.test_hostile_files import GARBAGE
 

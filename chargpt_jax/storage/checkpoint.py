@@ -104,6 +104,10 @@ class Checkpoints:
         )
         return (step, record["loss"]) if record["loss"] < UNVALIDATED else None
 
+    def loss_of(self, step: int) -> float:
+        """Return the validation loss of a checkpoint, UNVALIDATED if it has none."""
+        return float(self._read_record(step)["loss"])
+
     def sweep(self) -> None:
         """Remove the temporary folders of killed processes. Only the process that holds the lock may call this."""
         for prefix in (SAVING, DELETING):

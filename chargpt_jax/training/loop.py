@@ -68,13 +68,12 @@ class TrainingLoop:
         self.validate_every = max(1, round(run.config.train.validate_every * self.epoch_steps))
         self.step = self.saved_step = int(state.step)
         self.log = Log(run.workdir, self.step, warn)
-        validations = [line for line in self.log.lines if line["event"] == "validation"]
         self.seconds: float = max((line.get("seconds", 0.0) for line in self.log.lines), default=0.0)
         """Of training and validation, without interruptions of the run."""
         best = store.best()
         self.best_loss: float = best[1] if best else math.inf
         """Of the checkpoints; a log may have been edited, or be missing."""
-        self.validated_step: int = max((line["step"] for line in validations), default=0)
+        self.validated_step: int = self.step if self.step and store.loss_of(self.step) < UNVALIDATED else 0
 
     def events(self, lowered: jax.stages.Lowered, tracing: float) -> Iterator[Event]:
         """Train until the schedule ends or the stop condition is reached.
