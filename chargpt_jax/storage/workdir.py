@@ -395,8 +395,8 @@ def check_name(path: str, flag: str) -> None:
         UserError: if it is not UTF-8, which the library that writes arrays does not support.
     """
     try:
-        path.encode()
-    except UnicodeEncodeError:
+        os.fsencode(path).decode("utf-8")  # the name's bytes: under LC_ALL=C Python reads them as lone surrogates
+    except UnicodeError:
         raise UserError(f"{flag} is {path!a}, but its name must be valid UTF-8: rename it, or give another.") from None
 
 
