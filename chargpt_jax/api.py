@@ -20,7 +20,7 @@ from chargpt_jax.config import Config
 from chargpt_jax.data import batches
 from chargpt_jax.devices import sharding
 from chargpt_jax.devices.platform import compute_dtype
-from chargpt_jax.errors import UserError
+from chargpt_jax.errors import UserError, excused
 from chargpt_jax.events import Ended, Event, LRFinderResult, bits_per_character, perplexity
 from chargpt_jax.generation.sample import Sample, Samples
 from chargpt_jax.generation.trained_model import Model, load, load_with_record, state_shapes_of
@@ -30,7 +30,7 @@ from chargpt_jax.model.flops import training_flops
 from chargpt_jax.model.init import count_parameters
 from chargpt_jax.pictures import plots, report
 from chargpt_jax.storage.checkpoint import Checkpoints
-from chargpt_jax.storage.workdir import Workdir, excused
+from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer, stages
 from chargpt_jax.training.lr_finder import result_from
 from chargpt_jax.training.pacing import Stop

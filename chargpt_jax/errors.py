@@ -1,4 +1,7 @@
-"""Exceptions of the package, each with the exit code that `main` returns for it. Imports nothing."""
+"""Exceptions of the package, each with the exit code that `main` returns for it. Imports no file of the package."""
+
+import contextlib
+from collections.abc import Callable, Iterator
 
 
 class ExpectedError(Exception):
@@ -32,3 +35,12 @@ class SaveFailed(ExpectedError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether Python, NumPy or JAX raised an exception because no memory was left, on the host or a device."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:1000]
+
+
+@contextlib.contextmanager
+def excused(what: str, warn: Callable[[str], None]) -> Iterator[None]:
+    """Turn an OSError of the block, which writes something optional, into a warning."""
+    try:
+        yield
+    except OSError as error:
+        warn(f"Cannot write {what} ({error.strerror}): the run continues without it.")

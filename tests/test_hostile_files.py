@@ -21,7 +21,8 @@ from chargpt_jax.errors import UserError
 from chargpt_jax.generation.sample import Samples
 from chargpt_jax.interop.safetensors_file import read_npz
 from chargpt_jax.storage import manifest
-from chargpt_jax.storage.workdir import MAX_LINE, MAX_METRICS, Log, Workdir
+from chargpt_jax.storage.metrics_log import MAX_LINE, MAX_METRICS, Log
+from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training.lr_finder import result_from
 from chargpt_jax.training.optimizer import total_steps
 
@@ -281,12 +282,12 @@ def test_lines_of_a_log_that_make_no_sense_are_left_out(folder):
     lines = [json.dumps(line).encode() for line in (*GOOD, VALIDATION)]
     folder.metrics.write_bytes(b"\n".join([*GARBAGE, lines[0], *GARBAGE, *lines[1:], *GARBAGE]))
     assert folder.load_metrics() == [*GOOD, VALIDATION]
-    assert Log(folder, 1, pytest.fail).lines == GOOD[:1]
+    assert Log(folder.metrics, 1, pytest.fail).lines == GOOD[:1]
     assert folder.load_metrics() == GOOD[:1]
 
 
 def test_overflowed_gradient_norm_stays_in_the_log(folder):
-    Log(folder, 0, pytest.fail).add([{**GOOD[0], "grad_norm": math.inf}])
+    Log(folder.metrics, 0, pytest.fail).add([{**GOOD[0], "grad_norm": math.inf}])
     assert folder.load_metrics()[0]["grad_norm"] == math.inf
 
 

@@ -6,20 +6,17 @@
 Every file but metrics.jsonl is written atomically (atomic.py).
 """
 
-import contextlib
 import copy
-import itertools
 import json
 import os
-import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from chargpt_jax import atomic
-from chargpt_jax.config import MAX_STEPS, Config
+from chargpt_jax.config import Config
 from chargpt_jax.config_io import (
     MAX_JSON,
     MAY_CHANGE,
@@ -34,21 +31,11 @@ from chargpt_jax.config_io import (
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError
 from chargpt_jax.storage import manifest
+from chargpt_jax.storage.metrics_log import read_metrics
 from chargpt_jax.storage.npy_header import read_npy_header, write_npy
 
 MAX_CORPUS = 4 << 30
 """Maximum size of the values in tokens.npy, bytes: about 1e9 characters."""
-
-MAX_METRICS = 1 << 30
-"""Maximum size of metrics.jsonl, bytes."""
-
-MAX_LINE = 1 << 16
-"""Maximum size of a line of metrics.jsonl, bytes; a longer one is split into parts, which are not valid lines."""
-
-NUMBERS = {"step": ("loss",), "validation": ("loss", "bits_per_character", "seconds")}
-"""Numbers that a line of metrics.jsonl must have, by its event, in addition to its step; each is below MAX_NUMBER."""
-
-MAX_NUMBER = 1e30
 
 SAMPLE_SECONDS = 60.0
 """Age at which a temporary file of a sample is of a killed process."""
@@ -250,22 +237,9 @@ class Workdir:
         """Read metrics.jsonl. Invalid lines, such as a last one truncated by a crash, are skipped.
 
         Raises:
-            UserError: if the file exists, but is unreadable or larger than MAX_METRICS.
+            UserError: if the file exists, but is unreadable or too large.
         """
-        try:
-            facts = os.lstat(self.metrics)
-            if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_METRICS:
-                raise UserError(
-                    f"{self.metrics} cannot be read: it must be a regular file, not a link, of at most "
-                    f"{MAX_METRICS >> 20} MiB: remove it."
-                )
-            with open(self.metrics, "rb", opener=atomic.regular_only) as file:
-                lines = map(_metrics_line, iter(lambda: file.readline(MAX_LINE), b""))
-                return [line for line in lines if line is not None]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise UserError(f"{self.metrics} cannot be read ({error.strerror}): repair or remove it.") from None
+        return read_metrics(self.metrics)
 
     def load_json(self, path: Path, max_bytes: int = MAX_JSON) -> Any:
         """Read a JSON file of this run.
@@ -298,96 +272,6 @@ class Workdir:
         atomic.write_file(path, text.encode("utf-8", "backslashreplace"))
 
 
-class Log:
-    """metrics.jsonl of a run in training. It holds complete lines only, and a failed write does not end the run.
-
-    Lines that the disk refuses stay in memory until it accepts them; a line that was written in part is truncated.
-    """
-
-    def __init__(self, folder: Workdir, step: int, warn: Callable[[str], None]) -> None:
-        """Open the log of a run that resumes after a step; lines of later steps are dropped.
-
-        Args:
-            folder: the run's folder.
-            step: number of training steps done.
-            warn: called once, when a write fails for the first time.
-        """
-        found = [line for line in folder.load_metrics() if line["step"] <= step]
-        self.lines = list({(line["step"], line["event"]): line for line in sorted(found, key=_position)}.values())
-        """The lines that were in the file, by step, without the dropped and the repeated ones."""
-        if fault := _fault(found, self.lines):
-            warn(f"{folder.metrics} {fault}: the checkpoints are whole, and training continues.")
-        self._folder, self._warn, self._warned = folder, warn, False
-        self._size: int | None = None
-        """Bytes of complete lines in the file; None: rewrite the whole file."""
-        self._pending = _json_lines(self.lines)
-        self.add([])
-
-    def add(self, lines: Sequence[dict[str, Any]], durably: bool = False) -> None:
-        """Append lines, one JSON object each; `durably`: call fsync, so that they survive a power failure."""
-        self._pending += _json_lines(lines)
-        with self._forgiving():
-            if self._size is None:
-                self._folder.write(self._folder.metrics, self._pending)
-                self._size = len(self._pending)
-            else:
-                self._size = self._append(self._size, self._pending.encode(), durably)
-            self._pending = ""
-
-    def _append(self, size: int, data: bytes, durably: bool) -> int:
-        with open(self._folder.metrics, "ab", opener=atomic.regular_only) as file:
-            size = min(size, os.fstat(file.fileno()).st_size)
-            file.truncate(size)
-            file.write(data)
-            file.flush()
-            if durably:
-                os.fsync(file.fileno())
-        return size + len(data)
-
-    @contextlib.contextmanager
-    def _forgiving(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if not self._warned:
-                self._warned = True
-                self._warn(
-                    f"Cannot write {self._folder.metrics} ({error.strerror}): training continues, and log lines "
-                    "stay in memory until the disk is writable."
-                )
-
-
-@contextlib.contextmanager
-def excused(what: str, warn: Callable[[str], None]) -> Iterator[None]:
-    """Turn an OSError of the block, which writes something optional, into a warning."""
-    try:
-        yield
-    except OSError as error:
-        warn(f"Cannot write {what} ({error.strerror}): the run continues without it.")
-
-
-def _position(line: Mapping[str, Any]) -> tuple[int, bool]:
-    """Sort by step; a step is logged before its validation."""
-    return line["step"], line["event"] == "validation"
-
-
-def _fault(found: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> str:
-    """Say what is wrong with a log of these lines, of which `lines` are left; '' if its steps are in order.
-
-    A gap is a distance between logged steps above those before and after it: train.log_every may have changed once.
-    """
-    if len(found) > len(lines):
-        return f"repeats {len(found) - len(lines)} of its lines, which are removed"
-    if list(found) != list(lines):
-        return "has lines that were out of order, and are sorted"
-    steps = [line["step"] for line in lines if line["event"] == "step"]
-    apart = [after - before for before, after in itertools.pairwise([0, *steps])]
-    for (before, gap, after), step in zip(zip(apart, apart[1:], apart[2:], strict=False), steps[1:], strict=False):
-        if gap > max(before, after):
-            return f"has no line for some steps before step {step:,}"
-    return ""
-
-
 def check_name(path: str, flag: str) -> None:
     """Check the name of a folder that is to be written.
 
@@ -413,10 +297,6 @@ def _facts_of(tokenizer: CharTokenizer, tokens: np.ndarray | None) -> dict[str, 
 
 def _vocabulary_json(tokenizer: CharTokenizer) -> str:
     return json.dumps(tokenizer.vocabulary) + "\n"
-
-
-def _json_lines(lines: Sequence[dict[str, Any]]) -> str:
-    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def _read_tokens(path: Path) -> np.ndarray:
@@ -467,16 +347,3 @@ def _facts(saved: Any) -> dict[str, Any]:
     if not isinstance(saved, dict) or not all(isinstance(value, str | float | int | None) for value in saved.values()):
         raise ValueError("it is not an object of numbers and strings")
     return saved
-
-
-def _metrics_line(data: bytes) -> dict[str, Any] | None:
-    """Parse a line of metrics.jsonl; None if it is invalid."""
-    try:
-        line = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(line, dict) or not isinstance(line.get("event"), str) or type(line.get("step")) is not int:
-        return None
-    numbers: list[object] = [line.get("seconds", 0), *(line.get(name) for name in NUMBERS.get(line["event"], ()))]
-    known = all(isinstance(n, int | float) and type(n) is not bool and abs(n) < MAX_NUMBER for n in numbers)
-    return line if known and 0 <= line["step"] < MAX_STEPS else None

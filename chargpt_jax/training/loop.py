@@ -12,7 +12,7 @@ import numpy as np
 
 from chargpt_jax.config import OptimizerConfig
 from chargpt_jax.devices import sharding
-from chargpt_jax.errors import NonFiniteLoss
+from chargpt_jax.errors import NonFiniteLoss, excused
 from chargpt_jax.events import (
     Compiled,
     Ended,
@@ -27,7 +27,7 @@ from chargpt_jax.model.flops import peak_flops, training_flops
 from chargpt_jax.model.init import count_parameters
 from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.storage.lock import Lock
-from chargpt_jax.storage.workdir import Log, excused
+from chargpt_jax.storage.metrics_log import Log
 from chargpt_jax.training.pacing import DispatchSize, StopCondition
 from chargpt_jax.training.run import Run, Warn
 from chargpt_jax.training.setup import Setup
@@ -67,7 +67,7 @@ class TrainingLoop:
         self.epoch_steps, self.total_steps = run.epoch_steps, run.total_steps
         self.validate_every = max(1, round(run.config.train.validate_every * self.epoch_steps))
         self.step = self.saved_step = int(state.step)
-        self.log = Log(run.workdir, self.step, warn)
+        self.log = Log(run.workdir.metrics, self.step, warn)
         self.seconds: float = max((line.get("seconds", 0.0) for line in self.log.lines), default=0.0)
         """Of training and validation, without interruptions of the run."""
         best = store.best()

@@ -17,10 +17,11 @@ import numpy as np
 
 from chargpt_jax.config import Config
 from chargpt_jax.devices import startup
+from chargpt_jax.errors import excused
 from chargpt_jax.events import Ended, Event, LRFinderResult
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.lock import Lock, writer
-from chargpt_jax.storage.workdir import Workdir, excused
+from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.loop import TrainingLoop
 from chargpt_jax.training.lr_finder import (
