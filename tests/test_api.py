@@ -51,9 +51,9 @@ def test_the_functions_of_the_package_stay_functions():
         assert callable(getattr(chargpt_jax, name)), name
 
 
-def test_the_corpus_is_the_file_without_its_edges(workdir):
+def test_the_corpus_is_the_file(workdir):
     written = (workdir.parent / "words.txt").read_text(encoding="utf-8")
-    assert chargpt_jax.corpus_text(workdir) == written.strip()
+    assert chargpt_jax.corpus_text(workdir) == written
 
 
 def test_sources_say_where_the_text_came_from(workdir):

@@ -308,7 +308,7 @@ def test_a_message_is_free_of_jargon(refused: Refused, line: str) -> None:
         (b"abc\0def", "binary (NUL at byte 3)"),
         (b"caf\xe9 cr\xe8me", "cannot be read as utf-8 at byte 3"),
         (b"a" * 9_000, "one distinct character, 'a'"),
-        (SENTENCE.encode(), "training part has 39 characters, but model.block_size 128 needs at least 129"),
+        (SENTENCE.encode(), "training part has 40 characters, but model.block_size 128 needs at least 129"),
         (SENTENCE.encode() * 5, "validation part has 23 characters, but model.block_size 128 needs at least 129"),
     ],
 )

@@ -107,7 +107,12 @@ def load_corpus(
         raise _too_large(config)
     if missing:
         parts = [_stand_in(missing, [part for part in parts if part[1].kind != "stdlib"], config, warn)]
-    return "\n".join(text for text, _ in parts), tuple(source for _, source in parts)
+    return joined([text for text, _ in parts]), tuple(source for _, source in parts)
+
+
+def joined(texts: Sequence[str]) -> str:
+    """Join texts by line breaks; one that ends with a line break needs no other."""
+    return "".join(text if text.endswith("\n") else text + "\n" for text in texts[:-1]) + "".join(texts[-1:])
 
 
 def read_text(path: str | Path, config: DataConfig | None = None, warn: Callable[[str], None] = _to_stderr) -> str:
@@ -356,8 +361,9 @@ def _finish(kind: str, page: Page, text: str, start: re.Pattern[str], setting: s
     begun = _start_at(body, start, page.url)
     if len(begun) < len(body):
         notes.append(f"data.start_at removed {len(body) - len(begun):,} characters")
-    repaired = repair(begun.strip(), names := fixes_of(setting, from_gutenberg))
-    if not repaired.text:
+    begun = begun.strip() if from_gutenberg else begun
+    repaired = repair(begun, names := fixes_of(setting, from_gutenberg))
+    if not repaired.text.strip():
         raise UserError(f"{page.url} is empty, but must be a text: give another.")
     if repaired.lines:
         lines = "1 line" if repaired.lines == 1 else f"{repaired.lines:,} lines"
