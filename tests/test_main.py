@@ -339,6 +339,34 @@ def test_a_text_must_suit_the_config(refused: Refused, here: Path, override: str
     assert said in refused(f"{PREPARE} --config.{override}")
 
 
+@pytest.mark.parametrize("mode", ["run", "prepare", "find_lr", "train"])
+@pytest.mark.parametrize(
+    ("source", "workdir"),
+    [
+        ("texts", "texts"),
+        ("texts/../texts", "texts"),
+        ("text.txt,run", "new"),
+        ("run/corpus", "new"),
+        ("run", "run/new"),
+    ],
+)
+def test_the_files_of_a_run_are_no_text(refused: Refused, here: Path, mode: str, source: str, workdir: str) -> None:
+    (here / "texts").mkdir()
+    (here / "texts" / "text.txt").write_text(SENTENCE * 100)
+    prepare(here)
+    said = refused(f"--config=tiny --mode={mode} --config.data.source={source} --workdir={workdir}")
+    assert "the files of a run are no text: give another --workdir" in said
+
+
+def test_a_run_may_lie_in_the_folder_of_its_texts(here: Path) -> None:
+    (here / "texts").mkdir()
+    (here / "texts" / "text.txt").write_text(SENTENCE * 100)
+    line = f"{PREPARE}/texts/run --config.data.source=texts".replace("--workdir=run", "--workdir=.")
+    for _ in range(2):
+        assert main(["chargpt", *shlex.split(line)]) == 0
+    assert Workdir(here / "texts" / "run").load_sources()[0]["characters"] == len(SENTENCE) * 100 - 1
+
+
 # Workdirs
 
 

@@ -171,6 +171,12 @@ def text_pieces(path: str, config: DataConfig, warn: Callable[[str], None]) -> I
             yield piece
 
 
+def folders(config: DataConfig) -> list[Path]:
+    """Return the folders that `config.source` names."""
+    paths = [Path(os.path.expanduser(entry)) for entry in _entries(config.source)]
+    return [path for path in paths if path.is_dir()]
+
+
 def changed_files(config: DataConfig, sources: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the paths of local files that have changed since a corpus was made from them."""
     changed = []

@@ -3,6 +3,7 @@
 `write_npy` writes the same bytes as `np.save`, whose errors do not say why a disk refused them.
 """
 
+from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
 import numpy as np
@@ -25,6 +26,23 @@ def read_npy_header(file: IO[bytes]) -> NpyHeader:
         ValueError, KeyError, SyntaxError or others: whatever NumPy raises for a header that is malformed.
     """
     return NpyHeader(*_READERS[np.lib.format.read_magic(file)](file))
+
+
+def read_tokens(path: Path, max_bytes: int) -> np.ndarray:
+    """Read an int32 array with one axis. Its header is compared with the size of the file first.
+
+    Raises:
+        ValueError, KeyError, SyntaxError or others: if the file holds something else, or more than `max_bytes`.
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        shape, _, dtype = read_npy_header(file)
+        if dtype != np.int32 or len(shape) != 1:
+            raise ValueError("it is not a one-dimensional array of 32-bit integers")
+        left = path.stat().st_size - file.tell()
+        if left != 4 * shape[0] or left > max_bytes:
+            raise ValueError(f"its header states {shape[0]:,} characters, but {left:,} bytes follow")
+        return np.fromfile(file, np.int32, shape[0])
 
 
 class Writable(Protocol):

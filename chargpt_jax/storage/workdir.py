@@ -32,7 +32,7 @@ from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError
 from chargpt_jax.storage import manifest
 from chargpt_jax.storage.metrics_log import read_metrics
-from chargpt_jax.storage.npy_header import read_npy_header, write_npy
+from chargpt_jax.storage.npy_header import read_tokens, write_npy
 
 MAX_CORPUS = 4 << 30
 """Maximum size of the values in tokens.npy, bytes: about 1e9 characters."""
@@ -114,6 +114,14 @@ class Workdir:
             raise UserError(
                 f"The run in {self.path} has a different config ({shown}): use the saved values, or another --workdir."
             )
+
+    def is_of_a_run(self, path: Path) -> bool:
+        """Return whether a folder is that of this run or of another one, or the folder of its corpus or samples."""
+        path = path.resolve()
+        runs = [path, *([path.parent] if path.name in (self.corpus.name, self.samples.name) else [])]
+        return any(
+            run == self.path.resolve() or (Workdir(run).config.exists() and Workdir(run).has_corpus()) for run in runs
+        )
 
     def has_checkpoints(self) -> bool:
         """Return whether there is a checkpoint, valid or not."""
@@ -206,7 +214,7 @@ class Workdir:
                 "again with --text_file."
             )
         try:
-            tokens = _read_tokens(path)
+            tokens = read_tokens(path, MAX_CORPUS)
         except MemoryError:
             raise
         except Exception as error:  # NumPy raises many types for a malformed header
@@ -297,17 +305,6 @@ def _facts_of(tokenizer: CharTokenizer, tokens: np.ndarray | None) -> dict[str, 
 
 def _vocabulary_json(tokenizer: CharTokenizer) -> str:
     return json.dumps(tokenizer.vocabulary) + "\n"
-
-
-def _read_tokens(path: Path) -> np.ndarray:
-    with path.open("rb") as file:
-        shape, _, dtype = read_npy_header(file)
-        if dtype != np.int32 or len(shape) != 1:
-            raise ValueError("it is not a one-dimensional array of 32-bit integers")
-        left = path.stat().st_size - file.tell()
-        if left != 4 * shape[0] or left > MAX_CORPUS:
-            raise ValueError(f"its header states {shape[0]:,} characters, but {left:,} bytes follow")
-        return np.fromfile(file, np.int32, shape[0])
 
 
 def _sources(saved: Any) -> list[dict[str, Any]]:

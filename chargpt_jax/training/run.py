@@ -13,7 +13,7 @@ import optax
 from chargpt_jax.config import Config, validate
 from chargpt_jax.config_io import differences, from_dict
 from chargpt_jax.data import batches
-from chargpt_jax.data.corpus import changed_files, load_corpus
+from chargpt_jax.data.corpus import changed_files, folders, load_corpus
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.devices import startup
 from chargpt_jax.errors import UserError
@@ -82,6 +82,12 @@ class Run:
 
     @classmethod
     def _create(cls, config: Config, folder: Workdir, warn: Warn) -> "Run":
+        for path in folders(config.data):
+            if folder.is_of_a_run(path):
+                raise UserError(
+                    f"data.source names the folder {str(path)!r}, which holds a run or is the --workdir, and the files "
+                    "of a run are no text: give another --workdir, or a folder of texts."
+                )
         text, found = load_corpus(config.data, warn=warn)
         tokenizer, sources = CharTokenizer.from_text(text), [dataclasses.asdict(source) for source in found]
         if tokenizer.n_ids < 3:
