@@ -1,8 +1,8 @@
 """Load the texts of a corpus, remove licences, repair encoding errors, and record the source of each text.
 
 A text is read from a file, from the download cache or from the web; if no text can be downloaded, a text that ships
-with Python is used instead, with a warning. `download.py` downloads and caches, `encoding.py` decodes, `gutenberg.py`
-removes licences, `repair.py` repairs encoding errors.
+with Python is used instead, with a warning. `sources.py` finds the texts, `download.py` downloads and caches,
+`encoding.py` decodes, `gutenberg.py` removes licences, `repair.py` repairs encoding errors.
 """
 
 import contextlib
@@ -19,9 +19,10 @@ from urllib.parse import unquote, urlsplit
 
 from chargpt_jax.config import DataConfig
 from chargpt_jax.data import gutenberg
-from chargpt_jax.data.download import DownloadError, Page, default_cache, fetch, keep, split_url
-from chargpt_jax.data.encoding import BYTE_ORDER_MARKS, UndecodableText, decode, decode_pieces, several
+from chargpt_jax.data.download import DownloadError, Page, default_cache, keep
+from chargpt_jax.data.encoding import UndecodableText, decode, decode_pieces, several
 from chargpt_jax.data.repair import DEFAULT, fixes_of, kinds, repair
+from chargpt_jax.data.sources import entries_of, exists, pages_of, read_file, stdlib_text, too_large
 from chargpt_jax.errors import UserError
 
 MAX_SCORED = 64_000_000
@@ -80,12 +81,12 @@ def load_corpus(
     missing: dict[str, str] = {}
     undecodable: list[UndecodableText] = []
     left = config.max_megabytes * 1e6
-    for entry in _entries(config.source):
+    for entry in entries_of(config.source):
         if entry == "stdlib":
             parts.append(_stdlib_part())
             continue
         try:
-            kind, pages, left_out = _pages(entry, config, cache, left)
+            kind, pages, left_out = pages_of(entry, config, cache, left)
         except DownloadError as error:
             missing[entry] = str(error)
             continue
@@ -104,7 +105,7 @@ def load_corpus(
     if undecodable:
         raise several(undecodable)
     if left < 0:
-        raise _too_large(config)
+        raise too_large(config)
     if missing:
         parts = [_stand_in(missing, [part for part in parts if part[1].kind != "stdlib"], config, warn)]
     return joined([text for text, _ in parts]), tuple(source for _, source in parts)
@@ -129,7 +130,7 @@ def read_text(path: str | Path, config: DataConfig | None = None, warn: Callable
     Raises:
         UserError: if the file is unreadable, too large, binary or in an unknown encoding.
     """
-    data = _read_file(str(path), MAX_SCORED, "score its parts one by one")
+    data = read_file(str(path), MAX_SCORED, "score its parts one by one")
     text = decode(data, str(path), config.encoding if config else "")
     if config is None:
         return text
@@ -149,8 +150,8 @@ def check_exists(path: str) -> None:
     Raises:
         UserError: if it is not.
     """
-    if not _exists(path):
-        _read_file(path, 0, "")
+    if not exists(path):
+        read_file(path, 0, "")
 
 
 def text_pieces(path: str, config: DataConfig, warn: Callable[[str], None]) -> Iterator[str]:
@@ -171,12 +172,6 @@ def text_pieces(path: str, config: DataConfig, warn: Callable[[str], None]) -> I
             yield piece
 
 
-def folders(config: DataConfig) -> list[Path]:
-    """Return the folders that `config.source` names."""
-    paths = [Path(os.path.expanduser(entry)) for entry in _entries(config.source)]
-    return [path for path in paths if path.is_dir()]
-
-
 def changed_files(config: DataConfig, sources: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the paths of local files that have changed since a corpus was made from them."""
     changed = []
@@ -184,18 +179,10 @@ def changed_files(config: DataConfig, sources: Sequence[Mapping[str, Any]]) -> l
         path, recorded = os.path.expanduser(source.get("url") or ""), source.get("file_sha256")
         if recorded and os.path.isfile(path):
             with contextlib.suppress(UserError):
-                data = _read_file(path, round(config.max_megabytes * 1e6), "")
+                data = read_file(path, round(config.max_megabytes * 1e6), "")
                 if hashlib.sha256(data).hexdigest() != recorded:
                     changed.append(str(source["url"]))
     return changed
-
-
-def stdlib_text() -> str:
-    """Return the help texts that ship with Python, in printable ASCII: every version needs equally many embeddings."""
-    from pydoc_data.topics import topics
-
-    text = "\n".join(topics[name] for name in sorted(topics))
-    return "".join(c for c in text if c == "\n" or " " <= c <= "~")
 
 
 def _stdlib_part(stand_in_for: str | None = None) -> Part:
@@ -233,124 +220,6 @@ def _stand_in(missing: dict[str, str], found: Sequence[Part], config: DataConfig
     return text, source
 
 
-# From a source to bytes
-
-
-def _entries(source: str) -> list[str]:
-    """Split at commas, but not inside the name of an existing path."""
-    pieces, entries = source.split(","), []
-    while pieces:
-        for taken in range(len(pieces), 0, -1):
-            entry = ",".join(pieces[:taken])
-            entry = entry if _exists(entry) else entry.strip()
-            if _exists(entry):
-                break
-        entries.append(entry)
-        pieces = pieces[taken:]
-    entries = [entry for entry in entries if entry]
-    if not entries:
-        raise UserError(
-            f"data.source is {source!r}, but it must name a text: give a Gutenberg number, a URL, a path or 'stdlib'."
-        )
-    return entries
-
-
-def _exists(entry: str) -> bool:
-    return os.path.exists(os.path.expanduser(entry))
-
-
-def _pages(entry: str, config: DataConfig, cache: Path, left: float) -> tuple[str, list[Page], tuple[str, ...]]:
-    """Return the kind of a source, its pages, unchanged, and a note on what was left out of a folder.
-
-    An existing path goes before a Gutenberg number.
-
-    Args:
-        entry: the source.
-        config: of the corpus.
-        cache: the folder of downloads.
-        left: bytes that the corpus may still grow by.
-    """
-    if not _exists(entry) and entry.isascii() and entry.isdigit():
-        number = entry.lstrip("0") or "0"
-        urls = [mirror.replace("{number}", number) for mirror in config.mirrors]
-        return "gutenberg", [fetch(f"pg{number}", urls, config, cache)], ()
-    if not _exists(entry) and "://" in entry:
-        host = f".{split_url(entry).hostname}"
-        kind = "gutenberg" if host.endswith(".gutenberg.org") else "url"
-        key = "url-" + hashlib.sha256(os.fsencode(entry)).hexdigest()[:24]
-        return kind, [fetch(key, [entry], config, cache)], ()
-    pages = []
-    names, left_out = _files(entry)
-    for name in names:
-        data = _read_file(name, round(config.max_megabytes * 1e6), "increase data.max_megabytes, or give less text")
-        left -= len(data)
-        if left < 0:
-            raise _too_large(config)
-        pages.append(Page(name, data))
-    return "file", pages, left_out
-
-
-def _files(entry: str) -> tuple[list[str], tuple[str, ...]]:
-    """Return the path of a file, or the paths of the texts in a folder, by name, and a note on the other items."""
-    path = Path(os.path.expanduser(entry))
-    if not _exists(entry):
-        raise UserError(
-            f"data.source names the path {entry!r}, but it does not exist: correct it, or give a Gutenberg number, a "
-            "URL or 'stdlib'."
-        )
-    if not path.is_dir():
-        return [entry], ()
-    try:
-        items = sorted(path.iterdir())
-    except OSError as error:
-        raise UserError(f"The folder {entry!r} cannot be read ({error.strerror}): give a readable folder.") from None
-    texts = [item.name for item in items if not item.name.startswith(".") and _is_text(item)]
-    others = [item.name for item in items if item.name not in texts]
-    if not texts:
-        raise UserError(f"The folder {entry!r} has no text file, but must have at least one: put a text there.")
-    note = (f"left out {_listed(others)} of {entry} (hidden, empty, binary, or a folder)",) if others else ()
-    return [os.path.join(entry, name) for name in texts], note
-
-
-def _is_text(path: Path) -> bool:
-    """Return whether the start of a file looks like text; an unreadable file is not left out silently."""
-    if not path.is_file():
-        return False
-    try:
-        with path.open("rb") as file:
-            start = file.read(8_192)
-    except OSError:
-        return True
-    marked = start.startswith(tuple(mark for mark, _ in BYTE_ORDER_MARKS))
-    return bool(start.strip()) and (marked or b"\0" not in start)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _read_file(name: str, max_bytes: int, fix: str) -> bytes:
-    try:
-        with Path(os.path.expanduser(name)).open("rb") as file:
-            data = file.read(max_bytes + 1)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"The file {name!r} cannot be read ({reason}): give a readable text file.") from None
-    if len(data) > max_bytes:
-        raise UserError(f"The file {name!r} is larger than {max_bytes / 1e6:,g} MB: {fix}.")
-    return data
-
-
-def _too_large(config: DataConfig) -> UserError:
-    return UserError(
-        f"The texts of data.source together are larger than data.max_megabytes ({config.max_megabytes:g}): increase "
-        "it, or give less text."
-    )
-
-
-# From a text to a part of the corpus
-
-
 def _start_pattern(config: DataConfig) -> re.Pattern[str]:
     try:
         return re.compile(config.start_at, re.MULTILINE)
@@ -370,7 +239,10 @@ def _finish(kind: str, page: Page, text: str, start: re.Pattern[str], setting: s
     begun = begun.strip() if from_gutenberg else begun
     repaired = repair(begun, names := fixes_of(setting, from_gutenberg))
     if not repaired.text.strip():
-        raise UserError(f"{page.url} is empty, but must be a text: give another.")
+        state = "has only white space" if text else "is empty"
+        raise UserError(f"{page.url} {state}, but must be a text: give another.")
+    if line := gutenberg.licence_line(repaired.text):
+        notes.append(f"line {line:,} seems to be of a licence of Project Gutenberg, and is kept")
     if repaired.lines:
         lines = "1 line" if repaired.lines == 1 else f"{repaired.lines:,} lines"
         notes.append(f"repaired {lines} ({', '.join(kinds(repaired.fixes))})")
@@ -380,7 +252,8 @@ def _finish(kind: str, page: Page, text: str, start: re.Pattern[str], setting: s
         title = Path(page.url).stem if kind == "file" else unquote(urlsplit(page.url).path).rpartition("/")[2]
     file_sha256 = hashlib.sha256(page.data).hexdigest() if kind == "file" else None
     described = {"repairs": names, "notes": tuple(notes), "file_sha256": file_sha256}
-    return _part(title or page.url, kind, page.url, repaired.text, repaired.fixes, **described)
+    url = _without_password(page.url)
+    return _part(title or url, kind, url, repaired.text, repaired.fixes, **described)
 
 
 def _trimmed(text: str, where: str, kind: str) -> tuple[str, str | None, list[str]]:
@@ -398,11 +271,18 @@ def _trimmed(text: str, where: str, kind: str) -> tuple[str, str | None, list[st
             )
         return text, None, []
     lines = ", ".join(f"{first:,}-{last:,}" for first, last in cut.lines)
-    rest = _plausible(cut.text, text, where, "removing the licence text")
+    rest = cut.text if cut.certain and cut.text else _plausible(cut.text, text, where, "removing the licence text")
     notes = [f"kept {len(rest):,} of {len(text):,} characters, licence removed at lines {lines}"]
     if cut.notes:
         notes.append(f"kept a transcriber's note at line {', '.join(f'{line:,}' for line in cut.notes)}")
     return rest, cut.title, notes
+
+
+def _without_password(url: str) -> str:
+    """Return a URL without the name and password in front of its host; anything else as it is."""
+    scheme, mark, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return scheme + mark + host.rpartition("@")[2] + slash + path if mark else url
 
 
 def _start_at(text: str, start: re.Pattern[str], where: str) -> str:

@@ -8,7 +8,8 @@ import datetime
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from email.message import Message
@@ -139,7 +140,7 @@ def _get(url: str, config: DataConfig) -> tuple[bytes, str | None]:
     """
     import requests
     from requests.adapters import HTTPAdapter
-    from urllib3.exceptions import MaxRetryError, ProtocolError
+    from urllib3.exceptions import HTTPError, MaxRetryError, ProtocolError
 
     timeout = (min(CONNECT_SECONDS, config.timeout), config.timeout)
     headers = {"User-Agent": "chargpt_jax", "Accept-Encoding": "identity"}
@@ -157,7 +158,7 @@ def _get(url: str, config: DataConfig) -> tuple[bytes, str | None]:
                     charset = _charset(url, response)
                     try:
                         return _body(url, response, config.max_megabytes), charset
-                    except requests.exceptions.RequestException as error:
+                    except HTTPError as error:
                         cut = ProtocolError(str(error))
                         retries = (response.raw.retries or retries).increment("GET", url, error=cut)
             retries.sleep()
@@ -214,10 +215,10 @@ def _body(url: str, response: "requests.Response", max_megabytes: float) -> byte
     """Read the body, at most `max_megabytes` and exactly as long as announced (urllib3 1 accepts a truncated one).
 
     Raises:
-        UserError: if it is larger.
-        requests.exceptions.RequestException: if it breaks off.
+        UserError: if it is larger, or compressed in an unknown way.
+        urllib3.exceptions.HTTPError: if it breaks off.
     """
-    from requests.exceptions import ChunkedEncodingError
+    from urllib3.exceptions import ProtocolError
 
     declared = response.headers.get("Content-Length", "")
     # Python refuses to convert thousands of digits; so many bytes are above every limit.
@@ -225,7 +226,7 @@ def _body(url: str, response: "requests.Response", max_megabytes: float) -> byte
     limit = max_megabytes * 1e6
     data = bytearray()
     if (length or 0) <= limit:
-        for chunk in response.iter_content(65_536):
+        for chunk in _decompressed(url, response.raw.stream(65_536, decode_content=False), response.headers):
             data += chunk
             if len(data) > limit:
                 break
@@ -234,8 +235,37 @@ def _body(url: str, response: "requests.Response", max_megabytes: float) -> byte
             f"{url} is larger than data.max_megabytes ({max_megabytes:g}): increase it, or give a smaller text."
         )
     if length is not None and response.raw.tell() != length:
-        raise ChunkedEncodingError("the answer broke off")
+        raise ProtocolError("the answer broke off")
     return bytes(data)
+
+
+def _decompressed(url: str, chunks: Iterable[bytes], headers: Mapping[str, str]) -> Iterator[bytes]:
+    """Decompress a body, which some servers compress without being asked; neither library notices a truncated one.
+
+    Raises:
+        UserError: if it is compressed in an unknown way.
+        urllib3.exceptions.DecodeError: if it is damaged or incomplete.
+    """
+    from urllib3.exceptions import DecodeError
+
+    encoding = (headers.get("Content-Encoding") or "identity").strip().lower()
+    if encoding == "identity":
+        yield from chunks
+        return
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise UserError(
+            f"{url} is compressed by {encoding[:40]!a}, which is not supported: give another URL or a file."
+        )
+    decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)  # finds the format in the first bytes
+    try:
+        for chunk in chunks:
+            while chunk:
+                yield decoder.decompress(chunk, 65_536)
+                chunk = decoder.unconsumed_tail
+    except zlib.error as error:
+        raise DecodeError(str(error)) from None
+    if not decoder.eof:
+        raise DecodeError("the compressed answer is incomplete")
 
 
 def _failure(url: str, error: "requests.exceptions.RequestException", timeout: float) -> Exception:

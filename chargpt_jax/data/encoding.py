@@ -1,6 +1,7 @@
 """Decode the bytes of a text: the encoding is given, or found in the text; it is never guessed silently."""
 
 import codecs
+import contextlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,12 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+
+FILE_TYPES = ((b"%PDF-", "PDF"), (b"PK\x03\x04", "ZIP, EPUB or DOCX"), (b"\x1f\x8b", "gzip"), (b"{\\rtf", "RTF"))
+"""How files begin that hold a text in another form."""
+
+WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
+"""Encodings with NUL bytes in most texts."""
 
 DECLARATIONS = (
     # Project Gutenberg: "Character set encoding: ISO-8859-1"
@@ -32,15 +39,23 @@ GUESSED_FROM = 200_000
 COMMON = ("cp1252", "latin_1")
 """The encodings to name first among those that give the same text."""
 
+FEW, SPARSE = 6, 0.3
+"""A text with fewer different bytes above 127, and a smaller part of its bytes, tells too little about its encoding."""
+
+PUNCTUATION = "‘’“”–—…€£§°«»¡¿"
+"""What a Western European text may hold above ASCII beside letters."""
+
 _DECLARED = re.compile(b"|".join(DECLARATIONS), re.IGNORECASE | re.MULTILINE)
 
 
 class UndecodableText(UserError):
     """A text cannot be decoded; `likely` is the encoding that it probably has."""
 
-    def __init__(self, name: str, reason: str, likely: str | None) -> None:
+    def __init__(self, name: str, reason: str, likely: str | None, marked: bool = False) -> None:
+        """`marked`: the text has a byte order mark, so that no other encoding can be chosen."""
         guess = f", probably {likely}" if likely else ""
-        super().__init__(f"{name} cannot be read as {reason}{guess}: {_remedy([likely])}.")
+        remedy = "save it in UTF-8" if marked else _remedy("it", [likely])
+        super().__init__(f"{name} cannot be read as {reason}{guess}: {remedy}.")
         self.name, self.reason, self.likely = name, reason, likely
 
 
@@ -64,16 +79,23 @@ def decode(data: bytes, name: str, encoding: str = "", declared: str | None = No
         )
     mark, marked = _mark(data)
     body = data[len(mark) :]
+    if not marked and not encoding:
+        if kind := kind_of_binary(data):
+            raise _binary(name, kind)
+        if wide := _wide(data):
+            raise UndecodableText(name, f"utf-8 (NUL at byte {data.find(0)})", wide)
     used = marked or encoding or declared or _declared_in(body) or "utf-8"
     try:
         text = body.decode(used)
-    except (LookupError, UnicodeError) as error:
-        if b"\0" in data and not marked and not encoding:
-            raise _binary(name, data.find(b"\0")) from None
+    except UnicodeError as error:
         where = f"at byte {error.start + len(mark)}" if isinstance(error, UnicodeDecodeError) else f"({error})"
-        raise UndecodableText(name, f"{used} {where}", likely_encoding(data)) from None
+        raise UndecodableText(
+            name, f"{used} {where}", None if marked else likely_encoding(data), bool(marked)
+        ) from None
+    except LookupError:
+        raise UndecodableText(name, f"{used} (unknown to Python)", likely_encoding(data)) from None
     if "\0" in text:
-        raise _binary(name, data.find(b"\0"))
+        raise _binary(name, f"is binary (NUL at byte {data.find(0)})")
     return _line_ends(text)
 
 
@@ -102,7 +124,7 @@ def decode_pieces(blocks: Iterable[bytes], name: str, encoding: str = "") -> Ite
         except UnicodeError as error:
             raise UndecodableText(name, f"{used} after byte {done} ({error})", likely_encoding(block)) from None
         if "\0" in text:
-            raise _binary(name, done + block.find(b"\0"))
+            raise _binary(name, f"is binary (NUL at byte {done + block.find(0)})")
         done += len(block)
         held = "\r" if text.endswith("\r") and block else ""
         if text := text.removesuffix(held):
@@ -114,8 +136,35 @@ def _mark(data: bytes) -> tuple[bytes, str]:
     return next(((mark, encoding) for mark, encoding in BYTE_ORDER_MARKS if data.startswith(mark)), (b"", ""))
 
 
+def kind_of_binary(data: bytes) -> str | None:
+    """Say what the bytes at the start of a file are, such as 'is a PDF file'; None if they can be a text."""
+    for start, kind in FILE_TYPES:
+        if data.startswith(start):
+            return f"is a {kind} file"
+    if 0 in data and not _mark(data)[1] and not _wide(data):
+        return f"is binary (NUL at byte {data.find(0)})"
+    return None
+
+
+def _wide(data: bytes) -> str | None:
+    """Return the encoding of WIDE that a text without a byte order mark has; None if it has none of them."""
+    start = data[:DECLARED_WITHIN]
+    if 0 not in start:
+        return None
+    for name in WIDE:
+        try:
+            text = codecs.getincrementaldecoder(name)().decode(start)
+        except UnicodeError:
+            continue
+        if "\0" not in text and 200 * (text.count(" ") + text.count("\n")) > len(text):
+            return name
+    return None
+
+
 def _line_ends(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    r"""Write \n for all line ends; for NEL only if the text has no other, since it can be a misread ellipsis."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text if "\n" in text else text.replace("\x85", "\n")
 
 
 def is_encoding(name: str) -> bool:
@@ -133,6 +182,17 @@ def likely_encoding(data: bytes) -> str | None:
     """Guess the encoding of a text that is not UTF-8; None without a plausible guess."""
     from charset_normalizer import from_bytes
 
+    with contextlib.suppress(UnicodeError):
+        data.decode("utf-8", "surrogatepass")
+        return None  # UTF-8, but for surrogates, which no encoding has
+    high = bytes(byte for byte in data if byte > 127)
+    western = high.decode("cp1252", "replace")
+    if (
+        len(set(high)) < FEW
+        and len(high) < SPARSE * len(data)
+        and all(c.isalpha() or c in PUNCTUATION for c in western)
+    ):
+        return "cp1252"
     best = from_bytes(data[:GUESSED_FROM]).best()
     if best is None:
         return None
@@ -145,19 +205,19 @@ def several(errors: Sequence[UndecodableText]) -> UserError:
         return errors[0]
     named = [f"{e.name} (not {e.reason}{', probably ' + e.likely if e.likely else ''})" for e in errors]
     more = f" and {len(named) - 10} more" if len(named) > 10 else ""
-    remedy = _remedy([error.likely for error in errors])
+    remedy = _remedy("them", [error.likely for error in errors])
     return UserError(f"{len(named)} texts cannot be read: {', '.join(named[:10])}{more}: {remedy}.")
 
 
-def _remedy(likely: Sequence[str | None]) -> str:
-    """Return what to do about texts with these likely encodings."""
+def _remedy(what: str, likely: Sequence[str | None]) -> str:
+    """Return what to do about texts ('it' or 'them') with these likely encodings."""
     if len(set(likely)) == 1 and likely[0]:
-        return f"save it in UTF-8, or pass --config.data.encoding={likely[0]}"
-    return "save them in UTF-8, or pass --config.data.encoding=NAME with the encoding's name"
+        return f"save {what} in UTF-8, or pass --config.data.encoding={likely[0]} and check the result"
+    return f"save {what} in UTF-8, or pass --config.data.encoding=NAME with the encoding's name"
 
 
-def _binary(name: str, offset: int) -> UserError:
-    return UserError(f"{name} is binary (NUL at byte {offset}), but must be a text: give plain text in UTF-8.")
+def _binary(name: str, kind: str) -> UserError:
+    return UserError(f"{name} {kind}, but must be a text: give plain text in UTF-8.")
 
 
 def _declared_in(data: bytes) -> str | None:

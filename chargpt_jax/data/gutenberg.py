@@ -11,7 +11,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-BOOK = r"PROJECT\s+GUTENBERG(?:(?:['’]|&rsquo;|&\#39;|&\#8217;|&apos;)?S)?\s+E-?(?:BOOKS?|TEXTE?S?)\b"
+STARS = r"\*[ ]?\*[ ]?\*"
+"""Three stars, perhaps with spaces."""
+
+BOOK = r"PROJECT\s+GUTENBERG(?:\s*(?:™|-TM))?(?:(?:['’]|&rsquo;|&\#39;|&\#8217;|&apos;)?S)?\s+E-?(?:BOOKS?|TEXTE?S?)\b"
 """'Project Gutenberg EBook', in the spellings that occur."""
 
 APOSTROPHE_S = r"(?:['’]|&rsquo;|&\#39;|&\#8217;|&apos;)\s*S\b"
@@ -20,14 +23,14 @@ TITLE = r"(?:(?:(?!\n[ \t]*\n)[\s\S]){0,500}?\*{3}|[^\n]*)"
 """The rest of a marker: it can span several lines, but no empty line; its closing stars can be missing."""
 
 START_MARKERS = (
-    rf"\*{{3}}\s*START\s+OF\s+(?:THE|THIS)\s+{BOOK}{TITLE}",
+    rf"{STARS}\s*START\s+OF\s+(?:THE|THIS)\s+{BOOK}{TITLE}",
     # Until 2003 the licence was in front of the book.
     r"\*+\s*END\s*\**\s*THE\s+SMALL\s+PRINT[^\n]*",
 )
 """What the last line of a head looks like, from the start of a line; the book begins after it."""
 
 END_MARKERS = (
-    rf"\*{{3}}\s*END\s+OF\s+(?:THE|THIS)\s+{BOOK}{TITLE}",
+    rf"{STARS}\s*END\s+OF\s+(?:THE|THIS)\s+{BOOK}{TITLE}",
     rf"(?:THE\s+)?END\s+OF\s+(?:(?:THE|THIS)\s+)?(?:{BOOK}|PROJECT\s+GUTENBERG{APOSTROPHE_S})",
     r"(?:THE\s+)?END\s+OF\s+(?:THE|THIS)\s+E-?TEXT\b(?:[ \t]+OF\b|[ \t]*[.*]*[ \t]*$)",
     r"ENDE\s+(?:(?:DIESES|DES|VON)\s+)?PROJE[CK]TE?S?\s+GUTENBERG\b",
@@ -40,6 +43,7 @@ END_MARKERS = (
 HEADINGS = (
     rf"(?:THIS\s+IS\s+)?(?:THE\s+)?{BOOK}[ \t]*(?:OF\b|,|\#|\[|$)",
     rf"(?:THE\s+)?PROJECT\s+GUTENBERG{APOSTROPHE_S}[ \t]+\S[^\n]*,[ \t]+BY\b",
+    r"WELCOME\s+TO\s+THE\s+WORLD\s+OF\s+FREE\s+PLAIN\s+VANILLA\b",
 )
 """What the first line of a head looks like, from the start of a line."""
 
@@ -51,15 +55,22 @@ LAST_SENTENCES = (
 
 WORDS = (
     r"gutenberg|licen[cs]e|lizenz|copyright|trademark|public[ \t]domain|small[ \t]print|donations?\b|refund|warrant"
-    r"|\be-?te?xte?s?\b|\be-?books?\b|electronic[ \t]works?\b|updated[ \t]editions"
+    r"|\be-?te?xte?s?\b|\be-?books?\b|electronic[ \t](?:work|text)s?\b|updated[ \t]editions"
     r"|^(?:title|author|editor|translator|illustrator|release[ \t]date|posting[ \t]date|language|credits)[ \t]*:"
     r"|character[ \t]set"
 )
 """What paragraphs of heads and tails contain."""
 
+LICENCE = (
+    r"gutenberg(?:-tm|™|\(tm\)|[ \t]*licen[cs]e|[ \t]+literary|[ \t]+of[ \t]+australia)"
+    r"|electronic[ \t]works\b|^[ \t]*1\.[A-F]\.|information[ \t]about[ \t]project[ \t]gutenberg|\bsmall[ \t]print!"
+)
+"""What only the licences contain: paragraphs without any of WORDS are removed in front of a paragraph with this."""
+
 CREDITS = (
     r"(?:This\s+(?:e-?book|e-?text|file)\s+was\s+)?(?:Produced|(?:E-?text\s+)?Prepared|Scanned|Transcribed|Digitized)"
-    r"\s+(?:and\s+\w+\s+)?by\b",
+    r"\s+(?:and\s+\w+\s+)?by\s+(?:the\s+)?(?-i:[A-Z])",
+    r"(?:Produit\s+par|Produziert\s+von|Produzido\s+por|Producido\s+por|Prodotto\s+da)\s+(?-i:[A-Z])",
     r"Transcribed\s+from\s+the\s+[^\n]*\bedition\b",
     r"Credits\s*:",
 )
@@ -69,18 +80,18 @@ NOTES = (r"\[?\s*\**\s*Transcriber(?:['’]?s)?['’]?\s+notes?\b", r"\[?\s*\**\
 """What may be a remnant, but also the author's: it is kept, and reported."""
 
 MAX_GAP = 1_000
-"""Characters without a word of WORDS that a licence can have between two paragraphs with one."""
+"""Characters without a word of WORDS that a licence can have in front of a paragraph with one of LICENCE."""
 
 MAX_HEAD = 20_000
 """Maximum size of a head without a heading at the start of a file, characters."""
 
 
 def _table(rows: Sequence[str], flags: int = 0) -> re.Pattern[str]:
-    return re.compile(rf"^[ \t*]*?(?:{'|'.join(rows)})", re.IGNORECASE | re.MULTILINE | flags)
+    return re.compile(rf"^[ \t*\ufeff]*?(?:{'|'.join(rows)})", re.IGNORECASE | re.MULTILINE | flags)
 
 
 _START, _END, _HEADING, _NOTES = map(_table, (START_MARKERS, END_MARKERS, HEADINGS, NOTES))
-_WORDS = re.compile(WORDS, re.IGNORECASE | re.MULTILINE)
+_WORDS, _LICENCE = (re.compile(row, re.IGNORECASE | re.MULTILINE) for row in (WORDS, LICENCE))
 _LAST = re.compile("|".join(LAST_SENTENCES), re.IGNORECASE)
 _CREDIT = re.compile(rf"\s*(?:{'|'.join(CREDITS)})(?:(?!\n[ \t]*\n)[\s\S])*", re.IGNORECASE)
 _PARAGRAPH = re.compile(r"(?:[^\n]*\S[^\n]*(?:\n|\Z))+")
@@ -99,6 +110,8 @@ class Cut(NamedTuple):
     """The first and last line of each part that was removed, counted from 1."""
     notes: tuple[int, ...]
     """The lines at which a transcriber's note was kept."""
+    certain: bool
+    """Whether both the start and the end of a book were found."""
 
 
 Span = tuple[int, int]
@@ -129,7 +142,14 @@ def cut(text: str) -> Cut | None:
         title=", ".join(" ".join(title.split()) for title in titles) or None,
         lines=tuple(_lines(text, span) for span in removed),
         notes=tuple(_lines(text, match.span())[0] for match in _NOTES.finditer(text) if not _inside(match, removed)),
+        certain=bool(heads and tails),
     )
+
+
+def licence_line(text: str) -> int | None:
+    """Return the first line that seems to be of a licence, counted from 1; None if there is none."""
+    found = next((match for match in _LICENCE.finditer(text) if "gutenberg" in match[0].lower()), None)
+    return text.count("\n", 0, found.start()) + 1 if found else None
 
 
 def _lines(text: str, span: Span) -> tuple[int, int]:
@@ -187,7 +207,8 @@ def _tail_end(text: str, marker: re.Match[str], limit: int) -> int:
             break
         if last := _LAST.search(text, start, end):
             return _line_end(text, last.end(), limit)
-        if _WORDS.search(text, start, end):
+        next_one = not text[reached:start].strip()
+        if (_WORDS if next_one else _LICENCE).search(text, start, end):
             reached = max(reached, end)
     return reached
 

@@ -13,7 +13,8 @@ import optax
 from chargpt_jax.config import Config, validate
 from chargpt_jax.config_io import differences, from_dict
 from chargpt_jax.data import batches
-from chargpt_jax.data.corpus import changed_files, folders, load_corpus
+from chargpt_jax.data.corpus import changed_files, load_corpus
+from chargpt_jax.data.sources import folders
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.devices import startup
 from chargpt_jax.errors import UserError

@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -156,6 +157,32 @@ def test_the_cache_records_the_address_and_the_hash_of_the_bytes(server: Server,
     assert record["url"] == f"{server.url}/a.txt"
     assert record["sha256"] == hashlib.sha256(page_file.read_bytes()).hexdigest()
     assert page_file.read_bytes().startswith(b"\xef\xbb\xbf")
+
+
+@pytest.mark.parametrize(("encoding", "kind"), [("gzip", 31), ("deflate", 15)])
+def test_a_compressed_answer_is_decompressed_but_not_an_incomplete_one(
+    server: Server, cache: Path, encoding: str, kind: int
+) -> None:
+    packer = zlib.compressobj(wbits=kind)
+    packed = packer.compress(STORY.encode()) + packer.flush()
+    answers = {"/whole": packed, "/half": packed[: len(packed) // 2], "/wrong": packed[:20] + b"?" + packed[21:]}
+    for path, body in answers.items():
+        server.answers[path] = [Answer(body, headers={**TEXT, "Content-Encoding": encoding})]
+    assert load(server.url + "/whole", cache)[0] == STORY
+    for path in ("/half", "/wrong"):
+        assert "the answer broke off" in refusal(server.url + path, cache)
+
+
+def test_an_unknown_compression_is_refused(server: Server, cache: Path) -> None:
+    server.answers["/a"] = [Answer(headers={**TEXT, "Content-Encoding": "br"})]
+    assert "is compressed by 'br', which is not supported" in refusal(server.url + "/a", cache)
+
+
+def test_a_password_is_not_recorded(server: Server, cache: Path) -> None:
+    server.answers["/a"] = [Answer()]
+    url = server.url.replace("http://", "http://bob:s3cret@")
+    _, (source,) = load(url + "/a", cache)
+    assert source.url == server.url + "/a"
 
 
 @pytest.mark.parametrize("damage", [b"", b"other bytes", None])

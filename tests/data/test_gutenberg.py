@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chargpt_jax.data.gutenberg import MAX_GAP, cut
+from chargpt_jax.data.gutenberg import MAX_GAP, cut, licence_line
 
 BOOK = "\n".join(f"It was day {n}, and nothing had happened yet." for n in range(60))
 OTHER = "\n\n".join(f"The whale was seen on day {n}." for n in range(60))
@@ -39,7 +39,12 @@ def test_every_book_of_a_file_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    "licence", [LICENCE, "licence text here\n", "Small print\n\n" + "words of it. " * 40 + "\n\nebook"]
+    "licence",
+    [
+        LICENCE,
+        "licence text here\n",
+        "Small print\n\n" + "words of it. " * 40 + "\n\nProject Gutenberg-tm electronic works",
+    ],
 )
 def test_a_text_between_or_around_books_is_kept(licence: str) -> None:
     parts = [DIARY, book("A", BOOK).replace(LICENCE, licence), DIARY, book("B", OTHER), DIARY]
@@ -87,6 +92,8 @@ def test_one_marker_is_enough(text: str, title: str | None) -> None:
         "E-text prepared by A. Person",
         "This etext was prepared by A. Person",
         "This eBook was produced and proofread by A. Person",
+        "Produced by the Online Distributed Proofreading Team",
+        "Produit par A. Personne",
         "Transcribed from the 1913 Methuen edition by A. Person",
         "Produced by A. Person\n\nCredits: B. Person",
     ],
@@ -98,6 +105,44 @@ def test_credits_are_removed_and_a_transcribers_note_is_reported(credit: str) ->
     assert found is not None
     assert found.text == f"{note}\n\n{BOOK}"
     assert [text.split("\n")[line - 1] for line in found.notes] == [note]
+
+
+@pytest.mark.parametrize("changed", ["GUTENBERG™", "GUTENBERG-tm", "GUTENBERG"])
+@pytest.mark.parametrize("stars", ["***", "* * *", "\ufeff***"])
+def test_markers_in_other_spellings(changed: str, stars: str) -> None:
+    text = book("A", BOOK).replace("PROJECT GUTENBERG", f"PROJECT {changed}").replace("*** ", f"{stars} ")
+    found = cut(text)
+    assert found is not None
+    assert (found.text, found.certain) == (BOOK, True)
+
+
+def test_a_head_that_begins_with_a_welcome_is_removed() -> None:
+    head = "**Welcome To The World of Free Plain Vanilla Electronic Texts**\n\nThe Project Gutenberg Etext of A\n\n"
+    found = cut(DIARY + "\n\n" + head + "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*END*\n\n" + BOOK)
+    assert found is not None
+    assert found.text == f"{DIARY}\n\n{BOOK}"
+
+
+def test_paragraphs_behind_a_book_are_kept_though_one_speaks_of_a_licence() -> None:
+    own = "\n\n".join([*(f"My own chapter {n}." for n in range(5)), "My driving licence expired.", "It was an ebook."])
+    found = cut(book("A", BOOK) + "\n" + own)
+    assert found is not None
+    assert found.text == f"{BOOK}\n\n{own}"
+    found = cut(BOOK + "\n\n" + END.format("A") + "\n" + own)
+    assert found is not None
+    assert found.text == f"{BOOK}\n\n{own}"
+
+
+def test_a_sentence_about_a_product_is_no_credit() -> None:
+    sentence = "Produced by the factory of Leeds, the cloth was blue."
+    found = cut(START.format("A") + f"\n{sentence}\n\n{BOOK}")
+    assert found is not None
+    assert found.text == f"{sentence}\n\n{BOOK}"
+
+
+def test_a_licence_that_is_kept_is_found() -> None:
+    assert licence_line("a\nb, says the Project Gutenberg™ License\n") == 2
+    assert licence_line("An essay on Project Gutenberg.\n1.A. Its electronic works\n") is None
 
 
 @pytest.mark.parametrize(
