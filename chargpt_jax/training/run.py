@@ -92,7 +92,10 @@ class Run:
         text, found = load_corpus(config.data, warn=warn)
         tokenizer, sources = CharTokenizer.from_text(text), [dataclasses.asdict(source) for source in found]
         if tokenizer.n_ids < 3:
-            raise UserError(f"The text has one distinct character, {text[0]!r}, but must have at least two.")
+            raise UserError(
+                f"The text of data.source has one distinct character, {text[0]!r}, but must have at least two: give "
+                "another."
+            )
         return cls(folder, _with_vocabulary(config, tokenizer), tokenizer, tokenizer.encode_text(text), sources)
 
     @property
