@@ -9,6 +9,7 @@ model.score("A text of your own.")
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from chargpt_jax.interop.convert import import_original
 from chargpt_jax.model.flops import training_flops
 from chargpt_jax.model.init import count_parameters
 from chargpt_jax.pictures import plots, report
-from chargpt_jax.storage.checkpoint import Checkpoints
+from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
+from chargpt_jax.storage.metrics_log import Expected, seconds_at
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer, stages
 from chargpt_jax.training.lr_finder import result_from
@@ -117,10 +119,10 @@ def run(
         complete = not isinstance(event, Ended) or event.complete
         yield event
     if complete:
-        with excused("The samples", warn):
+        with excused(f"the samples in {folder.samples}", warn):
             write_samples(folder, warn)
-        with excused("The report", warn):
-            write_report(folder)
+        with excused(str(folder.report), warn):
+            write_report(folder, warn)
 
 
 def _plot_range_test(event: Event, folder: Workdir, warn: Warn) -> None:
@@ -206,49 +208,74 @@ def loss_curve(workdir: str | Path | Workdir) -> str:
     return plots.loss_plot(points["step"], points["validation"])
 
 
-def write_report(workdir: str | Path | Workdir) -> Path:
-    """Write the report of a run (report.html) and its loss plot (loss.svg); return the path of the report."""
+def write_report(workdir: str | Path | Workdir, warn: Warn = print) -> Path:
+    """Write the report of a run (report.html) and its loss plot (loss.svg); return the path of the report.
+
+    `warn` is told which files of the run are damaged, and left out, and if the loss plot cannot be written.
+    """
     folder = Workdir(workdir)
-    curve = loss_curve(folder)
-    folder.write(folder.path / "loss.svg", curve)
+    curve, plot = loss_curve(folder), folder.path / "loss.svg"
+    with excused(str(plot), warn):
+        folder.write(plot, curve)
     figures = [("Loss on the training batches and on the full validation set.", curve)]
-    figures += [("Learning-rate range test, one curve per zoom.", svg) for svg in _range_tests(folder)]
-    figures += [("Generated sample with its entropy, surprisal and S₂.", svg) for svg in _sublines(folder)]
-    facts = [(name, _shown(value)) for name, value in info(folder).items()]
+    figures += [("Learning-rate range test, one curve per zoom.", svg) for svg in _range_tests(folder, warn)]
+    figures += [("Generated sample with its entropy, surprisal and S₂.", svg) for svg in _sublines(folder, warn)]
+    facts = [(name, _shown(value)) for name, value in info(folder, warn).items()]
     folder.write(folder.report, report.report(f"chargpt_jax run: {folder.path.name}", facts, figures))
     return folder.report
 
 
-def _range_tests(folder: Workdir) -> Iterator[str]:
+def _range_tests(folder: Workdir, warn: Warn) -> Iterator[str]:
     """Plot the range test from its numbers, if there was one: an SVG file in the folder is untrusted input."""
-    with contextlib.suppress(ValueError):
-        yield _range_test_plot(result_from(folder.load_json(folder.lr_finder)))
+    if os.path.lexists(folder.lr_finder):
+        with _left_out(folder.lr_finder, warn):
+            yield _range_test_plot(result_from(folder.load_json(folder.lr_finder, fix="remove it")))
 
 
-def _sublines(folder: Workdir) -> Iterator[str]:
-    """Plot the samples of `run` from their JSON files, one file per checkpoint; a malformed file is skipped."""
+def _sublines(folder: Workdir, warn: Warn) -> Iterator[str]:
+    """Plot the samples of `run` from their JSON files, one file per checkpoint."""
     for path in sorted(folder.samples.glob("step-*.json")):
-        with contextlib.suppress(ValueError):
-            yield from [sample.svg() for sample in Samples.from_dict(folder.load_json(path, MAX_SAMPLES_JSON))]
+        with _left_out(path, warn):
+            yield from [sample.svg() for sample in load_samples(folder, path)]
 
 
-def info(workdir: str | Path | Workdir) -> dict[str, Any]:
+@contextlib.contextmanager
+def _left_out(path: Path, warn: Warn) -> Iterator[None]:
+    """Turn a ValueError of the block, which reads a file for the report, into a warning."""
+    try:
+        yield
+    except ValueError as error:
+        text = f"{path} cannot be used ({error}): remove it"
+        warn(f"{(str(error) if isinstance(error, UserError) else text).rstrip('.')}; the report leaves it out.")
+
+
+def load_samples(workdir: str | Path | Workdir, path: Path) -> Samples:
+    """Read a file of samples that `run` has written.
+
+    Raises:
+        ValueError: if it cannot be read, or is malformed.
+    """
+    return Samples.from_dict(Workdir(workdir).load_json(path, MAX_SAMPLES_JSON, "remove it"))
+
+
+def info(workdir: str | Path | Workdir, warn: Warn = print) -> dict[str, Any]:
     """Return the facts of a run, as JSON can hold them: corpus, model, progress, devices and training speed.
 
     model/flops.py defines flops_per_step. mfu is flops_per_second as a fraction of the devices' peak; None if the peak
     is not known. None before the first validation: compile_seconds, seconds_per_step, flops_per_second and mfu.
+    seconds is None if the last lines of metrics.jsonl are missing. `warn` is told which files could not be used.
     """
     folder = Workdir(workdir)
-    config, sources, speed = folder.load_config(), folder.load_sources(), folder.load_speed()
-    log = [line for line in folder.load_metrics() if line["event"] == "validation"]
+    config, sources, speed = folder.load_config(), folder.load_sources(), folder.load_speed(warn)
     mesh = training_mesh(config, tell=False)  # first: it also decides how many CPU devices there are
     _, like = state_shapes_of(config, compute_dtype(config.amp))
     n = int(sum(source["characters"] for source in sources))
     epoch_steps = batches.steps_per_epoch(
         int(config.data.train_split * n), config.model.block_size, config.data, config.ancestor.short_epochs
     )
-    with contextlib.closing(Checkpoints(folder.checkpoints)) as store:
-        best = store.best()
+    with contextlib.closing(Checkpoints(folder.checkpoints, warn=warn)) as store:
+        best, step = store.best(), max(store.valid_steps(), default=0)
+        validated = step > 0 and store.loss_of(step) < UNVALIDATED
     return {
         "sources": [source["title"] for source in sources],
         "characters": n,
@@ -258,8 +285,8 @@ def info(workdir: str | Path | Workdir) -> dict[str, Any]:
         "steps_per_epoch": epoch_steps,
         "total_steps": optimizer.total_steps(config.scheduler, epoch_steps),
         "learning_rate": config.optimizer.learning_rate,
-        "step": log[-1]["step"] if log else 0,
-        "seconds": log[-1]["seconds"] if log else 0.0,
+        "step": step,
+        "seconds": seconds_at(folder.load_metrics(), Expected(step, validated, config.train.log_every)),
         "best_step": best and best[0],
         "best_loss": best and best[1],
         "best_bits_per_character": best and bits_per_character(best[1]),

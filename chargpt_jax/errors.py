@@ -1,6 +1,7 @@
 """Exceptions of the package, each with the exit code that `main` returns for it. Imports no file of the package."""
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterator
 
 
@@ -35,6 +36,19 @@ class SaveFailed(ExpectedError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether Python, NumPy or JAX raised an exception because no memory was left, on the host or a device."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:1000]
+
+
+def reason(error: Exception) -> str:
+    """Return the words of an error; of an OSError without its number and its path."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def remedy(error: object, otherwise: str) -> str:
+    """Return what a user can do about an error of a file that is to be read: as for permissions, or `otherwise`."""
+    number = getattr(error, "errno", None)
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n)"
+    return "make it readable" if number in (errno.EACCES, errno.EPERM) else otherwise
 
 
 @contextlib.contextmanager

@@ -259,7 +259,6 @@ def damaged(copy: Path, name: str, content: str | bytes | None) -> None:
         ("config.json", '{"model": {"n_embd": 1000000000}}', "train", "GB of memory, but the limit"),
         ("config.json", '{"data": {"batch_size": 1000000000000}}', "info", "GB of memory, but the limit"),
         ("metrics.jsonl", None, "", ""),
-        ("speed.json", "[]", "info", "speed.json cannot be used"),
     ],
 )
 def test_a_damaged_run_is_refused_in_a_sentence(
@@ -274,6 +273,49 @@ def test_a_damaged_run_is_refused_in_a_sentence(
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert said in err
     assert tree(copy) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("speed.json", "[]", "speed.json cannot be used"),
+        ("speed.json", "", "speed.json cannot be read"),
+        ("lr_finder.json", "[]", "lr_finder.json cannot be used"),
+        (f"samples/step-{STEPS}.json", "{}", f"step-{STEPS}.json cannot be used"),
+        ("metrics.jsonl", None, "metrics.jsonl lacks its last lines up to step 4"),
+        ("metrics.jsonl", b"\0" * 2_000, "metrics.jsonl lacks its last lines up to step 4"),
+    ],
+)
+def test_a_damaged_file_of_statistics_costs_a_warning(
+    asked: Asked, copy: Path, name: str, content: str | bytes | None, said: str
+) -> None:
+    damaged(copy, name, content)
+    warnings: list[str] = []
+    list(chargpt_jax.run(chargpt_jax.load_config(str(copy / "config.json")), copy, warnings.append))
+    found = [text for text in warnings if name in text]
+    # The samples are written again.
+    assert [said in text for text in found] == ([] if "samples" in name else [True])
+    assert (copy / "report.html").stat().st_mtime_ns > (copy / "corpus" / "tokens.npy").stat().st_mtime_ns
+    code, out, _ = asked("--mode=info", "--json", workdir=copy)
+    assert (code, json.loads(out)["step"]) == (0, STEPS)
+
+
+def test_the_training_time_is_not_known_without_the_log(asked: Asked, run: Path, copy: Path) -> None:
+    damaged(copy, "metrics.jsonl", None)
+    facts = [json.loads(asked("--mode=info", "--json", workdir=folder)[1]) for folder in (run, copy)]
+    assert facts[0]["seconds"] > 0
+    assert facts[0] | {"seconds": None} == facts[1]
+
+
+@pytest.mark.parametrize("name", [f"samples/step-{STEPS}.json", "report.html", "loss.svg"])
+def test_a_folder_in_the_way_costs_a_warning(asked: Asked, copy: Path, name: str) -> None:
+    for path in (copy / "report.html", copy / name):
+        path.unlink(missing_ok=True)
+    (copy / name).mkdir()
+    code, out, err = asked(workdir=copy)
+    assert code == 0
+    assert f"Cannot write {'the samples in ' if 'samples' in name else ''}{(copy / name).parent}" in err
+    assert ("report: " in out) == (name != "report.html") == (copy / "report.html").is_file()
 
 
 def test_another_vocabulary_than_the_models_is_no_measure(asked: Asked, copy: Path) -> None:

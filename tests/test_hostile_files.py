@@ -303,10 +303,12 @@ def test_a_log_of_absurd_size_or_no_file_is_refused(folder):
 
 
 @pytest.mark.parametrize("saved", [[], 1, {"mfu": []}, {"device": {"a": 1}}])
-def test_a_speed_that_is_no_object_of_numbers_and_words_is_refused(folder, saved):
+def test_a_speed_that_is_no_object_of_numbers_and_words_is_left_out(folder, saved):
+    warnings = []
     folder.speed.write_text(json.dumps(saved), encoding="utf-8")
-    with pytest.raises(UserError, match=r"speed\.json cannot be used"):
-        folder.load_speed()
+    assert folder.load_speed(warnings.append) == {}
+    assert "speed.json cannot be used" in warnings[0]
+    assert "remove it" in warnings[0]
 
 
 # Input of the report

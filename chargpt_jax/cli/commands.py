@@ -127,11 +127,12 @@ class Session:
 def _print_samples(folder: "Workdir", out: TextIO) -> None:
     # The newest by the step in the name: clocks may go backwards.
     found = {int(path.stem[5:]): path for path in folder.samples.glob("step-*.json") if path.stem[5:].isdecimal()}
-    if not found:  # they could not be written, and a warning said so
-        return
-    for sample in folder.load_json(found[max(found)])["samples"]:
-        print(f"\n{shown(sample['text'], out)}", file=out)
-    print(f"\nreport: {one_line(folder.report)}", file=out)
+    # What could not be written or read is left out here: a warning said so.
+    with contextlib.suppress(ValueError):
+        for sample in api_module().load_samples(folder, found[max(found)]) if found else ():
+            print(f"\n{shown(sample.text, out)}", file=out)
+    if folder.report.is_file():
+        print(f"\nreport: {one_line(folder.report)}", file=out)
 
 
 def evaluate(request: Request) -> int:
@@ -162,7 +163,7 @@ def import_original(request: Request) -> int:
 
 def info(request: Request) -> int:
     """Print a run's settings, progress and speed."""
-    facts = api_module().info(request.folder)
+    facts = api_module().info(request.folder, warn)
     lines = [one_line(f"{name}: {'not known' if value is None else value}") for name, value in facts.items()]
     print(as_json(facts) if request.flags.json else "\n".join(lines))
     return 0

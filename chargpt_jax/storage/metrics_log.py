@@ -1,6 +1,7 @@
 """metrics.jsonl: the losses of a run, one JSON object a line, appended to during training."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 from chargpt_jax import atomic
 from chargpt_jax.config import MAX_STEPS
-from chargpt_jax.errors import UserError
+from chargpt_jax.errors import UserError, remedy
 
 MAX_METRICS = 1 << 30
 """Maximum size of metrics.jsonl, bytes."""
@@ -44,7 +45,32 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): repair or remove it.") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy(error, 'remove it')}.") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What the log of a run must hold."""
+
+    step: int
+    """Of the checkpoint."""
+    validated: bool
+    """Whether the checkpoint has a validation loss, which is logged before the checkpoint is saved."""
+    every: int
+    """train.log_every; the lines may have been logged with a longer distance."""
+
+    def lacks(self, lines: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether the last of the lines, which are sorted by step, are missing."""
+        logged = [0, *(line["step"] for line in lines if line["event"] == "step" and line["step"] <= self.step)]
+        if self.validated:
+            return all(line["event"] != "validation" or line["step"] != self.step for line in lines)
+        return self.step - logged[-1] >= max([self.every, *_distances(logged)])
+
+
+def seconds_at(lines: Sequence[Mapping[str, Any]], expected: Expected) -> float | None:
+    """Return the training time at a checkpoint, as it was logged last; None if these lines are missing."""
+    found = sorted((line for line in lines if line["step"] <= expected.step), key=_position)
+    return None if expected.lacks(found) else max((line.get("seconds", 0.0) for line in found), default=0.0)
 
 
 class Log:
@@ -53,19 +79,20 @@ class Log:
     Lines that the disk refuses stay in memory until it accepts them; a line that was written in part is truncated.
     """
 
-    def __init__(self, path: Path, step: int, warn: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, step: int, warn: Callable[[str], None], expected: Expected | None = None) -> None:
         """Open the log of a run that resumes after a step; lines of later steps are dropped.
 
         Args:
             path: of metrics.jsonl.
             step: number of training steps done.
-            warn: called once, when a write fails for the first time.
+            warn: called once if lines are missing or out of order, and once when a write fails for the first time.
+            expected: what the file must hold; None: it may lack its last lines.
         """
         found = [line for line in read_metrics(path) if line["step"] <= step]
         self.lines = list({(line["step"], line["event"]): line for line in sorted(found, key=_position)}.values())
         """The lines that were in the file, by step, without the dropped and the repeated ones."""
-        if fault := _fault(found, self.lines):
-            warn(f"{path} {fault}: the checkpoints are whole, and training continues.")
+        if fault := _fault(found, self.lines, expected):
+            warn(f"{path} {fault}: only the log and its plot are affected, not the model.")
         self._path, self._warn, self._warned = path, warn, False
         self._size: int | None = None
         """Bytes of complete lines in the file; None: rewrite the whole file."""
@@ -112,8 +139,8 @@ def _position(line: Mapping[str, Any]) -> tuple[int, bool]:
     return line["step"], line["event"] == "validation"
 
 
-def _fault(found: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> str:
-    """Say what is wrong with a log of these lines, of which `lines` are left; '' if its steps are in order.
+def _fault(found: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]], expected: Expected | None) -> str:
+    """Say what is wrong with a log of these lines, of which `lines` are left; '' if it is complete and in order.
 
     A gap is a distance between logged steps above those before and after it: train.log_every may have changed once.
     """
@@ -122,11 +149,17 @@ def _fault(found: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]
     if list(found) != list(lines):
         return "has lines that were out of order, and are sorted"
     steps = [line["step"] for line in lines if line["event"] == "step"]
-    apart = [after - before for before, after in itertools.pairwise([0, *steps])]
+    apart = _distances([0, *steps])
     for (before, gap, after), step in zip(zip(apart, apart[1:], apart[2:], strict=False), steps[1:], strict=False):
         if gap > max(before, after):
             return f"has no line for some steps before step {step:,}"
+    if expected and expected.lacks(lines):
+        return f"lacks its last lines up to step {expected.step:,}"
     return ""
+
+
+def _distances(steps: Sequence[int]) -> list[int]:
+    return [after - before for before, after in itertools.pairwise(steps)]
 
 
 def _json_lines(lines: Sequence[dict[str, Any]]) -> str:

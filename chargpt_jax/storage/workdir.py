@@ -29,7 +29,7 @@ from chargpt_jax.config_io import (
     to_json,
 )
 from chargpt_jax.data.tokenizer import CharTokenizer
-from chargpt_jax.errors import UserError
+from chargpt_jax.errors import UserError, reason, remedy
 from chargpt_jax.storage import manifest
 from chargpt_jax.storage.metrics_log import read_metrics
 from chargpt_jax.storage.npy_header import read_tokens, write_npy
@@ -39,6 +39,9 @@ MAX_CORPUS = 4 << 30
 
 SAMPLE_SECONDS = 60.0
 """Age at which a temporary file of a sample is of a killed process."""
+
+RESTORE = "restore it or start a new --workdir"
+"""What a user can do about a damaged file of a run."""
 
 T = TypeVar("T")
 
@@ -237,9 +240,15 @@ class Workdir:
         """Write the training speed."""
         self.write(self.speed, json.dumps(speed, indent=2) + "\n")
 
-    def load_speed(self) -> dict[str, Any]:
-        """Read the training speed; {} if it was not measured yet."""
-        return self._parsed(self.speed, _facts) if self.speed.exists() else {}
+    def load_speed(self, warn: Callable[[str], None]) -> dict[str, Any]:
+        """Read the training speed; {} if it was not measured yet, or the file is damaged, of which `warn` is told."""
+        if not os.path.lexists(self.speed):
+            return {}
+        try:
+            return self._parsed(self.speed, _facts, "remove it; until then, the training speed is not known")
+        except UserError as error:
+            warn(str(error))
+            return {}
 
     def load_metrics(self) -> list[dict[str, Any]]:
         """Read metrics.jsonl. Invalid lines, such as a last one truncated by a crash, are skipped.
@@ -249,11 +258,11 @@ class Workdir:
         """
         return read_metrics(self.metrics)
 
-    def load_json(self, path: Path, max_bytes: int = MAX_JSON) -> Any:
+    def load_json(self, path: Path, max_bytes: int = MAX_JSON, fix: str = RESTORE) -> Any:
         """Read a JSON file of this run.
 
         Raises:
-            UserError: if it is missing, damaged or larger than `max_bytes`.
+            UserError: if it is missing, damaged or larger than `max_bytes`; `fix` is what a user can do about that.
         """
         try:
             return read_json_once(path) if path == self.config else read_json(path, max_bytes)
@@ -263,16 +272,16 @@ class Workdir:
                 "--config=small."
             ) from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}): restore it or start a new --workdir.") from error
+            raise UserError(f"{path} cannot be read ({reason(error)}): {remedy(error, fix)}.") from error
 
-    def _parsed(self, path: Path, parse: Callable[[Any], T]) -> T:
+    def _parsed(self, path: Path, parse: Callable[[Any], T], fix: str = RESTORE) -> T:
         """Read a JSON file of this run, and convert it by a function that raises ValueError if it is invalid."""
         try:
-            return parse(self.load_json(path))
+            return parse(self.load_json(path, fix=fix))
         except UserError:
             raise
         except ValueError as error:
-            raise UserError(f"{path} cannot be used ({error}): restore it or start a new --workdir.") from None
+            raise UserError(f"{path} cannot be used ({error}): {fix}.") from None
 
     def write(self, path: Path, text: str) -> None:
         """Write a text file atomically in UTF-8; lone surrogates are written as backslash escapes."""

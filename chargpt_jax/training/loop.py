@@ -27,7 +27,7 @@ from chargpt_jax.model.flops import peak_flops, training_flops
 from chargpt_jax.model.init import count_parameters
 from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.storage.lock import Lock
-from chargpt_jax.storage.metrics_log import Log
+from chargpt_jax.storage.metrics_log import Expected, Log
 from chargpt_jax.training.pacing import DispatchSize, StopCondition
 from chargpt_jax.training.run import Run, Warn
 from chargpt_jax.training.setup import Setup
@@ -67,13 +67,14 @@ class TrainingLoop:
         self.epoch_steps, self.total_steps = run.epoch_steps, run.total_steps
         self.validate_every = max(1, round(run.config.train.validate_every * self.epoch_steps))
         self.step = self.saved_step = int(state.step)
-        self.log = Log(run.workdir.metrics, self.step, warn)
+        self.validated_step: int = self.step if self.step and store.loss_of(self.step) < UNVALIDATED else 0
+        expected = Expected(self.step, self.validated_step > 0, run.config.train.log_every)
+        self.log = Log(run.workdir.metrics, self.step, warn, expected)
         self.seconds: float = max((line.get("seconds", 0.0) for line in self.log.lines), default=0.0)
         """Of training and validation, without interruptions of the run."""
         best = store.best()
         self.best_loss: float = best[1] if best else math.inf
         """Of the checkpoints; a log may have been edited, or be missing."""
-        self.validated_step: int = self.step if self.step and store.loss_of(self.step) < UNVALIDATED else 0
 
     def events(self, lowered: jax.stages.Lowered, tracing: float) -> Iterator[Event]:
         """Train until the schedule ends or the stop condition is reached.

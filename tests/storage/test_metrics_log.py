@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from chargpt_jax.errors import UserError
-from chargpt_jax.storage.metrics_log import Log, read_metrics
+from chargpt_jax.storage.metrics_log import Expected, Log, read_metrics, seconds_at
 
 
 @pytest.fixture
@@ -111,6 +111,52 @@ def test_a_log_with_a_gap_or_a_repeat_is_reported_once(path, steps, said):
     assert read_metrics(path) == log.lines
     assert len(warnings) == (said is not None)
     assert said is None or said in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("steps", "validated", "expected", "complete"),
+    [
+        ([10, 20, 30, 40], [40], Expected(40, True, 10), True),
+        ([10, 20, 30], [], Expected(37, False, 10), True),
+        ([10, 20, 30], [], Expected(37, False, 5), True),  # log_every was 10 before
+        ([], [4], Expected(4, True, 10), True),
+        ([], [], Expected(0, False, 10), True),  # an imported run
+        ([10, 20, 30, 40], [20], Expected(40, True, 10), False),
+        ([10, 20], [20], Expected(37, False, 10), False),
+        ([], [], Expected(4, True, 10), False),
+        ([], [], Expected(37, False, 10), False),
+        ([10, 20, 30, 40, 50, 60], [60], Expected(40, True, 10), False),
+    ],
+)
+def test_a_log_without_its_last_lines_is_reported(path, steps, validated, expected, complete):
+    lines = [{"event": "step", "step": n, "loss": 1.5, "seconds": 0.5 * n} for n in steps]
+    lines += [
+        {"event": "validation", "step": n, "loss": 1.5, "bits_per_character": 2.0, "seconds": 100.0} for n in validated
+    ]
+    lines.sort(key=lambda line: (line["step"], line["event"] == "validation"))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert (seconds_at(read_metrics(path), expected) is not None) == complete
+    warnings: list[str] = []
+    Log(path, expected.step, warnings.append, expected)
+    assert len(warnings) == (not complete)
+    assert complete or f"metrics.jsonl lacks its last lines up to step {expected.step}: only the log" in warnings[0]
+
+
+def test_the_training_time_is_that_of_the_last_line_before_a_checkpoint():
+    lines = [{"event": "step", "step": n, "loss": 1.5, "seconds": float(n)} for n in (10, 20, 30)]
+    assert seconds_at(lines, Expected(25, False, 10)) == 20.0
+    assert seconds_at([], Expected(0, False, 10)) == 0.0
+
+
+def test_a_log_without_permission_is_to_be_made_readable(path, monkeypatch):
+    path.touch()
+
+    def refuse_to_read(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse_to_read)
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\): make it readable"):
+        read_metrics(path)
 
 
 def test_removed_log_is_created_again(path):
