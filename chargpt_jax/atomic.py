@@ -100,21 +100,29 @@ def create_file(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def creating_folder(path: Path) -> Iterator[Path]:
+def creating_folder(path: Path, last: str = "") -> Iterator[Path]:
     """Yield an empty folder that becomes `path` at the end of the block. If the block fails, it is removed.
 
-    `path` must not exist, or be an empty folder; missing parents are created at the end.
+    If `path` is an empty folder, or a link to one, the items of the yielded folder are moved into it instead: it may be
+    a mount point or the current folder, and keeps its permissions.
+
+    Args:
+        path: must not exist, or be an empty folder; missing parents are created at the end.
+        last: the name of the file without which the folder is not accepted by any reader: it is moved last.
     """
-    parent = next((p for p in (path.parent, *path.parent.parents) if p.exists()), path.parent)
+    exists = path.is_dir()
+    parent = path if exists else next((p for p in (path.parent, *path.parent.parents) if p.exists()), path.parent)
     sweep(parent, OLD_SECONDS, f"{path.name[:40]}.")
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".partial", dir=parent))
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            path.rmdir()
-        os.replace(partial, path)
+        if exists:
+            for name in sorted(os.listdir(partial), key=lambda name: name == last):
+                os.rename(partial / name, path / name)
+        else:
+            partial.chmod(0o777 & ~_umask())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -109,15 +109,51 @@ def test_creating_folder_appears_at_the_end(tmp_path, exists):
     assert os.listdir(path.parent) == ["folder"]
 
 
-def test_creating_folder_that_fails_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("exists", [False, True])
+def test_creating_folder_that_fails_leaves_nothing(tmp_path, exists):
+    path = tmp_path / "deep" / "folder"
+    if exists:
+        path.mkdir(parents=True)
+
     def fail_halfway() -> None:
-        with atomic.creating_folder(tmp_path / "deep" / "folder") as partial:
+        with atomic.creating_folder(path) as partial:
             (partial / "file").write_text("half")
             raise KeyError
 
     with pytest.raises(KeyError):
         fail_halfway()
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.rglob("*")) == ([path.parent, path] if exists else [])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions and links of POSIX")
+@pytest.mark.parametrize("by_link", [False, True])
+def test_an_empty_folder_is_filled_and_not_replaced(tmp_path, by_link):
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0o700)
+    before, path = folder.stat(), tmp_path / "link" if by_link else folder
+    if by_link:
+        path.symlink_to(folder)
+    with atomic.creating_folder(path) as partial:
+        (partial / "deep").mkdir()
+        (partial / "deep" / "file").write_text("content")
+    after = folder.stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert [str(item.relative_to(folder)) for item in sorted(folder.rglob("*"))] == ["deep", "deep/file"]
+
+
+def test_the_last_file_of_a_folder_appears_last(tmp_path, monkeypatch):
+    moved, rename = [], os.rename
+
+    def record(old, new):
+        moved.append(new.name)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", record)
+    with atomic.creating_folder(tmp_path, last="b") as partial:
+        for name in "abc":
+            (partial / name).touch()
+    assert sorted(moved) == ["a", "b", "c"]
+    assert moved[-1] == "b"
 
 
 def folder_with(path: Path, text: str) -> Path:

@@ -171,13 +171,15 @@ def _without_unused_ids(config: Config, params: Params, warn: Callable[[str], No
 def new_folder(path: Path, flag: str) -> Iterator[Path]:
     """Yield a folder to fill, which becomes `path` at the end of the block, or is removed if the block fails.
 
+    Without its config.json, which appears last, an incomplete folder is neither a run nor an exported model.
+
     Raises:
         UserError: naming the flag, if `path` is taken or no folder can be created there.
     """
     _check_vacant(path, flag)
     with contextlib.ExitStack() as stack:
         try:
-            partial = stack.enter_context(atomic.creating_folder(path))
+            partial = stack.enter_context(atomic.creating_folder(path, last="config.json"))
         except OSError as error:
             raise _unusable(path, flag, error) from None
         yield partial
@@ -185,12 +187,12 @@ def new_folder(path: Path, flag: str) -> Iterator[Path]:
 
 def _check_vacant(path: Path, flag: str) -> None:
     try:
-        # A link, even one to nothing, could not be replaced by the folder.
-        taken = path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir())))
+        # A link to nothing could not be replaced by the folder.
+        taken = (path.is_symlink() or path.exists()) and not (path.is_dir() and not any(path.iterdir()))
     except OSError as error:
         raise _unusable(path, flag, error) from None
     if taken:
-        raise UserError(f"{flag} is {str(path)!r}, which exists already: give a new folder.")
+        raise UserError(f"{flag} is {str(path)!r}, which exists already: give a new or empty folder.")
 
 
 def _unusable(path: Path, flag: str, error: OSError) -> UserError:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -402,8 +403,19 @@ def test_folder_that_is_not_empty_is_not_changed(tmp_path, imported):
         api.export(imported, tmp_path / "used" / "mine.txt")
     assert [p.name for p in (tmp_path / "used").iterdir()] == ["mine.txt"]
     (tmp_path / "empty").mkdir()
-    api.export(imported, tmp_path / "empty")
+    (tmp_path / "link").symlink_to("empty")
+    api.export(imported, tmp_path / "link")
     assert (tmp_path / "empty" / "model.safetensors").exists()
+    (tmp_path / "broken").symlink_to("nothing")
+    with pytest.raises(UserError, match="--out is .* already"):
+        api.export(imported, tmp_path / "broken")
+
+
+@pytest.mark.parametrize("form", convert.FORMATS)
+def test_export_to_the_current_folder_fills_it(tmp_path, imported, monkeypatch, form):
+    monkeypatch.chdir(tmp_path)
+    api.export(imported, ".", form)
+    assert {"config.json", "model.safetensors"} <= set(os.listdir("."))
 
 
 def test_failed_export_leaves_no_folder(tmp_path, imported, monkeypatch):
