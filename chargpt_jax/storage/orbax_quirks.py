@@ -165,11 +165,11 @@ def _readable(name: str) -> Iterator[None]:
 def _opened(folder: Path) -> dict[str, ts.TensorStore]:
     """Open every array of a folder by name, without reading its elements.
 
-    Orbax's own metadata() is not used: it loses 3 kB of memory for each array.
+    Orbax's own metadata() is not used: it loses 3 kB of memory for each array. tensorstore accepts no ".." in a path.
     """
     listed = read_json(folder / "_METADATA", MAX_METADATA)["tree_metadata"]
     names = [entry["key_metadata"][0]["key"] for entry in listed.values()]  # type: ignore[attr-defined]
-    database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.absolute()}/"}}
+    database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
     context = ts.Context()  # one for all: the database's index is read once
     opening = {
         name: ts.open({"driver": "zarr", "kvstore": {**database, "path": f"{name}/"}}, open=True, context=context)

@@ -300,10 +300,13 @@ def test_only_sweep_removes_temporary_folders(copy):
     assert sorted(path.name for path in copy.folder.iterdir()) == ["1", "2", "3"]
 
 
-def test_a_relative_folder_is_made_absolute(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    store = Checkpoints(Path("relative folder é"))
+@pytest.mark.parametrize("name", ["relative folder é", "../relative", "./a/../b"])
+def test_a_relative_folder_is_made_absolute(tmp_path, monkeypatch, name):
+    (tmp_path / "here" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    store = Checkpoints(Path(name))
     path = store.save(state_at(1), RECORD, 1.0)
+    assert store.load("latest", lambda _: state_at(0))[0] == 1
     store.close()
     assert path.is_absolute()
     assert path.is_dir()
