@@ -377,18 +377,22 @@ def test_a_text_is_read_up_to_the_largest_size_and_no_further(tmp_path):
 
 def test_a_place_that_is_a_link_to_nothing_is_refused(tmp_path):
     folder = Workdir(tmp_path / "run")
+    folder.path.symlink_to(folder.path)
+    with pytest.raises(UserError, match="leads nowhere: remove it"):
+        folder.check_writable()
+    folder.path.unlink()
     folder.path.symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match="is a broken symbolic link"):
+    with pytest.raises(UserError, match="leads nowhere: remove it"):
         folder.check_writable()
     folder.path.unlink()
     folder.path.mkdir()
     for part in (folder.corpus, folder.checkpoints, folder.samples):
         part.symlink_to(tmp_path / "gone")
-        with pytest.raises(UserError, match="is a broken symbolic link"):
+        with pytest.raises(UserError, match="leads nowhere: remove it"):
             folder.check_writable()
         part.unlink()
         part.touch()
-        with pytest.raises(UserError, match="but must be a folder"):
+        with pytest.raises(UserError, match="must be a folder, but is something else: remove it"):
             folder.check_writable()
         part.unlink()
     folder.check_writable()

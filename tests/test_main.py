@@ -20,7 +20,8 @@ import jax
 import jax.monitoring
 import pytest
 
-from chargpt_jax.cli import commands, selftest
+from chargpt_jax import events
+from chargpt_jax.cli import commands, progress, selftest
 from chargpt_jax.cli.flags import MODES, define_flags
 from chargpt_jax.cli.signals import Signals
 from chargpt_jax.config import Config
@@ -160,10 +161,10 @@ FLAG_MISTAKES = [
     ("--mode=score --workdir=run", "give either --text or --text_file"),
     ("--mode=score --workdir=run --text=a --text_file=text.txt", "give either --text or --text_file"),
     ("--mode=score --workdir=run --text_file=gone.txt", "'gone.txt' cannot be read"),
-    ("--config=tiny --max_minutes=0", "--max_minutes is 0.0, but it must be a number above 0"),
-    ("--config=tiny --max_minutes=-1", "--max_minutes is -1.0"),
+    ("--config=tiny --max_minutes=0", "--max_minutes is 0, but it must be a finite number of minutes above 0"),
+    ("--config=tiny --max_minutes=-1", "--max_minutes is -1,"),
     ("--config=tiny --max_minutes=nan", "--max_minutes is nan"),
-    ("--config=tiny --max_minutes=inf", "--max_minutes is inf"),
+    ("--config=tiny --max_minutes=inf", "--max_minutes is inf, but it must be a finite number"),
     ("--config=tiny --max_minutes=soon", "--max_minutes=soon"),
     ("--config=tiny --mode=prepare --max_minutes=5", "--max_minutes does not apply to --mode=prepare"),
     ("--config=tiny --kills=5", "--kills does not apply to --mode=run"),
@@ -373,7 +374,11 @@ def test_a_run_may_lie_in_the_folder_of_its_texts(here: Path) -> None:
 @pytest.mark.parametrize("mode", ["run", "prepare", "find_lr", "train"])
 @pytest.mark.parametrize(
     ("workdir", "said"),
-    [("text.txt", "that is a file"), ("text.txt/deeper", "is not writable"), ("~nobody-of-that-name/run", "home")],
+    [
+        ("text.txt", "that is not a folder"),
+        ("text.txt/deeper", "text.txt is not a folder"),
+        ("~nobody-of-that-name/run", "home"),
+    ],
 )
 def test_a_place_that_cannot_be_a_folder_is_refused(refused: Refused, mode: str, workdir: str, said: str) -> None:
     message = refused(f"--config=tiny --mode={mode} --workdir={workdir}")
@@ -468,7 +473,27 @@ def test_signal_during_prepare_leaves_no_file(
         run_module, "load_corpus", lambda *_, **__: os.kill(os.getpid(), getattr(signal, name)) or ("", [])
     )
     said = refused(PREPARE, code)
-    assert said == f"chargpt: Stopped by {name}: run the same command again to continue from the saved state.\n"
+    assert said == f"chargpt: Stopped by {name}: run the same command again.\n"
+
+
+def test_a_stopped_training_says_whether_there_is_a_checkpoint(refused: Refused, here: Path, monkeypatch) -> None:
+    def stop(*_: object, **__: object) -> Iterator[object]:
+        yield events.Prepared(("a",), 2, 1, 1, 2, 64, None)
+        yield from saved
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    prepare(here)
+    monkeypatch.setattr("chargpt_jax.api.train", stop)
+    monkeypatch.setattr(progress, "sentence", lambda _: None)
+    line = "--mode=train --workdir=run"
+    saved: list[events.Event] = []
+    assert refused(line, 143).endswith("run the same command again; no checkpoint was saved yet.\n")
+    saved = [events.Saved(5, "run/checkpoints/5")]
+    assert refused(line, 143).endswith("run the same command again to continue from the newest checkpoint.\n")
+    saved = []
+    (here / "run" / "checkpoints" / "5").mkdir(parents=True)
+    assert refused(line, 143).endswith("run the same command again to continue from the newest checkpoint.\n")
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="timers of POSIX")
@@ -485,7 +510,7 @@ def test_the_time_limit_ends_every_wait(refused: Refused, here: Path, source: st
         began = time.monotonic()
         said = refused(f"{line} --max_minutes=0.005", 0)
     assert time.monotonic() - began < 5
-    assert said == "chargpt: Time limit reached: run the same command again to continue from the saved state.\n"
+    assert said == "chargpt: Time limit reached: run the same command again; no checkpoint was saved yet.\n"
     assert not (here / "run" / "config.json").exists()
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+RESUMED = ("run", "train")
+"""The modes that continue from a checkpoint."""
+
 
 def run(request: Request) -> int:
     """Do all stages: prepare the text, find a learning rate, train, generate samples, write the report."""
@@ -72,8 +75,8 @@ class Session:
     def __init__(self, request: Request):
         """Check that the workdir can be written, and import JAX."""
         request.folder.check_writable()
-        request.signals.advice = ": run the same command again to continue from the saved state"
         self.request, self.last = request, cast("Event | None", None)
+        self._advise(request.folder.has_checkpoints())
         # A ResilientStream has all that its stream has.
         self.out = cast(TextIO, ResilientStream(sys.stderr if request.flags.json else sys.stdout))
         self.api, self._open = api_module(), contextlib.ExitStack()
@@ -89,9 +92,17 @@ class Session:
         """Stop displaying events."""
         self._open.close()
 
+    def _advise(self, saved: bool) -> None:
+        """Set what a stopped command says, by whether there is a checkpoint to continue from."""
+        told = " to continue from the newest checkpoint" if saved else "; no checkpoint was saved yet"
+        self.request.signals.advice = f": run the same command again{told if self.request.mode in RESUMED else ''}"
+
     def show(self, event: "Event") -> bool:
         """Display an event; return whether the command must stop here, because a signal has ended the training."""
-        from chargpt_jax.events import Compiled, Ended
+        from chargpt_jax.events import Compiled, Ended, Saved
+
+        if isinstance(event, Saved):
+            self._advise(True)
 
         signals, ended = self.request.signals, isinstance(event, Ended)
         self.last = event

@@ -341,7 +341,10 @@ def read(argv: Sequence[str], signals: Signals) -> Request:
         elif not flags.workdir and name is None and mode != "selftest":
             raise UserError(f"--mode={mode} needs the folder of a run: give --workdir.")
         if minutes is not None and not 0 < minutes < math.inf:
-            raise UserError(f"--max_minutes is {minutes}, but it must be a number above 0: give 50, for example.")
+            raise UserError(
+                f"--max_minutes is {minutes:g}, but it must be a finite number of minutes above 0: give 50, for "
+                "example."
+            )
         if minutes is not None:
             signals.end_after(60 * minutes)
     workdir = flags.workdir or ("." if mode == "selftest" else f"runs/{name}")
@@ -353,5 +356,6 @@ def api_module() -> ModuleType:
     with startup.gc_paused():
         from chargpt_jax import api
         from chargpt_jax.data import download
+    startup.check_settings()
     startup.use_compilation_cache(download.default_cache() / "xla")
     return api

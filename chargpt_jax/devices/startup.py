@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from chargpt_jax.errors import UserError
+from chargpt_jax.errors import UserError, is_out_of_memory
 
 MAX_CORES = 8
 """Each CPU core counts as one device, up to this number; further cores help all of them."""
@@ -20,6 +20,13 @@ DEVICE_COUNTS = {
     "XLA_FLAGS": r"--xla_force_host_platform_device_count=(\S*)",
 }
 """Environment variables that set the number of CPU devices, and the regular expression of the number in each."""
+
+
+UNSUPPORTED = {
+    "jax_enable_x64": "this program computes in float32 and lower precision",
+    "jax_disable_jit": "this program cannot run uncompiled",
+}
+"""Settings of JAX that must be off, and why."""
 
 
 @contextlib.contextmanager
@@ -56,17 +63,52 @@ def check_environment() -> None:
                 )
 
 
+def check_settings() -> None:
+    """Check the settings of JAX under which this package's programs would fail.
+
+    Raises:
+        UserError: naming the setting, which an environment variable or a program has set.
+    """
+    import jax
+
+    for name, effect in UNSUPPORTED.items():
+        if getattr(jax.config, name, False):
+            raise UserError(
+                f"JAX's setting {name} is on, but {effect}: unset {name.upper()}, or call "
+                f"jax.config.update({name!r}, False)."
+            )
+
+
+def start() -> None:
+    """Start JAX with each CPU core as a device, as `use_every_core` describes, and check that it finds a device.
+
+    Raises:
+        UserError: if a setting is invalid or unsupported, or JAX finds no device.
+    """
+    import jax
+
+    use_every_core()
+    try:
+        jax.local_devices()
+    except Exception as error:  # JAX raises many types, even AssertionError
+        if is_out_of_memory(error):
+            raise
+        found = str(error) or f"it finds no device for JAX_PLATFORMS={getattr(jax.config, 'jax_platforms', None)}"
+        raise UserError(f"JAX cannot start ({found}): correct or unset its environment variables.") from error
+
+
 def use_every_core() -> None:
     """Make each CPU core a device, so that the batch is split over the cores, which is faster.
 
     This has no effect if JAX is already initialised, or if XLA_FLAGS or JAX_NUM_CPU_DEVICES set the number of devices.
 
     Raises:
-        UserError: if that number is invalid.
+        UserError: if that number is invalid, or a setting of JAX is unsupported.
     """
     import jax
 
     check_environment()
+    check_settings()
     is_set = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if is_set or getattr(jax.config, "jax_num_cpu_devices", -1) >= 0:
         return
@@ -84,7 +126,7 @@ def check_single_process() -> None:
     """
     import jax
 
-    use_every_core()
+    start()
     if (count := jax.process_count()) > 1:
         raise UserError(
             f"jax.process_count() is {count}, but it must be 1: start one process, without jax.distributed.initialize."

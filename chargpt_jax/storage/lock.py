@@ -7,6 +7,7 @@ machine expires EXPIRY seconds after its last heartbeat, which is the modificati
 """
 
 import contextlib
+import datetime
 import json
 import os
 import socket
@@ -28,11 +29,18 @@ EXPIRY = 900.0
 HEARTBEAT = 10.0
 """Minimum time between two heartbeats, seconds."""
 
+MAX_DATE = 253_000_000_000.0
+"""The latest date that is printed, in the year 9987; file systems hold later ones."""
+
 BOOT_TOLERANCE = 2.0
 """Maximum difference of two readings of one boot time, seconds: the clock is adjusted now and then."""
 
 START_TOLERANCE = 0.05
 """Maximum difference of two readings of the time from the boot to the start of one process, seconds."""
+
+
+NO_FILE = "{} is not a regular file with one name: remove it."
+"""The message for a lock that is a folder, a link or a pipe, or has a second name."""
 
 
 class Lock:
@@ -63,7 +71,7 @@ class Lock:
         if not there:
             raise SaveFailed(
                 f"{folder} was moved or removed during training, so training has stopped: run the same command again "
-                "with the --workdir where the run is; it continues from the newest checkpoint."
+                "with the --workdir where the run is; it continues from the newest checkpoint, if one was saved."
             )
         if self.lost:
             raise UserError(f"A newer training in this process has taken over {folder}: continue with that one.")
@@ -142,12 +150,14 @@ def _open(path: Path) -> int:
         except FileNotFoundError:  # another process has just removed the folder that it had created
             continue
         except OSError as error:
+            if path.is_symlink() or path.is_dir():
+                raise UserError(NO_FILE.format(path)) from None
             raise UserError(f"Cannot write {path} ({error.strerror}): choose another --workdir.") from None
         facts = os.fstat(file)
         if stat.S_ISREG(facts.st_mode) and facts.st_nlink <= 1:  # the lock overwrites it, under every name
             return file
         os.close(file)
-        raise UserError(f"{path} is not a regular file with one name: remove it.")
+        raise UserError(NO_FILE.format(path))
     raise UserError(f"Cannot write {path} (its folder cannot be created): choose another --workdir.")
 
 
@@ -162,10 +172,15 @@ def _refusal(file: int, path: Path) -> str | None:
     gone = here or (locked and _near(holder.get("boot"), psutil.boot_time(), BOOT_TOLERANCE))
     if not holder or gone or age >= EXPIRY:
         return None
+    active = f"was last active {max(0, age):.0f} s ago"
+    if age < -EXPIRY:  # a clock was wrong, and this lock would hardly ever expire
+        dated = datetime.datetime.fromtimestamp(min(time.time() - age, MAX_DATE)).strftime("%Y-%m-%d %H:%M")
+        with contextlib.suppress(OSError):
+            os.utime(file)
+        active = f"the file is dated {dated}, in the future, so its time counts from now"
     return (
-        f"{process} locked the run in {path.parent} and was last active {max(0, age):.0f} s ago; this machine cannot "
-        f"check whether it still runs. If it does not, delete {path}, or wait: the lock expires after "
-        f"{EXPIRY / 60:.0f} minutes without activity."
+        f"{process} locked the run in {path.parent} and {active}; this machine cannot check whether it still runs. If "
+        f"it does not, delete {path}, or wait: the lock expires after {EXPIRY / 60:.0f} minutes without activity."
     )
 
 

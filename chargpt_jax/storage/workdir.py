@@ -86,20 +86,23 @@ class Workdir:
         """
         try:
             if self.path.exists() and not self.path.is_dir():
-                raise UserError(f"--workdir is {str(self.path)!r}, but that is a file: give a folder.")
+                raise UserError(f"--workdir is {str(self.path)!r}, but that is not a folder: give one.")
             for part in (self.path, self.corpus, self.checkpoints, self.samples):
                 if part.is_symlink() and not part.exists():
-                    raise UserError(f"{part} is a broken symbolic link: remove it, or choose another folder.")
+                    raise UserError(
+                        f"{part} is a symbolic link that leads nowhere: remove it, or choose another folder."
+                    )
                 if part.exists() and not part.is_dir():
-                    raise UserError(f"{part} is a file, but must be a folder: remove it.")
+                    raise UserError(f"{part} must be a folder, but is something else: remove it.")
             nearest = next(p for p in (self.path, *self.path.parents) if p.exists())
         except OSError as error:
-            reason = error.strerror
             raise UserError(
-                f"Cannot use --workdir={str(self.path)[:80]!r} ({reason}): choose another folder."
+                f"Cannot use --workdir={str(self.path)[:80]!r} ({error.strerror}): choose another folder."
             ) from None
+        if not nearest.is_dir():
+            raise UserError(f"--workdir is {str(self.path)!r}, but {nearest} is not a folder: choose another.")
         read_only = bool(os.statvfs(nearest).f_flag & os.ST_RDONLY) if hasattr(os, "statvfs") else False
-        if not nearest.is_dir() or read_only or not os.access(nearest, os.W_OK | os.X_OK):
+        if read_only or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"--workdir is {str(self.path)!r}, but {nearest} is not writable: choose another folder.")
 
     def check_config(self, given: Config) -> None:
@@ -221,8 +224,9 @@ class Workdir:
         except MemoryError:
             raise
         except Exception as error:  # NumPy raises many types for a malformed header
-            what = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} cannot be read ({what}): run --mode=prepare in a new --workdir.") from error
+            what = " ".join(reason(error).split())[:200]
+            fix = remedy(error, "run --mode=prepare in a new --workdir")
+            raise UserError(f"{path} cannot be read ({what}): {fix}.") from error
         n_ids = self.load_tokenizer().n_ids
         if len(tokens) and not 0 < tokens.min() <= tokens.max() < n_ids:
             raise UserError(f"{path} holds unused token ids: run --mode=prepare in a new --workdir.")

@@ -48,7 +48,7 @@ VALIDATED_AT_ONCE = 8192
 
 def training_mesh(config: Config, tell: bool = True) -> Mesh:
     """Return the devices that a training with this config uses; `tell` as in `sharding.data_mesh`."""
-    startup.use_every_core()
+    startup.start()
     return sharding.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps, tell=tell)
 
 

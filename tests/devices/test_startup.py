@@ -1,8 +1,10 @@
 import gc
 
+import jax
 import pytest
 
 from chargpt_jax.devices import startup
+from chargpt_jax.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +62,36 @@ def test_garbage_is_collected_later():
         del node
     gc.collect()
     assert found
+
+
+@pytest.mark.parametrize("name", ["jax_enable_x64", "jax_disable_jit"])
+@pytest.mark.parametrize("check", [startup.check_settings, startup.check_single_process])
+def test_a_setting_under_which_programs_fail_is_named(monkeypatch, name, check):
+    check()
+    before = getattr(jax.config, name)
+    try:
+        jax.config.update(name, True)
+        with pytest.raises(UserError, match=rf"{name} is on, .*: unset {name.upper()}, or call jax\.config\.update"):
+            check()
+    finally:
+        jax.config.update(name, before)
+    check()
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("no TPU"), ValueError("no TPU")])
+def test_jax_without_a_device_is_reported(monkeypatch, error):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(jax, "local_devices", fail)
+    with pytest.raises(UserError, match=r"JAX cannot start \((no TPU|it finds no device for JAX_PLATFORMS=.*)\)"):
+        startup.start()
+
+
+def test_jax_without_memory_is_no_wrong_setting(monkeypatch):
+    def fail() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(jax, "local_devices", fail)
+    with pytest.raises(MemoryError):
+        startup.start()

@@ -155,11 +155,22 @@ def test_lock_of_a_restarted_container_is_reclaimed(folder):
     assert take(folder)["pid"] == os.getpid()
 
 
-def test_lock_with_a_time_in_the_future_is_respected(folder):
+@pytest.mark.parametrize("ahead", [100.0, 10_000.0, 2e9])
+def test_lock_with_a_time_in_the_future_expires(folder, monkeypatch, ahead):
     left_over(folder, host="elsewhere", boot=1.0)
-    os.utime(folder / lock.NAME, (0, time.time() + 10_000))
-    with pytest.raises(UserError, match="0 s ago"):
+    path = folder / lock.NAME
+    os.utime(path, (0, time.time() + ahead))
+    dated = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    said = (
+        f"the file is dated {dated}, in the future, so its time counts from now" if ahead > lock.EXPIRY else "0 s ago"
+    )
+    with pytest.raises(UserError, match=said):
         take(folder)
+    with pytest.raises(UserError, match="was last active [0-9]+ s ago"):
+        take(folder)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + ahead % lock.EXPIRY + lock.EXPIRY + 10)
+    assert take(folder)["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize(
@@ -178,7 +189,7 @@ def test_lock_that_is_not_a_file_is_rejected(folder, kind):
     path, target = folder / lock.NAME, folder / "precious"
     target.write_text("precious")
     {"link": lambda: path.symlink_to(target), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
-    with pytest.raises(UserError, match=r"lock\.json"):
+    with pytest.raises(UserError, match=r"lock\.json is not a regular file with one name: remove it"):
         take(folder)
     assert target.read_text() == "precious"
 

@@ -193,9 +193,9 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 def test_file_as_workdir_is_rejected(tmp_path):
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(UserError, match="that is a file"):
+    with pytest.raises(UserError, match="that is not a folder"):
         Workdir(file).check_writable()
-    with pytest.raises(UserError, match="is not writable"):
+    with pytest.raises(UserError, match="file is not a folder: choose another"):
         Workdir(file / "run").check_writable()
 
 
@@ -229,6 +229,29 @@ def test_a_damaged_corpus_is_the_users_mistake_not_a_crash(folder, keep):
     tokens.write_bytes(tokens.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"tokens\.npy cannot be read"):
         folder.load_tokens()
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "vocabulary.json"])
+def test_a_folder_or_a_forbidden_file_of_the_corpus_is_named_once(folder, monkeypatch, name):
+    folder.save_corpus(CharTokenizer("ab"), np.int32([1, 2]), [])
+    path, opened = folder.corpus / name, Path.open
+
+    def forbidden(file: Path, *how: object) -> object:
+        if file == path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(file, *how)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(UserError) as error:
+        folder.load_tokens()
+    assert str(error.value) == f"{path} cannot be read (Permission denied): make it readable."
+    monkeypatch.undo()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError) as error:
+        folder.load_tokens()
+    assert str(error.value).count(str(path)) == 1
+    assert "Errno" not in str(error.value)
 
 
 def test_a_corpus_is_read_without_running_what_it_holds(folder):
