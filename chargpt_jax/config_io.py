@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chargpt_jax.config import DROPOUT_BITS, RENAMED, Config, renamed_field, shown, validate
-from chargpt_jax.errors import UserError
+from chargpt_jax.errors import UserError, reason, remedy
 
 MAX_JSON = 32 << 20
 """Maximum size of a JSON file in bytes; files of samples have a limit of their own."""
@@ -174,7 +174,7 @@ def find_config(name: str) -> Path:
             return path
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"--config is {name[:80]!r}, but that is not a valid file name ({error}): correct it."
+            f"--config is {name[:80]!r}, but that cannot be read ({reason(error)}): {remedy(error, 'correct it')}."
         ) from None
     here = Path(__file__).parent
     for folder in (here / "configs", here.parent / "configs"):
@@ -188,13 +188,24 @@ def find_config(name: str) -> Path:
     raise UserError(f"--config is {name!r}, but there is no such file: give the path of a config file.")
 
 
+@contextlib.contextmanager
+def naming(path: Path, fix: str) -> Iterator[None]:
+    """Name the config file in every UserError of the block, and what a user can do about it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path} is not a valid config ({str(error).rstrip('.?')}): {fix}.") from None
+
+
 def _read_config(path: Path) -> Config:
     try:
-        return from_dict(read_json_once(path))
+        with naming(path, "correct it, or give another file"):
+            return from_dict(read_json_once(path))
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a valid run config ({error}): give another file.") from None
+        fix = remedy(error, "give another file")
+        raise UserError(f"{path} is not a valid run config ({reason(error)}): {fix}.") from None
 
 
 def read_json_once(path: Path) -> Any:
@@ -267,7 +278,7 @@ def load_config(name: str) -> Config:
         raise UserError(f"--config is {name!r}, but that is not a Python file: give one that ends in .py, or .json.")
     module = importlib.util.module_from_spec(spec)
     try:
-        with _importing(module, path.absolute().parent):
+        with naming(path, "correct it"), _importing(module, path.absolute().parent):
             spec.loader.exec_module(module)
             config = module.get_config() if hasattr(module, "get_config") else None
     except UserError:

@@ -22,11 +22,12 @@ import pytest
 
 from chargpt_jax import events
 from chargpt_jax.cli import commands, progress, selftest
-from chargpt_jax.cli.flags import MODES, define_flags
+from chargpt_jax.cli.flags import MODES, define_flags, parse
 from chargpt_jax.cli.signals import Signals
 from chargpt_jax.config import Config
 from chargpt_jax.config_io import flatten, to_json
 from chargpt_jax.data.batches import windows_per_pass
+from chargpt_jax.errors import UserError
 from chargpt_jax.main import DISK_ERRORS, main
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import run as run_module
@@ -161,6 +162,12 @@ FLAG_MISTAKES = [
     ("--mode=score --workdir=run", "give either --text or --text_file"),
     ("--mode=score --workdir=run --text=a --text_file=text.txt", "give either --text or --text_file"),
     ("--mode=score --workdir=run --text_file=gone.txt", "'gone.txt' cannot be read"),
+    ("--config=tiny --workdir=a --workdir=b", "--workdir is given as 'a' and as 'b': give one of them"),
+    ("--config=tiny --workdir a --workdir=b", "--workdir is given as 'a' and as 'b'"),
+    ("--config=tiny --config small", "--config is given as 'tiny' and as 'small'"),
+    ("--config=tiny --mode=info --mode=train", "--mode is given as 'info' and as 'train'"),
+    ("--config=tiny --config.seed=1 --config.seed=2", "--config.seed is given as '1' and as '2'"),
+    ("--config=tiny --profile --noprofile", "--profile is given as 'true' and as 'false'"),
     ("--config=tiny --max_minutes=0", "--max_minutes is 0, but it must be a finite number of minutes above 0"),
     ("--config=tiny --max_minutes=-1", "--max_minutes is -1,"),
     ("--config=tiny --max_minutes=nan", "--max_minutes is nan"),
@@ -249,7 +256,8 @@ FIELD_MISTAKES = [
 
 @pytest.mark.parametrize(("override", "said"), FIELD_MISTAKES)
 def test_a_mistake_in_the_config_is_answered_in_a_sentence(refused: Refused, override: str, said: str) -> None:
-    assert said in refused(f"{PREPARE} --config.{override}")
+    line = PREPARE.replace(" --config.data.source=text.txt", "") if "data.source" in override else PREPARE
+    assert said in refused(f"{line} --config.{override}")
 
 
 @pytest.mark.parametrize("value", ["0", "-1"])
@@ -294,6 +302,54 @@ def test_a_message_is_free_of_jargon(refused: Refused, line: str) -> None:
     message = refused(line)
     for word in ("literal", "int()", "convert", "Errno", "ERROR", "argument to", "('", "e+09", " ?", "?:"):
         assert word not in message
+
+
+def test_a_flag_may_be_repeated_with_one_value_and_prompt_with_any(here: Path) -> None:
+    line = "--config=tiny --config tiny --workdir=run --workdir run --prompt=a --prompt=b --mode=generate --json --json"
+    values, *_ = parse(["chargpt", *shlex.split(line)])
+    assert values.prompt == ["a", "b"]
+    assert values.workdir == "run"
+    assert parse(["chargpt", "--mode=score", "--text", "--workdir=a", "--workdir=b"])[0].text == "--workdir=a"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [('{"name": "my npm project"}', "no field 'name'"), ("[]", "a JSON object"), ('{"seed": -1}', "seed is -1")],
+)
+@pytest.mark.parametrize("line", ["--mode=info --workdir=run", "--workdir=run", "--config=run/config.json"])
+def test_a_config_of_something_else_is_named(refused: Refused, here: Path, line: str, content: str, said: str) -> None:
+    (here / "run").mkdir()
+    (here / "run" / "config.json").write_text(content)
+    message = refused(line)
+    assert "run/config.json is not a valid config (" in message
+    assert said in message
+    assert message.endswith(("start a new --workdir.\n", "give another file.\n"))
+
+
+def test_a_program_that_gives_an_invalid_config_is_named(refused: Refused, here: Path) -> None:
+    text = "from chargpt_jax.config import Config\ndef get_config():\n    return Config(seed=-1)\n"
+    (here / "mine.py").write_text(text)
+    assert "mine.py is not a valid config (seed is -1" in refused("--config=mine.py")
+    assert refused("--config=mine.py --config.seed=-2").startswith("chargpt: seed is -2")
+
+
+@pytest.mark.parametrize("mode", ["run", "train", "prepare"])
+def test_a_run_that_cannot_be_read_is_not_taken_for_none(refused: Refused, here: Path, monkeypatch, mode: str) -> None:
+    prepare(here)
+    own, found = here / "run" / "config.json", os.stat
+
+    def forbidden(path: object, **how: object) -> os.stat_result:
+        if str(path).endswith("run/config.json"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return found(path, **how)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", forbidden)
+        with pytest.raises(UserError, match=r"run/config\.json cannot be read \(Permission denied\): make it readable"):
+            parse(["chargpt", f"--mode={mode}", "--workdir=run"])
+    own.unlink()
+    own.mkdir()
+    assert "run/config.json is not a regular file: remove it" in refused(f"--mode={mode} --workdir=run")
 
 
 # Texts
@@ -362,7 +418,7 @@ def test_the_files_of_a_run_are_no_text(refused: Refused, here: Path, mode: str,
 def test_a_run_may_lie_in_the_folder_of_its_texts(here: Path) -> None:
     (here / "texts").mkdir()
     (here / "texts" / "text.txt").write_text(SENTENCE * 100)
-    line = f"{PREPARE}/texts/run --config.data.source=texts".replace("--workdir=run", "--workdir=.")
+    line = "--mode=prepare --config=tiny --config.data.source=texts --workdir=texts/run"
     for _ in range(2):
         assert main(["chargpt", *shlex.split(line)]) == 0
     assert Workdir(here / "texts" / "run").load_sources()[0]["characters"] == len(SENTENCE) * 100

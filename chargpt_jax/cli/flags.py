@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import re
+import stat
 import time
 from collections.abc import Sequence
 from types import ModuleType
@@ -22,9 +23,9 @@ from ml_collections import config_flags
 
 from chargpt_jax.cli.signals import Signals
 from chargpt_jax.config import Config, validate
-from chargpt_jax.config_io import find_config, flatten, help_lines, load_config, optional_fields, unknown_field
+from chargpt_jax.config_io import find_config, flatten, help_lines, load_config, naming, optional_fields, unknown_field
 from chargpt_jax.devices import startup
-from chargpt_jax.errors import UserError
+from chargpt_jax.errors import UserError, reason, remedy
 
 if TYPE_CHECKING:
     from chargpt_jax.storage.workdir import Workdir
@@ -138,12 +139,16 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Config | None, str | N
     Raises:
         UserError: if a flag, a field or a value is invalid.
     """
+    _check_repeats(argv)
     argv, name = _without_config(_texts_in_utf8(argv))
     name = _own_config(argv) if name is None else name
     values = define_flags()
     if name is not None:
         config = load_config(name)
         _check_overrides(argv)
+        if not _overrides(argv):
+            with naming(find_config(name), "correct it"):
+                validate(config)
         argv = _unset_fields(argv, config)
         config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=argv)
     elif any(arg.lstrip("-").startswith("config.") for arg in argv if arg.startswith("-")):
@@ -206,6 +211,24 @@ def _texts_in_utf8(argv: Sequence[str]) -> list[str]:
     return words
 
 
+def _check_repeats(argv: Sequence[str]) -> None:
+    """Raise UserError if a flag that counts once is given twice with different values."""
+    flags, given, words = define_flags(), dict[str, str](), iter(argv[1:])
+    for word in words:
+        if word == "--":
+            return
+        name, equals, value = word.lstrip("-").partition("=")
+        if not word.startswith("-") or name == "prompt":
+            continue
+        no = name.removeprefix("no")
+        if no in flags and flags[no].boolean and not equals:
+            name, value = no, str(name == no).lower()
+        elif not equals and (name == "config" or name in flags):
+            value = next(words, "")
+        if given.setdefault(name, value) != value:
+            raise UserError(f"--{name} is given as {given[name][:80]!r} and as {value[:80]!r}: give one of them.")
+
+
 def _without_config(argv: list[str]) -> tuple[list[str], str | None]:
     """Split a command line into its other words and the NAME of --config=NAME or --config NAME."""
     name, rest = None, []
@@ -226,7 +249,17 @@ def _own_config(argv: list[str]) -> str | None:
         flag, equals, value = word.partition("=")
         given[flag.lstrip("-")] = value if equals else following
     own = os.path.join(os.path.expanduser(given["workdir"]), "config.json")
-    return own if given["workdir"] and given["mode"] in NEEDS_CONFIG and os.path.isfile(own) else None
+    if not given["workdir"] or given["mode"] not in NEEDS_CONFIG:
+        return None
+    try:
+        if not stat.S_ISREG(os.stat(own).st_mode):
+            raise UserError(f"{own} is not a regular file: remove it, or give another --workdir.")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        fix = remedy(error, "give another --workdir")
+        raise UserError(f"{own[:200]} cannot be read ({reason(error)}): {fix}.") from None
+    return own
 
 
 def _run_name(config: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from chargpt_jax.config import DataConfig
 from chargpt_jax.data.download import Page, fetch, split_url
 from chargpt_jax.data.encoding import kind_of_binary
-from chargpt_jax.errors import UserError
+from chargpt_jax.errors import UserError, reason, remedy
 
 
 def stdlib_text() -> str:
@@ -110,7 +110,8 @@ def _files(entry: str) -> tuple[list[str], tuple[str, ...]]:
     try:
         items = sorted(path.iterdir())
     except OSError as error:
-        raise UserError(f"The folder {entry!r} cannot be read ({error.strerror}): give a readable folder.") from None
+        fix = remedy(error, "give a readable folder")
+        raise UserError(f"The folder {entry!r} cannot be read ({error.strerror}): {fix}.") from None
     found = {item.name: item for item in items if not item.name.startswith(".") and _is_text(item)}
     read: dict[Path, str] = {}
     for name, item in sorted(found.items(), key=lambda pair: (pair[1].is_symlink(), pair[0])):
@@ -151,8 +152,8 @@ def read_file(name: str, max_bytes: int, fix: str) -> bytes:
         with Path(os.path.expanduser(name)).open("rb") as file:
             data = file.read(max_bytes + 1)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"The file {name!r} cannot be read ({reason}): give a readable text file.") from None
+        cure = remedy(error, "give a readable text file")
+        raise UserError(f"The file {name!r} cannot be read ({reason(error)}): {cure}.") from None
     if len(data) > max_bytes:
         raise UserError(f"The file {name!r} is larger than {max_bytes / 1e6:,g} MB: {fix}.")
     return data

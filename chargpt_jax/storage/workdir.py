@@ -24,6 +24,7 @@ from chargpt_jax.config_io import (
     differences,
     file_version,
     from_dict,
+    naming,
     read_json,
     read_json_once,
     to_json,
@@ -139,7 +140,13 @@ class Workdir:
         Raises:
             UserError: if there is no run.
         """
-        return copy.deepcopy(self._read_once(self.config, lambda: from_dict(self.load_json(self.config))))
+
+        def read() -> Config:
+            saved = self.load_json(self.config)
+            with naming(self.config, RESTORE):
+                return from_dict(saved)
+
+        return copy.deepcopy(self._read_once(self.config, read))
 
     def _read_once(self, path: Path, read: Callable[[], T]) -> T:
         """Return read(), or the result of an earlier call if the file has not changed since."""
