@@ -256,8 +256,7 @@ FIELD_MISTAKES = [
 
 @pytest.mark.parametrize(("override", "said"), FIELD_MISTAKES)
 def test_a_mistake_in_the_config_is_answered_in_a_sentence(refused: Refused, override: str, said: str) -> None:
-    line = PREPARE.replace(" --config.data.source=text.txt", "") if "data.source" in override else PREPARE
-    assert said in refused(f"{line} --config.{override}")
+    assert said in refused(f"{PREPARE} --config.{override}")
 
 
 @pytest.mark.parametrize("value", ["0", "-1"])
@@ -393,7 +392,8 @@ def test_a_text_that_will_not_do_is_refused_before_anything_is_made(
 def test_a_text_must_suit_the_config(refused: Refused, here: Path, override: str, said: str) -> None:
     if override == "data.source=.":  # a folder is the concatenation of its texts
         (here / "text.txt").write_text(SENTENCE)
-    assert said in refused(f"{PREPARE} --config.{override}")
+    line = PREPARE.replace(" --config.data.source=text.txt", "") if "data.source" in override else PREPARE
+    assert said in refused(f"{line} --config.{override}")
 
 
 @pytest.mark.parametrize("mode", ["run", "prepare", "find_lr", "train"])

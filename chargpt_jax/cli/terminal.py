@@ -109,6 +109,8 @@ def guard() -> None:
             stream.reconfigure(errors="backslashreplace")
     logging.setLogRecordFactory(_printable_record)
     warnings.formatwarning = _warning_line
+    # A compiled program that cannot be cached, or read from the cache, is compiled again.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 
 def _printable_record(*args: object, **kwargs: object) -> logging.LogRecord:

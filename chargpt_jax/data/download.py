@@ -71,7 +71,8 @@ def default_cache() -> Path:
     """Return the download cache: $CHARGPT_CACHE, or chargpt_jax in the user's cache folder."""
     if folder := os.environ.get("CHARGPT_CACHE"):
         return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chargpt_jax"
+    given = Path(os.environ.get("XDG_CACHE_HOME") or "")  # by its specification a relative path is ignored
+    return (given if given.is_absolute() else Path.home() / ".cache") / "chargpt_jax"
 
 
 def fetch(key: str, urls: Sequence[str], config: DataConfig, cache: Path) -> Page:

@@ -79,13 +79,19 @@ class Checkpoints:
         self.folder, self.keep_last, self.warn = folder.absolute(), keep_last, warn
         self.arrays = ArrayStore()
         self._warned: set[int] = set()
+        self._odd: set[str] = set()
         self._valid: dict[int, bool] = {}
 
     def steps(self) -> list[int]:
         """List the training steps of the checkpoints on disk, oldest first, valid or not."""
         try:
             with os.scandir(self.folder) as entries:
-                return sorted(int(entry.name) for entry in entries if _is_number(entry.name) and entry.is_dir())
+                names = [entry.name for entry in entries if entry.name.isdecimal() and entry.is_dir()]
+            for name in set(filter(_is_odd, names)) - self._odd:
+                self._odd.add(name)
+                if str(int(name)) not in names:  # otherwise it is a copy
+                    self.warn(f"{self.folder / name} is not used: the name of a checkpoint is its step, {int(name)}.")
+            return sorted(int(name) for name in names if not _is_odd(name))
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
@@ -325,9 +331,9 @@ def _remove(path: Path) -> None:
         time.sleep(0.05)
 
 
-def _is_number(name: str) -> bool:
-    """Return whether a name is a canonical number: '60', but not '060', '60 (1)' or digits of other alphabets."""
-    return name.isascii() and name.isdecimal() and str(int(name)) == name
+def _is_odd(name: str) -> bool:
+    """Return whether a number is not as `save` writes it: '060', or digits of other alphabets."""
+    return not name.isascii() or str(int(name)) != name
 
 
 def _rank(step: int, record: Record) -> tuple[float, int]:

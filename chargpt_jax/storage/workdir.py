@@ -175,7 +175,14 @@ class Workdir:
     def save_corpus(
         self, tokenizer: CharTokenizer, tokens: np.ndarray | None, sources: Sequence[dict[str, object]]
     ) -> None:
-        """Write the encoded corpus, int32 [N] (None: it is not known), its vocabulary and its sources."""
+        """Write the encoded corpus, int32 [N] (None: it is not known), its vocabulary and its sources.
+
+        Raises:
+            UserError: if files of other programs have these names; a killed run leaves tokens.npy, its first file.
+        """
+        own = [name for name in ("vocabulary.json", "sources.json") if os.path.lexists(self.corpus / name)]
+        if own and not any(os.path.lexists(self.corpus / name) for name in ("tokens.npy", manifest.NAME)):
+            raise UserError(f"{self.corpus / own[0]} is not of a run: move it, or choose another --workdir.")
         self.corpus.mkdir(parents=True, exist_ok=True)
         (self.corpus / manifest.NAME).unlink(missing_ok=True)
         if tokens is not None:

@@ -131,6 +131,15 @@ def test_what_libraries_log_or_warn_of_is_one_harmless_line(guarded):
     assert printable(written) == written
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_cache_of_programs_that_fails_is_not_reported(guarded):
+    with warnings.catch_warnings(record=True) as found:
+        guarded()
+        warnings.warn("Error reading persistent compilation cache entry for 'jit_x': [Errno 13]", stacklevel=1)
+        warnings.warn("another warning", stacklevel=1)
+    assert [str(warning.message) for warning in found] == ["another warning"]
+
+
 def test_guard_accepts_streams_that_are_not_files(monkeypatch):
     factory, before = logging.getLogRecordFactory(), warnings.formatwarning
     memory = io.StringIO()

@@ -518,6 +518,7 @@ def test_several_sources_are_joined_as_they_are_named(server: Server, cache: Pat
     [
         ({"CHARGPT_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
         ({"CHARGPT_CACHE": "", "XDG_CACHE_HOME": "/b"}, "/b/chargpt_jax"),
+        ({"XDG_CACHE_HOME": "relative", "HOME": "/c"}, "/c/.cache/chargpt_jax"),
         ({"HOME": "/c"}, "/c/.cache/chargpt_jax"),
     ],
 )

@@ -116,6 +116,14 @@ def test_an_empty_folder_and_an_absent_step_are_named(store):
         store.choose(4)
 
 
+@pytest.mark.parametrize("name", ["03", "٣"])
+def test_a_renamed_checkpoint_is_reported_once(copy, name):
+    (copy.folder / "3").rename(copy.folder / name)
+    assert copy.choose("latest") == 2
+    assert copy.steps() == [1, 2]
+    assert copy.heard == [f"{copy.folder / name} is not used: the name of a checkpoint is its step, 3."]
+
+
 def test_damaged_checkpoint_is_skipped_with_one_warning(copy):
     damaged = copy.folder / "3" / "record.json"
     damaged.write_bytes(damaged.read_bytes()[:-1])

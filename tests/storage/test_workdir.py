@@ -68,6 +68,18 @@ def test_corpus_round_trip(folder):
     folder.check_corpus(again, tokens)
 
 
+@pytest.mark.parametrize("name", ["vocabulary.json", "sources.json"])
+def test_a_file_of_another_program_is_not_replaced(folder, name):
+    folder.corpus.mkdir(parents=True)
+    (folder.corpus / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is not of a run: move it"):
+        folder.save_corpus(CharTokenizer("ab"), np.int32([1, 2]), [])
+    assert (folder.corpus / name).read_text() == "mine"
+    (folder.corpus / "tokens.npy").touch()  # left by a killed run
+    folder.save_corpus(CharTokenizer("ab"), np.int32([1, 2]), [])
+    assert folder.load_tokens().tolist() == [1, 2]
+
+
 @pytest.mark.parametrize("name", ["sources.json", "manifest.json"])
 def test_a_changed_corpus_is_refused_by_name(folder, name):
     tokenizer, tokens = CharTokenizer("ab"), np.int32([1, 2])
