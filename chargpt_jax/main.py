@@ -27,6 +27,9 @@ OUT_OF_MEMORY = (
     "or optimizer.accumulation_steps, or free memory."
 )
 
+NO_ROOM = re.compile(r"failed to map segment|[Cc]annot allocate memory")
+"""Parts of the messages about a library for which no memory is left."""
+
 JAX_REFUSES = re.compile(r"Unable to initialize backend|Invalid value .* for JAX flag|invalid truth value .* for env")
 """Messages of JAX about devices that are missing and environment variables that are invalid."""
 
@@ -77,6 +80,10 @@ def _reported(error: Exception | KeyboardInterrupt, signals: Signals) -> int:
         return _complain(f"JAX cannot start ({error}): correct or unset its environment variables.", 2)
     if is_out_of_memory(error):
         return _complain(OUT_OF_MEMORY, 2)
+    if isinstance(error, ImportError) and NO_ROOM.search(str(error)):
+        return _complain(
+            f"There is not enough memory to start ({error}): free some, or raise the limit (ulimit -v).", 2
+        )
     raise error
 
 

@@ -817,6 +817,9 @@ FAILURES = {
         MemoryError(),
         RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 67396004656 bytes."),
     ],
+    "There is not enough memory to start (libjax_common.so: failed to map segment": [
+        ImportError("libjax_common.so: failed to map segment from shared object")
+    ],
     "Cannot use there (": [OSError(number, os.strerror(number), "there") for number in DISK_ERRORS],
     "Cannot use the disk (": [OSError(27, "File too large")],
 }
@@ -832,12 +835,11 @@ def test_a_machine_that_fails_is_told_in_a_sentence(refused: Refused, monkeypatc
 
 
 def test_a_mistake_in_the_program_keeps_its_traceback(monkeypatch) -> None:
-    def fail(_: object) -> int:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setitem(commands.MODES, "prepare", fail)
-    with pytest.raises(RuntimeError, match="a bug"):
-        main(["chargpt", *shlex.split(PREPARE)])
+    for kind in (RuntimeError, ImportError):
+        error = kind("a bug")
+        monkeypatch.setitem(commands.MODES, "prepare", lambda _, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(kind, match="a bug"):
+            main(["chargpt", *shlex.split(PREPARE)])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a limit on the size of files")

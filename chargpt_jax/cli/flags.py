@@ -367,6 +367,7 @@ def read(argv: Sequence[str], signals: Signals) -> Request:
     mode, minutes = flags.mode, flags.max_minutes
     if not flags.help:
         startup.check_environment()
+        startup.check_open_files()
         if mode in NEEDS_CONFIG:
             if config is None:
                 raise UserError(f"--mode={mode} needs a config: give --config=small, or the path of a config file.")

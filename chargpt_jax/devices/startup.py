@@ -22,6 +22,9 @@ DEVICE_COUNTS = {
 """Environment variables that set the number of CPU devices, and the regular expression of the number in each."""
 
 
+MIN_OPEN_FILES = 64
+"""Minimum limit of open files; training on two CPU cores opens up to 24 at once."""
+
 UNSUPPORTED = {
     "jax_enable_x64": "this program computes in float32 and lower precision",
     "jax_disable_jit": "this program cannot run uncompiled",
@@ -61,6 +64,23 @@ def check_environment() -> None:
                     f"{variable} sets the number of CPU devices to {value[:80]!r}, but it must be an integer from 1 to "
                     f"{MAX_DEVICES:,}: correct it, or unset {variable}."
                 )
+
+
+def check_open_files() -> None:
+    """Check the limit of open files: below it, JAX and orbax fail in ways that do not name it.
+
+    Raises:
+        UserError: if it is below MIN_OPEN_FILES.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < MIN_OPEN_FILES:
+        raise UserError(
+            f"The limit of open files is {limit}, but must be at least {MIN_OPEN_FILES}: raise it with ulimit -n 1024."
+        )
 
 
 def check_settings() -> None:
@@ -108,6 +128,7 @@ def use_every_core() -> None:
     import jax
 
     check_environment()
+    check_open_files()
     check_settings()
     is_set = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if is_set or getattr(jax.config, "jax_num_cpu_devices", -1) >= 0:

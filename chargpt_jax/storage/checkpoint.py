@@ -59,6 +59,8 @@ FIXES = {
     errno.EPERM: "make the folder writable, or choose another --workdir",
     errno.EIO: "check the disk",
     errno.ENOMEM: "free memory",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs, or raise the system's limit of open files",
 }
 """What a user can do about an OS error of a write."""
 

@@ -95,3 +95,13 @@ def test_jax_without_memory_is_no_wrong_setting(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", fail)
     with pytest.raises(MemoryError):
         startup.start()
+
+
+def test_a_low_limit_of_open_files_is_named(monkeypatch):
+    resource = pytest.importorskip("resource")
+    for limit in (resource.RLIM_INFINITY, startup.MIN_OPEN_FILES):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        startup.check_open_files()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (8, 8))
+    with pytest.raises(UserError, match="The limit of open files is 8, but must be at least 64: raise it with ulimit"):
+        startup.use_every_core()
