@@ -199,7 +199,7 @@ def naming(path: Path, fix: str) -> Iterator[None]:
 
 def _read_config(path: Path) -> Config:
     try:
-        with naming(path, "correct it, or give another file"):
+        with naming(path, "correct it, or give another --config or --workdir"):
             return from_dict(read_json_once(path))
     except UserError:
         raise

@@ -322,7 +322,7 @@ def test_a_config_of_something_else_is_named(refused: Refused, here: Path, line:
     message = refused(line)
     assert "run/config.json is not a valid config (" in message
     assert said in message
-    assert message.endswith(("start a new --workdir.\n", "give another file.\n"))
+    assert message.endswith(("start a new --workdir.\n", "give another --config or --workdir.\n"))
 
 
 def test_a_program_that_gives_an_invalid_config_is_named(refused: Refused, here: Path) -> None:

@@ -205,10 +205,10 @@ class Workdir:
         try:
             manifest.verify(self.corpus, extra_files=True, known=_facts_of(tokenizer, tokens))
         except manifest.Damaged as error:
-            raise UserError(
-                f"The corpus of the run in {self.path} has changed ({error}): restore the files in {self.corpus}, or "
-                "use a new --workdir."
-            ) from None
+            unread = isinstance(error.__cause__, OSError)
+            fix = remedy(error.__cause__, f"restore the files in {self.corpus}, or use a new --workdir")
+            what = "cannot be checked" if unread else "has changed"
+            raise UserError(f"The corpus of the run in {self.path} {what} ({error}): {fix}.") from None
 
     def has_corpus(self) -> bool:
         """Return whether the corpus is complete; the vocabulary is written last."""

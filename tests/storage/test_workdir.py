@@ -90,6 +90,21 @@ def test_a_changed_corpus_is_refused_by_name(folder, name):
         folder.check_corpus(tokenizer, tokens)
 
 
+@pytest.mark.parametrize("name", ["sources.json", "manifest.json"])
+def test_a_forbidden_file_of_the_corpus_has_not_changed(folder, monkeypatch, name):
+    tokenizer, tokens, opened = CharTokenizer("ab"), np.int32([1, 2]), Path.open
+    folder.save_corpus(tokenizer, tokens, [])
+
+    def forbidden(path: Path, *how: object) -> object:
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *how)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(UserError, match=rf"cannot be checked \({name} cannot be read .*\): make it readable"):
+        folder.check_corpus(tokenizer, tokens)
+
+
 @pytest.mark.parametrize(
     ("characters", "ids", "name"),
     [("ab", [2, 2], "tokens.npy"), ("ac", [1, 2], "vocabulary.json"), ("ab", [1, 2, 1], "tokens.npy")],
