@@ -22,10 +22,10 @@ Range = tuple[float, float]
 State = TypeVar("State")
 
 CLEAR_FALL = 0.1
-"""A zoom that lowers its first loss by more than this fraction shows a descent, whatever the batches."""
+"""A zoom that lowers its first loss by at most this fraction may be the work of its batches."""
 
-NOISE_FACTOR = 1.5
-"""A smaller fall must exceed the variation of the loss between batches by this factor."""
+CLEAR_FACTOR = 4.0
+"""So may one whose fall is at most this multiple of the range of the zooms' first losses, all of the initial model."""
 
 
 def search(losses_of: LossesOf, config: LRFinderConfig) -> Iterator[LRFinderStep | Zoom | LRFinderResult]:
@@ -67,23 +67,33 @@ def fall(zoom: Zoom) -> float:
 
 
 def unclear(result: LRFinderResult) -> Zoom | None:
-    """Return the zoom with the largest fall if batches that differ could explain it; None if the descent is clear."""
-    zoom = max(result.zooms, key=fall)
-    return None if fall(zoom) > CLEAR_FALL * zoom.losses[0] else zoom
+    """Return the zoom that proposes the learning rate if its batches could explain its fall; None if it is clear."""
+    firsts, zoom = [zoom.losses[0] for zoom in result.zooms], result.zooms[-1]
+    by_batches = max(CLEAR_FALL * zoom.losses[0], CLEAR_FACTOR * (max(firsts) - min(firsts)))
+    return None if len(firsts) > 2 and fall(zoom) > by_batches else zoom
 
 
 def check_descent(zoom: Zoom, untrained: Sequence[float], config: LRFinderConfig) -> None:
-    """Compare the fall of the loss in a zoom with the losses of the initial model on the batches of that zoom.
+    """Check that training lowered the loss in a zoom: more than its last batch would have without training.
+
+    Args:
+        zoom: that proposes the learning rate.
+        untrained: the losses of the initial model on all batches of the zoom. On the same batch, the loss differs from
+            these by training alone.
+        config: of the range test.
 
     Raises:
-        UserError: if the fall is no larger than the variation between batches, so that it proposes no learning rate.
+        UserError: if batches that differ explain half of the fall or more, so that it proposes no learning rate.
     """
-    noise = max(untrained) - min(untrained)
-    if not fall(zoom) > NOISE_FACTOR * noise:
+    rates = log_spaced((zoom.low, zoom.high), config.steps_per_zoom)
+    last = int(np.argmin(np.abs(np.log(rates) - np.log(zoom.lrs[-1]))))
+    learned = untrained[last] - zoom.losses[-1]
+    if not learned > fall(zoom) / 2:
         raise UserError(
-            f"The range test from {config.start_lr:g} to {config.end_lr:g} shows no descent (the loss falls by "
-            f"{fall(zoom):.3f} nats, and varies by {noise:.3f} between batches without training): widen "
-            "lr_finder.start_lr and end_lr, raise lr_finder.steps_per_zoom, or set optimizer.learning_rate."
+            f"The range test from {config.start_lr:g} to {config.end_lr:g} shows no descent (in zoom {zoom.number} the "
+            f"loss falls by {fall(zoom):.3f} nats, and training accounts for {learned:.3f} of these): choose "
+            "other lr_finder.start_lr and end_lr, raise data.batch_size or lr_finder.steps_per_zoom, or set "
+            "optimizer.learning_rate."
         )
 
 

@@ -14,7 +14,6 @@ from chargpt_jax.events import LRFinderResult, LRFinderStep, Zoom
 from chargpt_jax.training.lr_finder import (
     LossesOf,
     check_descent,
-    fall,
     log_spaced,
     lowest_at_the_end,
     search,
@@ -180,31 +179,44 @@ def test_rates_are_evenly_spaced_in_the_logarithm_with_both_ends():
 # Whether the test shows a descent
 
 
-def result_of(*falls: float, first: float = 4.0, rates: Sequence[float] = (1e-3, 1e-2)) -> LRFinderResult:
+def result_of(
+    *falls: float, firsts: Sequence[float] = (4.0,) * 9, rates: Sequence[float] = (1e-3, 1e-2)
+) -> LRFinderResult:
     """Return a result with one zoom per fall of the loss."""
-    zooms = [Zoom(i + 1, 1e-5, 1.0, tuple(rates), (first, first - x), 1e-3, 1e-2, 1e-3) for i, x in enumerate(falls)]
+    ends = [(first, first - x) for first, x in zip(firsts, falls, strict=False)]
+    zooms = [Zoom(i + 1, 1e-5, 1.0, tuple(rates), losses, 1e-3, 1e-2, 1e-3) for i, losses in enumerate(ends)]
     return LRFinderResult(1e-3, "steepest", 1e-5, 1.0, tuple(zooms))
 
 
-def test_small_fall_is_unclear_and_a_large_one_is_not():
-    assert unclear(result_of(0.1, 0.41, 0.2)) is None
-    zoom = unclear(result_of(0.1, 0.39, 0.2))
-    assert zoom is not None
-    assert (zoom.number, fall(zoom)) == (2, pytest.approx(0.39))
+def test_only_a_large_fall_of_the_last_zoom_is_clear():
+    assert unclear(result_of(0.1, 0.2, 0.41)) is None
+    for falls in ((0.1, 0.41, 0.39), (0.41, 0.41), (1.0,)):
+        result = result_of(*falls)
+        assert unclear(result) is result.zooms[-1]
 
 
-@pytest.mark.parametrize("untrained", [[4.0, 3.61], [4.0, 3.7, 3.9], [3.73, 4.0]])
-def test_fall_within_the_variation_of_batches_is_rejected(untrained):
-    (zoom,) = result_of(0.39).zooms
-    with pytest.raises(
-        UserError, match=r"from 1e-10 to 10 shows no descent .* by 0.390 nats, .*: widen lr_finder.start"
-    ):
-        check_descent(zoom, untrained, LRFinderConfig())
+def test_fall_is_unclear_if_the_untrained_losses_vary_as_much():
+    falls, firsts = (0.1, 0.2, 0.8), (4.0, 3.9, 4.11)
+    assert unclear(result_of(*falls, firsts=firsts)) is not None
+    assert unclear(result_of(0.1, 0.2, 0.85, firsts=firsts)) is None
 
 
-def test_fall_beyond_the_variation_of_batches_is_accepted():
-    (zoom,) = result_of(0.39).zooms
-    check_descent(zoom, [4.0, 3.8, 3.9], LRFinderConfig())
+RATES = tuple(log_spaced((1e-5, 1.0), 10)[[0, 4, 6]])
+
+
+@pytest.mark.parametrize("untrained", [3.61, 3.7, 3.8])
+def test_fall_that_batches_explain_is_rejected(untrained):
+    (zoom,) = result_of(0.39, rates=RATES).zooms
+    losses = [4.0, *[9.0] * 5, untrained, 0.0, 9.0, 9.0]
+    says = r"from 1e-10 to 10 shows no descent \(in zoom 1 .* by 0.390 nats, .*: choose other lr_finder.start"
+    with pytest.raises(UserError, match=says):
+        check_descent(zoom, losses, LRFinderConfig())
+
+
+@pytest.mark.parametrize("untrained", [3.81, 4.0, 4.3])
+def test_fall_that_training_explains_is_accepted(untrained):
+    (zoom,) = result_of(0.39, rates=RATES).zooms
+    check_descent(zoom, [4.0, *[0.0] * 5, untrained, 9.0, 0.0, 0.0], LRFinderConfig())
 
 
 def test_lowest_loss_at_the_highest_rate_is_recognised():

@@ -457,6 +457,13 @@ NO_DESCENT = [
 ]
 
 
+def test_range_test_of_small_batches_takes_no_noise_for_a_descent(text, tmp_path):
+    config = range_test_config(text, 0, start_lr=1e-30, end_lr=1e-25)
+    config.model.block_size, config.data.batch_size = 8, 2
+    with pytest.raises(UserError, match=r"shows no descent .* training accounts for -?0.000"):
+        list(stages.find_lr(config, tmp_path, quiet))
+
+
 @pytest.mark.parametrize(("seed", "settings"), NO_DESCENT)
 def test_range_test_without_a_descent_proposes_no_learning_rate(text, tmp_path, seed, settings):
     events = []
