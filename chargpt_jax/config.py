@@ -5,6 +5,7 @@ the fields that differ from the defaults here. This file does not import JAX.
 """
 
 import dataclasses
+import difflib
 import math
 import reprlib
 import types
@@ -48,8 +49,18 @@ def setting(default: Any, about: str, **limits: Any) -> Any:
     return field(default=default, metadata={"about": about, **limits})
 
 
+class Settings:
+    """The config or one of its sections: assigning to a name that is not a field raises `UserError`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in {item.name for item in dataclasses.fields(typing.cast(Any, self))}:
+            sections = (f.name for f in dataclasses.fields(Config) if isinstance(self, typing.cast(type, f.type)))
+            raise unknown_field(".".join([*sections, name]))
+        super().__setattr__(name, value)
+
+
 @dataclass(unsafe_hash=True)  # jax.jit uses it as a static argument
-class ModelConfig:
+class ModelConfig(Settings):
     """Shape of the model. `vocab_size` and `used_ids` are set from the corpus."""
 
     vocab_size: int = setting(0, "size of the embedding table, a multiple of 64; 0: set from the corpus", least=0)
@@ -71,7 +82,7 @@ class ModelConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Settings):
     """Source of the text, and how it is split into batches."""
 
     source: str = setting("60", "Gutenberg number, URL, text file, folder or 'stdlib'; separate several with commas")
@@ -107,7 +118,7 @@ class DataConfig:
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW or Muon. If the learning rate is None, the range test chooses it before training."""
 
     learning_rate: float | None = setting(None, "peak learning rate; None: use the range test", above=0.0, float32=True)
@@ -130,7 +141,7 @@ class OptimizerConfig:
 
 
 @dataclass
-class SchedulerConfig:
+class SchedulerConfig(Settings):
     """Linear warm-up from min_lr_factor x peak to the peak, then cosine decay to min_lr_factor x peak."""
 
     epochs: float = setting(100.0, "run length in epochs", above=0.0, most=1e6)
@@ -140,7 +151,7 @@ class SchedulerConfig:
 
 
 @dataclass
-class AmpConfig:
+class AmpConfig(Settings):
     """Mixed precision: parameters stay float32, matrix multiplications run in `dtype`."""
 
     enabled: bool = setting(True, "use mixed precision; False: float32 everywhere")
@@ -152,7 +163,7 @@ class AmpConfig:
 
 
 @dataclass
-class LRFinderConfig:
+class LRFinderConfig(Settings):
     """Learning-rate range test with several zooms."""
 
     start_lr: float = setting(1e-10, "lowest learning rate of the first zoom", above=0.0, float32=True)
@@ -173,7 +184,7 @@ class LRFinderConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Settings):
     """Dispatches, logging, validation and checkpoints. These settings do not change what the model learns."""
 
     steps_per_dispatch: int = setting(
@@ -187,7 +198,7 @@ class TrainConfig:
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig(Settings):
     """Samples that `run` generates at the end of training."""
 
     prompts: tuple[str, ...] = setting(("\n",), "texts to continue")
@@ -203,7 +214,7 @@ class SampleConfig:
 
 
 @dataclass
-class AncestorConfig:
+class AncestorConfig(Settings):
     """Bugs of the original, for comparison only: docs/fidelity.md describes each."""
 
     short_epochs: bool = setting(False, "like the original: an epoch covers 1/batch_size of the text")
@@ -216,7 +227,7 @@ class AncestorConfig:
 
 
 @dataclass
-class Config:
+class Config(Settings):
     """All settings of a run. Equal configs and corpora on equal devices give bit-identical results."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -251,6 +262,30 @@ def renamed_field(path: str) -> UserError | None:
     return UserError(f"The config field {path} was renamed: use {RENAMED[path]}.") if path in RENAMED else None
 
 
+def unknown_field(path: str) -> UserError:
+    """Return the error for an unknown field; it names the new name or suggests the nearest field."""
+    if (renamed := renamed_field(path)) is not None:
+        return renamed
+    known = known_fields()
+    tails = {name.rpartition(".")[2]: name for name in known}
+    path = path[:200]  # the comparison is slow
+    near = difflib.get_close_matches(path, known, 1, 0.6)
+    near = near or [tails[t] for t in difflib.get_close_matches(path.rpartition(".")[2], list(tails), 1, 0.6)]
+    sections = ", ".join(section.name for section in dataclasses.fields(Config))
+    hint = f"did you mean {near[0]}?" if near else f"the sections are {sections}."
+    return UserError(f"The config has no field {shown(path)}: {hint}")
+
+
+def known_fields() -> list[str]:
+    """Return the names of all fields, 'section.field', in order."""
+    names: list[str] = []
+    for section in dataclasses.fields(Config):
+        kind = typing.cast(type, section.type)
+        inner = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+        names += [f"{section.name}.{item.name}" for item in inner] or [section.name]
+    return names
+
+
 def validate(config: Config) -> Config:
     """Check every field's type and limits and the relations between fields; return the config.
 
@@ -261,7 +296,7 @@ def validate(config: Config) -> Config:
     """
     if not isinstance(config, Config):
         raise UserError(f"The config is {shown(config)}, but it must be a Config: use chargpt_jax.load_config.")
-    for section in dataclasses.fields(config):
+    for section in dataclasses.fields(Config):  # a subclass may have further fields, which a run does not use
         value = getattr(config, section.name)
         kind = typing.cast(type, section.type)
         if not dataclasses.is_dataclass(kind):
@@ -271,10 +306,7 @@ def validate(config: Config) -> Config:
         if not isinstance(value, kind):
             rule = f"a {kind.__name__}: set its fields, or leave out the section for the defaults"
             raise UserError(f"{section.name} is {shown(value)}, but it must be {rule}.")
-        for name in vars(value):  # assigning to a field that a dataclass no longer has raises nothing
-            if (renamed := renamed_field(f"{section.name}.{name}")) is not None:
-                raise renamed
-        for item in dataclasses.fields(value):
+        for item in dataclasses.fields(kind):
             setattr(value, item.name, plain(getattr(value, item.name)))
             _check_field(f"{section.name}.{item.name}", item, getattr(value, item.name))
     model, data = config.model, config.data
@@ -371,16 +403,17 @@ def _check_field(name: str, item: dataclasses.Field, value: Any) -> None:
             wanted = f"{len(args)} values" if fixed else "a tuple"
             raise UserError(f"{name} is {shown(value)}, but it must be {wanted}: write it as in {item.default!r}.")
         for part in value:
-            _check_value(name, item, args[0], part)
+            _check_value(name, item, args[0], part, value)
     else:
-        _check_value(name, item, typing.cast(type, kind), value)
+        _check_value(name, item, typing.cast(type, kind), value, value)
 
 
-def _check_value(name: str, item: dataclasses.Field, kind: type, value: Any) -> None:
-    limits = item.metadata
+def _check_value(name: str, item: dataclasses.Field, kind: type, value: Any, given: Any) -> None:
+    """Check a value, or one element of a given tuple."""
+    limits, must = item.metadata, "it must be" if value is given else "each value must be"
 
     def wrong(rule: str) -> UserError:
-        return UserError(f"{name} is {shown(value)}, but it must be {rule} ({item.metadata.get('about', '')}).")
+        return UserError(f"{name} is {shown(given)}, but {must} {rule} ({item.metadata.get('about', '')}).")
 
     if not _is_a(kind, value):
         raise wrong(KINDS[kind])

@@ -1,18 +1,19 @@
-"""Config files: read and write JSON, run a Python config file, compare two configs, suggest the nearest field."""
+"""Config files: read and write JSON, run a Python config file, compare two configs."""
 
 import contextlib
 import dataclasses
-import difflib
 import importlib.util
+import inspect
 import json
 import os
 import sys
+import traceback
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from chargpt_jax.config import DROPOUT_BITS, RENAMED, Config, renamed_field, shown, validate
+from chargpt_jax.config import DROPOUT_BITS, RENAMED, Config, renamed_field, shown, unknown_field, validate
 from chargpt_jax.errors import UserError, reason, remedy
 
 MAX_JSON = 32 << 20
@@ -47,10 +48,20 @@ MAY_CHANGE_BEFORE_A_CHECKPOINT = (*MAY_CHANGE, "optimizer.learning_rate", "optim
 def flatten(config: Config) -> dict[str, Any]:
     """Return {'section.field': value} for every field, in order; tuples become lists as in JSON."""
     flat: dict[str, Any] = {}
-    for name, value in dataclasses.asdict(config).items():
+    for name, value in as_dict(config).items():
         items = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
         flat.update({k: list(v) if isinstance(v, tuple) else v for k, v in items.items()})
     return flat
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Return a config as nested dicts, without the fields that a subclass of Config adds."""
+    found: dict[str, Any] = {}
+    for section in dataclasses.fields(Config):
+        value, kind = getattr(config, section.name), section.type
+        inner = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+        found[section.name] = {item.name: getattr(value, item.name) for item in inner} if inner else value
+    return found
 
 
 def differences(saved: Config, given: Config, may_change: tuple[str, ...] = MAY_CHANGE) -> list[str]:
@@ -69,11 +80,11 @@ def differences(saved: Config, given: Config, may_change: tuple[str, ...] = MAY_
 
 def to_json(config: Config) -> str:
     """Return a config as indented JSON; `from_dict` reads it back."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    return json.dumps(as_dict(config), indent=2) + "\n"
 
 
 def from_dict(saved: dict[str, Any]) -> Config:
-    """Build a validated config from `dataclasses.asdict`'s form; fields it lacks keep their defaults.
+    """Build a validated config from `as_dict`'s form; fields it lacks keep their defaults.
 
     Fields that an earlier version saved under another name are accepted.
 
@@ -149,43 +160,37 @@ def help_lines() -> list[str]:
     return lines
 
 
-def unknown_field(path: str) -> UserError:
-    """Return the error for an unknown field; it names the new name or suggests the nearest field."""
-    if (renamed := renamed_field(path)) is not None:
-        return renamed
-    known = list(flatten(Config()))
-    tails = {name.rpartition(".")[2]: name for name in known}
-    path = path[:200]  # the comparison is slow
-    near = difflib.get_close_matches(path, known, 1, 0.6)
-    near = near or [tails[t] for t in difflib.get_close_matches(path.rpartition(".")[2], list(tails), 1, 0.6)]
-    hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(vars(Config()))}."
-    return UserError(f"The config has no field {shown(path)}: {hint}")
-
-
-def find_config(name: str) -> Path:
-    """Return the file of a config given by path or by the bare name of a shipped one ('small').
+def find_config(name: str | os.PathLike[str]) -> Path:
+    """Return the file of a config: given by path, by the folder of a run, or by the bare name of a shipped one.
 
     Raises:
         UserError: if there is no such file; the message lists the shipped names.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise UserError(f"The config is {shown(name)}, but it must be a path or a name: give 'small', for example.")
+    name = os.fsdecode(name)
     try:
         path = Path(name).expanduser()
         if path.is_file():
             return path
+        exists, saved = path.exists(), path / "config.json"
+        run = saved if saved.is_file() else None
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"--config is {name[:80]!r}, but that cannot be read ({reason(error)}): {remedy(error, 'correct it')}."
         ) from None
     here = Path(__file__).parent
-    for folder in (here / "configs", here.parent / "configs"):
-        if folder.is_dir():
-            shipped = {p.stem: p for p in sorted(folder.glob("*.py")) if not p.stem.startswith("_")}
-            if path.parent == Path() and path.suffix in ("", ".py") and path.stem in shipped:
-                return shipped[path.stem]
-            raise UserError(
-                f"--config is {name!r}, but there is no such file: give a path, or one of {', '.join(shipped)}."
-            )
-    raise UserError(f"--config is {name!r}, but there is no such file: give the path of a config file.")
+    folder = next((one for one in (here / "configs", here.parent / "configs") if one.is_dir()), here)
+    shipped = {p.stem: p for p in sorted(folder.glob("*.py")) if not p.stem.startswith("_") and folder != here}
+    if path.parent == Path() and path.suffix in ("", ".py") and path.stem in shipped:
+        return shipped[path.stem]
+    if run is not None:
+        return run
+    fault = "there is no such file"
+    if exists:
+        fault = "that is a folder without a config.json" if path.is_dir() else "that is not a regular file"
+    known = f"a path, or one of {', '.join(shipped)}" if shipped else "the path of a config file"
+    raise UserError(f"--config is {name!r}, but {fault}: give {known}.")
 
 
 @contextlib.contextmanager
@@ -264,7 +269,7 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"it contains {name}, which JSON does not allow")
 
 
-def load_config(name: str) -> Config:
+def load_config(name: str | os.PathLike[str]) -> Config:
     """Run a config file's `get_config()`, or read the config.json of a run; `name` as in `find_config`.
 
     Raises:
@@ -275,7 +280,8 @@ def load_config(name: str) -> Config:
         return _read_config(path)
     spec = importlib.util.spec_from_file_location(f"chargpt_config_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"--config is {name!r}, but that is not a Python file: give one that ends in .py, or .json.")
+        given = os.fspath(name)
+        raise UserError(f"--config is {given!r}, but that is not a Python file: give one that ends in .py, or .json.")
     module = importlib.util.module_from_spec(spec)
     try:
         with naming(path, "correct it"), _importing(module, path.absolute().parent):
@@ -283,15 +289,27 @@ def load_config(name: str) -> Config:
             config = module.get_config() if hasattr(module, "get_config") else None
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         for old in (*RENAMED, DROPOUT_BITS):  # as in DataConfig(short_epochs=True)
             if isinstance(error, TypeError | AttributeError) and f"'{old.partition('.')[2]}'" in str(error):
                 raise renamed_field(old) or error from None
-        what = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"{path} fails with {type(error).__name__} ({what}): correct it.") from error
+        what = " ".join(str(error).split()).rstrip(".") or "no message"
+        raise UserError(
+            f"{path} fails{_line(error, path)} with {type(error).__name__} ({what}): correct it."
+        ) from error
+    if inspect.iscoroutine(config):
+        config.close()  # or Python would warn that nothing awaits it
     if not isinstance(config, Config):
         raise UserError(f"{path} does not define get_config() returning a chargpt_jax Config: see configs/small.py.")
     return config
+
+
+def _line(error: BaseException, path: Path) -> str:
+    """Return ' in line N', the last line of a config file that an error went through; '' if it is not known."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines = [error.lineno]
+    return f" in line {lines[-1]}" if lines and lines[-1] else ""
 
 
 @contextlib.contextmanager

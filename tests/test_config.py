@@ -1,9 +1,11 @@
 """Configs: validation, JSON round trip, and finding config files."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chargpt_jax.config import Config, validate
-from chargpt_jax.config_io import differences, find_config, flatten, from_dict, load_config, to_json, unknown_field
+from chargpt_jax.config import Config, unknown_field, validate
+from chargpt_jax.config_io import differences, find_config, flatten, from_dict, load_config, to_json
 from chargpt_jax.errors import UserError
 
 SHIPPED = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
@@ -418,6 +420,100 @@ def test_a_wrong_kind_in_a_config_is_refused(change, message):
     change(config)
     with pytest.raises(UserError, match=message):
         validate(config)
+
+
+@pytest.mark.parametrize(("text", "shown"), [((0.9, 1.0), r"\(0.9, 1.0\)"), ((-1.0, 0.9), r"\(-1.0, 0.9\)")])
+def test_wrong_element_of_a_tuple_is_shown_with_the_tuple(text, shown):
+    with pytest.raises(UserError, match=rf"^optimizer.betas is {shown}, but each value must be"):
+        validate(changed("optimizer.betas", text))
+
+
+# Names that are not fields, and subclasses
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "hint"),
+    [("model", "n_layers", "did you mean model.n_layer"), ("", "newsec", "the sections are"), ("", "sead", "seed")],
+)
+def test_assigning_to_an_unknown_field_is_refused(section, name, hint):
+    config = Config()
+    holder = getattr(config, section) if section else config
+    with pytest.raises(UserError, match=rf"no field '{f'{section}.{name}'.strip('.')}': .*{hint}"):
+        setattr(holder, name, 3)
+    assert config == Config()
+
+
+def test_config_survives_copying_and_pickling():
+    config = changed("model.n_layer", 3)
+    for again in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert again == config
+    again = copy.deepcopy(config)
+    again.model.n_layer = 4
+    assert config.model.n_layer == 3
+
+
+@pytest.mark.parametrize("deferred", ["", "from __future__ import annotations\n"])
+def test_subclass_of_config_may_have_fields_of_its_own(tmp_path, deferred):
+    (path := tmp_path / "mine.py").write_text(
+        f"{deferred}from dataclasses import dataclass\nfrom chargpt_jax.config import Config, ModelConfig\n"
+        "@dataclass\nclass Mine(Config):\n    extra: int = 3\n"
+        "@dataclass\nclass Shape(ModelConfig):\n    more: int = 3\n"
+        "def get_config():\n    config = Mine(extra=2, model=Shape(n_layer=4, more=1))\n    config.extra += 1\n"
+        "    return config\n"
+    )
+    config = validate(load_config(path))
+    again = from_dict(json.loads(to_json(config)))
+    assert (type(again), again.model.n_layer) == (Config, 4)
+    assert differences(again, config) == []
+    assert set(flatten(config)) == set(FIELDS)
+
+
+# Errors of config files
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys\nsys.exit(7)\n", r"mine.py fails in line 2 with SystemExit \(7\)"),
+        ("\ndef get_config(:\n", r"mine.py fails in line 2 with SyntaxError"),
+        (
+            "def get_config():\n    return one()\n\ndef one():\n    assert False\n",
+            r"in line 5 with AssertionError \(no",
+        ),
+        ("import json\ndef get_config():\n    json.loads('x')\n", r"in line 3 with JSONDecodeError"),
+    ],
+)
+def test_error_in_a_config_file_names_its_line(tmp_path, code, message):
+    (path := tmp_path / "mine.py").write_text(code)
+    with pytest.raises(UserError, match=message):
+        load_config(path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_async_get_config_is_refused_without_a_warning(tmp_path):
+    (path := tmp_path / "mine.py").write_text("async def get_config():\n    pass\n")
+    with pytest.raises(UserError, match="does not define get_config"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("given", [None, 3, b"small"])
+def test_config_that_is_no_name_is_refused(given):
+    with pytest.raises(UserError, match="The config is .*, but it must be a path or a name"):
+        load_config(given)
+
+
+def test_config_that_is_no_regular_file_is_called_so(tmp_path):
+    for name, fault in ((tmp_path, "a folder without a config.json"), ("/dev/null", "not a regular file")):
+        with pytest.raises(UserError, match=f"but that is {fault}: give a path"):
+            load_config(str(name))
+
+
+def test_folder_of_a_run_is_a_config_unless_a_shipped_one_has_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "small"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(to_json(Config(seed=7)))
+    assert (load_config("run").seed, load_config(tmp_path / "small").seed, load_config("small").seed) == (7, 7, 0)
 
 
 @pytest.mark.parametrize("given", [None, {"seed": 1}, "small"])

@@ -254,6 +254,18 @@ FIELD_MISTAKES = [
 ]
 
 
+def test_config_file_may_change_the_working_directory(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "elsewhere").mkdir()
+    (here / "mine.py").write_text(
+        f"import os\nfrom chargpt_jax.config import Config\ndef get_config():\n    os.chdir('elsewhere')\n"
+        f"    config = Config()\n    config.data.source = {str(here / 'text.txt')!r}\n"
+        "    config.model.block_size = 16\n    return config\n"
+    )
+    (here / "text.txt").write_text("some words " * 200)
+    assert main(["chargpt", "--config=mine.py", "--workdir=run", "--mode=prepare"]) == 0, capsys.readouterr().err
+    assert (here / "run" / "config.json").is_file()
+
+
 @pytest.mark.parametrize(("override", "said"), FIELD_MISTAKES)
 def test_a_mistake_in_the_config_is_answered_in_a_sentence(refused: Refused, override: str, said: str) -> None:
     assert said in refused(f"{PREPARE} --config.{override}")

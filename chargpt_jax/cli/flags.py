@@ -22,8 +22,8 @@ from absl.flags import FlagValues
 from ml_collections import config_flags
 
 from chargpt_jax.cli.signals import Signals
-from chargpt_jax.config import Config, validate
-from chargpt_jax.config_io import find_config, flatten, help_lines, load_config, naming, optional_fields, unknown_field
+from chargpt_jax.config import Config, unknown_field, validate
+from chargpt_jax.config_io import find_config, flatten, help_lines, load_config, naming, optional_fields
 from chargpt_jax.devices import startup
 from chargpt_jax.errors import UserError, reason, remedy
 
@@ -144,6 +144,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Config | None, str | N
     name = _own_config(argv) if name is None else name
     values = define_flags()
     if name is not None:
+        run_name = _run_name(name)
         config = load_config(name)
         _check_overrides(argv)
         if not _overrides(argv):
@@ -167,7 +168,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Config | None, str | N
         )
     if rest:
         raise UserError(f"{rest[0]!r} is not a flag: put -- and a name before it, as in --prompt={rest[0]!r}.")
-    return (values, None, None) if name is None else (values, values.config, _run_name(name))
+    return (values, None, None) if name is None else (values, values.config, run_name)
 
 
 def help_text() -> str:
@@ -362,7 +363,7 @@ def read(argv: Sequence[str], signals: Signals) -> Request:
         UserError: if a flag, a config field, an environment variable or a value is invalid, or a flag that the mode
             needs is missing.
     """
-    began = time.monotonic()
+    began, start = time.monotonic(), _working_directory()
     flags, config, name = parse(argv)
     mode, minutes = flags.mode, flags.max_minutes
     if not flags.help:
@@ -382,7 +383,17 @@ def read(argv: Sequence[str], signals: Signals) -> Request:
         if minutes is not None:
             signals.end_after(60 * minutes)
     workdir = flags.workdir or ("." if mode == "selftest" else f"runs/{name}")
+    if _working_directory() != start:  # the config file changed it
+        workdir = os.path.join(start, os.path.expanduser(workdir))
     return Request(flags, config, workdir, signals, began)
+
+
+def _working_directory() -> str:
+    """Return the working directory; '' if it was removed."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
 
 
 def api_module() -> ModuleType:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from chargpt_jax.config import Config, validate
-from chargpt_jax.config_io import differences, from_dict
+from chargpt_jax.config_io import as_dict, differences, from_dict
 from chargpt_jax.data import batches
 from chargpt_jax.data.corpus import changed_files, load_corpus
 from chargpt_jax.data.sources import folders
@@ -164,7 +164,7 @@ def checked_workdir(config: Config, workdir: str | Path | Workdir) -> Workdir:
 def record_of(config: Config, vocabulary: Sequence[str], tokens: np.ndarray) -> dict[str, Any]:
     """Return the description of a run that is saved in its checkpoints, as JSON can hold it."""
     return {
-        "config": dataclasses.asdict(config),
+        "config": as_dict(config),
         "vocabulary": list(vocabulary),
         "corpus_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
     }
