@@ -10,21 +10,29 @@ model.score("A text of your own.")
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from chargpt_jax.config import Config
+from chargpt_jax.config import Config, shown
 from chargpt_jax.data import batches
+from chargpt_jax.data.tokenizer import CharTokenizer, named
 from chargpt_jax.devices import sharding
 from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.errors import UserError, excused
-from chargpt_jax.events import Ended, Event, LRFinderResult, bits_per_character, perplexity
+from chargpt_jax.events import Ended, Event, LRFinderResult, Prepared, bits_per_character, perplexity
 from chargpt_jax.generation.sample import Sample, Samples
-from chargpt_jax.generation.trained_model import Model, load, load_with_record, state_shapes_of
+from chargpt_jax.generation.trained_model import (
+    Model,
+    load,
+    load_with_record,
+    repairs_of,
+    state_shapes_of,
+    without_unknown,
+)
 from chargpt_jax.interop import convert
 from chargpt_jax.interop.convert import import_original
 from chargpt_jax.model.flops import training_flops
@@ -114,7 +122,10 @@ def run(
     to the next call.
     """
     complete, folder = True, Workdir(workdir)  # its path is absolute, whatever folder the caller changes to
+    warn = stages.without_repeats(warn)
     for event in stages.train(config, folder, warn, stop, max_minutes):
+        if isinstance(event, Prepared):
+            _known_prompts(config.sample.prompts, folder.load_tokenizer(), repairs_of(folder), warn)
         _plot_range_test(event, folder, warn)
         complete = not isinstance(event, Ended) or event.complete
         yield event
@@ -164,14 +175,15 @@ def export(
 
 
 def write_samples(workdir: str | Path | Workdir, warn: Warn = print) -> Samples:
-    """Continue the config's sample prompts, and write the samples to the workdir as JSON and as sublines (SVG)."""
+    """Continue the config's sample prompts, and write the samples to the workdir as JSON and as sublines (SVG).
+
+    Characters that are not in the vocabulary are dropped from the prompts, with a warning.
+    """
     folder = Workdir(workdir)
     model = load(folder, warn=warn)
     how = folder.load_config().sample
-    # If the vocabulary has no character of any prompt, the first character of the vocabulary is the prompt.
-    prompts = [prompt for prompt in how.prompts if model.tokenizer.drop_unknown(prompt)]
     samples = model.generate(
-        prompts or model.tokenizer.vocabulary[1],
+        _known_prompts(how.prompts, model.tokenizer, model.repairs, warn),
         how.max_new_tokens,
         temperature=how.temperature,
         top_k=how.top_k,
@@ -181,6 +193,26 @@ def write_samples(workdir: str | Path | Workdir, warn: Warn = print) -> Samples:
     )
     save_samples(folder, samples, f"step-{model.step}")
     return samples
+
+
+def _known_prompts(
+    prompts: Sequence[str], tokenizer: CharTokenizer, repairs: Sequence[Sequence[str]], warn: Warn
+) -> list[str]:
+    """Return prompts without the characters that are not in the vocabulary; warn of each prompt that this changes.
+
+    A config's prompts may be its defaults, and the text of another script: this is no reason to refuse the text.
+    """
+    known = []
+    for prompt in prompts:
+        rest, dropped = without_unknown(prompt, tokenizer, repairs)
+        if dropped:
+            use = f"the sample continues {shown(rest)}" if rest else "there is no sample of it"
+            warn(f"The prompt {shown(prompt)} of sample.prompts has {named(dropped)}, not in the vocabulary: {use}.")
+        known += [rest] if rest else []
+    if not known:
+        known = ["\n" if "\n" in tokenizer.vocabulary else tokenizer.vocabulary[1]]
+        warn(f"No prompt of sample.prompts is left, so the sample continues {known[0]!r}.")
+    return known
 
 
 def save_samples(folder: Workdir, samples: Samples, name: str, content: dict[str, Any] | None = None) -> list[Path]:

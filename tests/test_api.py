@@ -1,7 +1,10 @@
 """The public functions on a trained run: loading, generation, scoring, the command line, written files."""
 
+import copy
 import json
 import math
+import pickle
+import re
 import xml.etree.ElementTree as ET
 
 import jax
@@ -9,8 +12,10 @@ import numpy as np
 import pytest
 
 import chargpt_jax
+from chargpt_jax import api
 from chargpt_jax.errors import NoCheckpoint, UserError
-from chargpt_jax.generation import generate
+from chargpt_jax.events import TrainStarted
+from chargpt_jax.generation import generate, trained_model
 from chargpt_jax.main import main
 from chargpt_jax.model.flops import peak_flops
 from tests.corpus_text import FLOOR, small_config, write_words
@@ -125,7 +130,8 @@ def test_samples_draw_themselves_in_a_notebook(model):
     ("arguments", "message"),
     [
         ({"prompts": "ab\x07"}, r"has '\\x07' \(U\+0007\) at character 2"),
-        ({"prompts": "ab€"}, r"has '€' \(U\+20AC\).*--skip_unknown"),
+        ({"prompts": "ab€"}, r"has '€' \(U\+20AC\).*--skip_unknown \(in Python, skip_unknown=True\)"),
+        ({"prompts": "ab\ud800"}, r"has '\\ud800' \(U\+D800\) at character 2, which is half of a surrogate pair"),
         ({"prompts": ""}, "empty"),
         ({"prompts": "€", "skip_unknown": True}, "empty"),
         ({"prompts": "ab", "max_new_tokens": 0}, "max_new_tokens is 0"),
@@ -197,9 +203,88 @@ def test_load_rejects_a_step_of_a_wrong_kind(workdir):
             chargpt_jax.load(workdir, step)
 
 
+def test_load_takes_a_step_in_digits_and_rejects_other_words(workdir):
+    assert chargpt_jax.load(workdir, "60").step == 60
+    for step in ("Best", "", "-1", "1" * 30):
+        with pytest.raises(UserError, match="step is .*: give 'best', 'latest' or the step of a checkpoint"):
+            chargpt_jax.load(workdir, step)
+
+
+@pytest.mark.parametrize("given", [None, 3, b"run"])
+def test_workdir_that_is_no_path_is_refused(given):
+    for function in (chargpt_jax.load, chargpt_jax.evaluate, lambda it: list(chargpt_jax.run(small_config(it), it))):
+        with pytest.raises(UserError, match="The workdir is .*, but it must be a path"):
+            function(given)
+
+
+@pytest.mark.parametrize("pieces", [None, 3, b"ab cde", [b"ab cde"], ["ab", None]])
+def test_score_long_rejects_what_is_not_text(model, pieces):
+    with pytest.raises(UserError, match=r"(pieces|A piece of the text) is .*, but it must be a"):
+        model.score_long(pieces)
+
+
 def test_unknown_characters_can_be_dropped(model):
-    (sample,) = model.generate("a€b", 3, skip_unknown=True)
+    (sample,) = model.generate("a€\ud800b", 3, skip_unknown=True)
     assert sample.prompt == "ab"
+    assert model.unknown("a€b\ud800€c") == ["\ud800", "€"]
+
+
+def test_model_survives_copying_and_pickling(model):
+    expected = model.generate("ab", 9)
+    for again in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert (again.step, again.config) == (model.step, model.config)
+        assert again.generate("ab", 9) == expected
+
+
+# Prompts of the config that the vocabulary does not have
+
+
+@pytest.mark.parametrize(
+    ("prompts", "used", "said"),
+    [
+        (("ab", "cd"), ["ab", "cd"], []),
+        (("a€b", "§"), ["ab"], ["'a€b' .* has '€' .*: the sample continues 'ab'", "'§' .*: there is no sample of it"]),
+        (
+            ("§",),
+            [" "],
+            ["'§' .* has '§' .*U.00A7", "No prompt of sample.prompts is left, so .* continues ' '"],
+        ),
+    ],
+)
+def test_config_prompts_lose_unknown_characters_with_a_warning(model, prompts, used, said):
+    warnings: list[str] = []
+    assert api._known_prompts(prompts, model.tokenizer, model.repairs, warnings.append) == used
+    assert len(warnings) == len(said)
+    for warning, pattern in zip(warnings, said, strict=True):
+        assert re.search(pattern, warning), warning
+
+
+def test_run_warns_of_changed_prompts_before_training_and_once(workdir):
+    config = small_config(workdir.parent / "words.txt")
+    config.scheduler.max_steps, config.sample.prompts = 60, ("ab€ cd",)
+    before, seen = [], []
+    for event in chargpt_jax.run(config, workdir, seen.append):
+        before += seen if isinstance(event, TrainStarted) else []
+    (warning,) = [line for line in seen if "sample.prompts" in line]
+    assert before == [warning]
+    saved = json.loads((workdir / "samples" / "step-60.json").read_text(encoding="utf-8"))
+    assert [sample["prompt"] for sample in saved["samples"]] == ["ab cd"]
+
+
+def test_unused_ids_are_replacement_characters(model):
+    config = copy.deepcopy(model.config)
+    config.model.mask_unused_ids = False
+    graphdef, _ = trained_model.state_shapes_of(config, np.float32)
+    params = jax.tree.map(lambda x: 0 * x, model.params)  # all ids are equally likely
+    other = chargpt_jax.Model(config, model.tokenizer, graphdef, params, 0)
+    pieces: list[str] = []
+    (sample,) = other.generate("ab", 40, on_text=lambda i, text: pieces.append(text))
+    assert len(sample.text) == len(sample.tokens) == len(sample.surprisal) == 42
+    assert set(map(len, sample.tokens)) == {1}
+    assert "\ufffd" in sample.text
+    assert "ab" + "".join(pieces) == sample.text
+    with pytest.raises(UserError, match=r"U\+FFFD"):
+        other.score(sample.text)
 
 
 def test_steps_can_be_chosen(workdir):
@@ -250,6 +335,27 @@ def test_score_prints_json_and_draws(capsys, workdir):
     assert len(sample["surprisal"]) == 6
     assert "scored-0.svg" in err
     ET.parse(workdir / "samples" / "scored-0.svg")
+
+
+def test_score_prints_the_loss_once(capsys, workdir):
+    code, out, err = command(capsys, workdir, "--mode=score", "--text=ab cde")
+    assert (code, err, out.count("loss")) == (0, "", 1)
+    assert "\nplot: " in out
+
+
+@pytest.mark.parametrize("flags", [("--mode=generate", "--prompt=a€b"), ("--mode=score", "--text=a€b§")])
+def test_dropped_characters_are_named_on_stderr(capsys, workdir, flags):
+    code, _, err = command(capsys, workdir, *flags, "--skip_unknown")
+    assert code == 0
+    assert err.strip().startswith("*** Dropped the characters that are not in the vocabulary: '€' (U+20AC)")
+    assert len(err.split("\n\n")) == 2
+
+
+def test_dropped_characters_of_a_long_text_are_named(capsys, workdir, tmp_path):
+    (path := tmp_path / "long.txt").write_text("ab cde€ " * 1000, encoding="utf-8")
+    code, _, err = command(capsys, workdir, "--mode=score", f"--text_file={path}", "--skip_unknown", "--json")
+    assert code == 0
+    assert err.count("not in the vocabulary: '€' (U+20AC).") == 1
 
 
 def test_score_reads_a_file(capsys, workdir, tmp_path):

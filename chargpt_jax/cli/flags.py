@@ -351,9 +351,9 @@ class Request:
 
     @property
     def minutes_left(self) -> float | None:
-        """The minutes that --max_minutes leaves; None without a limit."""
+        """The minutes that --max_minutes leaves, above 0; None without a limit."""
         minutes = self.flags.max_minutes
-        return minutes and minutes - (time.monotonic() - self.began) / 60
+        return minutes and max(1e-9, minutes - (time.monotonic() - self.began) / 60)
 
 
 def read(argv: Sequence[str], signals: Signals) -> Request:

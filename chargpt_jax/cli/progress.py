@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from chargpt_jax.cli.terminal import one_line
+from chargpt_jax.config import shown
+from chargpt_jax.errors import UserError
 from chargpt_jax.events import (
     Compiled,
     Ended,
@@ -48,6 +50,8 @@ def show(events: Iterable[Event], file: TextIO | None = None) -> None:
         events: as `run`, `train`, `prepare` and `find_lr` yield them.
         file: where to print; None: the notebook if this is one, else standard output.
     """
+    if isinstance(events, str) or not isinstance(events, Iterable):
+        raise UserError(f"events is {shown(events)}, but it must be what run, train, prepare or find_lr return.")
     with display(file) as show_event:
         for event in events:
             show_event(event)
@@ -155,7 +159,10 @@ def _long_warmup(event: TrainStarted) -> str:
     if event.warmup_steps < event.total_steps:
         return ""
     warmup = _steps(event.warmup_steps)
-    return f"; the warm-up of {warmup} is not shorter than the run: lower scheduler.warmup_epochs"
+    return (
+        f"; the warm-up of {warmup} is not shorter than the run, so the peak falls on the last step (with "
+        "ancestor.decay=none, after it): lower scheduler.warmup_epochs"
+    )
 
 
 def numbers(event: Steps, wide: bool = True) -> str:

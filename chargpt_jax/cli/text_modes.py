@@ -32,6 +32,8 @@ def generate(request: Request) -> int:
     model = api_module().load(request.folder, request.step, warn)
     if streaming:
         _stream(0, prompts[0])
+    if flags.skip_unknown:
+        _tell_dropped(dict.fromkeys(character for prompt in prompts for character in model.unknown(prompt)))
     samples = model.generate(
         prompts,
         _given(flags.max_new_tokens, sample.max_new_tokens),
@@ -64,18 +66,35 @@ def score(request: Request) -> int:
     api = api_module()
     model = api.load(request.folder, request.step, warn)
     how = {"stride": flags.stride, "skip_unknown": flags.skip_unknown}
+    dropped: dict[str, None] = {}
+
+    def noted(piece: str) -> str:
+        if flags.skip_unknown:
+            dropped.update(dict.fromkeys(model.unknown(piece)))
+        return piece
+
     if len(first) > MAX_SHORT:
         from chargpt_jax.cli import progress
 
         with progress.counting("characters scored") as on_progress:
-            found = model.score_long(itertools.chain([first], pieces), on_progress=on_progress, **how)
+            found = model.score_long(map(noted, itertools.chain([first], pieces)), on_progress=on_progress, **how)
+        _tell_dropped(dropped)
         _print_passages(request, found)
         return 0
-    sample = model.score(first, **how)
+    sample = model.score(noted(first), **how)
+    _tell_dropped(dropped)
     if not flags.json:
         print(_score_line(sample.loss, len(sample.tokens)) + "\n")
     _save_and_print(request, api.Samples([sample]), "scored")
     return 0
+
+
+def _tell_dropped(characters: dict[str, None]) -> None:
+    """Name the characters that --skip_unknown has dropped, if there are any."""
+    if characters:
+        from chargpt_jax.data.tokenizer import named
+
+        warn(f"Dropped the characters that are not in the vocabulary: {named(list(characters))}.")
 
 
 def _text_to_score(request: Request) -> Iterator[str]:
@@ -126,4 +145,6 @@ def _save_and_print(request: Request, samples: "Samples", name: str, quiet: bool
         for sample in samples:
             print(shown(sample.text, sys.stdout))
     for sample, path in zip(samples, _saved(request, samples, name), strict=False):
-        print(f"\nloss {sample.loss:.4f} nats per character; plot: {one_line(path)}", file=out)
+        above = name == "scored" and not request.flags.json  # the loss is printed above the text
+        loss = "" if above else f"loss {sample.loss:.4f} nats per character; "
+        print(f"\n{loss}plot: {one_line(path)}", file=out)

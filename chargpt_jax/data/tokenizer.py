@@ -15,6 +15,9 @@ from chargpt_jax.errors import UserError
 PADDING = 0
 """Token id of the padding, '': it precedes short sequences, is never a target, and decodes to ''."""
 
+MAX_NAMED = 10
+"""Number of characters that a message names."""
+
 
 class CharTokenizer:
     """A bijection between the characters of one vocabulary and the ids 1 to len(vocabulary) - 1."""
@@ -81,7 +84,7 @@ class CharTokenizer:
             at = int(np.argmin(known))
             raise UserError(
                 f"The text has {text[at]!r} (U+{ord(text[at]):04X}) at character {at}, which is not in the vocabulary "
-                "of this model: remove it, or pass --skip_unknown to drop such characters."
+                "of this model: remove it, or drop such characters with --skip_unknown (in Python, skip_unknown=True)."
             )
         return (positions + 1).astype(np.int32)
 
@@ -102,11 +105,17 @@ class CharTokenizer:
             target[width - len(ids) :] = ids
         return padded
 
-    def decode_each(self, tokens: Iterable[Iterable[int]]) -> list[list[str]]:
-        """Return a list of strings per sequence, one per token; padding and unused ids give ''."""
-        names = dict(enumerate(self.vocabulary))
-        return [[names.get(int(i), "") for i in sequence] for sequence in tokens]
+    def decode_each(self, tokens: Iterable[Iterable[int]], missing: str = "") -> list[list[str]]:
+        """Return a list of strings per sequence, one per token; padding and unused ids give `missing`."""
+        names = dict(enumerate(self.vocabulary)) | {PADDING: missing}
+        return [[names.get(int(i), missing) for i in sequence] for sequence in tokens]
 
-    def decode(self, tokens: Iterable[Iterable[int]]) -> list[str]:
-        """Return one text per sequence of ids."""
-        return ["".join(strings) for strings in self.decode_each(tokens)]
+    def decode(self, tokens: Iterable[Iterable[int]], missing: str = "") -> list[str]:
+        """Return one text per sequence of ids; `missing` as for `decode_each`."""
+        return ["".join(strings) for strings in self.decode_each(tokens, missing)]
+
+
+def named(characters: Sequence[str]) -> str:
+    """Return characters and their code points for a message, at most MAX_NAMED of them."""
+    names = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in characters[:MAX_NAMED])
+    return names + (f" and {len(characters) - MAX_NAMED} more" if len(characters) > MAX_NAMED else "")

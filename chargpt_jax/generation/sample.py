@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from chargpt_jax.config import argument, shown
+from chargpt_jax.errors import UserError
 from chargpt_jax.generation.metrics import surprise_surprise
 from chargpt_jax.pictures import subline
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Sample:
     """A text of N characters, prompt included, and the metrics of each character."""
 
@@ -22,6 +24,19 @@ class Sample:
     entropy: np.ndarray
     """float32 [N], nats; NaN where undefined."""
     vocab_size: int
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether texts and metrics are equal; NaN equals NaN."""
+        if not isinstance(other, Sample):
+            return NotImplemented
+        names = (self.prompt, self.tokens, self.vocab_size) == (other.prompt, other.tokens, other.vocab_size)
+        return names and all(
+            np.array_equal(mine, theirs, equal_nan=True)
+            for mine, theirs in ((self.surprisal, other.surprisal), (self.entropy, other.entropy))
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.prompt, self.tokens, self.vocab_size))
 
     @property
     def text(self) -> str:
@@ -71,7 +86,13 @@ class Sample:
         return f"Sample({self.text!r}, {self.loss:.3f} nats per character)"
 
     def svg(self, chars_per_line: int = 80) -> str:
-        """Plot the text with its entropy, surprisal and S2 below it, as SVG."""
+        """Plot the text with its entropy, surprisal and S2 below it, as SVG.
+
+        Raises:
+            UserError: if the number of characters per line is not an integer of at least 1.
+        """
+        if argument("chars_per_line", chars_per_line, int, "try 80") < 1:
+            raise UserError(f"chars_per_line is {shown(chars_per_line)}, but it must be at least 1: try 80.")
         series = subline.metric_series(self.surprisal, self.entropy, self.surprise_surprise, self.vocab_size)
         n_prompt = len(self.prompt) if len(self.prompt) < len(self.tokens) else 0  # a scored text has no prompt
         return subline.subline(self.tokens, series, chars_per_line=chars_per_line, n_prompt=n_prompt)

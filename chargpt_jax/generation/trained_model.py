@@ -1,5 +1,6 @@
 """A trained model, loaded from a run: continue prompts, score texts."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,24 @@ import jax
 import numpy as np
 from flax import nnx
 
-from chargpt_jax.config import MAX_TEXT, Config, argument, shown
+from chargpt_jax.config import MAX_TEXT, Config, argument
 from chargpt_jax.config_io import from_dict
 from chargpt_jax.data.repair import ALL, DEFAULT, repaired_as
-from chargpt_jax.data.tokenizer import CharTokenizer
+from chargpt_jax.data.tokenizer import CharTokenizer, named
 from chargpt_jax.devices import sharding, startup
 from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.errors import NoCheckpoint, UserError
+from chargpt_jax.generation.arguments import (
+    check_scored,
+    checked_callback,
+    checked_count,
+    checked_prompts,
+    checked_seed,
+    checked_skip,
+    checked_step,
+    checked_stride,
+    text_pieces,
+)
 from chargpt_jax.generation.generate import DecodeState, bucket, decode, prefill
 from chargpt_jax.generation.passages import Passages, passages
 from chargpt_jax.generation.sample import Sample, Samples
@@ -30,10 +42,14 @@ from chargpt_jax.training.setup import state_shapes
 MAX_CHARACTERS = 32 * MAX_TEXT
 """Characters of all prompts and continuations of one call, which are in memory together."""
 
-MAX_SEED = 2**31
-
 PIECE = 2**16
 """Characters of a long text that are encoded at once."""
+
+NO_CHARACTER = "\ufffd"
+"""Stands for a generated token id that has no character, which only a model without mask_unused_ids generates."""
+
+LONE_SURROGATE = re.compile("[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
+"""Half of a surrogate pair, which is not a character; repairs would replace it with U+FFFD."""
 
 STREAMED = 16
 """Characters that are generated between two calls of `on_text`."""
@@ -54,6 +70,10 @@ class Model:
         """Put together what a checkpoint contains; `repairs`: the fixes that each text of the corpus got."""
         self.config, self.tokenizer, self.graphdef, self.params, self.step = config, tokenizer, graphdef, params, step
         self.repairs = repairs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle the model without its compiled operations, which `load` and a copy build alike."""
+        return _rebuilt, (self.config, self.tokenizer, self.params, self.step, self.repairs)
 
     def generate(
         self,
@@ -84,9 +104,9 @@ class Model:
         Raises:
             UserError: if an argument is invalid.
         """
-        sampler, on_text = Sampler(temperature, top_k, top_p), _checked_callback(on_text)
-        prompts, skip_unknown = _checked_prompts(prompts), _checked_skip(skip_unknown)
-        max_new_tokens, seed = _checked_count(max_new_tokens), _checked_seed(seed)
+        sampler, on_text = Sampler(temperature, top_k, top_p), checked_callback(on_text)
+        prompts, skip_unknown = checked_prompts(prompts), checked_skip(skip_unknown)
+        max_new_tokens, seed = checked_count(max_new_tokens), checked_seed(seed)
         prompts = [self._known(prompt, skip_unknown) for prompt in prompts]
         encoded = [self.tokenizer.encode_text(prompt) for prompt in prompts]
         longest = max(map(len, encoded))
@@ -113,7 +133,7 @@ class Model:
             if on_text is not None:
                 for i, ids in enumerate(np.asarray(state.tokens)[: len(prompts)]):
                     start = lengths[i] + done
-                    on_text(i, self.tokenizer.decode([ids[start : start + count]])[0])
+                    on_text(i, self.tokenizer.decode([ids[start : start + count]], NO_CHARACTER)[0])
         return self._samples(prompts, encoded, state, max_new_tokens)
 
     def _samples(self, prompts: list[str], encoded: list[np.ndarray], state: DecodeState, count: int) -> Samples:
@@ -123,7 +143,7 @@ class Model:
             end = len(ids) + count
             if len(ids) > self.config.model.block_size:  # prefill has read its last window only
                 surprisal[i, : len(ids)], entropy[i, : len(ids)] = self._measure(ids)
-            characters = tuple(self.tokenizer.decode_each([tokens[i, :end]])[0])
+            characters = tuple(self.tokenizer.decode_each([tokens[i, :end]], NO_CHARACTER)[0])
             vocab_size = self.config.model.vocab_size
             samples.append(Sample(prompt, characters, surprisal[i, :end], entropy[i, :end], vocab_size))
         return samples
@@ -141,9 +161,9 @@ class Model:
         Raises:
             UserError: if the text or the stride is invalid.
         """
-        text, stride = argument("text", text, str, "give the text to score"), _checked_stride(stride)
-        text = self._known(text, _checked_skip(skip_unknown))
-        _check_scored(len(text))
+        text, stride = argument("text", text, str, "give the text to score"), checked_stride(stride)
+        text = self._known(text, checked_skip(skip_unknown))
+        check_scored(len(text))
         tokens = self.tokenizer.encode_text(text)
         surprisal, entropy = self._measure(tokens, stride)
         return Sample(text, tuple(text), surprisal, entropy, self.config.model.vocab_size)
@@ -167,7 +187,8 @@ class Model:
         Raises:
             UserError: if the text or the stride is invalid.
         """
-        text, stride, skip_unknown = "", _checked_stride(stride), _checked_skip(skip_unknown)
+        text, pieces = "", text_pieces(pieces)
+        stride, skip_unknown = checked_stride(stride), checked_skip(skip_unknown)
 
         def encoded() -> Iterator[np.ndarray]:
             nonlocal text
@@ -191,7 +212,7 @@ class Model:
                     next_report = done + PIECE
 
         result = passages(scored(), self.config.model.vocab_size)
-        _check_scored(result.characters)
+        check_scored(result.characters)
         return result
 
     def _measure(self, tokens: np.ndarray, stride: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -209,55 +230,35 @@ class Model:
         return text
 
     def _repaired(self, text: str, skip_unknown: bool) -> str:
-        text = repaired_as(text, self.tokenizer.vocabulary, self.repairs)
-        return self.tokenizer.drop_unknown(text) if skip_unknown else text
+        if skip_unknown:
+            return without_unknown(text, self.tokenizer, self.repairs)[0]
+        if found := LONE_SURROGATE.search(text):
+            raise UserError(
+                f"The text has {named(found[0])} at character {found.start()}, which is half of a surrogate pair and "
+                "not a character: remove it."
+            )
+        return repaired_as(text, self.tokenizer.vocabulary, self.repairs)
+
+    def unknown(self, text: str) -> list[str]:
+        """Return the distinct characters of a text that `skip_unknown` drops."""
+        return without_unknown(text, self.tokenizer, self.repairs)[1]
 
 
-def _check_scored(characters: int) -> None:
-    if characters < 2:
-        raise UserError(
-            f"The text has {characters} character{'' if characters else 's'}, but scoring needs at least 2, because "
-            "the first has no context: give a longer text."
-        )
+def without_unknown(text: str, tokenizer: CharTokenizer, repairs: Sequence[Sequence[str]]) -> tuple[str, list[str]]:
+    """Return a text without the characters that are not in the vocabulary, and these characters, each once.
+
+    The text is repaired like the corpus; `repairs`: the fixes that each source of the corpus got.
+    """
+    lone = dict.fromkeys(LONE_SURROGATE.findall(text))
+    text = repaired_as(LONE_SURROGATE.sub("", text), tokenizer.vocabulary, repairs)
+    return tokenizer.drop_unknown(text), [*lone, *tokenizer.unknown(text)]
 
 
-def _checked_prompts(prompts: str | Sequence[str]) -> list[str]:
-    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
-        raise UserError(f"prompts is {shown(prompts)}, but it must be a string, or a list of strings: try '\\n'.")
-    found = [
-        argument("A prompt", one, str, "try '\\n'") for one in ([prompts] if isinstance(prompts, str) else prompts)
-    ]
-    if not found:
-        raise UserError("No prompt was given, but the model needs at least one character: try '\\n'.")
-    return found
-
-
-def _checked_count(max_new_tokens: int) -> int:
-    count: int = argument("max_new_tokens", max_new_tokens, int, "try 500")
-    if not 1 <= count <= MAX_TEXT:
-        raise UserError(f"max_new_tokens is {shown(count)}, but it must be between 1 and {MAX_TEXT:,}: try 500.")
-    return count
-
-
-def _checked_seed(seed: int) -> int:
-    seed = argument("seed", seed, int, "try 0")
-    if not 0 <= seed < MAX_SEED:
-        raise UserError(f"seed is {shown(seed)}, but it must be at least 0 and below {MAX_SEED:,}: try 0.")
-    return seed
-
-
-def _checked_stride(stride: int | None) -> int | None:
-    return None if stride is None else argument("stride", stride, int, "try 1, which is exact but slow")
-
-
-def _checked_skip(skip_unknown: bool) -> bool:
-    return bool(argument("skip_unknown", skip_unknown, bool, "leave it out to reject unknown characters"))
-
-
-def _checked_callback(on_text: Callable[[int, str], None] | None) -> Callable[[int, str], None] | None:
-    if on_text is not None and not callable(on_text):
-        raise UserError(f"on_text is {shown(on_text)}, but it must be a function of an index and a text: leave it out.")
-    return on_text
+def _rebuilt(
+    config: Config, tokenizer: CharTokenizer, params: Params, step: int, repairs: Sequence[Sequence[str]]
+) -> Model:
+    graphdef, _ = state_shapes_of(config, compute_dtype(config.amp))
+    return Model(config, tokenizer, graphdef, params, step, repairs)
 
 
 def load(workdir: str | Path | Workdir, step: str | int = "best", warn: Callable[[str], None] = print) -> Model:
@@ -279,8 +280,7 @@ def load_with_record(
     workdir: str | Path | Workdir, step: str | int = "best", warn: Callable[[str], None] = print
 ) -> tuple[Model, dict[str, Any]]:
     """Load a trained model as `load` does; return the record of its checkpoint as well."""
-    if not isinstance(step, str):
-        step = argument("step", step, int, "give 'best', 'latest' or the step of a checkpoint")
+    step = checked_step(step)
     startup.check_single_process()
     folder = Workdir(workdir)
     folder.load_config()  # raises if this is not a run
@@ -302,10 +302,10 @@ def load_with_record(
         store.close()
     config, graphdef = models[chosen]
     vocabulary = _vocabulary(record, folder.checkpoints / str(chosen))
-    return Model(config, vocabulary, graphdef, state.params, chosen, _repairs(folder)), record
+    return Model(config, vocabulary, graphdef, state.params, chosen, repairs_of(folder)), record
 
 
-def _repairs(folder: Workdir) -> Sequence[Sequence[str]]:
+def repairs_of(folder: Workdir) -> Sequence[Sequence[str]]:
     """Return the fixes that each text of the corpus got; earlier versions always ran all of them."""
     try:
         return [source.get("repairs", ALL) for source in folder.load_sources()] or [DEFAULT]

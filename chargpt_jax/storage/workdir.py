@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from chargpt_jax import atomic
-from chargpt_jax.config import Config
+from chargpt_jax.config import Config, shown
 from chargpt_jax.config_io import (
     MAX_JSON,
     MAY_CHANGE,
@@ -59,6 +59,8 @@ class Workdir:
             UserError: if the path is invalid.
         """
         self._read: dict[Path, tuple[tuple[int, int, int], Any]] = path._read if isinstance(path, Workdir) else {}
+        if not isinstance(path, str | os.PathLike):
+            raise UserError(f"The workdir is {shown(path)}, but it must be a path: give the folder of a run.")
         path = os.fspath(path)
         if "\0" in str(path):
             raise UserError(f"--workdir is {str(path)!r}, but a path cannot contain NUL: give a folder.")

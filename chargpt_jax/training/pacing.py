@@ -8,7 +8,8 @@ import math
 import time
 from collections.abc import Callable
 
-from chargpt_jax.config import Config, argument
+from chargpt_jax.config import MAX_INT, Config, argument, shown
+from chargpt_jax.errors import UserError
 
 MAX_DISPATCH_STEPS = 256
 """Training steps in one dispatch, at most."""
@@ -59,8 +60,13 @@ class StopCondition:
         self.signal: int | None = None
         self.out_of_time = False
         self._stop = stop
+        if not callable(stop):
+            raise UserError(f"stop is {shown(stop)}, but it must be a function without arguments: leave it out.")
         if max_minutes is not None:
-            max_minutes = argument("max_minutes", max_minutes, float, "give a number of minutes, or leave it out")
+            fix = "give a number of minutes, or leave it out"
+            max_minutes = argument("max_minutes", max_minutes, float, fix)
+            if not 0 < max_minutes < MAX_INT:
+                raise UserError(f"max_minutes is {shown(max_minutes)}, but it must be a number above 0: {fix}.")
         self._deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._save_seconds = 2.0
 

@@ -81,7 +81,7 @@ def train(
         UserError: if the config, the workdir or the text is invalid, or another process trains in the workdir.
         NonFiniteLoss: if training diverges; the last good checkpoint is kept.
     """
-    condition, folder, warn = StopCondition(stop, max_minutes), checked_workdir(config, workdir), _without_repeats(warn)
+    condition, folder, warn = StopCondition(stop, max_minutes), checked_workdir(config, workdir), without_repeats(warn)
     with writer(folder.path) as lock:
         run = Run.prepare(config, folder, warn)
         yield run.prepared()
@@ -186,7 +186,7 @@ def _restore(setup: Setup, store: Checkpoints, initial: TrainState) -> TrainStat
     return store.load("latest", like_of)[2] if store.steps() else initial
 
 
-def _without_repeats(warn: Warn) -> Warn:
+def without_repeats(warn: Warn) -> Warn:
     """Return a function that passes each distinct message on once."""
     seen: set[str] = set()
 

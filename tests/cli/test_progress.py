@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from chargpt_jax.cli.progress import duration, numbers, sentence, show
+from chargpt_jax.errors import UserError
 from chargpt_jax.events import (
     Compiled,
     Ended,
@@ -145,7 +146,9 @@ def test_a_resumed_run_says_from_where():
 
 def test_a_warm_up_that_the_run_is_too_short_for_is_reported():
     started = TrainStarted(1, 0, 40, 10, 4.0, 1e-3, "x", "float32", warmup_steps=40)
-    assert "the warm-up of 40 steps is not shorter than the run: lower scheduler.warmup_epochs" in sentence(started)
+    said = sentence(started)
+    assert "the warm-up of 40 steps is not shorter than the run, so the peak falls on the last step" in said
+    assert said.endswith("lower scheduler.warmup_epochs")
     assert "warm-up" not in sentence(dataclasses.replace(started, warmup_steps=39))
 
 
@@ -280,3 +283,9 @@ def test_notebook_plots_earlier_losses_of_a_resumed_run(cell):
     past = {"training": ((1, 3.0), (2, 2.9)), "validation": ((2, 2.8),)}
     show([TrainStarted(1, 2, 5000, 10, 500.0, 1e-3, "x", "float32", **past)])
     assert any("<svg" in thing for thing in cell)
+
+
+@pytest.mark.parametrize("events", [None, 3, "tiny"])
+def test_show_refuses_what_is_not_events(events):
+    with pytest.raises(UserError, match="events is .*, but it must be what run, train"):
+        show(events)

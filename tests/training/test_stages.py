@@ -331,6 +331,17 @@ def test_time_is_up_when_a_dispatch_and_two_saves_no_longer_fit(monkeypatch):
     assert not pacing.StopCondition(lambda: None).reached(1e9)
 
 
+@pytest.mark.parametrize("minutes", [math.nan, math.inf, -1, 0, 10**400, "1", True])
+def test_time_limit_is_a_number_above_0(minutes):
+    with pytest.raises(UserError, match="max_minutes is .*, but it must be a number"):
+        pacing.StopCondition(lambda: None, minutes)
+
+
+def test_stop_must_be_a_function():
+    with pytest.raises(UserError, match="stop is 5, but it must be a function"):
+        pacing.StopCondition(5)
+
+
 def test_last_dispatch_fits_into_the_time_left(text):
     timed = pacing.DispatchSize(small_config(text))
     assert (timed.steps_within(math.inf), timed.steps_within(3.0)) == (pacing.MAX_DISPATCH_STEPS, 1)

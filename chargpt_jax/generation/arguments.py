@@ -1,0 +1,82 @@
+"""The arguments of a trained model's functions, checked: each function raises `UserError` for an invalid one."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from chargpt_jax.config import MAX_TEXT, argument, shown
+from chargpt_jax.errors import UserError
+
+MAX_SEED = 2**31
+"""Seeds are below this."""
+
+
+def check_scored(characters: int) -> None:
+    """Check that a text has a character with context."""
+    if characters < 2:
+        raise UserError(
+            f"The text has {characters} character{'' if characters else 's'}, but scoring needs at least 2, because "
+            "the first has no context: give a longer text."
+        )
+
+
+def checked_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """Return prompts as a list of at least one string."""
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts is {shown(prompts)}, but it must be a string, or a list of strings: try '\\n'.")
+    found = [
+        argument("A prompt", one, str, "try '\\n'") for one in ([prompts] if isinstance(prompts, str) else prompts)
+    ]
+    if not found:
+        raise UserError("No prompt was given, but the model needs at least one character: try '\\n'.")
+    return found
+
+
+def checked_count(max_new_tokens: int) -> int:
+    """Return a number of characters to generate."""
+    count: int = argument("max_new_tokens", max_new_tokens, int, "try 500")
+    if not 1 <= count <= MAX_TEXT:
+        raise UserError(f"max_new_tokens is {shown(count)}, but it must be between 1 and {MAX_TEXT:,}: try 500.")
+    return count
+
+
+def checked_seed(seed: int) -> int:
+    """Return a random seed."""
+    seed = argument("seed", seed, int, "try 0")
+    if not 0 <= seed < MAX_SEED:
+        raise UserError(f"seed is {shown(seed)}, but it must be at least 0 and below {MAX_SEED:,}: try 0.")
+    return seed
+
+
+def checked_stride(stride: int | None) -> int | None:
+    """Return a distance between windows; None: the default."""
+    return None if stride is None else argument("stride", stride, int, "try 1, which is exact but slow")
+
+
+def checked_skip(skip_unknown: bool) -> bool:
+    """Return whether to drop unknown characters."""
+    return bool(argument("skip_unknown", skip_unknown, bool, "leave it out to reject unknown characters"))
+
+
+def checked_callback(on_text: Callable[[int, str], None] | None) -> Callable[[int, str], None] | None:
+    """Return a callback, or None."""
+    if on_text is not None and not callable(on_text):
+        raise UserError(f"on_text is {shown(on_text)}, but it must be a function of an index and a text: leave it out.")
+    return on_text
+
+
+def checked_step(step: str | int) -> str | int:
+    """Return which checkpoint to load: 'best', 'latest' or a number, which may be given in digits."""
+    fix = "give 'best', 'latest' or the step of a checkpoint"
+    if not isinstance(step, str):
+        return int(argument("step", step, int, fix))
+    if step.isdecimal() and len(step) < 19:
+        return int(step)
+    if step not in ("best", "latest"):
+        raise UserError(f"step is {shown(step)}, but there is no such choice: {fix}.")
+    return step
+
+
+def text_pieces(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield the pieces of a text, each checked when it is read."""
+    if isinstance(pieces, bytes) or not isinstance(pieces, Iterable):
+        raise UserError(f"pieces is {shown(pieces)}, but it must be a list of strings: give the text to score in it.")
+    return (argument("A piece of the text", piece, str, "decode it first") for piece in pieces)
