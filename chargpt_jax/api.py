@@ -85,7 +85,10 @@ def evaluate(workdir: str | Path | Workdir, step: str | int = "best", warn: Warn
 
 
 def find_lr(config: Config, workdir: str | Path | Workdir, warn: Warn = print) -> Iterator[Event]:
-    """Run the learning-rate range test; write its result, its plot, and the learning rate into the run's config."""
+    """Run the learning-rate range test; write its result, its plot, and the learning rate into the run's config.
+
+    A learning rate that the config sets is kept.
+    """
     folder = Workdir(workdir)
     for event in stages.find_lr(config, folder, warn):
         _plot_range_test(event, folder, warn)

@@ -1,5 +1,6 @@
 """Config files: read and write JSON, run a Python config file, compare two configs."""
 
+import ast
 import contextlib
 import dataclasses
 import importlib.util
@@ -147,6 +148,23 @@ def _set(section: Any, item: str, path: str, value: Any) -> None:
 def optional_fields(section: str) -> list[str]:
     """List the fields of a section that may be None."""
     return [f.name for f in dataclasses.fields(getattr(Config(), section)) if isinstance(f.type, types.UnionType)]
+
+
+def fields_of_texts() -> list[str]:
+    """List the fields that are tuples of strings, 'section.field'."""
+    defaults = flatten(Config()).items()
+    return [path for path, default in defaults if isinstance(default, list) and isinstance(default[0], str)]
+
+
+def texts_of(text: str) -> tuple[object, ...]:
+    """Return the tuple or list that a text is code for, else the text itself in a tuple."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = text
+    if isinstance(value, tuple | list) and (not value or any(isinstance(one, str) for one in value)):
+        return tuple(value)
+    return (text,)
 
 
 def help_lines() -> list[str]:

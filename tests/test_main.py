@@ -24,7 +24,7 @@ from chargpt_jax import events
 from chargpt_jax.cli import commands, progress, selftest
 from chargpt_jax.cli.flags import MODES, define_flags, parse
 from chargpt_jax.cli.signals import Signals
-from chargpt_jax.config import Config
+from chargpt_jax.config import Config, validate
 from chargpt_jax.config_io import flatten, to_json
 from chargpt_jax.data.batches import windows_per_pass
 from chargpt_jax.errors import UserError
@@ -251,6 +251,9 @@ FIELD_MISTAKES = [
     ("sample.temperature=-1", "sample.temperature is -1.0"),
     ("sample.top_p=1.5", "sample.top_p is 1.5, but it must be at most 1"),
     ("\"sample.prompts=('a', '')\"", "sample.prompts holds an empty prompt"),
+    ("sample.prompts=", "sample.prompts holds an empty prompt"),
+    ("'sample.prompts=()'", "sample.prompts holds an empty prompt"),
+    ("\"sample.prompts=('a', 1)\"", "sample.prompts is ('a', 1), but each value must be a string"),
 ]
 
 
@@ -264,6 +267,26 @@ def test_config_file_may_change_the_working_directory(here: Path, capsys: pytest
     (here / "text.txt").write_text("some words " * 200)
     assert main(["chargpt", "--config=mine.py", "--workdir=run", "--mode=prepare"]) == 0, capsys.readouterr().err
     assert (here / "run" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("value", "prompts"),
+    [
+        *(
+            (text, (text,))
+            for text in ('"Yes"', "Yes", "1", "True", "None", "hello, world", "it's", "[", "1,2", "a\nb")
+        ),
+        ("['a', 'b']", ("a", "b")),
+        ("'a','b'", ("a", "b")),
+        ('("a, b",)', ("a, b",)),
+    ],
+)
+def test_bare_text_of_a_field_of_strings_is_taken_as_written(value: str, prompts: tuple[str, ...]) -> None:
+    for words in ([f"--config.sample.prompts={value}"], ["--config.sample.prompts", value]):
+        _, config, _ = parse(["chargpt", "--config=tiny", *words, "--config.data.mirrors=https://example.org/{number}"])
+        assert config is not None
+        assert validate(config).sample.prompts == prompts
+        assert config.data.mirrors == ("https://example.org/{number}",)
 
 
 @pytest.mark.parametrize(("override", "said"), FIELD_MISTAKES)

@@ -23,7 +23,16 @@ from ml_collections import config_flags
 
 from chargpt_jax.cli.signals import Signals
 from chargpt_jax.config import Config, unknown_field, validate
-from chargpt_jax.config_io import find_config, flatten, help_lines, load_config, naming, optional_fields
+from chargpt_jax.config_io import (
+    fields_of_texts,
+    find_config,
+    flatten,
+    help_lines,
+    load_config,
+    naming,
+    optional_fields,
+    texts_of,
+)
 from chargpt_jax.devices import startup
 from chargpt_jax.errors import UserError, reason, remedy
 
@@ -150,7 +159,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Config | None, str | N
         if not _overrides(argv):
             with naming(find_config(name), "correct it"):
                 validate(config)
-        argv = _unset_fields(argv, config)
+        argv = _texts_as_tuples(_unset_fields(argv, config))
         config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=argv)
     elif any(arg.lstrip("-").startswith("config.") for arg in argv if arg.startswith("-")):
         raise UserError("A --config.field=value needs a --config to change: give --config=small, for example.")
@@ -295,6 +304,18 @@ def _unset_fields(argv: list[str], config: Config) -> list[str]:
             setattr(getattr(config, section), name, None)
             done.append(word)
     return [word for word in argv if word not in done]
+
+
+def _texts_as_tuples(argv: list[str]) -> list[str]:
+    """Write the value of a field of strings as a tuple, if it is not one: a bare text is taken as it is written."""
+    words: list[str] = []
+    fields, rest = fields_of_texts(), iter(argv)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("-") and flag.lstrip("-").removeprefix("config.") in fields:
+            word = f"{flag}={texts_of(value if equals else next(rest, ''))!r}"
+        words.append(word)
+    return words
 
 
 def _plainly(error: BaseException) -> str:

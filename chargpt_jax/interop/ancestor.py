@@ -5,6 +5,7 @@ Its state dict has the same values under other names. It has one set of arrays p
 it is used.
 """
 
+import collections
 import dataclasses
 import json
 from pathlib import Path
@@ -42,7 +43,8 @@ def read(path: Path) -> tuple[object, dict[str, Stored]]:
         UserError: if the file is missing, damaged or of an unsupported type.
     """
     if not path.is_file():
-        raise UserError(f"--from is {str(path)[:200]!r}, but no such file exists: give a checkpoint.")
+        fault = "that is not a regular file" if path.exists() else "no such file exists"
+        raise UserError(f"--from is {str(path)[:200]!r}, but {fault}: give a .pt, .safetensors or .npz file.")
     if path.suffix in (".pt", ".pth", ".ckpt"):
         return read_torch(path)
     if path.suffix == ".npz":
@@ -89,6 +91,12 @@ def from_original(described: object, path: Path) -> tuple[Config, CharTokenizer]
         raise UserError(f"The config of {path} has no tokenizer.vocabulary: give a checkpoint of the original.")
     if not all(isinstance(letter, str) and len(letter) < 2 for letter in letters):
         raise UserError(f"The vocabulary of {path} is invalid: its elements must be single characters.")
+    if repeated := [letter for letter, count in collections.Counter(letters).items() if count > 1]:
+        raise UserError(
+            f"The vocabulary of {path} has {repeated[0]!r} more than once, so its ids are not known: give a checkpoint "
+            "of the original."
+        )
+    # The original sorts the list as well, so its order does not matter.
     tokenizer, model = CharTokenizer(letters), sections["model"]
     model |= {"used_ids": tokenizer.n_ids, "mask_unused_ids": False}
     sections["amp"] = {name: value for name, value in sections["amp"].items() if value is not None}

@@ -51,12 +51,15 @@ def prepare(config: Config, workdir: str | Path | Workdir, warn: Warn = print) -
 
 
 def find_lr(config: Config, workdir: str | Path | Workdir, warn: Warn = print) -> Iterator[Event]:
-    """Run the learning-rate range test; write its result, and the learning rate into the run's config."""
+    """Run the learning-rate range test; write its result, and the learning rate into the run's config.
+
+    A learning rate that the config sets is kept.
+    """
     folder = checked_workdir(config, workdir)
     with writer(folder.path) as lock:
         run = Run.prepare(config, folder, warn)
         yield run.prepared()
-        yield from _range_test(run, warn, lock, StopCondition(lambda: None))
+        yield from _range_test(run, warn, lock, StopCondition(lambda: None), config.optimizer.learning_rate)
 
 
 def train(
@@ -108,8 +111,10 @@ def train(
             yield from loop.events(lowered, tracing)
 
 
-def _range_test(run: Run, warn: Warn, lock: Lock, condition: StopCondition) -> Generator[Event, None, Run]:
-    """Run the range test; return the run with the learning rate, or unchanged if the test was stopped."""
+def _range_test(
+    run: Run, warn: Warn, lock: Lock, condition: StopCondition, given: float | None = None
+) -> Generator[Event, None, Run]:
+    """Run the range test; return the run with the learning rate, unchanged if one is given or the test was stopped."""
     finder, losses_of = run.config.lr_finder, _range_test_losses(run, condition)
 
     def untrained(zoom: int) -> Iterator[float]:
@@ -136,7 +141,13 @@ def _range_test(run: Run, warn: Warn, lock: Lock, condition: StopCondition) -> G
                 )
             with excused(str(run.workdir.lr_finder), warn):
                 run.workdir.save_lr_finder(dataclasses.asdict(event))
-            run = run.with_learning_rate(event.learning_rate)
+            if given is None:
+                run = run.with_learning_rate(event.learning_rate)
+            elif given != event.learning_rate:
+                warn(
+                    f"optimizer.learning_rate is set to {given:g}, so the run keeps it: set it to "
+                    f"{event.learning_rate:.3g} to train with the rate of the range test."
+                )
         yield event
     return run
 

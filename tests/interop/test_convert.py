@@ -263,6 +263,7 @@ BAD_CONFIGS = [
     ({"tokenizer": ...}, "no tokenizer.vocabulary"),
     ({"tokenizer.vocabulary": ["ab"]}, "must be single characters"),
     ({"tokenizer.vocabulary": [1]}, "must be single characters"),
+    ({"tokenizer.vocabulary": [*LETTERS, LETTERS[2]]}, "more than once"),
     ({"tokenizer.vocabulary": [chr(i) for i in range(40, 104)]}, "65 token ids"),
     ({"data": []}, "its section 'data' is not an object"),
 ]
@@ -378,7 +379,7 @@ def test_unsupported_or_missing_files_are_rejected(tmp_path):
     path = write(tmp_path, original(), "npz")
     with pytest.raises(UserError, match="no such file"):
         read(tmp_path / "nothing.pt")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="not a regular file"):
         read(tmp_path)
     with pytest.raises(UserError, match=".pt, .safetensors or .npz file"):
         read(tmp_path / "config.json")

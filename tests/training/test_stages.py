@@ -507,10 +507,14 @@ def test_error_of_initialisation_in_the_thread_is_raised(text, tmp_path):
         state.result()
 
 
-def test_the_range_test_compiles_once(text, tmp_path, monkeypatch):
-    traces = traces_of(setup, "range_test_steps", monkeypatch)
-    list(stages.find_lr(small_config(text), tmp_path, quiet))
+def test_the_range_test_compiles_once_and_keeps_a_set_rate(text, tmp_path, monkeypatch):
+    traces, said = traces_of(setup, "range_test_steps", monkeypatch), []
+    (*_, result) = stages.find_lr(small_config(text), tmp_path, said.append)
     assert len(traces) == 1
+    assert Workdir(tmp_path).load_config().optimizer.learning_rate == small_config(text).optimizer.learning_rate
+    (line,) = [line for line in said if "learning_rate" in line]
+    assert "is set to 0.01, so the run keeps it" in line
+    assert f"set it to {result.learning_rate:.3g} to train" in line
 
 
 def test_non_finite_loss_stops_training(text, tmp_path):
