@@ -313,7 +313,7 @@ def load_config(name: str | os.PathLike[str]) -> Config:
                 raise renamed_field(old) or error from None
         what = " ".join(str(error).split()).rstrip(".") or "no message"
         raise UserError(
-            f"{path} fails{_line(error, path)} with {type(error).__name__} ({what}): correct it."
+            f"{path} fails{_line(error, spec.origin)} with {type(error).__name__} ({what}): correct it."
         ) from error
     if inspect.iscoroutine(config):
         config.close()  # or Python would warn that nothing awaits it
@@ -322,10 +322,10 @@ def load_config(name: str | os.PathLike[str]) -> Config:
     return config
 
 
-def _line(error: BaseException, path: Path) -> str:
+def _line(error: BaseException, file: str | None) -> str:
     """Return ' in line N', the last line of a config file that an error went through; '' if it is not known."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    if isinstance(error, SyntaxError) and error.filename == str(path):
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
         lines = [error.lineno]
     return f" in line {lines[-1]}" if lines and lines[-1] else ""
 

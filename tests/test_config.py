@@ -483,10 +483,12 @@ def test_subclass_of_config_may_have_fields_of_its_own(tmp_path, deferred):
         ("import json\ndef get_config():\n    json.loads('x')\n", r"in line 3 with JSONDecodeError"),
     ],
 )
-def test_error_in_a_config_file_names_its_line(tmp_path, code, message):
+def test_error_in_a_config_file_names_its_line(tmp_path, monkeypatch, code, message):
+    monkeypatch.chdir(tmp_path)
     (path := tmp_path / "mine.py").write_text(code)
-    with pytest.raises(UserError, match=message):
-        load_config(path)
+    for name in (path, path.name):
+        with pytest.raises(UserError, match=message):
+            load_config(name)
 
 
 @pytest.mark.filterwarnings("error")
