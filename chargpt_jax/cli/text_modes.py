@@ -32,8 +32,6 @@ def generate(request: Request) -> int:
     model = api_module().load(request.folder, request.step, warn)
     if streaming:
         _stream(0, prompts[0])
-    if flags.skip_unknown:
-        _tell_dropped(dict.fromkeys(character for prompt in prompts for character in model.unknown(prompt)))
     samples = model.generate(
         prompts,
         _given(flags.max_new_tokens, sample.max_new_tokens),
@@ -44,6 +42,8 @@ def generate(request: Request) -> int:
         skip_unknown=flags.skip_unknown,
         on_text=_stream if streaming else None,
     )
+    if flags.skip_unknown:
+        _tell_dropped(dict.fromkeys(character for prompt in prompts for character in model.unknown(prompt)))
     _save_and_print(request, samples, "generated", quiet=streaming)
     return 0
 

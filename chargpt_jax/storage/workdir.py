@@ -191,7 +191,9 @@ class Workdir:
             with atomic.replacing(self.corpus / "tokens.npy") as file:
                 write_npy(file, tokens)
         self.write(self.corpus / "sources.json", json.dumps(list(sources), indent=2) + "\n")
-        self.write(self.corpus / "vocabulary.json", _vocabulary_json(tokenizer))
+        vocabulary = self.corpus / "vocabulary.json"
+        self.write(vocabulary, _vocabulary_json(tokenizer))
+        self._read[vocabulary] = file_version(vocabulary), tokenizer
         manifest.seal(self.corpus, _facts_of(tokenizer, tokens))
 
     def check_corpus(self, tokenizer: CharTokenizer, tokens: np.ndarray) -> None:
