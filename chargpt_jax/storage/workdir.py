@@ -31,12 +31,9 @@ from chargpt_jax.config_io import (
 )
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError, reason, remedy
-from chargpt_jax.storage import manifest
+from chargpt_jax.storage import manifest, saved_json
 from chargpt_jax.storage.metrics_log import read_metrics
 from chargpt_jax.storage.npy_header import read_tokens, write_npy
-
-MAX_CORPUS = 4 << 30
-"""Maximum size of the values in tokens.npy, bytes: about 1e9 characters."""
 
 SAMPLE_SECONDS = 60.0
 """Age at which a temporary file of a sample is of a killed process."""
@@ -238,7 +235,7 @@ class Workdir:
                 "again with --text_file."
             )
         try:
-            tokens = read_tokens(path, MAX_CORPUS)
+            tokens = read_tokens(path, saved_json.MAX_CORPUS)
         except MemoryError:
             raise
         except Exception as error:  # NumPy raises many types for a malformed header
@@ -252,7 +249,7 @@ class Workdir:
 
     def load_sources(self) -> list[dict[str, Any]]:
         """Read the sources of the corpus."""
-        return self._parsed(self.corpus / "sources.json", _sources)
+        return self._parsed(self.corpus / "sources.json", saved_json.sources)
 
     def save_lr_finder(self, result: Mapping[str, object]) -> None:
         """Write the result of the range test."""
@@ -267,7 +264,7 @@ class Workdir:
         if not os.path.lexists(self.speed):
             return {}
         try:
-            return self._parsed(self.speed, _facts, "remove it; until then, the training speed is not known")
+            return self._parsed(self.speed, saved_json.speed, "remove it; until then, the training speed is not known")
         except UserError as error:
             warn(str(error))
             return {}
@@ -336,42 +333,3 @@ def _facts_of(tokenizer: CharTokenizer, tokens: np.ndarray | None) -> dict[str, 
 
 def _vocabulary_json(tokenizer: CharTokenizer) -> str:
     return json.dumps(tokenizer.vocabulary) + "\n"
-
-
-def _sources(saved: Any) -> list[dict[str, Any]]:
-    """Check the content of sources.json.
-
-    Raises:
-        ValueError: if it is not a list of sources.
-    """
-
-    def good(source: Any) -> bool:
-        return (
-            isinstance(source, dict)
-            and isinstance(source.get("title"), str)
-            and type(source.get("characters")) is int
-            and 0 <= source["characters"] <= MAX_CORPUS
-            and isinstance(source.get("stand_in_for"), str | None)
-            and isinstance(source.get("url"), str | None)
-            and isinstance(source.get("file_sha256"), str | None)
-            and all(_strings(source.get(name, [])) for name in ("repairs", "notes"))
-        )
-
-    if not isinstance(saved, list) or not all(map(good, saved)):
-        raise ValueError("each source must have a title and a number of characters")
-    return saved
-
-
-def _strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _facts(saved: Any) -> dict[str, Any]:
-    """Check the content of speed.json.
-
-    Raises:
-        ValueError: if it is not an object of numbers and strings.
-    """
-    if not isinstance(saved, dict) or not all(isinstance(value, str | float | int | None) for value in saved.values()):
-        raise ValueError("it is not an object of numbers and strings")
-    return saved
