@@ -154,10 +154,11 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Config | None, str | N
     values = define_flags()
     if name is not None:
         run_name = _run_name(name)
+        file = find_config(name)  # before the config's code runs, which may change the current folder
         config = load_config(name)
         _check_overrides(argv)
         if not _overrides(argv):
-            with naming(find_config(name), "correct it"):
+            with naming(file, "correct it"):
                 validate(config)
         argv = _texts_as_tuples(_unset_fields(argv, config))
         config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=argv)

@@ -105,7 +105,8 @@ def test_transformers_generates_the_same_greedy_text(pair):
     encoded = tokenizer("abc\n", return_tensors="pt")
     found = theirs.generate(**encoded, do_sample=False, max_new_tokens=60)[0].tolist()
     (sample,) = ours.generate("abc\n", 60, temperature=0)
-    assert tokenizer.decode(found, skip_special_tokens=True) == sample.text
+    # An id without a character is U+FFFD in a sample, and has no text in transformers.
+    assert tokenizer.decode(found, skip_special_tokens=True) == sample.text.replace("\ufffd", "")
     if ours.config.model.mask_unused_ids:
         assert found == ours.tokenizer.encode_text(sample.text).tolist()
 

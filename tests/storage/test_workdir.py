@@ -269,14 +269,15 @@ def test_a_folder_or_a_forbidden_file_of_the_corpus_is_named_once(folder, monkey
         return opened(file, *how)
 
     monkeypatch.setattr(Path, "open", forbidden)
+    reader = Workdir(folder.path)  # without what the writer remembers
     with pytest.raises(UserError) as error:
-        folder.load_tokens()
+        reader.load_tokens()
     assert str(error.value) == f"{path} cannot be read (Permission denied): make it readable."
     monkeypatch.undo()
     path.unlink()
     path.mkdir()
     with pytest.raises(UserError) as error:
-        folder.load_tokens()
+        reader.load_tokens()
     assert str(error.value).count(str(path)) == 1
     assert "Errno" not in str(error.value)
 

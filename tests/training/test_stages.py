@@ -453,7 +453,7 @@ def test_range_test_runs_if_no_learning_rate_is_set(text, tmp_path):
     assert not [event for event in again if isinstance(event, LRFinderStep)]
 
 
-def range_test_config(source: Path, seed: int, **settings: float) -> Config:
+def range_test_config(source: Path, seed: int, **settings: float | str) -> Config:
     """Return a config without a learning rate, with changed settings of the range test."""
     config = small_config(source)
     config.optimizer.learning_rate, config.seed = None, seed
@@ -487,7 +487,7 @@ def test_range_test_without_a_descent_proposes_no_learning_rate(text, tmp_path, 
 
 def test_lowest_loss_at_the_end_of_the_range_is_reported(text, tmp_path):
     said: list[str] = []
-    (*_, result) = stages.find_lr(range_test_config(text, 0, end_lr=0.1), tmp_path, said.append)
+    (*_, result) = stages.find_lr(range_test_config(text, 0, end_lr=0.1, method="balanced"), tmp_path, said.append)
     assert isinstance(result, LRFinderResult)
     assert [line for line in said if "lowest at the highest learning rate of the range test, 0.1: raise" in line]
     said.clear()
