@@ -123,13 +123,12 @@ def use_every_core() -> None:
     This has no effect if JAX is already initialised, or if XLA_FLAGS or JAX_NUM_CPU_DEVICES set the number of devices.
 
     Raises:
-        UserError: if that number is invalid, or a setting of JAX is unsupported.
+        UserError: if that number is invalid.
     """
     import jax
 
     check_environment()
     check_open_files()
-    check_settings()
     is_set = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if is_set or getattr(jax.config, "jax_num_cpu_devices", -1) >= 0:
         return
@@ -143,10 +142,11 @@ def check_single_process() -> None:
     """Check that this is the only process of a JAX program: no code here exchanges data between processes.
 
     Raises:
-        UserError: if there are others.
+        UserError: if there are others, a setting of JAX is unsupported, or JAX finds no device.
     """
     import jax
 
+    check_settings()
     start()
     if (count := jax.process_count()) > 1:
         raise UserError(
