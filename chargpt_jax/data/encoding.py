@@ -96,7 +96,7 @@ def decode(data: bytes, name: str, encoding: str = "", declared: str | None = No
         raise UndecodableText(name, f"{used} (unknown to Python)", likely_encoding(data)) from None
     if "\0" in text:
         raise _binary(name, f"is binary (NUL at byte {data.find(0)})")
-    return _line_ends(text)
+    return _line_ends(text, used)
 
 
 def decode_pieces(blocks: Iterable[bytes], name: str, encoding: str = "") -> Iterator[str]:
@@ -128,7 +128,7 @@ def decode_pieces(blocks: Iterable[bytes], name: str, encoding: str = "") -> Ite
         done += len(block)
         held = "\r" if text.endswith("\r") and block else ""
         if text := text.removesuffix(held):
-            yield _line_ends(text)
+            yield _line_ends(text, used)
 
 
 def _mark(data: bytes) -> tuple[bytes, str]:
@@ -161,10 +161,10 @@ def _wide(data: bytes) -> str | None:
     return None
 
 
-def _line_ends(text: str) -> str:
-    r"""Write \n for all line ends; for NEL only if the text has no other, since it can be a misread ellipsis."""
+def _line_ends(text: str, encoding: str) -> str:
+    r"""Write \n for all line ends; EBCDIC has NEL, which elsewhere is often a misread ellipsis."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return text if "\n" in text else text.replace("\x85", "\n")
+    return text.replace("\x85", "\n") if b"\x15".decode(encoding, "ignore") == "\x85" else text
 
 
 def is_encoding(name: str) -> bool:
