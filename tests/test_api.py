@@ -313,7 +313,16 @@ def test_generate_prints_one_json_object(capsys, workdir):
         assert "".join(sample["tokens"]) == sample["text"]
         assert set(sample) == {
             *("prompt", "text", "tokens", "surprisal", "entropy", "surprise_surprise", "vocab_size"),
+            *("rank", "alternatives", "sampled_probability"),
         }
+        assert sample["rank"] == [None, *sample["rank"][1:]]
+        assert [len(pairs or []) for pairs in sample["alternatives"]] == [0] + [5] * (len(sample["tokens"]) - 1)
+        written = len(sample["prompt"])
+        assert sample["sampled_probability"] == [None] * written + [1.0] * 7  # greedy
+        assert all(
+            pairs[0][0] == token
+            for pairs, token in zip(sample["alternatives"][written:], sample["tokens"][written:], strict=True)
+        )
         assert sample["surprisal"][0] is None
         assert all(isinstance(x, float) for x in sample["surprisal"][1:])
         assert sample["vocab_size"] == 64

@@ -71,7 +71,7 @@ NEEDS_CONFIG = ("run", "prepare", "find_lr", "train", "compile")
 FLAG_MODES = {
     **dict.fromkeys(("profile", "max_minutes"), ("run", "train")),
     **dict.fromkeys(("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "stream"), ("generate",)),
-    "skip_unknown": ("generate", "score"),
+    **dict.fromkeys(("skip_unknown", "alternatives"), ("generate", "score")),
     **dict.fromkeys(("text", "stride"), ("score",)),
     "text_file": ("score", "import"),
     "step": ("generate", "score", "eval", "export"),
@@ -105,6 +105,7 @@ def define_flags() -> flags.FlagValues:
         "max_new_tokens": (None, "number of characters to generate; default: the config's"),
         "top_k": (None, "sample from the k most likely characters"),
         "seed": (None, "random seed; default: the config's seed (generate), 0 (selftest)"),
+        "alternatives": (5, "likeliest characters to give for every character in JSON; 0: none, which is faster"),
         "stride": (None, "characters between window starts; 1 is exact but slow; default: block_size // 2"),
         "kills": (20, "number of SIGKILL and SIGTERM at random moments; default: 20"),
         "signals": (6, "number of additional SIGTERM, SIGINT and SIGHUP; default: 6"),

@@ -40,6 +40,7 @@ def generate(request: Request) -> int:
         top_p=_given(flags.top_p, sample.top_p),
         seed=_given(flags.seed, model.config.seed),
         skip_unknown=flags.skip_unknown,
+        alternatives=flags.alternatives,
         on_text=_stream if streaming else None,
     )
     if flags.skip_unknown:
@@ -65,7 +66,7 @@ def score(request: Request) -> int:
     first = next(pieces, "")
     api = api_module()
     model = api.load(request.folder, request.step, warn)
-    how = {"stride": flags.stride, "skip_unknown": flags.skip_unknown}
+    how = {"stride": flags.stride, "skip_unknown": flags.skip_unknown, "alternatives": flags.alternatives}
     dropped: dict[str, None] = {}
 
     def noted(piece: str) -> str:

@@ -8,6 +8,9 @@ from chargpt_jax.errors import UserError
 MAX_SEED = 2**31
 """Seeds are below this."""
 
+MAX_ALTERNATIVES = 64
+"""Maximum number of alternatives that are given for every character."""
+
 
 def check_scored(characters: int) -> None:
     """Check that a text has a character with context."""
@@ -35,6 +38,16 @@ def checked_count(max_new_tokens: int) -> int:
     count: int = argument("max_new_tokens", max_new_tokens, int, "try 500")
     if not 1 <= count <= MAX_TEXT:
         raise UserError(f"max_new_tokens is {shown(count)}, but it must be between 1 and {MAX_TEXT:,}: try 500.")
+    return count
+
+
+def checked_alternatives(alternatives: int) -> int:
+    """Return a number of alternatives to give for every character."""
+    count: int = argument("alternatives", alternatives, int, "try 5, or 0 for none")
+    if not 0 <= count <= MAX_ALTERNATIVES:
+        raise UserError(
+            f"alternatives is {shown(count)}, but it must be between 0 (none) and {MAX_ALTERNATIVES}: try 5."
+        )
     return count
 
 

@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from chargpt_jax.generation.metrics import surprisal_and_entropy, token_metrics
+from chargpt_jax.generation.predictions import Predictions, predictions, token_predictions
 from chargpt_jax.generation.sampler import SamplerState
 from chargpt_jax.model.gpt import GPT, Block
 from chargpt_jax.model.init import Params, count_parameters
@@ -52,6 +53,8 @@ class DecodeState:
     """float32 [B, N], nats; NaN if undefined."""
     entropy: jax.Array
     """float32 [B, N], nats; NaN if undefined."""
+    predictions: Predictions | None = None
+    """[B, N]; None: not asked for."""
 
 
 Carry = tuple[jax.Array, DecodeState]
@@ -60,7 +63,7 @@ Carry = tuple[jax.Array, DecodeState]
 BATCH: Any = PartitionSpec("data")
 CACHE: Any = PartitionSpec(None, "data")
 SHARDED = DecodeState(tokens=BATCH, length=BATCH, logits=BATCH, cache=CACHE, surprisal=BATCH, entropy=BATCH)
-"""The devices of a mesh split a batch; none waits for another."""
+"""The devices of a mesh split a batch; none waits for another. The predictions, if there are any, are split as well."""
 
 
 def bucket(length: int, least: int = 64) -> int:
@@ -68,7 +71,7 @@ def bucket(length: int, least: int = 64) -> int:
     return max(least, 1 << (length - 1).bit_length())
 
 
-@partial(jax.jit, static_argnames=("graphdef", "width", "mesh", "final"))
+@partial(jax.jit, static_argnames=("graphdef", "width", "mesh", "final", "alternatives"))
 def prefill(
     params: Params,
     tokens: jax.Array,
@@ -78,6 +81,7 @@ def prefill(
     width: int,
     mesh: Mesh | None = None,
     final: bool = False,
+    alternatives: int = 0,
 ) -> DecodeState:
     """Read the prompts.
 
@@ -91,16 +95,25 @@ def prefill(
         mesh: the devices that split the batch; None: one device.
         final: exactly one call of `decode` follows, with `final` as well. Sequences that are generated one by one then
             share the memory of one cache.
+        alternatives: number of the likeliest tokens to keep for every token; 0: no predictions are kept.
     """
-    read = partial(_prefill, graphdef=graphdef, width=width, final=final)
+    read = partial(_prefill, graphdef=graphdef, width=width, final=final, alternatives=alternatives)
     if mesh is not None:
         specs = (PartitionSpec(), BATCH, BATCH)
-        read = jax.shard_map(read, mesh=mesh, in_specs=specs, out_specs=SHARDED, check_vma=False)
+        split = replace(SHARDED, predictions=BATCH if alternatives else None)
+        read = jax.shard_map(read, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
     return read(params, tokens, length)
 
 
 def _prefill(
-    params: Params, tokens: jax.Array, length: jax.Array, *, graphdef: nnx.GraphDef, width: int, final: bool
+    params: Params,
+    tokens: jax.Array,
+    length: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    width: int,
+    final: bool,
+    alternatives: int,
 ) -> DecodeState:
     model: GPT = nnx.merge(graphdef, params)
     B, N = tokens.shape
@@ -115,6 +128,11 @@ def _prefill(
         return jnp.pad(metric, ((0, 0), (0, N - width)), constant_values=jnp.nan)
 
     surprisal, entropy = map(padded, token_metrics(logits, window))
+    kept = None
+    if alternatives:
+        unread = Predictions.undefined((B, N - width), alternatives)
+        read = token_predictions(logits, window, alternatives)
+        kept = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), read, unread)
     return DecodeState(
         tokens=tokens,
         length=length,
@@ -122,6 +140,7 @@ def _prefill(
         cache=cache_type.of(keys, values).allocated(capacity, final),
         surprisal=surprisal,
         entropy=entropy,
+        predictions=kept,
     )
 
 
@@ -251,8 +270,8 @@ def generation_loop(
 
         def one_token(counted: Any) -> Any:
             i, ((left, state), cache) = counted
-            token = sampler.sample(state.logits, gumbel[i])
-            state, cache = predict(appended(state, token), cache)
+            token, p = sampler.sample(state.logits, gumbel[i])
+            state, cache = predict(appended(state, token, p), cache)
             return i + 1, ((left - 1, state), cache)
 
         def some_left(counted: Any) -> jax.Array:
@@ -264,16 +283,24 @@ def generation_loop(
     return partial(jax.lax.while_loop, lambda carry: unfinished(*carry[0]), some_tokens)
 
 
-def appended(state: DecodeState, token: jax.Array) -> DecodeState:
-    """Append a token, int32 [B], and its metrics to every sequence."""
+def appended(state: DecodeState, token: jax.Array, p: jax.Array) -> DecodeState:
+    """Append a token, int32 [B], its metrics, and its predictions if they are asked for, to every sequence.
+
+    `p` is the probability with which the sampler gave the token, float32 [B].
+    """
     batch = jnp.arange(len(token))
     surprisal, entropy = surprisal_and_entropy(state.logits, token)
+    kept = state.predictions
+    if kept is not None:
+        new = predictions(state.logits, token, kept.likeliest.shape[-1], p)
+        kept = jax.tree.map(lambda all_of, one: all_of.at[batch, state.length].set(one), kept, new)
     return replace(
         state,
         tokens=state.tokens.at[batch, state.length].set(token),
         surprisal=state.surprisal.at[batch, state.length].set(surprisal),
         entropy=state.entropy.at[batch, state.length].set(entropy),
         length=state.length + 1,
+        predictions=kept,
     )
 
 

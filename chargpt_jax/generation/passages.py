@@ -38,33 +38,27 @@ class Passages:
         return {**facts, "samples": found}
 
 
-def passages(scored: Iterable[tuple[str, np.ndarray, np.ndarray]], vocab_size: int) -> Passages:
-    """Collect a text that arrives in pieces.
-
-    Args:
-        scored: the pieces: n characters, their surprisal and their entropy, [n] each, nats; NaN where undefined.
-        vocab_size: of the model.
-    """
+def passages(scored: Iterable[Sample]) -> Passages:
+    """Collect a text that arrives in pieces, which are samples of any length."""
     total, count, characters = 0.0, 0, 0
     order = itertools.count()
     found: list[tuple[float, int, int, Sample]] = []  # a heap: the least surprising passage is at index 0
     first: Sample | None = None
-    text, metrics = "", np.zeros((2, 0), np.float32)
-    for piece, *values in itertools.chain(scored, [("", np.zeros(0), np.zeros(0))]):
-        last = not piece
-        text, metrics = text + piece, np.concatenate([metrics, np.stack(values).astype(np.float32)], axis=1)
-        while len(text) >= LENGTH or (last and text):
-            part, numbers = text[:LENGTH], metrics[:, :LENGTH]
-            sample = Sample(part, tuple(part), numbers[0], numbers[1], vocab_size)
-            known = np.isfinite(numbers[0])
-            total, count = total + float(numbers[0][known].sum(dtype=np.float64)), count + int(known.sum())
+    left: Sample | None = None
+    for piece in itertools.chain(scored, [None]):
+        if piece is not None:
+            left = piece if left is None else left + piece
+        while left and (len(left) >= LENGTH or piece is None):
+            passage, left = left[:LENGTH], left[LENGTH:]
+            known = np.isfinite(passage.surprisal)
+            total += float(passage.surprisal[known].sum(dtype=np.float64))
+            count += int(known.sum())
             if first is None:
-                first = sample
-            elif len(part) == LENGTH:
+                first = passage
+            elif len(passage) == LENGTH:
                 push = heapq.heappush if len(found) < MOST_SURPRISING else heapq.heappushpop
-                push(found, (sample.loss, -next(order), characters, sample))
-            characters += len(part)
-            text, metrics = text[LENGTH:], metrics[:, LENGTH:]
+                push(found, (passage.loss, -next(order), characters, passage))
+            characters += len(passage)
     ranked = sorted(found, reverse=True)
     samples = Samples([*([first] if first else []), *(sample for *_, sample in ranked)])
     starts = (0,) * bool(first) + tuple(start for _, _, start, _ in ranked)

@@ -1,13 +1,14 @@
 """A text with its metrics per character, and its forms: JSON, SVG, notebook output."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from chargpt_jax.config import argument, shown
 from chargpt_jax.errors import UserError
+from chargpt_jax.generation.alternatives import Alternatives, array_of, listed
 from chargpt_jax.generation.metrics import surprise_surprise
 from chargpt_jax.pictures import subline
 
@@ -24,19 +25,74 @@ class Sample:
     entropy: np.ndarray
     """float32 [N], nats; NaN where undefined."""
     vocab_size: int
+    alternatives: Alternatives | None = None
+    """What the model predicted in place of each character; None: not asked for."""
 
     def __eq__(self, other: object) -> bool:
-        """Return whether texts and metrics are equal; NaN equals NaN."""
+        """Return whether texts, metrics and alternatives are equal; NaN equals NaN."""
         if not isinstance(other, Sample):
             return NotImplemented
         names = (self.prompt, self.tokens, self.vocab_size) == (other.prompt, other.tokens, other.vocab_size)
-        return names and all(
-            np.array_equal(mine, theirs, equal_nan=True)
-            for mine, theirs in ((self.surprisal, other.surprisal), (self.entropy, other.entropy))
-        )
+        metrics = ((self.surprisal, other.surprisal), (self.entropy, other.entropy))
+        same = names and all(np.array_equal(mine, theirs, equal_nan=True) for mine, theirs in metrics)
+        return same and self.alternatives == other.alternatives
 
     def __hash__(self) -> int:
         return hash((self.prompt, self.tokens, self.vocab_size))
+
+    def __len__(self) -> int:
+        """Return the number of characters."""
+        return len(self.tokens)
+
+    def __getitem__(self, part: slice) -> "Sample":
+        """Return consecutive characters of this sample, sample[start:stop], with their metrics."""
+        if not isinstance(part, slice) or part.step not in (None, 1):
+            raise UserError(f"A sample has no part {shown(part)}: give a range of characters, as in sample[10:20].")
+        return replace(
+            self,
+            prompt=self.prompt[part],
+            tokens=self.tokens[part],
+            surprisal=self.surprisal[part],
+            entropy=self.entropy[part],
+            alternatives=self.alternatives and self.alternatives[part],
+        )
+
+    def __add__(self, other: "Sample") -> "Sample":
+        """Return this sample followed by another one. A prompt of the second one is a part of the text."""
+        if not isinstance(other, Sample):
+            return NotImplemented
+        both = self.alternatives and other.alternatives and self.alternatives + other.alternatives
+        return replace(
+            self,
+            prompt=self.prompt + other.prompt if len(self.prompt) == len(self) else self.prompt,
+            tokens=self.tokens + other.tokens,
+            surprisal=np.concatenate([self.surprisal, other.surprisal]),
+            entropy=np.concatenate([self.entropy, other.entropy]),
+            alternatives=both or None,
+        )
+
+    def __sub__(self, other: "Sample") -> "Difference":
+        """Return the difference of two models on one text: the metrics of this sample minus those of the other."""
+        if not isinstance(other, Sample):
+            return NotImplemented
+        if self.tokens != other.tokens:
+            raise UserError("The samples have different texts, but a difference is of two models on one text.")
+        return Difference(
+            self.tokens,
+            self.surprisal - other.surprisal,
+            self.entropy - other.entropy,
+            self.surprise_surprise - other.surprise_surprise,
+        )
+
+    @property
+    def rank(self) -> np.ndarray | None:
+        """The rank of each character among all of the vocabulary, int32 [N]: 1 for the likeliest, 0 if undefined."""
+        return None if self.alternatives is None else self.alternatives.rank
+
+    @property
+    def sampled_probability(self) -> np.ndarray | None:
+        """The probability that the sampler gave each character, float32 [N]; NaN for the prompt and scored texts."""
+        return None if self.alternatives is None else self.alternatives.sampled_probability
 
     @property
     def text(self) -> str:
@@ -54,15 +110,16 @@ class Sample:
         return float(np.nanmean(self.surprisal)) if np.isfinite(self.surprisal).any() else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the sample for JSON: lists, and None for NaN."""
+        """Return the sample for JSON: lists, and None for what is undefined."""
         return {
             "prompt": self.prompt,
             "text": self.text,
             "tokens": list(self.tokens),
-            "surprisal": _listed(self.surprisal),
-            "entropy": _listed(self.entropy),
-            "surprise_surprise": _listed(self.surprise_surprise),
+            "surprisal": listed(self.surprisal),
+            "entropy": listed(self.entropy),
+            "surprise_surprise": listed(self.surprise_surprise),
             "vocab_size": self.vocab_size,
+            **(self.alternatives.to_dict() if self.alternatives else {}),
         }
 
     @classmethod
@@ -79,8 +136,9 @@ class Sample:
             raise ValueError("the tokens of a sample must be characters")
         if type(size) is not int or not 2 <= size < 2**31:
             raise ValueError("the vocab_size of a sample must be an integer of at least 2")
-        surprisal, entropy = (_array(saved.get(name), len(tokens)) for name in ("surprisal", "entropy"))
-        return cls(saved["prompt"], tuple(tokens), surprisal, entropy, size)
+        surprisal, entropy = (array_of(saved.get(name), len(tokens)) for name in ("surprisal", "entropy"))
+        kept = Alternatives.from_dict(saved, len(tokens)) if "rank" in saved else None
+        return cls(saved["prompt"], tuple(tokens), surprisal, entropy, size, kept)
 
     def __repr__(self) -> str:
         return f"Sample({self.text!r}, {self.loss:.3f} nats per character)"
@@ -91,11 +149,47 @@ class Sample:
         Raises:
             UserError: if the number of characters per line is not an integer of at least 1.
         """
-        if argument("chars_per_line", chars_per_line, int, "try 80") < 1:
-            raise UserError(f"chars_per_line is {shown(chars_per_line)}, but it must be at least 1: try 80.")
+        columns = _checked_columns(chars_per_line)
         series = subline.metric_series(self.surprisal, self.entropy, self.surprise_surprise, self.vocab_size)
         n_prompt = len(self.prompt) if len(self.prompt) < len(self.tokens) else 0  # a scored text has no prompt
-        return subline.subline(self.tokens, series, chars_per_line=chars_per_line, n_prompt=n_prompt)
+        return subline.subline(self.tokens, series, chars_per_line=columns, n_prompt=n_prompt)
+
+    def _repr_html_(self) -> str:
+        return self.svg()
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Difference:
+    """The metrics of one model minus those of another one, on a text of N characters."""
+
+    tokens: tuple[str, ...]
+    surprisal: np.ndarray
+    """float32 [N], nats: above 0 where the first model was more surprised; NaN where undefined."""
+    entropy: np.ndarray
+    """float32 [N], nats."""
+    surprise_surprise: np.ndarray
+    """float32 [N]."""
+
+    @property
+    def text(self) -> str:
+        """The text."""
+        return "".join(self.tokens)
+
+    @property
+    def loss(self) -> float:
+        """The difference of the losses, nats per character."""
+        return float(np.nanmean(self.surprisal)) if np.isfinite(self.surprisal).any() else math.nan
+
+    def __repr__(self) -> str:
+        return f"Difference({self.text!r}, {self.loss:+.3f} nats per character)"
+
+    def svg(self, chars_per_line: int = 80) -> str:
+        """Plot the text with the differences below it, as SVG; 1 nat is the full height."""
+        series = [
+            subline.Series("Difference of entropy", np.asarray(self.entropy, float), filled=True),
+            subline.Series("Difference of surprisal", np.asarray(self.surprisal, float)),
+        ]
+        return subline.subline(self.tokens, series, chars_per_line=_checked_columns(chars_per_line))
 
     def _repr_html_(self) -> str:
         return self.svg()
@@ -123,13 +217,8 @@ class Samples(list[Sample]):
         return "\n".join(sample.svg() for sample in self)
 
 
-def _array(saved: Any, count: int) -> np.ndarray:
-    if not isinstance(saved, list) or len(saved) != count:
-        raise ValueError("a sample must have one number per token")
-    if not all(value is None or (type(value) in (int, float) and abs(value) < 1e30) for value in saved):
-        raise ValueError("the surprisal and entropy of a sample must be numbers")
-    return np.array([math.nan if value is None else value for value in saved], np.float32)
-
-
-def _listed(values: np.ndarray) -> list[float | None]:
-    return [float(v) if np.isfinite(v) else None for v in values]
+def _checked_columns(chars_per_line: int) -> int:
+    columns: int = argument("chars_per_line", chars_per_line, int, "try 80")
+    if columns < 1:
+        raise UserError(f"chars_per_line is {shown(columns)}, but it must be at least 1: try 80.")
+    return columns

@@ -46,14 +46,24 @@ class SamplerState:
 
         return jax.vmap(jax.vmap(one), (None, 0))(indices, positions)
 
-    def sample(self, logits: jax.Array, gumbel: jax.Array) -> jax.Array:
-        """Sample from the softmax of logits [B, V] with Gumbel noise of the same shape: int32 [B].
+    def sample(self, logits: jax.Array, gumbel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Sample from the softmax of logits [B, V] with Gumbel noise of the same shape.
 
         The largest sum of a logit and its Gumbel noise is such a sample: the one of jax.random.categorical.
+
+        Returns:
+            The tokens, int32 [B], and the probability with which each was sampled, float32 [B].
         """
+        adjusted = self.adjusted(logits)
+        noisy = gumbel + adjusted
+        tokens = jnp.argmax(jnp.where(self.temperature > 0, noisy, logits), axis=-1).astype(jnp.int32)
+        p = jnp.take_along_axis(jax.nn.softmax(adjusted, axis=-1), tokens[:, None], axis=-1)[:, 0]
+        return tokens, jnp.where(self.temperature > 0, p, 1.0)
+
+    def adjusted(self, logits: jax.Array) -> jax.Array:
+        """Return logits [B, V] whose softmax is sampled from: at the temperature, without excluded tokens."""
         scaled = logits / jnp.where(self.temperature > 0, self.temperature, 1)
-        noisy = gumbel + (self.filtered(scaled) if self.filters else scaled)
-        return jnp.argmax(jnp.where(self.temperature > 0, noisy, logits), axis=-1).astype(jnp.int32)
+        return self.filtered(scaled) if self.filters else scaled
 
     def filtered(self, logits: jax.Array) -> jax.Array:
         """Set the logits [B, V] of all tokens that top_k and top_p exclude to -inf."""

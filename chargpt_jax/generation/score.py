@@ -1,8 +1,8 @@
-"""Score a given text of any length: surprisal and entropy of every character."""
+"""Score a given text of any length: surprisal, entropy and predictions of every character."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,12 +11,32 @@ from flax import nnx
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.generate import bucket
 from chargpt_jax.generation.metrics import token_metrics
+from chargpt_jax.generation.predictions import Predictions, token_predictions
 from chargpt_jax.model.init import Params
 
 
-@partial(jax.jit, static_argnames=("graphdef",))
-def _window_metrics(params: Params, windows: jax.Array, *, graphdef: nnx.GraphDef) -> tuple[jax.Array, jax.Array]:
-    return token_metrics(nnx.merge(graphdef, params)(windows), windows)
+class Scored(NamedTuple):
+    """The metrics of n consecutive characters, and what the model predicted in their place."""
+
+    surprisal: np.ndarray
+    """float32 [n], nats; NaN where undefined."""
+    entropy: np.ndarray
+    """float32 [n], nats; NaN where undefined."""
+    predictions: Predictions | None = None
+    """[n]; None: not asked for."""
+
+
+def joined(parts: Sequence[Scored]) -> Scored:
+    """Join the metrics of consecutive parts of a text."""
+    scored: Scored = jax.tree.map(lambda *found: np.concatenate(found), *parts)
+    return scored
+
+
+@partial(jax.jit, static_argnames=("graphdef", "alternatives"))
+def _scored(params: Params, windows: jax.Array, *, graphdef: nnx.GraphDef, alternatives: int) -> Scored:
+    logits = nnx.merge(graphdef, params)(windows)
+    kept = token_predictions(logits, windows, alternatives) if alternatives else None
+    return Scored(*token_metrics(logits, windows), kept)  # type: ignore[arg-type]
 
 
 def score_tokens(
@@ -27,7 +47,8 @@ def score_tokens(
     block_size: int,
     stride: int | None = None,
     batch_size: int = 8,
-) -> tuple[np.ndarray, np.ndarray]:
+    alternatives: int = 0,
+) -> Scored:
     """Compute the metrics of a text's characters; arguments and errors as for `score_pieces`.
 
     Args:
@@ -37,13 +58,11 @@ def score_tokens(
         block_size: of the model.
         stride: distance between the starts of windows.
         batch_size: windows per call of the model.
-
-    Returns:
-        Surprisal and entropy, float32 [N] each, nats; NaN for the first character.
+        alternatives: number of the likeliest tokens to keep for every token; 0: no predictions are kept.
     """
     how: dict[str, Any] = {"graphdef": graphdef, "block_size": block_size, "stride": stride, "batch_size": batch_size}
-    parts = list(score_pieces(params, [tokens], **how))
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+    parts = list(score_pieces(params, [tokens], alternatives=alternatives, **how))
+    return joined(parts)
 
 
 def score_pieces(
@@ -54,7 +73,8 @@ def score_pieces(
     block_size: int,
     stride: int | None = None,
     batch_size: int = 8,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    alternatives: int = 0,
+) -> Iterator[Scored]:
     """Compute the metrics of a text's characters, in order, in memory that does not depend on the text's length.
 
     Args:
@@ -65,9 +85,10 @@ def score_pieces(
         stride: distance between the starts of windows. Beyond the first window, every character is predicted from
             block_size - stride to block_size characters of context (1: as in generation). None: half of block_size.
         batch_size: windows per call of the model.
+        alternatives: number of the likeliest tokens to keep for every token; 0: no predictions are kept.
 
     Yields:
-        Surprisal and entropy of the next characters, float32 [n] each, nats; NaN for the first character of the text.
+        The metrics of the next characters; they are undefined for the first character of the text.
 
     Raises:
         UserError: if the stride is out of range.
@@ -87,12 +108,13 @@ def score_pieces(
         padded = np.zeros((batch_size - 1) * stride + width, np.int32)
         padded[: len(buffer)] = buffer
         windows_of = np.stack([padded[i * stride :][:width] for i in range(batch_size)])
-        surprisal, entropy = map(np.asarray, _window_metrics(params, windows_of, graphdef=graphdef))
+        scored = jax.tree.map(np.asarray, _scored(params, windows_of, graphdef=graphdef, alternatives=alternatives))
         for i, start in enumerate(starts):
             first = width - stride if emitted else 0
             end = min(width, len(buffer) - start)
             emitted += end - first
-            yield surprisal[i, first:end], entropy[i, first:end]
+            part: Scored = jax.tree.map(lambda x, i=i, first=first, end=end: x[i, first:end], scored)
+            yield part
 
 
 def _buffers(pieces: Iterable[np.ndarray], size: int, step: int) -> Iterator[tuple[np.ndarray, bool]]:

@@ -16,8 +16,10 @@ from chargpt_jax.data.tokenizer import CharTokenizer, named
 from chargpt_jax.devices import sharding, startup
 from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.errors import NoCheckpoint, UserError
+from chargpt_jax.generation.alternatives import Alternatives
 from chargpt_jax.generation.arguments import (
     check_scored,
+    checked_alternatives,
     checked_callback,
     checked_count,
     checked_prompts,
@@ -31,7 +33,7 @@ from chargpt_jax.generation.generate import DecodeState, bucket, decode, prefill
 from chargpt_jax.generation.passages import Passages, passages
 from chargpt_jax.generation.sample import Sample, Samples
 from chargpt_jax.generation.sampler import Sampler
-from chargpt_jax.generation.score import score_pieces, score_tokens
+from chargpt_jax.generation.score import Scored, joined, score_pieces, score_tokens
 from chargpt_jax.model.init import Params, abstract_model
 from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.storage.checkpoint import Checkpoints
@@ -85,6 +87,7 @@ class Model:
         top_p: float | None = None,
         seed: int = 0,
         skip_unknown: bool = False,
+        alternatives: int = 5,
         on_text: Callable[[int, str], None] | None = None,
     ) -> Samples:
         """Continue one or more prompts.
@@ -99,6 +102,8 @@ class Model:
             top_p: nucleus sampling: from the fewest most likely characters with total probability of at least p.
             seed: 0 or more, below 2**31; the same seed and prompts give the same text.
             skip_unknown: drop characters that are not in the vocabulary, instead of rejecting them.
+            alternatives: number of the likeliest characters that a sample gives for every position, with the ranks and
+                the sampler's probabilities; 0: none of these, which takes less time.
             on_text: called with (index of the prompt, new text) every 16 characters.
 
         Raises:
@@ -123,9 +128,11 @@ class Model:
             tokens[i, : len(ids)], lengths[i], wanted[i] = ids, len(ids), 1
         mesh = sharding.data_mesh(rows, tell=False)
         how: dict[str, Any] = {"graphdef": self.graphdef, "mesh": mesh, "final": on_text is None}
+        k = self._alternatives(alternatives)
         params = jax.device_put(self.params, sharding.replicated(mesh))
         width = min(self.config.model.block_size, bucket(longest), tokens.shape[1])
-        state, sampling = prefill(params, tokens, lengths, width=width, **how), sampler.with_key(jax.random.key(seed))
+        state = prefill(params, tokens, lengths, width=width, alternatives=k, **how)
+        sampling = sampler.with_key(jax.random.key(seed))
         piece = max_new_tokens if on_text is None else STREAMED
         for done in range(0, max_new_tokens, piece):
             count = min(piece, max_new_tokens - done)
@@ -137,18 +144,37 @@ class Model:
         return self._samples(prompts, encoded, state, max_new_tokens)
 
     def _samples(self, prompts: list[str], encoded: list[np.ndarray], state: DecodeState, count: int) -> Samples:
-        tokens, surprisal, entropy = (np.array(a) for a in (state.tokens, state.surprisal, state.entropy))
+        tokens = np.asarray(state.tokens)
+        metrics: Scored = jax.tree.map(np.asarray, Scored(state.surprisal, state.entropy, state.predictions))  # type: ignore[arg-type]
         samples = Samples()
         for i, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-            end = len(ids) + count
+            start, end = 0, len(ids) + count
+            parts = []
             if len(ids) > self.config.model.block_size:  # prefill has read its last window only
-                surprisal[i, : len(ids)], entropy[i, : len(ids)] = self._measure(ids)
+                k = 0 if metrics.predictions is None else metrics.predictions.likeliest.shape[-1]
+                parts, start = [self._measure(ids, alternatives=k)], len(ids)
+            parts.append(jax.tree.map(lambda x, i=i, start=start, end=end: x[i, start:end], metrics))
             characters = tuple(self.tokenizer.decode_each([tokens[i, :end]], NO_CHARACTER)[0])
-            vocab_size = self.config.model.vocab_size
-            samples.append(Sample(prompt, characters, surprisal[i, :end], entropy[i, :end], vocab_size))
+            samples.append(self._sample(prompt, characters, joined(parts)))
         return samples
 
-    def score(self, text: str, *, stride: int | None = None, skip_unknown: bool = False) -> Sample:
+    def _sample(self, prompt: str, characters: tuple[str, ...], metrics: Scored) -> Sample:
+        """Return a sample; `metrics` are of its characters."""
+        found, kept = metrics.predictions, None
+        if found is not None:
+            names = np.full(self.config.model.vocab_size, NO_CHARACTER)
+            names[1 : self.tokenizer.n_ids] = self.tokenizer.vocabulary[1:]
+            # A token without predictions has a rank of 0.
+            kept = Alternatives(found.rank, names[found.likeliest], np.exp(found.log_p), found.sampled)  # type: ignore[arg-type]
+        return Sample(prompt, characters, metrics.surprisal, metrics.entropy, self.config.model.vocab_size, kept)
+
+    def _alternatives(self, wanted: int) -> int:
+        """Check the number of alternatives; there are not more than characters."""
+        return min(checked_alternatives(wanted), self.tokenizer.n_ids - 1)
+
+    def score(
+        self, text: str, *, stride: int | None = None, skip_unknown: bool = False, alternatives: int = 5
+    ) -> Sample:
         """Compute the metrics of every character of a given text.
 
         Args:
@@ -157,16 +183,16 @@ class Model:
                 context; 1 gives exactly the context of generation, at the cost of one window per character. None: half
                 of block_size.
             skip_unknown: drop characters that are not in the vocabulary, instead of rejecting them.
+            alternatives: as for `generate`.
 
         Raises:
-            UserError: if the text or the stride is invalid.
+            UserError: if an argument is invalid.
         """
         text, stride = argument("text", text, str, "give the text to score"), checked_stride(stride)
         text = self._known(text, checked_skip(skip_unknown))
         check_scored(len(text))
         tokens = self.tokenizer.encode_text(text)
-        surprisal, entropy = self._measure(tokens, stride)
-        return Sample(text, tuple(text), surprisal, entropy, self.config.model.vocab_size)
+        return self._sample(text, tuple(text), self._measure(tokens, stride, self._alternatives(alternatives)))
 
     def score_long(
         self,
@@ -174,6 +200,7 @@ class Model:
         *,
         stride: int | None = None,
         skip_unknown: bool = False,
+        alternatives: int = 5,
         on_progress: Callable[[int], None] | None = None,
     ) -> Passages:
         """Compute the loss of a text of any length, and find its most surprising passages, in constant memory.
@@ -182,12 +209,13 @@ class Model:
             pieces: the text in pieces of any length, which are repaired like the corpus, one by one.
             stride: as for `score`.
             skip_unknown: as for `score`.
+            alternatives: as for `score`, for the passages.
             on_progress: called with the number of characters that are scored.
 
         Raises:
-            UserError: if the text or the stride is invalid.
+            UserError: if an argument is invalid.
         """
-        text, pieces = "", text_pieces(pieces)
+        text, pieces, k = "", text_pieces(pieces), self._alternatives(alternatives)
         stride, skip_unknown = checked_stride(stride), checked_skip(skip_unknown)
 
         def encoded() -> Iterator[np.ndarray]:
@@ -198,26 +226,26 @@ class Model:
                     text += repaired[start : start + PIECE]
                     yield self.tokenizer.encode_text(repaired[start : start + PIECE])
 
-        def scored() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        def scored() -> Iterator[Sample]:
             nonlocal text
             done, block_size, next_report = 0, self.config.model.block_size, 0
             how: dict[str, Any] = {"graphdef": self.graphdef, "block_size": block_size, "stride": stride}
-            for surprisal, entropy in score_pieces(self.params, encoded(), **how):
-                part, text = text[: len(surprisal)], text[len(surprisal) :]
+            for metrics in score_pieces(self.params, encoded(), alternatives=k, **how):
+                part, text = text[: len(metrics.surprisal)], text[len(metrics.surprisal) :]
                 if part:
-                    yield part, surprisal, entropy
+                    yield self._sample(part, tuple(part), metrics)
                 done += len(part)
                 if on_progress is not None and done >= next_report:
                     on_progress(done)
                     next_report = done + PIECE
 
-        result = passages(scored(), self.config.model.vocab_size)
+        result = passages(scored())
         check_scored(result.characters)
         return result
 
-    def _measure(self, tokens: np.ndarray, stride: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        block_size = self.config.model.block_size
-        return score_tokens(self.params, tokens, graphdef=self.graphdef, block_size=block_size, stride=stride)
+    def _measure(self, tokens: np.ndarray, stride: int | None = None, alternatives: int = 0) -> Scored:
+        how: dict[str, Any] = {"graphdef": self.graphdef, "block_size": self.config.model.block_size}
+        return score_tokens(self.params, tokens, stride=stride, alternatives=alternatives, **how)
 
     def _known(self, text: str, skip_unknown: bool) -> str:
         text = self._repaired(text, skip_unknown)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chargpt_jax.generation.passages import LENGTH, MOST_SURPRISING, passages
+from chargpt_jax.generation.sample import Sample
 
 TEXT = "".join(chr(97 + i % 26) for i in range(12 * LENGTH + 150))
 SURPRISAL = np.random.default_rng(0).random(len(TEXT)).astype(np.float32)
@@ -20,13 +21,13 @@ ENTROPY = np.where(np.isnan(SURPRISAL), np.nan, 1.0).astype(np.float32)
 
 def pieces(cuts):
     for start, end in zip([0, *cuts], [*cuts, len(TEXT)], strict=True):
-        yield TEXT[start:end], SURPRISAL[start:end], ENTROPY[start:end]
+        yield Sample(TEXT[start:end], tuple(TEXT[start:end]), SURPRISAL[start:end], ENTROPY[start:end], 64)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, len(TEXT) - 1), max_size=20, unique=True).map(sorted))
 def test_the_pieces_do_not_matter(cuts):
-    found = passages(pieces(cuts), 64)
+    found = passages(pieces(cuts))
     assert found.characters == len(TEXT)
     assert found.loss == pytest.approx(np.nanmean(SURPRISAL.astype(np.float64)))
     assert found.starts[:3] == (0, 7 * LENGTH, 2 * LENGTH)
@@ -39,22 +40,23 @@ def test_the_pieces_do_not_matter(cuts):
 
 
 def test_passages_are_given_as_json():
-    found = passages(pieces([5]), 64).to_dict()
+    found = passages(pieces([5])).to_dict()
     assert found["characters"] == len(TEXT)
     assert found["bits_per_character"] == pytest.approx(found["loss"] / np.log(2))
     assert [sample["start"] for sample in found["samples"]][:2] == [0, 7 * LENGTH]
 
 
 def test_a_text_shorter_than_a_passage_is_one_passage():
-    found = passages([("ab", np.array([np.nan, 2.0]), np.ones(2))], 64)
+    found = passages([Sample("ab", ("a", "b"), np.float32([np.nan, 2.0]), np.ones(2, np.float32), 64)])
     assert (found.characters, found.loss, found.starts) == (2, 2.0, (0,))
 
 
 def test_memory_does_not_depend_on_the_length():
     def peak(count: int) -> int:
-        piece = ("x" * 1_000, np.full(1_000, 1.5, np.float32), np.ones(1_000, np.float32))
+        numbers = np.full(1_000, 1.5, np.float32)
+        piece = Sample("x" * 1_000, ("x",) * 1_000, numbers, numbers, 64)
         tracemalloc.start()
-        found = passages(itertools.repeat(piece, count), 64)
+        found = passages(itertools.repeat(piece, count))
         _, highest = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert found.characters == count * 1_000

@@ -33,7 +33,7 @@ def test_samples_equal_those_of_jax_random_categorical(temperature):
         jnp.array([[7, 7, 9], [8, 8, 10]]),
     )
     for noise, at in zip(drawing.gumbel(numbers, places, logits), places, strict=True):
-        tokens = drawing.sample(logits, noise)
+        tokens, _ = drawing.sample(logits, noise)
         for row, (number, place) in enumerate(zip(numbers, at, strict=True)):
             own = jax.random.fold_in(jax.random.fold_in(key, number), place)
             assert tokens[row] == jax.random.categorical(own, logits[row] / temperature)
@@ -42,7 +42,7 @@ def test_samples_equal_those_of_jax_random_categorical(temperature):
 @pytest.mark.parametrize("temperature", [0.0, 1e-9])
 def test_temperature_0_ignores_the_noise(temperature):
     logits, noise = jnp.array([[0.0, 1e-3, -1.0]]), jnp.array([[9.0, 0.0, 99.0]])
-    assert Sampler(temperature, top_k=3).with_key(jax.random.key(0)).sample(logits, noise).tolist() == [1]
+    assert Sampler(temperature, top_k=3).with_key(jax.random.key(0)).sample(logits, noise)[0].tolist() == [1]
 
 
 @pytest.mark.parametrize(
