@@ -184,10 +184,14 @@ class Difference:
         return f"Difference({self.text!r}, {self.loss:+.3f} nats per character)"
 
     def svg(self, chars_per_line: int = 80) -> str:
-        """Plot the text with the differences below it, as SVG; 1 nat is the full height."""
+        """Plot the text with the differences below it, as SVG. The legend gives the nats of the full height."""
+        both = np.nan_to_num([self.entropy, self.surprisal])
+        top = float(max(both.max(initial=0), -subline.RISE / subline.FALL * both.min(initial=0))) or 1.0
         series = [
-            subline.Series("Difference of entropy", np.asarray(self.entropy, float), filled=True),
-            subline.Series("Difference of surprisal", np.asarray(self.surprisal, float)),
+            subline.Series("Difference of entropy", np.asarray(self.entropy, float) / top, filled=True),
+            subline.Series(
+                f"Difference of surprisal (height: {top:.3g} nats)", np.asarray(self.surprisal, float) / top
+            ),
         ]
         return subline.subline(self.tokens, series, chars_per_line=_checked_columns(chars_per_line))
 

@@ -111,7 +111,8 @@ def test_a_difference_of_two_models_on_one_text():
     np.testing.assert_array_equal(difference.entropy, [np.nan, 0, 0])
     np.testing.assert_allclose(difference.surprise_surprise, sample().surprise_surprise - other.surprise_surprise)
     assert difference.loss == pytest.approx(sample().loss - other.loss)
-    assert difference.svg().startswith("<svg")
+    assert "(height: 1 nats)" in difference.svg()  # 0.5 below the line needs as much room as 1 above it
+    assert "(height: 1 nats)" in (sample() - sample()).svg()
     with pytest.raises(UserError, match="different texts"):
         sample() - sample(tokens=("a", "b", "d"))
 
