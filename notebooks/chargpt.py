@@ -32,7 +32,7 @@ FIX = "choose Runtime > Change runtime type > v5e-1 TPU, then Runtime > Run all"
 CURE = f"restart the session: {FIX}"
 RUNS = Path("runs")  # a fast local disk, deleted with the machine; step 5 copies the run
 WHEELS = [Path(), Path("/content"), Path("/content/drive/MyDrive"), Path("/content/drive/MyDrive/chargpt_jax")]
-UPLOAD = "upload its wheel to the files of this session, or to your Google Drive and mount that"
+UPLOAD = "upload its wheel to the Files panel, or to your Google Drive and mount that"
 
 # %% tags=["kaggle"]
 from pathlib import Path
