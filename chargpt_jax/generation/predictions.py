@@ -3,7 +3,6 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 @flax.struct.dataclass
@@ -39,7 +38,9 @@ def predictions(logits: jax.Array, tokens: jax.Array, k: int, sampled: jax.Array
         k: number of the likeliest tokens, at most V.
         sampled: float32 [...], the probability that the sampler gave them; None: no sampler chose them.
     """
-    log_p, likeliest = largest(jax.nn.log_softmax(logits, axis=-1), k)
+    # A generation loop has few logits at a time, and can be one kernel, in which XLA allows no top_k.
+    select = jax.lax.top_k if sampled is None else largest
+    log_p, likeliest = select(jax.nn.log_softmax(logits, axis=-1), k)
     own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
     return Predictions(
         rank=1 + jnp.sum(logits > own, axis=-1, dtype=jnp.int32),
@@ -69,9 +70,3 @@ def token_predictions(logits: jax.Array, tokens: jax.Array, k: int) -> Predictio
     found = predictions(logits[:, :-1], tokens[:, 1:], k)
     first = Predictions.undefined((len(tokens), 1), k)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), first, found)
-
-
-def on_host(found: Predictions) -> Predictions:
-    """Return predictions as arrays of NumPy that can be changed."""
-    arrays: Predictions = jax.tree.map(np.array, found)
-    return arrays
