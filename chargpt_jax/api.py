@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from chargpt_jax.config import Config, shown
 from chargpt_jax.data import batches
+from chargpt_jax.data.given_text import without_unknown
 from chargpt_jax.data.tokenizer import CharTokenizer, named
 from chargpt_jax.devices import sharding
 from chargpt_jax.devices.platform import compute_dtype
@@ -31,7 +32,6 @@ from chargpt_jax.generation.trained_model import (
     load_with_record,
     repairs_of,
     state_shapes_of,
-    without_unknown,
 )
 from chargpt_jax.interop import convert
 from chargpt_jax.interop.convert import import_original

@@ -108,10 +108,10 @@ def load_corpus(
         raise too_large(config)
     if missing:
         parts = [_stand_in(missing, [part for part in parts if part[1].kind != "stdlib"], config, warn)]
-    return joined([text for text, _ in parts]), tuple(source for _, source in parts)
+    return _joined([text for text, _ in parts]), tuple(source for _, source in parts)
 
 
-def joined(texts: Sequence[str]) -> str:
+def _joined(texts: Sequence[str]) -> str:
     """Join texts by line breaks; one that ends with a line break needs no other."""
     return "".join(text if text.endswith("\n") else text + "\n" for text in texts[:-1]) + "".join(texts[-1:])
 

@@ -185,7 +185,7 @@ def likely_encoding(data: bytes) -> str | None:
     with contextlib.suppress(UnicodeError):
         data.decode("utf-8", "surrogatepass")
         return None  # UTF-8, but for surrogates, which no encoding has
-    high = bytes(byte for byte in data if byte > 127)
+    high = data.translate(None, delete=bytes(range(128)))
     western = high.decode("cp1252", "replace")
     if (
         len(set(high)) < FEW

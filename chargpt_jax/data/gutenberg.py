@@ -61,9 +61,12 @@ WORDS = (
 )
 """What paragraphs of heads and tails contain."""
 
+LICENCE_NAMES = r"gutenberg(?:-tm|™|\(tm\)|[ \t]*licen[cs]e|[ \t]+literary|[ \t]+of[ \t]+australia)"
+"""What the licence calls Project Gutenberg; a line with it that was kept is reported."""
+
 LICENCE = (
-    r"gutenberg(?:-tm|™|\(tm\)|[ \t]*licen[cs]e|[ \t]+literary|[ \t]+of[ \t]+australia)"
-    r"|electronic[ \t]works\b|^[ \t]*1\.[A-F]\.|information[ \t]about[ \t]project[ \t]gutenberg|\bsmall[ \t]print!"
+    LICENCE_NAMES
+    + r"|electronic[ \t]works\b|^[ \t]*1\.[A-F]\.|information[ \t]about[ \t]project[ \t]gutenberg|\bsmall[ \t]print!"
 )
 """What only the licences contain: paragraphs without any of WORDS are removed in front of a paragraph with this."""
 
@@ -91,7 +94,9 @@ def _table(rows: Sequence[str], flags: int = 0) -> re.Pattern[str]:
 
 
 _START, _END, _HEADING, _NOTES = map(_table, (START_MARKERS, END_MARKERS, HEADINGS, NOTES))
-_WORDS, _LICENCE = (re.compile(row, re.IGNORECASE | re.MULTILINE) for row in (WORDS, LICENCE))
+_WORDS, _LICENCE, _LICENCE_NAMES = (
+    re.compile(row, re.IGNORECASE | re.MULTILINE) for row in (WORDS, LICENCE, LICENCE_NAMES)
+)
 _LAST = re.compile("|".join(LAST_SENTENCES), re.IGNORECASE)
 _CREDIT = re.compile(rf"\s*(?:{'|'.join(CREDITS)})(?:(?!\n[ \t]*\n)[\s\S])*", re.IGNORECASE)
 _PARAGRAPH = re.compile(r"(?:[^\n]*\S[^\n]*(?:\n|\Z))+")
@@ -148,7 +153,7 @@ def cut(text: str) -> Cut | None:
 
 def licence_line(text: str) -> int | None:
     """Return the first line that seems to be of a licence, counted from 1; None if there is none."""
-    found = next((match for match in _LICENCE.finditer(text) if "gutenberg" in match[0].lower()), None)
+    found = _LICENCE_NAMES.search(text)
     return text.count("\n", 0, found.start()) + 1 if found else None
 
 

@@ -1,6 +1,6 @@
 """A trained model, loaded from a run: continue prompts, score texts."""
 
-import re
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from flax import nnx
 
 from chargpt_jax.config import MAX_TEXT, Config, argument
 from chargpt_jax.config_io import from_dict
-from chargpt_jax.data.repair import ALL, DEFAULT, repaired_as
-from chargpt_jax.data.tokenizer import CharTokenizer, named
+from chargpt_jax.data.given_text import like_corpus, without_unknown
+from chargpt_jax.data.repair import ALL, DEFAULT
+from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.devices import sharding, startup
 from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.errors import NoCheckpoint, UserError
@@ -49,9 +50,6 @@ PIECE = 2**16
 
 NO_CHARACTER = "\ufffd"
 """Stands for a generated token id that has no character, which only a model without mask_unused_ids generates."""
-
-LONE_SURROGATE = re.compile("[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
-"""Half of a surrogate pair, which is not a character; repairs would replace it with U+FFFD."""
 
 STREAMED = 16
 """Characters that are generated between two calls of `on_text`."""
@@ -162,11 +160,16 @@ class Model:
         """Return a sample; `metrics` are of its characters."""
         found, kept = metrics.predictions, None
         if found is not None:
-            names = np.full(self.config.model.vocab_size, NO_CHARACTER)
-            names[1 : self.tokenizer.n_ids] = self.tokenizer.vocabulary[1:]
-            # A token without predictions has a rank of 0.
-            kept = Alternatives(found.rank, names[found.likeliest], np.exp(found.log_p), found.sampled)  # type: ignore[arg-type]
+            likeliest = self._names[np.asarray(found.likeliest)]
+            kept = Alternatives(np.asarray(found.rank), likeliest, np.exp(found.log_p), np.asarray(found.sampled))
         return Sample(prompt, characters, metrics.surprisal, metrics.entropy, self.config.model.vocab_size, kept)
+
+    @functools.cached_property
+    def _names(self) -> np.ndarray:
+        """The character of each token id, str [V]."""
+        names = np.full(self.config.model.vocab_size, NO_CHARACTER)
+        names[1 : self.tokenizer.n_ids] = self.tokenizer.vocabulary[1:]
+        return names
 
     def _alternatives(self, wanted: int) -> int:
         """Check the number of alternatives; there are not more than characters."""
@@ -260,26 +263,11 @@ class Model:
     def _repaired(self, text: str, skip_unknown: bool) -> str:
         if skip_unknown:
             return without_unknown(text, self.tokenizer, self.repairs)[0]
-        if found := LONE_SURROGATE.search(text):
-            raise UserError(
-                f"The text has {named(found[0])} at character {found.start()}, which is half of a surrogate pair and "
-                "not a character: remove it."
-            )
-        return repaired_as(text, self.tokenizer.vocabulary, self.repairs)
+        return like_corpus(text, self.tokenizer, self.repairs)
 
     def unknown(self, text: str) -> list[str]:
         """Return the distinct characters of a text that `skip_unknown` drops."""
         return without_unknown(text, self.tokenizer, self.repairs)[1]
-
-
-def without_unknown(text: str, tokenizer: CharTokenizer, repairs: Sequence[Sequence[str]]) -> tuple[str, list[str]]:
-    """Return a text without the characters that are not in the vocabulary, and these characters, each once.
-
-    The text is repaired like the corpus; `repairs`: the fixes that each source of the corpus got.
-    """
-    lone = dict.fromkeys(LONE_SURROGATE.findall(text))
-    text = repaired_as(LONE_SURROGATE.sub("", text), tokenizer.vocabulary, repairs)
-    return tokenizer.drop_unknown(text), [*lone, *tokenizer.unknown(text)]
 
 
 def _rebuilt(

@@ -22,10 +22,13 @@ Range = tuple[float, float]
 State = TypeVar("State")
 
 CLEAR_FALL = 0.1
-"""A zoom that lowers its first loss by at most this fraction may be the work of its batches."""
+"""A fall by at most this fraction of a zoom's first loss is not clear: its batches may explain it."""
 
 CLEAR_FACTOR = 4.0
-"""So may one whose fall is at most this multiple of the range of the zooms' first losses, all of the initial model."""
+"""A fall must also exceed the differences between the first losses of the zooms by this factor.
+
+The model is the same initial one at each of these losses, so they differ by their batches alone.
+"""
 
 
 def search(losses_of: LossesOf, config: LRFinderConfig) -> Iterator[LRFinderStep | Zoom | LRFinderResult]:
