@@ -242,7 +242,7 @@ def _finish(kind: str, page: Page, text: str, start: re.Pattern[str], setting: s
         state = "has only white space" if text else "is empty"
         raise UserError(f"{page.url} {state}, but must be a text: give another.")
     if line := gutenberg.licence_line(repaired.text):
-        notes.append(f"line {line:,} seems to be of a licence of Project Gutenberg, and is kept")
+        notes.append(f"line {line:,} may be part of Project Gutenberg's licence, and was kept")
     if repaired.lines:
         lines = "1 line" if repaired.lines == 1 else f"{repaired.lines:,} lines"
         notes.append(f"repaired {lines} ({', '.join(kinds(repaired.fixes))})")

@@ -137,10 +137,10 @@ def _mark(data: bytes) -> tuple[bytes, str]:
 
 
 def kind_of_binary(data: bytes) -> str | None:
-    """Say what the bytes at the start of a file are, such as 'is a PDF file'; None if they can be a text."""
+    """Say what the bytes at the start of a file are, such as 'is in PDF format'; None if they can be a text."""
     for start, kind in FILE_TYPES:
         if data.startswith(start):
-            return f"is a {kind} file"
+            return f"is in {kind} format"
     if 0 in data and not _mark(data)[1] and not _wide(data):
         return f"is binary (NUL at byte {data.find(0)})"
     return None

@@ -68,7 +68,7 @@ LICENCE = (
     LICENCE_NAMES
     + r"|electronic[ \t]works\b|^[ \t]*1\.[A-F]\.|information[ \t]about[ \t]project[ \t]gutenberg|\bsmall[ \t]print!"
 )
-"""What only the licences contain: paragraphs without any of WORDS are removed in front of a paragraph with this."""
+"""What only the licences contain. If a paragraph with one of these follows, paragraphs without WORDS are removed."""
 
 CREDITS = (
     r"(?:This\s+(?:e-?book|e-?text|file)\s+was\s+)?(?:Produced|(?:E-?text\s+)?Prepared|Scanned|Transcribed|Digitized)"
@@ -152,7 +152,7 @@ def cut(text: str) -> Cut | None:
 
 
 def licence_line(text: str) -> int | None:
-    """Return the first line that seems to be of a licence, counted from 1; None if there is none."""
+    """Return the first line that may be part of a licence, counted from 1; None if there is none."""
     found = _LICENCE_NAMES.search(text)
     return text.count("\n", 0, found.start()) + 1 if found else None
 

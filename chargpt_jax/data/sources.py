@@ -120,7 +120,11 @@ def _files(entry: str) -> tuple[list[str], tuple[str, ...]]:
     others = [item.name for item in items if item.name not in read.values()]
     if not texts:
         raise UserError(f"The folder {entry!r} has no text file, but must have at least one: put a text there.")
-    note = (f"left out {_listed(others)} of {entry} (hidden, empty, binary, double, or no file)",) if others else ()
+    note = (
+        (f"left out {_listed(others)} of {entry} (hidden, empty, binary, a duplicate, or not a file)",)
+        if others
+        else ()
+    )
     return [os.path.join(entry, name) for name in texts], note
 
 

@@ -181,7 +181,7 @@ class Workdir:
         """
         own = [name for name in ("vocabulary.json", "sources.json") if os.path.lexists(self.corpus / name)]
         if own and not any(os.path.lexists(self.corpus / name) for name in ("tokens.npy", manifest.NAME)):
-            raise UserError(f"{self.corpus / own[0]} is not of a run: move it, or choose another --workdir.")
+            raise UserError(f"{self.corpus / own[0]} is not a file of a run: move it, or choose another --workdir.")
         self.corpus.mkdir(parents=True, exist_ok=True)
         (self.corpus / manifest.NAME).unlink(missing_ok=True)
         if tokens is not None:

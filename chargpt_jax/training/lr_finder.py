@@ -86,7 +86,7 @@ def check_descent(zoom: Zoom, untrained: Sequence[float], config: LRFinderConfig
         config: of the range test.
 
     Raises:
-        UserError: if batches that differ explain half of the fall or more, so that it proposes no learning rate.
+        UserError: if differences between batches explain half of the fall or more: it then proposes no rate.
     """
     rates = log_spaced((zoom.low, zoom.high), config.steps_per_zoom)
     last = int(np.argmin(np.abs(np.log(rates) - np.log(zoom.lrs[-1]))))
@@ -94,7 +94,7 @@ def check_descent(zoom: Zoom, untrained: Sequence[float], config: LRFinderConfig
     if not learned > fall(zoom) / 2:
         raise UserError(
             f"The range test from {config.start_lr:g} to {config.end_lr:g} shows no descent (in zoom {zoom.number} the "
-            f"loss falls by {fall(zoom):.3f} nats, and training accounts for {learned:.3f} of these): choose "
+            f"loss falls by {fall(zoom):.3f} nats, and training accounts for {learned:.3f} of it): choose "
             "other lr_finder.start_lr and end_lr, raise data.batch_size or lr_finder.steps_per_zoom, or set "
             "optimizer.learning_rate."
         )

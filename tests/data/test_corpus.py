@@ -156,7 +156,9 @@ def test_a_file_that_is_linked_in_its_own_folder_is_read_once(cache: Path, tmp_p
     (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
     text, (source,) = load(str(folder), cache)
     assert text == "only once\n"
-    assert source.notes == (f"left out a.txt, gone.txt of {folder} (hidden, empty, binary, double, or no file)",)
+    assert source.notes == (
+        f"left out a.txt, gone.txt of {folder} (hidden, empty, binary, a duplicate, or not a file)",
+    )
 
 
 def test_a_short_poem_between_both_markers_is_a_book(cache: Path, tmp_path: Path) -> None:

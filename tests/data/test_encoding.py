@@ -80,10 +80,10 @@ def test_another_encoding_cannot_be_chosen_against_a_byte_order_mark() -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"%PDF-1.4\nplain", "is a PDF file"),
-        (b"PK\x03\x04..", "is a ZIP, EPUB or DOCX file"),
-        (b"\x1f\x8b\x08", "is a gzip file"),
-        (b"{\\rtf1 text}", "is a RTF file"),
+        (b"%PDF-1.4\nplain", "is in PDF format"),
+        (b"PK\x03\x04..", "is in ZIP, EPUB or DOCX format"),
+        (b"\x1f\x8b\x08", "is in gzip format"),
+        (b"{\\rtf1 text}", "is in RTF format"),
     ],
 )
 def test_a_text_in_another_form_is_named(data: bytes, said: str) -> None:

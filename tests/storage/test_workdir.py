@@ -72,7 +72,7 @@ def test_corpus_round_trip(folder):
 def test_a_file_of_another_program_is_not_replaced(folder, name):
     folder.corpus.mkdir(parents=True)
     (folder.corpus / name).write_text("mine")
-    with pytest.raises(UserError, match=f"{name} is not of a run: move it"):
+    with pytest.raises(UserError, match=f"{name} is not a file of a run: move it"):
         folder.save_corpus(CharTokenizer("ab"), np.int32([1, 2]), [])
     assert (folder.corpus / name).read_text() == "mine"
     (folder.corpus / "tokens.npy").touch()  # left by a killed run
