@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import chargpt_jax
-from chargpt_jax import api
+from chargpt_jax import results
 from chargpt_jax.errors import NoCheckpoint, UserError
 from chargpt_jax.events import TrainStarted
 from chargpt_jax.generation import generate, trained_model
@@ -253,7 +253,7 @@ def test_model_survives_copying_and_pickling(model):
 )
 def test_config_prompts_lose_unknown_characters_with_a_warning(model, prompts, used, said):
     warnings: list[str] = []
-    assert api._known_prompts(prompts, model.tokenizer, model.repairs, warnings.append) == used
+    assert results.known_prompts(prompts, model.tokenizer, model.repairs, warnings.append) == used
     assert len(warnings) == len(said)
     for warning, pattern in zip(warnings, said, strict=True):
         assert re.search(pattern, warning), warning

@@ -76,8 +76,9 @@ MAY_IMPORT = {
     "training": "config config_io data devices errors events hash_rng model ops storage",
     "generation": "config config_io data devices errors events hash_rng model ops pictures storage training",
     "interop": "atomic config config_io data devices errors storage training",
-    "api": "config config_io data devices errors events generation interop model ops pictures storage training",
-    "cli": "api config config_io data devices errors events generation model ops pictures storage training",
+    "results": "config data devices errors events generation model pictures storage training",
+    "api": "config devices errors events generation interop results storage training",
+    "cli": "api config config_io data devices errors events generation model ops pictures results storage training",
     "main": "cli errors",
     "__init__": "api cli config config_io devices errors",
 }

@@ -136,11 +136,13 @@ class Session:
 
 
 def _print_samples(folder: "Workdir", out: TextIO) -> None:
+    from chargpt_jax.results import load_samples
+
     # The newest by the step in the name: clocks may go backwards.
     found = {int(path.stem[5:]): path for path in folder.samples.glob("step-*.json") if path.stem[5:].isdecimal()}
     # What could not be written or read is left out here: a warning said so.
     with contextlib.suppress(ValueError):
-        for sample in api_module().load_samples(folder, found[max(found)]) if found else ():
+        for sample in load_samples(folder, found[max(found)]) if found else ():
             print(f"\n{shown(sample.text, out)}", file=out)
     if folder.report.is_file():
         print(f"\nreport: {one_line(folder.report)}", file=out)

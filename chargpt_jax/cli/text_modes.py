@@ -130,8 +130,10 @@ def _print_passages(request: Request, found: "Passages") -> None:
 
 def _saved(request: Request, samples: "Samples", name: str, content: dict[str, Any] | None = None) -> list[Path]:
     """Save samples with their plots in the workdir; warn and return [] if that fails: the text has been printed."""
+    from chargpt_jax.results import save_samples
+
     try:
-        return api_module().save_samples(request.folder, samples, name, content)
+        return save_samples(request.folder, samples, name, content)
     except OSError as error:
         warn(f"Cannot save the samples in {request.folder.samples}: {error.strerror or error}.")
         return []
