@@ -21,7 +21,7 @@ import jax.monitoring
 import pytest
 
 from chargpt_jax import events
-from chargpt_jax.cli import commands, progress, selftest
+from chargpt_jax.cli import commands, progress
 from chargpt_jax.cli.flags import MODES, define_flags, parse
 from chargpt_jax.cli.signals import Signals
 from chargpt_jax.config import Config, validate
@@ -29,6 +29,7 @@ from chargpt_jax.config_io import flatten, to_json
 from chargpt_jax.data.batches import windows_per_pass
 from chargpt_jax.errors import UserError
 from chargpt_jax.main import DISK_ERRORS, main
+from chargpt_jax.selftest import bench
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import run as run_module
 from chargpt_jax.training.pacing import StopCondition
@@ -715,7 +716,7 @@ def test_signals_are_deferred_and_only_in_the_main_thread() -> None:
 def train_line(here: Path, *more: str) -> list[str]:
     """Return a command line that trains a tiny model for twelve steps, with a checkpoint every three steps."""
     (here / "words.txt").write_text(SENTENCE * 100)
-    config = selftest.shrunk(selftest.everything(), here / "words.txt")
+    config = bench.shrunk(bench.everything(), here / "words.txt")
     config.scheduler.max_steps, config.train.validate_every = 12, 3 / (windows_per_pass(4050, 16) / 4)
     (here / "small.json").write_text(to_json(config))
     return ["chargpt", "--mode=train", "--config=small.json", "--workdir=run", *more]

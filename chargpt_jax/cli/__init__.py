@@ -1,1 +1,1 @@
-"""The command line: flags, modes, signals, progress output, self-test."""
+"""The command line: flags, modes, signals, progress output."""

@@ -199,14 +199,14 @@ def selftest(request: Request) -> int:
     for name, count in counts.items():
         if not 0 <= count <= 100_000:
             raise UserError(f"--{name} is {count}, but it must be between 0 and 100,000: leave it out, for example.")
-    from chargpt_jax.cli import selftest
+    from chargpt_jax.selftest.check import check
 
     out = sys.stderr if flags.json else sys.stdout
 
     def report(text: str) -> None:
         print(text, file=out, flush=True)
 
-    result = selftest.check(request.workdir, request.config, **counts, seed=flags.seed or 0, tell=report)
+    result = check(request.workdir, request.config, **counts, seed=flags.seed or 0, tell=report)
     print(json.dumps(result.to_dict()) if flags.json else f"\n{result.table()}")
     return 1 if result.broken else 0
 

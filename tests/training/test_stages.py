@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from chargpt_jax import api, atomic
-from chargpt_jax.cli.selftest import shrunk
 from chargpt_jax.config import Config
 from chargpt_jax.config_io import load_config
 from chargpt_jax.devices.platform import BFLOAT16_ON_CPU
@@ -31,6 +30,7 @@ from chargpt_jax.events import (
     Validated,
     Zoom,
 )
+from chargpt_jax.selftest.bench import shrunk
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.metrics_log import Log
 from chargpt_jax.storage.state_arrays import on_host

@@ -1,0 +1,1 @@
+"""The self-test: stop trainings, damage checkpoints, and check that no data is lost."""
