@@ -145,6 +145,15 @@ def load_samples(workdir: str | Path | Workdir, path: Path) -> Samples:
     return Samples.from_dict(Workdir(workdir).load_json(path, MAX_SAMPLES_JSON, "remove it"))
 
 
+INFO = (
+    *("sources", "characters", "vocabulary", "parameters", "block_size", "steps_per_epoch", "total_steps"),
+    *("learning_rate", "step", "seconds", "best_step", "best_loss", "best_bits_per_character"),
+    *("devices", "dtype", "trained_on", "compile_seconds", "seconds_per_step"),
+    *("flops_per_step", "flops_per_second", "mfu"),
+)
+"""The facts of `info`, in this order."""
+
+
 def info(workdir: str | Path | Workdir, warn: Warn = print) -> dict[str, Any]:
     """Return the facts of a run, as JSON can hold them: corpus, model, progress, devices and training speed.
 
@@ -152,26 +161,37 @@ def info(workdir: str | Path | Workdir, warn: Warn = print) -> dict[str, Any]:
     is not known. None before the first validation: compile_seconds, seconds_per_step, flops_per_second and mfu.
     seconds is None if the last lines of metrics.jsonl are missing. `warn` is told which files could not be used.
     """
+    facts = all_facts(workdir, warn)
+    return {name: facts[name] for name in INFO}
+
+
+def all_facts(workdir: str | Path | Workdir, warn: Warn = print) -> dict[str, Any]:
+    """Return the facts of `info`, and further ones for `facts_in_words`."""
     folder = Workdir(workdir)
     config, sources, speed = folder.load_config(), folder.load_sources(), folder.load_speed(warn)
     mesh = training_mesh(config, tell=False)  # first: it also decides how many CPU devices there are
     _, like = state_shapes_of(config, compute_dtype(config.amp))
     n = int(sum(source["characters"] for source in sources))
-    epoch_steps = batches.steps_per_epoch(
-        int(config.data.train_split * n), config.model.block_size, config.data, config.ancestor.short_epochs
-    )
+    n_train = int(config.data.train_split * n)
+    epoch_steps = batches.steps_per_epoch(n_train, config.model.block_size, config.data, config.ancestor.short_epochs)
     with contextlib.closing(Checkpoints(folder.checkpoints, warn=warn)) as store:
-        best, step = store.best(), max(store.valid_steps(), default=0)
+        checkpoints, best = store.valid_steps(), store.best()
+        step = max(checkpoints, default=0)
         validated = step > 0 and store.loss_of(step) < UNVALIDATED
     return {
         "sources": [source["title"] for source in sources],
+        "source_notes": [source.get("notes", []) for source in sources],
         "characters": n,
+        "n_train": n_train,
         "vocabulary": config.model.used_ids - 1,
         "parameters": count_parameters(like.params),
-        "block_size": config.model.block_size,
+        **{name: getattr(config.model, name) for name in ("block_size", "n_layer", "n_embd", "n_head", "n_head_dim")},
+        "characters_per_step": config.data.batch_size * config.model.block_size,
         "steps_per_epoch": epoch_steps,
         "total_steps": optimizer.total_steps(config.scheduler, epoch_steps),
         "learning_rate": config.optimizer.learning_rate,
+        "learning_rate_method": _learning_rate_method(folder, config.optimizer.learning_rate),
+        "checkpoints": checkpoints,
         "step": step,
         "seconds": seconds_at(folder.load_metrics(), Expected(step, validated, config.train.log_every)),
         "best_step": best and best[0],
@@ -185,7 +205,16 @@ def info(workdir: str | Path | Workdir, warn: Warn = print) -> dict[str, Any]:
         "flops_per_step": training_flops(config.model, config.data.batch_size),
         "flops_per_second": speed.get("flops_per_second"),
         "mfu": speed.get("mfu"),
+        "report": str(folder.report) if folder.report.is_file() else None,
     }
+
+
+def _learning_rate_method(folder: Workdir, learning_rate: float | None) -> str | None:
+    """Return the method of the range test that found a learning rate; None if no range test that can be read did."""
+    with contextlib.suppress(ValueError):
+        found = result_from(folder.load_json(folder.lr_finder))
+        return found.method if found.learning_rate == learning_rate else None
+    return None
 
 
 def _shown(value: Any) -> str:

@@ -400,7 +400,8 @@ def test_titles_and_devices_that_steer_a_terminal_do_not(asked: Asked, copy: Pat
     code, out, _ = asked("--mode=info", workdir=copy)
     assert code == 0
     assert all(line.isprintable() for line in out.splitlines())
-    assert "mfu: not known" in out.splitlines()
+    assert [line for line in out.splitlines() if line.startswith("Text      titles         A\ufffd]0;x")]
+    assert [line for line in out.splitlines() if line.endswith("per second: not measured yet")]
 
 
 @pytest.mark.slow

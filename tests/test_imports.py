@@ -64,7 +64,7 @@ def test_imports_at_load_time_and_later_are_distinguished():
 
 
 MAY_IMPORT = {
-    **dict.fromkeys(("errors", "events", "hash_rng", "atomic"), ""),
+    **dict.fromkeys(("errors", "events", "facts", "hash_rng", "atomic"), ""),
     "config": "errors",
     "config_io": "config errors",
     "data": "atomic config errors hash_rng",
@@ -79,8 +79,8 @@ MAY_IMPORT = {
     "results": "config data devices errors events generation model pictures storage training",
     "api": "config devices errors events generation interop results storage training",
     "selftest": "config config_io data errors storage training",
-    "cli": "api config config_io data devices errors events generation model ops pictures results selftest storage "
-    "training",
+    "cli": "api config config_io data devices errors events facts generation model ops pictures results selftest "
+    "storage training",
     "main": "cli errors",
     "__init__": "api cli config config_io devices errors",
 }

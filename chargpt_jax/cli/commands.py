@@ -15,6 +15,7 @@ from chargpt_jax.cli.signals import ResilientStream
 from chargpt_jax.cli.terminal import as_json, one_line, shown, warn
 from chargpt_jax.cli.text_modes import generate, score
 from chargpt_jax.errors import UserError
+from chargpt_jax.facts import facts_in_words
 
 if TYPE_CHECKING:
     from chargpt_jax.events import Event
@@ -176,9 +177,15 @@ def import_original(request: Request) -> int:
 
 def info(request: Request) -> int:
     """Print a run's settings, progress and speed."""
-    facts = api_module().info(request.folder, warn)
-    lines = [one_line(f"{name}: {'not known' if value is None else value}") for name, value in facts.items()]
-    print(as_json(facts) if request.flags.json else "\n".join(lines))
+    if request.flags.json:
+        print(as_json(api_module().info(request.folder, warn)))
+        return 0
+    api_module()
+    from chargpt_jax.results import all_facts
+
+    for group, rows in facts_in_words(all_facts(request.folder, warn)):
+        for i, (name, value) in enumerate(rows):
+            print(one_line(f"{'' if i else group:<10}{name:<15}{value}"))
     return 0
 
 

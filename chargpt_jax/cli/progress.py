@@ -28,6 +28,7 @@ from chargpt_jax.events import (
     Zoom,
     bits_per_character,
 )
+from chargpt_jax.facts import duration
 from chargpt_jax.pictures import plots
 
 MAX_TITLES = 400
@@ -89,14 +90,6 @@ def counting(what: str) -> Iterator[Callable[[int], None]]:
     if terminal:
         with contextlib.suppress(OSError):
             print(" " * 40, end="\r", file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """Return a duration for people: '48 s', '12 min', '3 h 05 min'."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _notes(notes: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from chargpt_jax.cli.progress import duration, numbers, sentence, show
+from chargpt_jax.cli.progress import numbers, sentence, show
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import (
     Compiled,
@@ -68,29 +68,6 @@ def terminal(monkeypatch):
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
 
     return draw
-
-
-# Times
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0 s"),
-        (0.4, "0 s"),
-        (48, "48 s"),
-        (99, "99 s"),
-        (100, "2 min"),
-        (720, "12 min"),
-        (5900, "98 min"),
-        (6000, "1 h 40 min"),
-        (11_100, "3 h 05 min"),
-        (7200, "2 h 00 min"),
-        (100 * 3600, "100 h 00 min"),
-    ],
-)
-def test_duration_has_a_readable_form(seconds, text):
-    assert duration(seconds) == text
 
 
 # A log
