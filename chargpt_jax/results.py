@@ -210,11 +210,14 @@ def all_facts(workdir: str | Path | Workdir, warn: Warn = print) -> dict[str, An
 
 
 def _learning_rate_method(folder: Workdir, learning_rate: float | None) -> str | None:
-    """Return the method of the range test that found a learning rate; None if no range test that can be read did."""
-    with contextlib.suppress(ValueError):
+    """Return the method of the range test that found a learning rate; None if none did; '' if it cannot be read."""
+    if not os.path.lexists(folder.lr_finder):
+        return None
+    try:
         found = result_from(folder.load_json(folder.lr_finder))
-        return found.method if found.learning_rate == learning_rate else None
-    return None
+    except ValueError:
+        return ""
+    return found.method if found.learning_rate == learning_rate else None
 
 
 def _shown(value: Any) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import re
+import shutil
 import xml.etree.ElementTree as ET
 
 import jax
@@ -18,6 +19,8 @@ from chargpt_jax.events import TrainStarted
 from chargpt_jax.generation import generate, trained_model
 from chargpt_jax.main import main
 from chargpt_jax.model.flops import peak_flops
+from chargpt_jax.results import INFO, all_facts
+from chargpt_jax.storage.workdir import Workdir
 from tests.corpus_text import FLOOR, small_config, write_words
 
 
@@ -387,6 +390,28 @@ def test_eval_and_info_print_json(capsys, workdir):
     assert facts["sources"] == ["words"]
     assert facts["compile_seconds"] > 0
     assert facts["flops_per_second"] == pytest.approx(facts["flops_per_step"] / facts["seconds_per_step"])
+
+
+@pytest.mark.parametrize(("rate", "method"), [(None, None), ("own", "lowest"), (1e-5, None), ("damaged", "")])
+def test_all_facts_say_how_the_learning_rate_was_found(workdir, tmp_path, rate, method):
+    folder = Workdir(shutil.copytree(workdir, tmp_path / "run"))
+    folder.lr_finder.unlink(missing_ok=True)
+    if rate is not None:
+        own = folder.load_config().optimizer.learning_rate
+        found = {"learning_rate": own if rate == "own" else rate, "method": "lowest", "start_lr": 0, "end_lr": 1}
+        folder.save_lr_finder({**found, "zooms": []})
+    facts = all_facts(folder)
+    assert facts["learning_rate_method"] == method
+    assert {name: facts[name] for name in INFO} == chargpt_jax.info(folder)
+
+
+def test_info_prints_words_and_no_keys(capsys, workdir):
+    code, out, _ = command(capsys, workdir, "--mode=info")
+    assert code == 0
+    assert "Text      titles         words\n" in out
+    assert "Training  progress       complete: 60 steps (" in out
+    assert not [name for name in INFO if "_" in name and name in out]
+    assert not re.search(r"\de[+-]?\d", out)
 
 
 @pytest.mark.slow
