@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None, last: bool = False) -> int:
         try:
             try:
                 # Imported here, so that a signal during the imports is handled as well.
-                from chargpt_jax.cli import commands, flags, terminal
+                from chargpt_jax.cli import command_line, commands, terminal
 
                 if last:
                     terminal.guard()
-                request = flags.read(sys.argv if argv is None else argv, signals)
+                request = command_line.read(sys.argv if argv is None else argv, signals)
                 code = commands.MODES[request.mode](request) if not request.flags.help else _print_help()
                 sys.stdout.flush()
                 return code

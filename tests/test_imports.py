@@ -262,7 +262,7 @@ def test_the_users_config_is_run_in_one_place():
     assert function.name == "load_config"
     calls = {name: [n for n in ast.walk(tree) if isinstance(n, ast.Call)] for name, tree in TREES.items()}
     callers = [name for name in calls if any(ast.unparse(call.func) == "load_config" for call in calls[name])]
-    assert callers == ["cli.flags"]
+    assert callers == ["cli.command_line"]
 
 
 def test_dynamic_imports_have_constant_names():

@@ -22,7 +22,8 @@ import pytest
 
 from chargpt_jax import events
 from chargpt_jax.cli import commands, progress
-from chargpt_jax.cli.flags import MODES, define_flags, parse
+from chargpt_jax.cli.command_line import parse
+from chargpt_jax.cli.flags import MODES, define_flags
 from chargpt_jax.cli.signals import Signals
 from chargpt_jax.config import Config, validate
 from chargpt_jax.config_io import flatten, to_json

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO, TypeVar, cast
 
-from chargpt_jax.cli.flags import Request, api_module
+from chargpt_jax.cli.command_line import Request, api_module
 from chargpt_jax.cli.signals import ResilientStream
 from chargpt_jax.cli.terminal import as_json, one_line, shown, warn
 from chargpt_jax.cli.text_modes import generate, score

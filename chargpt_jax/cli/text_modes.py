@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from chargpt_jax.cli.flags import Request, api_module
+from chargpt_jax.cli.command_line import Request, api_module
 from chargpt_jax.cli.terminal import as_json, one_line, shown, warn
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import bits_per_character
