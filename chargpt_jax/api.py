@@ -17,13 +17,9 @@ from chargpt_jax.config import Config
 from chargpt_jax.devices import sharding
 from chargpt_jax.errors import UserError, excused
 from chargpt_jax.events import Ended, Event, LRFinderResult, Prepared, bits_per_character, perplexity
+from chargpt_jax.generation.loading import load, load_with_record, repairs_of
 from chargpt_jax.generation.sample import Sample, Samples
-from chargpt_jax.generation.trained_model import (
-    Model,
-    load,
-    load_with_record,
-    repairs_of,
-)
+from chargpt_jax.generation.trained_model import Model
 from chargpt_jax.interop import convert
 from chargpt_jax.interop.convert import import_original
 from chargpt_jax.results import info, known_prompts, range_test_plot, write_report, write_samples

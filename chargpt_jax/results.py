@@ -18,8 +18,9 @@ from chargpt_jax.devices import sharding
 from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.errors import UserError, excused
 from chargpt_jax.events import LRFinderResult, bits_per_character
+from chargpt_jax.generation.loading import load
 from chargpt_jax.generation.sample import Samples
-from chargpt_jax.generation.trained_model import load, state_shapes_of
+from chargpt_jax.generation.trained_model import state_shapes_of
 from chargpt_jax.model.flops import training_flops
 from chargpt_jax.model.init import count_parameters
 from chargpt_jax.pictures import plots, report

@@ -21,8 +21,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from chargpt_jax.generation.metrics import surprisal_and_entropy, token_metrics
-from chargpt_jax.generation.predictions import Predictions, predictions, token_predictions
+from chargpt_jax.generation.metrics import (
+    Predictions,
+    predictions,
+    surprisal_and_entropy,
+    token_metrics,
+    token_predictions,
+)
 from chargpt_jax.generation.sampler import SamplerState
 from chargpt_jax.model.gpt import GPT, Block
 from chargpt_jax.model.init import Params, count_parameters

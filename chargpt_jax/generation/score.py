@@ -10,8 +10,7 @@ from flax import nnx
 
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.generate import bucket
-from chargpt_jax.generation.metrics import token_metrics
-from chargpt_jax.generation.predictions import Predictions, token_predictions
+from chargpt_jax.generation.metrics import Predictions, token_metrics, token_predictions
 from chargpt_jax.model.init import Params
 
 

@@ -1,8 +1,7 @@
-"""A trained model, loaded from a run: continue prompts, score texts."""
+"""A trained model: continue prompts, score texts."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,13 +9,12 @@ import numpy as np
 from flax import nnx
 
 from chargpt_jax.config import MAX_TEXT, Config, argument
-from chargpt_jax.config_io import from_dict
 from chargpt_jax.data.given_text import like_corpus, without_unknown
-from chargpt_jax.data.repair import ALL, DEFAULT
+from chargpt_jax.data.repair import DEFAULT
 from chargpt_jax.data.tokenizer import CharTokenizer
-from chargpt_jax.devices import sharding, startup
+from chargpt_jax.devices import sharding
 from chargpt_jax.devices.platform import compute_dtype
-from chargpt_jax.errors import NoCheckpoint, UserError
+from chargpt_jax.errors import UserError
 from chargpt_jax.generation.alternatives import Alternatives
 from chargpt_jax.generation.arguments import (
     check_scored,
@@ -26,7 +24,6 @@ from chargpt_jax.generation.arguments import (
     checked_prompts,
     checked_seed,
     checked_skip,
-    checked_step,
     checked_stride,
     text_pieces,
 )
@@ -37,8 +34,6 @@ from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.generation.score import Scored, joined, score_pieces, score_tokens
 from chargpt_jax.model.init import Params, abstract_model
 from chargpt_jax.ops.choose import ops_for
-from chargpt_jax.storage.checkpoint import Checkpoints
-from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import state_shapes
 
@@ -56,7 +51,7 @@ STREAMED = 16
 
 
 class Model:
-    """A trained model with its vocabulary; `load` makes one."""
+    """A trained model with its vocabulary; `loading.load` makes one."""
 
     def __init__(
         self,
@@ -72,7 +67,7 @@ class Model:
         self.repairs = repairs
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle the model without its compiled operations, which `load` and a copy build alike."""
+        """Copy and pickle the model without its compiled operations, which `loading.load` and a copy build alike."""
         return _rebuilt, (self.config, self.tokenizer, self.params, self.step, self.repairs)
 
     def generate(
@@ -275,65 +270,6 @@ def _rebuilt(
 ) -> Model:
     graphdef, _ = state_shapes_of(config, compute_dtype(config.amp))
     return Model(config, tokenizer, graphdef, params, step, repairs)
-
-
-def load(workdir: str | Path | Workdir, step: str | int = "best", warn: Callable[[str], None] = print) -> Model:
-    """Load a trained model from a run's folder.
-
-    Args:
-        workdir: of the run.
-        step: 'best' by validation loss, 'latest', or a checkpoint's step.
-        warn: called with a message for each damaged checkpoint; another is loaded instead, unless `step` is a number.
-
-    Raises:
-        UserError: if the folder is not a run.
-        NoCheckpoint: if it has no such checkpoint, or none that passes verification.
-    """
-    return load_with_record(workdir, step, warn)[0]
-
-
-def load_with_record(
-    workdir: str | Path | Workdir, step: str | int = "best", warn: Callable[[str], None] = print
-) -> tuple[Model, dict[str, Any]]:
-    """Load a trained model as `load` does; return the record of its checkpoint as well."""
-    step = checked_step(step)
-    startup.check_single_process()
-    folder = Workdir(workdir)
-    folder.load_config()  # raises if this is not a run
-    if not folder.checkpoints.is_dir():
-        raise NoCheckpoint(f"{folder.path} holds no checkpoint: train first.")
-
-    models: dict[int, tuple[Config, nnx.GraphDef]] = {}
-
-    def like_of(record: dict[str, Any]) -> Any:
-        config = from_dict(record["config"])
-        graphdef, like = state_shapes_of(config, compute_dtype(config.amp))
-        models[record["step"]] = config, graphdef
-        return like
-
-    store = Checkpoints(folder.checkpoints, warn=warn)
-    try:
-        chosen, record, state = store.load(step, like_of)
-    finally:
-        store.close()
-    config, graphdef = models[chosen]
-    vocabulary = _vocabulary(record, folder.checkpoints / str(chosen))
-    return Model(config, vocabulary, graphdef, state.params, chosen, repairs_of(folder)), record
-
-
-def repairs_of(folder: Workdir) -> Sequence[Sequence[str]]:
-    """Return the fixes that each text of the corpus got; earlier versions always ran all of them."""
-    try:
-        return [source.get("repairs", ALL) for source in folder.load_sources()] or [DEFAULT]
-    except UserError:  # an imported model, or a model without its corpus
-        return [DEFAULT]
-
-
-def _vocabulary(record: dict[str, Any], where: Path) -> CharTokenizer:
-    try:
-        return CharTokenizer.from_saved(record.get("vocabulary"))
-    except ValueError as error:
-        raise NoCheckpoint(f"{where} cannot be used: {error}.") from None
 
 
 def state_shapes_of(config: Config, dtype: Any) -> tuple[nnx.GraphDef, Any]:

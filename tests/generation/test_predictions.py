@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from chargpt_jax.generation.generate import bucket, decode, decoding_program, inside_context, prefill
-from chargpt_jax.generation.predictions import Predictions, largest, predictions, token_predictions
+from chargpt_jax.generation.metrics import Predictions, largest, predictions, token_predictions
 from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.generation.score import score_pieces, score_tokens
 from tests.generation.test_generate import CONFIG, GRAPHDEF, KEY, PARAMS, prompts
