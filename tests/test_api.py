@@ -129,6 +129,78 @@ def test_samples_draw_themselves_in_a_notebook(model):
     ET.fromstring(samples[0]._repr_html_())
 
 
+@pytest.mark.parametrize("alternatives", [0, 3])
+def test_parts_on_the_way_add_up_to_the_samples(model, alternatives):
+    prompts = ["ab", "cde fghi " * 9, "c"]
+    parts: dict[int, list[chargpt_jax.Sample]] = {}
+    texts: dict[int, str] = dict.fromkeys(range(len(prompts)), "")
+
+    def on_text(i, text):
+        texts[i] += text
+
+    on_sample = {"on_sample": lambda i, part: parts.setdefault(i, []).append(part)}
+    samples = model.generate(prompts, 40, alternatives=alternatives, on_text=on_text, **on_sample)
+    assert samples == model.generate(prompts, 40, alternatives=alternatives)
+    for i, sample in enumerate(samples):
+        first, *rest = parts[i]
+        assert (first.text, first.prompt) == (prompts[i], prompts[i])
+        assert [len(part) for part in rest] == [16, 16, 8]
+        assert sum(rest, start=first) == sample
+        assert texts[i] == sample.text[len(prompts[i]) :]
+
+
+def test_prompts_that_are_not_repaired_stay_as_they_are(model):
+    assert model.generate("ab\r\ncd", 1, skip_unknown=True)[0].prompt == "abcd"
+    with pytest.raises(UserError, match=r"'\\r'"):
+        model.generate("ab\rcd", 1, repair=False)
+    assert model.generate("ab\rcd", 1, repair=False, skip_unknown=True)[0].prompt == "abcd"
+    assert model.generate("ab", 9, repair=False) == model.generate("ab", 9)
+
+
+# Branching
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 20, 41])
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": 0.7, "seed": 3}])
+def test_branching_with_the_samples_own_character_repeats_it(model, how, at):
+    (sample,) = model.generate("ab", 40, **how)
+    branch = model.branch(sample, at, sample.text[at], **how)
+    assert branch.text[: len(sample)] == sample.text
+    assert branch.prompt == sample.text[: at + 1]
+
+
+def test_branch_has_the_prompt_and_the_length_of_its_sample(model):
+    (sample,) = model.generate("ab", 40)
+    branch = model.branch(sample, 30, "j", seed=1)
+    assert branch.prompt == sample.text[:30] + "j"
+    assert len(branch) == len(sample) == 42
+    assert branch == model.branch(sample, 30, "j", seed=1)
+    assert len(model.branch(sample, 41, "j")) == 43
+    assert len(model.branch(sample, 30, "j", 5)) == 36
+    assert model.branch(branch, 2, "a", 7, top_k=2, alternatives=2).alternatives.characters.shape == (10, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ab", 0, "a"), "sample is 'ab', but it must be a Sample"),
+        ((3, "a"), "at is 3, but the sample has 3 characters: give an index of at least 0 and below 3"),
+        ((-1, "a"), "at is -1, but the sample has 3 characters"),
+        ((1.0, "a"), "at is 1.0, but it must be an integer"),
+        ((0, "ab"), "alternative is 'ab', but it must be one character"),
+        ((0, ""), "alternative is '', but it must be one character"),
+        ((0, 3), "alternative is 3, but it must be a string"),
+        ((0, "€"), r"alternative is '€' \(U\+20AC\), which is not in the vocabulary of this model"),
+        ((0, "a", 0), "max_new_tokens is 0, but"),
+    ],
+)
+def test_branch_rejects_invalid_arguments(model, arguments, message):
+    sample = model.score("abc")
+    given = arguments if isinstance(arguments[0], str) else (sample, *arguments)
+    with pytest.raises(UserError, match=message):
+        model.branch(*given, skip_unknown=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -153,6 +225,8 @@ def test_samples_draw_themselves_in_a_notebook(model):
         ({"prompts": "ab", "seed": np.int64(-1)}, "seed is -1, but it must be at least 0"),
         ({"prompts": "ab", "skip_unknown": "no"}, "skip_unknown is 'no', but it must be True or False"),
         ({"prompts": "ab", "on_text": "print"}, "on_text is 'print', but it must be a function"),
+        ({"prompts": "ab", "on_sample": 3}, "on_sample is 3, but it must be a function of an index and a sample"),
+        ({"prompts": "ab", "repair": 1}, "repair is 1, but it must be True or False"),
         ({"prompts": 7}, "prompts is 7, but it must be a string, or a list of strings"),
         ({"prompts": b"ab"}, "prompts is b'ab', but it must be a string"),
         ({"prompts": None}, "prompts is None"),

@@ -1,9 +1,12 @@
 """The arguments of a trained model's functions, checked: each function raises `UserError` for an invalid one."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from chargpt_jax.config import MAX_TEXT, argument, shown
 from chargpt_jax.errors import UserError
+
+Callback = TypeVar("Callback", bound=Callable[..., Any])
 
 MAX_SEED = 2**31
 """Seeds are below this."""
@@ -69,11 +72,17 @@ def checked_skip(skip_unknown: bool) -> bool:
     return bool(argument("skip_unknown", skip_unknown, bool, "leave it out to reject unknown characters"))
 
 
-def checked_callback(on_text: Callable[[int, str], None] | None) -> Callable[[int, str], None] | None:
-    """Return a callback, or None."""
-    if on_text is not None and not callable(on_text):
-        raise UserError(f"on_text is {shown(on_text)}, but it must be a function of an index and a text: leave it out.")
-    return on_text
+def checked_repair(repair: bool) -> bool:
+    """Return whether to repair prompts."""
+    return bool(argument("repair", repair, bool, "leave it out to repair the prompts like the corpus"))
+
+
+def checked_callback(name: str, callback: Callback | None) -> Callback | None:
+    """Return a callback of an index and what is new, by its argument's name; or None."""
+    if callback is not None and not callable(callback):
+        what = "a text" if name == "on_text" else "a sample"
+        raise UserError(f"{name} is {shown(callback)}, but it must be a function of an index and {what}: leave it out.")
+    return callback
 
 
 def checked_step(step: str | int) -> str | int:

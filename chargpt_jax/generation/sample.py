@@ -221,6 +221,26 @@ class Samples(list[Sample]):
         return "\n".join(sample.svg() for sample in self)
 
 
+def branched(sample: Sample, at: int, alternative: str) -> str:
+    """Return the text of a sample up to index `at`, followed by another character.
+
+    Raises:
+        UserError: if an argument is invalid.
+    """
+    if not isinstance(sample, Sample):
+        raise UserError(f"sample is {shown(sample)}, but it must be a Sample: give one that generate returned.")
+    at = argument("at", at, int, "give the index of a character")
+    if not 0 <= at < len(sample):
+        raise UserError(
+            f"at is {shown(at)}, but the sample has {len(sample):,} characters: give an index of at least 0 and below "
+            f"{len(sample):,}."
+        )
+    alternative = argument("alternative", alternative, str, "give one character")
+    if len(alternative) != 1:
+        raise UserError(f"alternative is {shown(alternative)}, but it must be one character: give one.")
+    return "".join(sample.tokens[:at]) + alternative
+
+
 def _checked_columns(chars_per_line: int) -> int:
     columns: int = argument("chars_per_line", chars_per_line, int, "try 80")
     if columns < 1:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from chargpt_jax.generation.arguments import (
     checked_callback,
     checked_count,
     checked_prompts,
+    checked_repair,
     checked_seed,
     checked_skip,
     checked_stride,
@@ -29,9 +31,9 @@ from chargpt_jax.generation.arguments import (
 )
 from chargpt_jax.generation.generate import DecodeState, bucket, decode, prefill
 from chargpt_jax.generation.passages import Passages, passages
-from chargpt_jax.generation.sample import Sample, Samples
+from chargpt_jax.generation.sample import Sample, Samples, branched
 from chargpt_jax.generation.sampler import Sampler
-from chargpt_jax.generation.score import Scored, joined, score_pieces, score_tokens
+from chargpt_jax.generation.score import Scored, score_pieces, score_tokens
 from chargpt_jax.model.init import Params, abstract_model
 from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.training import optimizer
@@ -47,7 +49,7 @@ NO_CHARACTER = "\ufffd"
 """Stands for a generated token id that has no character, which only a model without mask_unused_ids generates."""
 
 STREAMED = 16
-"""Characters that are generated between two calls of `on_text`."""
+"""Characters that are generated between two calls of `on_text` and `on_sample`."""
 
 
 class Model:
@@ -82,6 +84,8 @@ class Model:
         skip_unknown: bool = False,
         alternatives: int = 5,
         on_text: Callable[[int, str], None] | None = None,
+        on_sample: Callable[[int, Sample], None] | None = None,
+        repair: bool = True,
     ) -> Samples:
         """Continue one or more prompts.
 
@@ -98,14 +102,18 @@ class Model:
             alternatives: number of the likeliest characters that a sample gives for every position, with the ranks and
                 the sampler's probabilities; 0: none of these, which takes less time.
             on_text: called with (index of the prompt, new text) every 16 characters.
+            on_sample: called with (index of the prompt, new part of its sample): first with the prompt, then every 16
+                characters. The parts of a sample add up to it: part + part + ...
+            repair: False: use the prompts exactly as they are.
 
         Raises:
             UserError: if an argument is invalid.
         """
-        sampler, on_text = Sampler(temperature, top_k, top_p), checked_callback(on_text)
+        sampler, on_text = Sampler(temperature, top_k, top_p), checked_callback("on_text", on_text)
         prompts, skip_unknown = checked_prompts(prompts), checked_skip(skip_unknown)
         max_new_tokens, seed = checked_count(max_new_tokens), checked_seed(seed)
-        prompts = [self._known(prompt, skip_unknown) for prompt in prompts]
+        on_sample, repair = checked_callback("on_sample", on_sample), checked_repair(repair)
+        prompts = [self._known(prompt, skip_unknown, repair) for prompt in prompts]
         encoded = [self.tokenizer.encode_text(prompt) for prompt in prompts]
         longest = max(map(len, encoded))
         if len(prompts) * (longest + max_new_tokens) > MAX_CHARACTERS:
@@ -119,14 +127,19 @@ class Model:
         lengths, wanted = np.ones(rows, np.int32), np.zeros(rows, np.int32)
         for i, ids in enumerate(encoded):
             tokens[i, : len(ids)], lengths[i], wanted[i] = ids, len(ids), 1
-        mesh = sharding.data_mesh(rows, tell=False)
-        how: dict[str, Any] = {"graphdef": self.graphdef, "mesh": mesh, "final": on_text is None}
+        mesh, streamed = sharding.data_mesh(rows, tell=False), on_text is not None or on_sample is not None
+        how: dict[str, Any] = {"graphdef": self.graphdef, "mesh": mesh, "final": not streamed}
         k = self._alternatives(alternatives)
         params = jax.device_put(self.params, sharding.replicated(mesh))
         width = min(self.config.model.block_size, bucket(longest), tokens.shape[1])
         state = prefill(params, tokens, lengths, width=width, alternatives=k, **how)
         sampling = sampler.with_key(jax.random.key(seed))
-        piece = max_new_tokens if on_text is None else STREAMED
+        read: list[Sample] = []
+        if on_sample is not None:
+            for i, ids in enumerate(encoded):
+                read.append(self._read(state, i, ids))
+                on_sample(i, read[i])
+        piece = STREAMED if streamed else max_new_tokens
         for done in range(0, max_new_tokens, piece):
             count = min(piece, max_new_tokens - done)
             state = decode(params, state, count * wanted, sampling, **how)
@@ -134,22 +147,54 @@ class Model:
                 for i, ids in enumerate(np.asarray(state.tokens)[: len(prompts)]):
                     start = lengths[i] + done
                     on_text(i, self.tokenizer.decode([ids[start : start + count]], NO_CHARACTER)[0])
-        return self._samples(prompts, encoded, state, max_new_tokens)
+            if on_sample is not None:
+                for i, length in enumerate(lengths[: len(prompts)]):
+                    on_sample(i, self._part(state, i, length + done, length + done + count))
+        read = read or [self._read(state, i, ids) for i, ids in enumerate(encoded)]
+        new = (self._part(state, i, len(ids), len(ids) + max_new_tokens) for i, ids in enumerate(encoded))
+        return Samples(sample + part for sample, part in zip(read, new, strict=True))
 
-    def _samples(self, prompts: list[str], encoded: list[np.ndarray], state: DecodeState, count: int) -> Samples:
-        tokens = np.asarray(state.tokens)
-        metrics: Scored = jax.tree.map(np.asarray, Scored(state.surprisal, state.entropy, state.predictions))  # type: ignore[arg-type]
-        samples = Samples()
-        for i, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-            start, end = 0, len(ids) + count
-            parts = []
-            if len(ids) > self.config.model.block_size:  # prefill has read its last window only
-                k = 0 if metrics.predictions is None else metrics.predictions.likeliest.shape[-1]
-                parts, start = [self._measure(ids, alternatives=k)], len(ids)
-            parts.append(jax.tree.map(lambda x, i=i, start=start, end=end: x[i, start:end], metrics))
-            characters = tuple(self.tokenizer.decode_each([tokens[i, :end]], NO_CHARACTER)[0])
-            samples.append(self._sample(prompt, characters, joined(parts)))
-        return samples
+    def branch(
+        self, sample: Sample, at: int, alternative: str, max_new_tokens: int | None = None, **options: Any
+    ) -> Sample:
+        """Continue a sample from another character.
+
+        Args:
+            sample: a text of this model's characters.
+            at: the index of the character to replace, 0 or more; the text behind it is dropped.
+            alternative: the character to put there.
+            max_new_tokens: characters to generate; None: as many as the sample has behind the character, at least 1.
+            options: as for `generate`: temperature, seed, ...
+
+        Returns:
+            A sample whose prompt is sample.text[:at] + alternative.
+
+        Raises:
+            UserError: if an argument is invalid.
+        """
+        prompt = branched(sample, at, alternative)
+        if self.tokenizer.unknown(alternative):
+            raise UserError(
+                f"alternative is {alternative!r} (U+{ord(alternative):04X}), which is not in the vocabulary of this "
+                "model: give another character."
+            )
+        count = max(1, len(sample) - len(prompt)) if max_new_tokens is None else max_new_tokens
+        return self.generate(prompt, count, repair=False, **options)[0]
+
+    def _read(self, state: DecodeState, i: int, ids: np.ndarray) -> Sample:
+        """Return prompt i, which `prefill` has read, with its metrics."""
+        prompt = self.tokenizer.decode([ids])[0]
+        if len(ids) <= self.config.model.block_size:
+            return replace(self._part(state, i, 0, len(ids)), prompt=prompt)
+        k = 0 if state.predictions is None else state.predictions.likeliest.shape[-1]
+        return self._sample(prompt, tuple(prompt), self._measure(ids, alternatives=k))  # only its last window was read
+
+    def _part(self, state: DecodeState, i: int, start: int, stop: int) -> Sample:
+        """Return characters of sequence i with their metrics, copied: `decode` uses the state's memory again."""
+        metrics = Scored(state.surprisal, state.entropy, state.predictions)  # type: ignore[arg-type]
+        found = jax.tree.map(lambda x: np.array(np.asarray(x)[i, start:stop]), metrics)
+        tokens = np.asarray(state.tokens)[i, start:stop]
+        return self._sample("", tuple(self.tokenizer.decode_each([tokens], NO_CHARACTER)[0]), found)
 
     def _sample(self, prompt: str, characters: tuple[str, ...], metrics: Scored) -> Sample:
         """Return a sample; `metrics` are of its characters."""
@@ -245,8 +290,11 @@ class Model:
         how: dict[str, Any] = {"graphdef": self.graphdef, "block_size": self.config.model.block_size}
         return score_tokens(self.params, tokens, stride=stride, alternatives=alternatives, **how)
 
-    def _known(self, text: str, skip_unknown: bool) -> str:
-        text = self._repaired(text, skip_unknown)
+    def _known(self, text: str, skip_unknown: bool, repair: bool = True) -> str:
+        if repair:
+            text = self._repaired(text, skip_unknown)
+        elif skip_unknown:
+            text = self.tokenizer.drop_unknown(text)
         if not text:
             raise UserError("The text is empty, but the model needs at least one character: try '\\n'.")
         if len(text) > MAX_TEXT:
