@@ -1,11 +1,13 @@
 """The public functions on a trained run: loading, generation, scoring, the command line, written files."""
 
 import copy
+import io
 import json
 import math
 import pickle
 import re
 import shutil
+import sys
 import xml.etree.ElementTree as ET
 
 import jax
@@ -442,6 +444,49 @@ def test_dropped_characters_of_a_long_text_are_named(capsys, workdir, tmp_path):
     code, _, err = command(capsys, workdir, "--mode=score", f"--text_file={path}", "--skip_unknown", "--json")
     assert code == 0
     assert err.count("not in the vocabulary: '€' (U+20AC).") == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mode=score", "--text=ab cd"],
+        ["--mode=generate", "--prompt=ab", "--max_new_tokens=40"],
+        ["--mode=generate", "--prompt=ab", "--max_new_tokens=40", "--stream"],
+    ],
+)
+def test_a_terminal_gets_the_text_of_a_pipe_in_colours(workdir, monkeypatch, flags):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    seen = []
+    for is_terminal in (False, True):
+        out = io.StringIO()
+        monkeypatch.setattr(out, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["chargpt", *flags, f"--workdir={workdir}"]) == 0
+        seen.append(out.getvalue())
+    pipe, terminal = seen
+    bare = re.sub("\x1b\\[[0-9;]+m", "", terminal)
+    legend = next(line for line in bare.split("\n") if line.startswith("colour: surprisal in nats, 0 to "))
+    assert "\x1b" not in pipe
+    assert bare != terminal
+    text = bare.replace(f"\n{legend}\n", "")
+    assert (text.replace("\n\nloss", "\nloss") if "--stream" in flags else text) == pipe
+
+
+def test_rows_under_a_line_come_with_the_flag_only(capsys, workdir):
+    flags = ("--mode=generate", "--prompt=ab", "--max_new_tokens=9", "--temperature=0")
+    code, plain, _ = command(capsys, workdir, *flags)
+    assert code == 0
+    text, rest = plain.split("\n", 1)
+    for more in ((), ("--stream",)):
+        code, rows, _ = command(capsys, workdir, *flags, "--subline", *more)
+        assert code == 0
+        lines = rows.split("\n")
+        assert lines[0] == text
+        assert len(lines[1]) == len(lines[2]) == len(text) == 11
+        assert set(lines[1].lstrip()) <= set("▁▂▃▄▅▆▇█")
+        assert rows.endswith(rest)
+    assert command(capsys, workdir, *flags, "--subline", "--json")[0] == 2
 
 
 def test_score_reads_a_file(capsys, workdir, tmp_path):

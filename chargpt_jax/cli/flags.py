@@ -36,7 +36,7 @@ NEEDS_CONFIG = ("run", "prepare", "find_lr", "train", "compile")
 FLAG_MODES = {
     **dict.fromkeys(("profile", "max_minutes"), ("run", "train")),
     **dict.fromkeys(("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "stream"), ("generate",)),
-    **dict.fromkeys(("skip_unknown", "alternatives"), ("generate", "score")),
+    **dict.fromkeys(("skip_unknown", "alternatives", "subline"), ("generate", "score")),
     **dict.fromkeys(("text", "stride"), ("score",)),
     "text_file": ("score", "import"),
     "step": ("generate", "score", "eval", "export"),
@@ -83,6 +83,7 @@ def define_flags() -> flags.FlagValues:
     }
     booleans = {
         "stream": "print characters as they are generated",
+        "subline": "draw surprisal and entropy under each line, in block characters",
         "skip_unknown": "drop characters that are not in the vocabulary",
         "profile": "write a profiler trace of a few dispatches to WORKDIR/profile",
         "json": "print one JSON object to stdout and everything else to stderr",

@@ -1,0 +1,105 @@
+"""How the modes generate and score show a text: plain, with colours, or with rows of metrics under its lines."""
+
+import dataclasses
+import os
+import shutil
+from typing import TYPE_CHECKING, TextIO
+
+from chargpt_jax.cli.terminal import printable, shown
+from chargpt_jax.errors import UserError
+from chargpt_jax.pictures import terminal_text
+
+if TYPE_CHECKING:
+    from chargpt_jax.generation.sample import Sample
+
+COLOURS = {"standard": 16, "256": 256, "truecolor": 256}
+"""The number of colours by rich's name of a colour system."""
+
+
+def check(out: TextIO, as_json: bool) -> None:
+    """Check that a stream can show rows of metrics.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    if as_json:
+        raise UserError("--subline draws rows for people, but --json prints JSON: give one of them.")
+    encoding = out.encoding or "utf-8"
+    try:
+        terminal_text.BLOCKS.encode(encoding)
+    except UnicodeError:
+        raise UserError(
+            f"--subline draws with block characters, but the encoding of the output is {encoding}: set "
+            "PYTHONIOENCODING=utf-8, or leave the flag out."
+        ) from None
+
+
+def colours_of(out: TextIO) -> int:
+    """Return the number of colours to use: 256 or 16 on a terminal that has them, otherwise 0."""
+    if not out.isatty() or os.environ.get("NO_COLOR"):
+        return 0
+    from rich.console import Console
+
+    return COLOURS.get(Console(file=out).color_system or "", 0)
+
+
+class TextDisplay:
+    """Shows samples on a stream, each in one piece or part by part."""
+
+    def __init__(self, out: TextIO, vocab_size: int, rows: bool):
+        """Look at the stream; `rows`: draw rows of metrics under each line."""
+        self._out, self._rows = out, rows
+        self._look = terminal_text.Look(vocab_size, colours_of(out), shutil.get_terminal_size().columns)
+        self._waiting: Sample | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether texts are shown as they are, without colours and rows."""
+        return not self._rows and not self._look.colours
+
+    def show(self, sample: "Sample") -> None:
+        """Print a sample, and a line break."""
+        if self.plain:
+            print(shown(sample.text, self._out), file=self._out)
+            return
+        scored = len(sample.prompt) == len(sample)  # a scored text is its own prompt, but not to be shown as one
+        self.add(dataclasses.replace(sample, prompt="") if scored else sample)
+        self.end()
+
+    def add(self, part: "Sample") -> None:
+        """Print the next part of a sample; rows of metrics wait until their line is complete."""
+        if self._rows:
+            self._waiting = part if self._waiting is None else self._waiting + part
+            self._print_lines(complete=False)
+        else:
+            characters, n_prompt = self._characters(part), len(part.prompt)
+            text = terminal_text.coloured(characters, part.surprisal, self._look, n_prompt)
+            print(text, end="", file=self._out, flush=True)
+
+    def end(self) -> None:
+        """Print the rest of a sample whose parts were added."""
+        if self._rows:
+            self._print_lines(complete=True)
+            self._waiting = None
+        else:
+            print(file=self._out)
+
+    def print_legend(self) -> None:
+        """Print what colours and rows mean, below a blank line."""
+        if not self.plain:
+            print(f"\n{terminal_text.legend(self._look, self._rows)}", file=self._out)
+
+    def _print_lines(self, complete: bool) -> None:
+        """Print the lines that wait; the last one only if the text is complete."""
+        text = self._waiting
+        if text is None:
+            return
+        found = terminal_text.lines(self._characters(text), self._look.width)
+        for line in found if complete else found[:-1]:
+            rows = terminal_text.sublined(line, text.surprisal, text.entropy, self._look, len(text.prompt))
+            print(rows, end="", file=self._out, flush=True)
+        self._waiting = text[found[-1][0].position :] if found else text
+
+    def _characters(self, part: "Sample") -> list[str]:
+        """Return the characters of a text, on a terminal without those that steer it."""
+        return list(printable(part.text) if self._out.isatty() else part.text)
