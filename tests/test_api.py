@@ -473,6 +473,72 @@ def test_a_terminal_gets_the_text_of_a_pipe_in_colours(workdir, monkeypatch, fla
     assert (text.replace("\n\nloss", "\nloss") if "--stream" in flags else text) == pipe
 
 
+def test_branch_continues_the_chosen_sample_and_keeps_it(capsys, workdir):
+    flags = ("--mode=generate", "--temperature=0")
+    assert command(capsys, workdir, *flags, "--prompt=ab", "--prompt=jk ", "--max_new_tokens=20")[0] == 0
+    saved = workdir / "samples" / "generated.json"
+    samples = json.loads(saved.read_text(encoding="utf-8"))["samples"]
+    for index, sample in enumerate(samples):
+        at, text = 9, sample["text"]
+        code, out, _ = command(capsys, workdir, *flags, f"--branch={at}:{text[at]}", f"--sample={index}")
+        assert code == 0
+        assert out.startswith(f"{text}\n\nloss ")
+        assert "samples/branch-0.svg" in out
+    code, out, _ = command(capsys, workdir, *flags, "--branch=9:j", "--max_new_tokens=3", "--json")
+    (branch,) = json.loads(out)["samples"]
+    assert branch["prompt"] == samples[0]["text"][:9] + "j"
+    assert len(branch["text"]) == 13
+    assert json.loads((workdir / "samples" / "branch.json").read_text(encoding="utf-8"))["samples"] == [branch]
+    streamed = command(capsys, workdir, *flags, "--branch=9:j", "--max_new_tokens=3", "--stream")[1]
+    assert streamed.startswith(branch["text"] + "\nloss ")
+    assert json.loads(saved.read_text(encoding="utf-8"))["samples"] == samples
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        *(
+            (f"--branch={word}", "must be POSITION:CHARACTER")
+            for word in ("3", "3:", ":a", "-1:a", "a:b", "3:ab", "²:a")
+        ),
+        ("--branch=99:a", "at is 99, but the sample has 12 characters"),
+        ("--branch=3:€", "alternative is '€' (U+20AC), which is not in the vocabulary"),
+        ("--branch=3:a --sample=1", "--sample is 1, but the samples in"),
+        ("--branch=3:a --sample=-1", "--sample is -1, but the samples in"),
+        ("--branch=3:a --prompt=ab", "--prompt does not apply to --branch"),
+        ("--branch=3:a --skip_unknown", "--skip_unknown does not apply to --branch"),
+        ("--branch=3:a --max_new_tokens=0", "max_new_tokens is 0"),
+        ("--sample=0", "--sample chooses the sample that --branch continues"),
+    ],
+)
+def test_branch_answers_a_mistake_in_one_sentence(capsys, workdir, flags, message):
+    generate = ("--mode=generate", "--prompt=ab", "--max_new_tokens=10")
+    assert command(capsys, workdir, *generate)[0] == 0
+    code, out, err = command(capsys, workdir, "--mode=generate", *flags.split())
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist, so there is no sample to branch: run --mode=generate first."),
+        ("[", "cannot be read"),
+        ('{"samples": [{}]}', "cannot be used (a sample must have a prompt): run --mode=generate again."),
+        ('{"samples": []}', "has no sample to branch: run --mode=generate again."),
+    ],
+)
+def test_branch_refuses_a_file_without_its_sample(capsys, workdir, content, message):
+    saved = workdir / "samples" / "generated.json"
+    saved.unlink(missing_ok=True)
+    if content is not None:
+        saved.write_text(content, encoding="utf-8")
+    code, _, err = command(capsys, workdir, "--mode=generate", "--branch=0:a")
+    assert code == 2
+    assert message in err
+
+
 def test_rows_under_a_line_come_with_the_flag_only(capsys, workdir):
     flags = ("--mode=generate", "--prompt=ab", "--max_new_tokens=9", "--temperature=0")
     code, plain, _ = command(capsys, workdir, *flags)

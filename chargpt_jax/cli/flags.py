@@ -36,6 +36,7 @@ NEEDS_CONFIG = ("run", "prepare", "find_lr", "train", "compile")
 FLAG_MODES = {
     **dict.fromkeys(("profile", "max_minutes"), ("run", "train")),
     **dict.fromkeys(("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "stream"), ("generate",)),
+    **dict.fromkeys(("branch", "sample"), ("generate",)),
     **dict.fromkeys(("skip_unknown", "alternatives", "subline"), ("generate", "score")),
     **dict.fromkeys(("text", "stride"), ("score",)),
     "text_file": ("score", "import"),
@@ -50,7 +51,7 @@ FLAG_MODES = {
 """The modes that a flag applies to; other flags apply to every mode."""
 
 
-TEXTS = ("prompt", "text", "config.data.start_at", "config.sample.prompts")
+TEXTS = ("prompt", "text", "branch", "config.data.start_at", "config.sample.prompts")
 """The flags whose values are texts: they are read as UTF-8, whatever encoding the system uses for file names."""
 
 
@@ -62,15 +63,17 @@ def define_flags() -> flags.FlagValues:
         "text": "text to score",
         "text_file": "score: UTF-8 file to score; import: the model's training text",
         "step": "checkpoint to use: 'best' by validation loss, 'latest', or a step number; default: best",
+        "branch": "POSITION:CHARACTER: continue a sample of samples/generated.json with CHARACTER at POSITION, from 0",
         "from": "checkpoint of the original PyTorch code: .pt, .safetensors or .npz",
         "out": "output folder, new or empty",
         "topology": "TPU topology to compile for; default: v5e:2x4",
     }
     integers: dict[str, tuple[int | None, str]] = {
-        "max_new_tokens": (None, "number of characters to generate; default: the config's"),
+        "max_new_tokens": (None, "characters to generate; default: the config's; --branch: to the sample's length"),
         "top_k": (None, "sample from the k most likely characters"),
         "seed": (None, "random seed; default: the config's seed (generate), 0 (selftest)"),
         "alternatives": (5, "likeliest characters to give for every character in JSON; 0: none, which is faster"),
+        "sample": (None, "--branch: index of the sample in samples/generated.json, from 0; default: 0"),
         "stride": (None, "characters between window starts; 1 is exact but slow; default: block_size // 2"),
         "kills": (20, "number of SIGKILL and SIGTERM at random moments; default: 20"),
         "signals": (6, "number of additional SIGTERM, SIGINT and SIGHUP; default: 6"),

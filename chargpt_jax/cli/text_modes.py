@@ -15,7 +15,7 @@ from chargpt_jax.events import bits_per_character
 
 if TYPE_CHECKING:
     from chargpt_jax.generation.passages import Passages
-    from chargpt_jax.generation.sample import Samples
+    from chargpt_jax.generation.sample import Sample, Samples
 
 MAX_SHORT = 4_000
 """Characters of a scored text up to which all of it is printed and plotted."""
@@ -24,37 +24,101 @@ T = TypeVar("T")
 
 
 def generate(request: Request) -> int:
-    """Continue prompts."""
-    flags, folder = request.flags, request.folder
-    sample = folder.load_config().sample
-    prompts = tuple(_given(flags.prompt, sample.prompts))
+    """Continue prompts, or with --branch a generated sample from another character."""
+    flags, how = request.flags, request.folder.load_config().sample
     streaming = flags.stream and not flags.json
     if flags.subline:
         text_display.check(sys.stdout, flags.json)
+    if flags.branch is not None:
+        return _branch(request, streaming)
+    if flags.sample is not None:
+        raise UserError("--sample chooses the sample that --branch continues: give --branch too, or leave it out.")
+    prompts = tuple(_given(flags.prompt, how.prompts))
     if streaming and len(prompts) > 1:
         raise UserError(f"--stream prints one sequence, but there are {len(prompts)} prompts: give one --prompt.")
     model = api_module().load(request.folder, request.step, warn)
     display = text_display.TextDisplay(sys.stdout, model.config.model.vocab_size, flags.subline)
-    if streaming and display.plain:
-        _stream(0, prompts[0])
+    streams = _streams(display, prompts[0]) if streaming else {}
+    count = _given(flags.max_new_tokens, how.max_new_tokens)
     samples = model.generate(
-        prompts,
-        _given(flags.max_new_tokens, sample.max_new_tokens),
-        temperature=_given(flags.temperature, sample.temperature),
-        top_k=_given(flags.top_k, sample.top_k),
-        top_p=_given(flags.top_p, sample.top_p),
-        seed=_given(flags.seed, model.config.seed),
-        skip_unknown=flags.skip_unknown,
-        alternatives=flags.alternatives,
-        on_text=_stream if streaming and display.plain else None,
-        on_sample=(lambda _, part: display.add(part)) if streaming and not display.plain else None,
+        prompts, count, skip_unknown=flags.skip_unknown, **_sampling(request, model.config.seed), **streams
     )
-    if streaming and not display.plain:
-        display.end()
     if flags.skip_unknown:
         _tell_dropped(dict.fromkeys(character for prompt in prompts for character in model.unknown(prompt)))
-    _save_and_print(request, samples, "generated", display, quiet=streaming)
+    _save_and_print(request, samples, "generated", display, streamed=streaming)
     return 0
+
+
+def _sampling(request: Request, seed: int) -> dict[str, Any]:
+    """Return the options of `generate` and `branch` that flags and config set; `seed` is the config's."""
+    flags, how = request.flags, request.folder.load_config().sample
+    return {
+        "temperature": _given(flags.temperature, how.temperature),
+        "top_k": _given(flags.top_k, how.top_k),
+        "top_p": _given(flags.top_p, how.top_p),
+        "seed": _given(flags.seed, seed),
+        "alternatives": flags.alternatives,
+    }
+
+
+def _streams(display: TextDisplay, prompt: str) -> dict[str, Any]:
+    """Return the callback of `generate` that prints a text while it is generated; print the prompt, if it does not."""
+    if not display.plain:
+        return {"on_sample": lambda _, part: display.add(part)}
+    _stream(0, prompt)
+    return {"on_text": _stream}
+
+
+def _branch(request: Request, streaming: bool) -> int:
+    """Continue a sample of samples/generated.json from another character, and save it as samples/branch.json."""
+    flags, (at, alternative) = request.flags, _position_and_character(request.flags.branch)
+    if flags.prompt is not None or flags.skip_unknown:
+        given = "--prompt" if flags.prompt is not None else "--skip_unknown"
+        raise UserError(
+            f"{given} does not apply to --branch, which continues a generated sample: leave one of them out."
+        )
+    api = api_module()
+    sample = _generated(request, flags.sample or 0)
+    model = api.load(request.folder, request.step, warn)
+    display = text_display.TextDisplay(sys.stdout, model.config.model.vocab_size, flags.subline)
+    streams = _streams(display, sample.text[:at] + alternative) if streaming else {}
+    how = {"max_new_tokens": flags.max_new_tokens, **_sampling(request, model.config.seed), **streams}
+    branch = model.branch(sample, at, alternative, **how)
+    _save_and_print(request, api.Samples([branch]), "branch", display, streamed=streaming)
+    return 0
+
+
+def _position_and_character(branch: str) -> tuple[int, str]:
+    """Return the two parts of --branch=POSITION:CHARACTER."""
+    position, colon, character = branch.partition(":")
+    if not (position.isascii() and position.isdecimal() and len(position) < 10 and colon and len(character) == 1):
+        raise UserError(
+            f"--branch is {branch[:80]!r}, but it must be POSITION:CHARACTER, where the first position is 0: "
+            "give 57:e, for example."
+        )
+    return int(position), character
+
+
+def _generated(request: Request, index: int) -> "Sample":
+    """Return a sample of samples/generated.json, which --mode=generate writes."""
+    from chargpt_jax.results import load_samples
+
+    path = request.folder.samples / "generated.json"
+    if not path.exists():
+        raise UserError(f"{path} does not exist, so there is no sample to branch: run --mode=generate first.")
+    try:
+        samples = load_samples(request.folder, path)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} cannot be used ({error}): run --mode=generate again.") from None
+    if not samples:
+        raise UserError(f"{path} has no sample to branch: run --mode=generate again.")
+    if not 0 <= index < len(samples):
+        raise UserError(
+            f"--sample is {index}, but the samples in {path} are 0 to {len(samples) - 1}: leave it out, for example."
+        )
+    return samples[index]
 
 
 def _given(flag: T | None, default: T) -> T:
@@ -157,13 +221,17 @@ def _saved(request: Request, samples: "Samples", name: str, content: dict[str, A
         return []
 
 
-def _save_and_print(request: Request, samples: "Samples", name: str, display: TextDisplay, quiet: bool = False) -> None:
+def _save_and_print(
+    request: Request, samples: "Samples", name: str, display: TextDisplay, streamed: bool = False
+) -> None:
     """Print samples, unless they were streamed, and save them with their plots in the workdir."""
     out = sys.stderr if request.flags.json else sys.stdout
     if request.flags.json:
         print(as_json(samples.to_dict()))
     else:
-        for sample in () if quiet else samples:
+        if streamed and not display.plain:
+            display.end()
+        for sample in () if streamed else samples:
             display.show(sample)
         display.print_legend()
     for sample, path in zip(samples, _saved(request, samples, name), strict=False):
