@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import sys
+import webbrowser
 import xml.etree.ElementTree as ET
 
 import jax
@@ -179,7 +180,6 @@ def test_branch_has_the_prompt_and_the_length_of_its_sample(model):
     assert branch == model.branch(sample, 30, "j", seed=1)
     assert len(model.branch(sample, 41, "j")) == 43
     assert len(model.branch(sample, 30, "j", 5)) == 36
-    assert model.branch(branch, 2, "a", 7, top_k=2, alternatives=2).alternatives.characters.shape == (10, 2)
 
 
 @pytest.mark.parametrize(
@@ -597,6 +597,64 @@ def test_info_prints_words_and_no_keys(capsys, workdir):
     assert "Training  progress       complete: 60 steps (" in out
     assert not [name for name in INFO if "_" in name and name in out]
     assert not re.search(r"\de[+-]?\d", out)
+
+
+def test_report_is_written_again_and_its_path_printed(capsys, workdir):
+    report = workdir / "report.html"
+    report.write_text("old", encoding="utf-8")
+    code, out, _ = command(capsys, workdir, "--mode=report")
+    assert (code, out) == (0, f"report: {report}\n")
+    assert "<svg" in report.read_text(encoding="utf-8")
+    report.unlink()
+    code, out, _ = command(capsys, workdir, "--mode=report", "--json")
+    assert json.loads(out) == {"report": str(report)}
+    assert report.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "terminal", "variables", "opens"),
+    [
+        ([], True, {"DISPLAY": ":0"}, True),
+        ([], True, {"WAYLAND_DISPLAY": "wayland-0"}, True),
+        ([], True, {}, False),
+        ([], False, {"DISPLAY": ":0"}, False),
+        (["--open=false"], True, {"DISPLAY": ":0"}, False),
+        (["--json"], True, {"DISPLAY": ":0"}, False),
+    ],
+)
+def test_report_opens_on_a_terminal_with_a_display(workdir, monkeypatch, flags, terminal, variables, opens):
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["chargpt", "--mode=report", f"--workdir={workdir}", *flags]) == 0
+    assert opened == ([(workdir / "report.html").as_uri()] if opens else [])
+
+
+def test_report_without_a_browser_or_a_run(capsys, workdir, tmp_path, monkeypatch):
+    def fail(address):
+        raise webbrowser.Error("could not locate runnable browser")
+
+    monkeypatch.setattr(webbrowser, "open", fail)
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert command(capsys, workdir, "--mode=report")[0] == 0
+    code, _, err = command(capsys, tmp_path / "none", "--mode=report")
+    assert code == 2
+    assert err.endswith("has no config.json: give the --workdir of a run, or start one with --config=small.\n")
+    copied = shutil.copytree(workdir, tmp_path / "run")
+    (copied / "report.html").unlink()
+    (copied / "report.html").mkdir()
+    code, _, err = command(capsys, copied, "--mode=report")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "report.html (Is a directory)" in err
 
 
 @pytest.mark.slow

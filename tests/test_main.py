@@ -144,7 +144,7 @@ FLAG_MISTAKES = [
     ("--workdir=elsewhere", "needs a config: give --config=small"),
     ("--config.model.n_layer=3", "needs a --config to change"),
     ("--config.x.y=3 --mode=info", "needs a --config to change"),
-    ("--config=tiny --mode=trian", "run|prepare|find_lr|train|eval|generate|score|export|import|info|compile|selftest"),
+    ("--config=tiny --mode=trian", "|".join(MODES)),
     ("--config=tiny --mode", "--mode"),
     ("--config=tiny --tempature=1", "temperature"),
     ("--config=tiny --wrokdir=there", "workdir"),

@@ -6,7 +6,9 @@ JAX is imported inside the functions, so that a mistyped command is answered at 
 import contextlib
 import dataclasses
 import json
+import os
 import sys
+import webbrowser
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO, TypeVar, cast
 
@@ -189,6 +191,27 @@ def info(request: Request) -> int:
     return 0
 
 
+def report(request: Request) -> int:
+    """Write a run's report again, and open it in the browser if a person with a display asked for it."""
+    folder = request.folder
+    folder.load_config()  # raises if this is not a run
+    folder.check_writable()
+    path = api_module().write_report(folder, warn)
+    print(as_json({"report": str(path)}) if request.flags.json else one_line(f"report: {path}"))
+    if request.flags.open and not request.flags.json and sys.stdout.isatty() and _has_display():
+        sys.stdout.flush()
+        with contextlib.suppress(webbrowser.Error, OSError):
+            webbrowser.open(path.as_uri())
+    return 0
+
+
+def _has_display() -> bool:
+    """Return whether a browser can open a window here; elsewhere Python may start one in the terminal."""
+    if sys.platform in ("win32", "darwin"):
+        return not os.environ.get("SSH_CONNECTION")
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
 def compile_for_tpu(request: Request) -> int:
     """Compile a config's programs for a TPU."""
     from chargpt_jax.cli import tpu_compile
@@ -229,6 +252,7 @@ MODES: dict[str, Callable[[Request], int]] = {
     "export": export,
     "import": import_original,
     "info": info,
+    "report": report,
     "compile": compile_for_tpu,
     "selftest": selftest,
 }

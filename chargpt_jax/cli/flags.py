@@ -15,6 +15,7 @@ MODES = {
     "export": "write the model to --out, for Hugging Face transformers or for the original PyTorch code",
     "import": "create a run from a checkpoint of the original PyTorch code (--from)",
     "info": "print a run's settings, progress and speed",
+    "report": "write a run's report again, and open it in the browser (on a terminal with a display)",
     "compile": "compile a config's programs for a TPU, without a TPU (--topology)",
     "selftest": "stop small trainings at random moments, damage their checkpoints, and check that no data is lost",
 }
@@ -43,10 +44,11 @@ FLAG_MODES = {
     "step": ("generate", "score", "eval", "export"),
     "seed": ("generate", "selftest"),
     **dict.fromkeys(("format", "out"), ("export",)),
+    "open": ("report",),
     "from": ("import",),
     "topology": ("compile",),
     **dict.fromkeys(("kills", "signals", "corruptions"), ("selftest",)),
-    "json": ("generate", "score", "eval", "find_lr", "info", "selftest"),
+    "json": ("generate", "score", "eval", "find_lr", "info", "report", "selftest"),
 }
 """The modes that a flag applies to; other flags apply to every mode."""
 
@@ -104,6 +106,8 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_enum("format", "hf", ("original", "hf"), about, flag_values=values)
     about = "text to continue; default: the config's prompts"
     flags.DEFINE_multi_string("prompt", None, about, flag_values=values)
+    about = "open the report in the browser; --open=false: only write it"
+    flags.DEFINE_bool("open", True, about, flag_values=values)
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
     return values
 
