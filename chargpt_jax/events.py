@@ -155,6 +155,18 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """Samples of the newest model have been generated and saved."""
+
+    step: int
+    """Number of training steps so far."""
+    samples: tuple[str, ...]
+    """The texts, prompts included."""
+    svgs: tuple[str, ...]
+    """Each text with its metrics plotted below it, as SVG."""
+
+
+@dataclass(frozen=True)
 class Ended:
     """Training has ended: it is complete, or a signal or the time limit stopped it after a checkpoint."""
 
@@ -174,4 +186,16 @@ class Ended:
         return self.signal is None and not self.out_of_time
 
 
-Event = Prepared | LRFinderStep | Zoom | LRFinderResult | TrainStarted | Compiled | Steps | Validated | Saved | Ended
+Event = (
+    Prepared
+    | LRFinderStep
+    | Zoom
+    | LRFinderResult
+    | TrainStarted
+    | Compiled
+    | Steps
+    | Validated
+    | Saved
+    | Sampled
+    | Ended
+)

@@ -21,6 +21,7 @@ from chargpt_jax.events import (
     LRFinderResult,
     LRFinderStep,
     Prepared,
+    Sampled,
     Saved,
     Steps,
     TrainStarted,
@@ -33,6 +34,9 @@ from chargpt_jax.pictures import plots
 
 MAX_TITLES = 400
 """Maximum length of a list of titles, in characters; titles are untrusted input."""
+
+MAX_SAMPLE = 200
+"""Maximum length of the beginning of a sample, in characters."""
 
 MAX_NOTES = 6
 """Maximum number of notes on the corpus in its line."""
@@ -131,6 +135,8 @@ def sentence(event: Event) -> str | None:
                 f"{event.bits_per_character:.4f} bits per character{' (best)' if event.best else ''}, "
                 f"{duration(event.seconds)}"
             )
+        case Sampled() if event.samples:
+            return f"sample at step {event.step:,}: {one_line(event.samples[0], MAX_SAMPLE)}"
         case Ended(out_of_time=True):
             return f"time limit reached after step {event.step:,}; run the same command again to resume"
         case Ended(signal=None):

@@ -19,6 +19,7 @@ from chargpt_jax.events import (
     LRFinderResult,
     LRFinderStep,
     Prepared,
+    Sampled,
     Saved,
     Steps,
     TrainStarted,
@@ -146,6 +147,23 @@ def test_a_zoom_names_the_method_and_its_rate():
 
 def test_only_the_best_validation_is_marked():
     assert "(best)" not in sentence(Validated(1, 1.0, 1.7, 2.4, False, 1.0))
+
+
+def test_the_first_sample_is_one_line_of_200_characters():
+    event = Sampled(1204, ("The class is\n  a " + "x" * 500, "another one"), ("<svg/>", "<svg/>"))
+    line = sentence(event)
+    start = "sample at step 1,204: "
+    assert line.startswith(start + "The class is   a xxx")
+    assert len(line) == len(start) + 200
+    assert line.endswith("x…")
+    assert sentence(Sampled(1, (), ())) is None
+
+
+def test_log_and_terminal_print_the_sample(terminal):
+    events = [*RUN[:6], Sampled(204, ("The [red]class[/red] is\x1b[31m",), ("<svg/>",))]
+    line = "sample at step 204: The [red]class[/red] is\ufffd[31m"
+    assert log(events).splitlines()[-1] == line
+    assert line in terminal(events, 160)
 
 
 def test_a_stopped_run_is_not_called_done():
