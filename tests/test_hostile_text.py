@@ -144,7 +144,7 @@ def test_a_title_reaches_a_log_and_a_notebook_without_effect(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "IPython", fake)
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(HTML=str, display=display))
     progress.show([event, Validated(1, 1.0, 1.7, 2.4, True, 1.0)][:1])
-    assert {tag for page in shown for tag, _ in Tags(page).found} == {"pre"}
+    assert {tag for page in shown for tag, _ in Tags(page["text/html"]).found} == {"div", "pre"}
 
 
 def test_a_report_tells_browsers_to_run_and_fetch_nothing():

@@ -1,16 +1,16 @@
 """Display of a run's events: a progress bar on a terminal, plain lines in a log, live plots in a notebook."""
 
 import contextlib
-import html
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from chargpt_jax.cli.notebook import Notebook
 from chargpt_jax.cli.terminal import one_line
 from chargpt_jax.config import shown
 from chargpt_jax.errors import UserError
@@ -22,7 +22,6 @@ from chargpt_jax.events import (
     LRFinderStep,
     Prepared,
     Sampled,
-    Saved,
     Steps,
     TrainStarted,
     Validated,
@@ -30,7 +29,6 @@ from chargpt_jax.events import (
     bits_per_character,
 )
 from chargpt_jax.facts import duration
-from chargpt_jax.pictures import plots
 
 MAX_TITLES = 400
 """Maximum length of a list of titles, in characters; titles are untrusted input."""
@@ -66,7 +64,11 @@ def show(events: Iterable[Event], file: TextIO | None = None) -> None:
 def display(file: TextIO | None = None) -> Iterator[Callable[[Event], None]]:
     """Return a function that displays one event; `file` as in `show`."""
     if file is None and in_notebook():
-        yield _Notebook().show
+        notebook = Notebook()
+        try:
+            yield lambda event: notebook.show(event, numbers(event) if isinstance(event, Steps) else sentence(event))
+        finally:
+            notebook.close()
         return
     file = sys.stdout if file is None else file
     if not file.isatty():
@@ -230,67 +232,3 @@ class _Terminal:
         if self._bar is None:
             self._bar = self._progress.add_task(description, total=total, numbers="")
         self._progress.update(self._bar, completed=done, total=total, numbers=text, description=description)
-
-
-class _Handle(Protocol):
-    """A displayed object of a notebook, which can be replaced in place."""
-
-    def update(self, obj: object) -> None: ...
-
-
-class _Notebook:
-    """Keeps one line of numbers and, for each stage, one live plot."""
-
-    def __init__(self) -> None:
-        self._line = self._display("")
-        self._plot: _Handle | None = None
-        self._zooms: list[Zoom] = []
-        self._training: list[tuple[float, float]] = []
-        self._validation: list[tuple[float, float]] = []
-        self._plotted = 0.0
-
-    def show(self, event: Event) -> None:
-        text = numbers(event) if isinstance(event, Steps) else sentence(event)
-        match event:
-            case LRFinderStep():
-                text = f"range test: step {event.step} of {event.total_steps}, rate {event.learning_rate:.2e}"
-            case Zoom():
-                self._zooms.append(event)
-                curves = [(zoom.lrs, zoom.losses) for zoom in self._zooms]
-                steepest = [zoom.steepest for zoom in self._zooms]
-                self._update(plots.lr_finder_plot(curves, steepest, event.best, event.method))
-            case TrainStarted():
-                print(text)
-                self._training, self._validation = list(event.training), list(event.validation)
-                self._plot = None
-                self._update(plots.loss_plot(self._training, self._validation) if self._validation else "")
-            case Steps():
-                self._training.append((event.step, event.loss))
-                if event.seconds - self._plotted >= 10:
-                    self._plotted = event.seconds
-                    self._update(plots.loss_plot(self._training, self._validation))
-            case Validated():
-                self._validation.append((event.step, event.loss))
-                self._update(plots.loss_plot(self._training, self._validation))
-            case Saved():
-                text = None
-        if text is not None:
-            self._line.update(self._html(f"<pre>{html.escape(text)}</pre>"))
-
-    def _update(self, svg: str) -> None:
-        if self._plot is None:
-            self._plot = self._display(svg)
-        else:
-            self._plot.update(self._html(svg))
-
-    @staticmethod
-    def _html(text: str) -> object:
-        from IPython.display import HTML
-
-        return HTML(text)
-
-    def _display(self, text: str) -> _Handle:
-        from IPython.display import display
-
-        handle: _Handle = display(self._html(text), display_id=True)
-        return handle

@@ -4,9 +4,7 @@ import dataclasses
 import io
 import math
 import re
-import sys
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 
@@ -234,50 +232,7 @@ def test_cursor_is_visible_after_a_failed_run(monkeypatch):
     assert file.getvalue().rindex("\x1b[?25h") > file.getvalue().rindex("\x1b[?25l")
 
 
-# A notebook
-
-
-@pytest.fixture
-def cell(monkeypatch):
-    """Return a list of what a notebook cell displays, in order."""
-    shown: list[str] = []
-
-    def display(thing: str, **_: object) -> SimpleNamespace:
-        shown.append(thing)
-        return SimpleNamespace(update=shown.append)
-
-    shell = SimpleNamespace(kernel=None)
-    fake = SimpleNamespace(get_ipython=lambda: shell)
-    monkeypatch.setitem(sys.modules, "IPython", fake)
-    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(HTML=str, display=display))
-    return shown
-
-
-def test_notebook_shows_the_last_line_and_both_plots(cell, capsys):
-    show(RUN)
-    assert "<pre>done: 1,000 steps in 10 min, best validation loss 1.7000 nats per character</pre>" in cell
-    assert f"<pre>{numbers(LAST)}</pre>" in cell
-    assert len([thing for thing in cell if "<svg" in thing]) >= 2
-    assert "training: 213,504 parameters" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("method", ["steepest", "lowest", "balanced"])
-def test_notebook_plot_of_the_range_test_names_its_method(cell, method):
-    show([dataclasses.replace(ZOOM, best=5.6e-3, method=method)])
-    assert f"suggested ({method})" in next(thing for thing in cell if "<svg" in thing)
-    assert "0.0056" in next(thing for thing in cell if "<svg" in thing)
-
-
-def test_a_title_is_text_to_a_notebook_not_html(cell):
-    show([Prepared(("<script>alert(1)</script> & Co",), 10, 8, 2, 5, 64, None)])
-    assert not any("<script>" in thing for thing in cell)
-    assert any("&lt;script&gt;alert(1)&lt;/script&gt; &amp; Co" in thing for thing in cell)
-
-
-def test_notebook_plots_earlier_losses_of_a_resumed_run(cell):
-    past = {"training": ((1, 3.0), (2, 2.9)), "validation": ((2, 2.8),)}
-    show([TrainStarted(1, 2, 5000, 10, 500.0, 1e-3, "x", "float32", **past)])
-    assert any("<svg" in thing for thing in cell)
+# What is not events
 
 
 @pytest.mark.parametrize("events", [None, 3, "tiny"])
