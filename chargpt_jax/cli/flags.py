@@ -65,17 +65,20 @@ def define_flags() -> flags.FlagValues:
         "text": "text to score",
         "text_file": "score: UTF-8 file to score; import: the model's training text",
         "step": "checkpoint to use: 'best' by validation loss, 'latest', or a step number; default: best",
-        "branch": "POSITION:CHARACTER: continue a sample of samples/generated.json with CHARACTER at POSITION, from 0",
+        "branch": "POSITION:CHARACTER, as in 57:e: continue a generated sample from this character; positions from 0",
         "from": "checkpoint of the original PyTorch code: .pt, .safetensors or .npz",
         "out": "output folder, new or empty",
         "topology": "TPU topology to compile for; default: v5e:2x4",
     }
     integers: dict[str, tuple[int | None, str]] = {
-        "max_new_tokens": (None, "characters to generate; default: the config's; --branch: to the sample's length"),
+        "max_new_tokens": (
+            None,
+            "characters to generate; default: the config's, with --branch the sample's rest",
+        ),
         "top_k": (None, "sample from the k most likely characters"),
         "seed": (None, "random seed; default: the config's seed (generate), 0 (selftest)"),
         "alternatives": (5, "likeliest characters to give for every character in JSON; 0: none, which is faster"),
-        "sample": (None, "--branch: index of the sample in samples/generated.json, from 0; default: 0"),
+        "sample": (None, "which sample of samples/generated.json --branch continues, counted from 0; default: 0"),
         "stride": (None, "characters between window starts; 1 is exact but slow; default: block_size // 2"),
         "kills": (20, "number of SIGKILL and SIGTERM at random moments; default: 20"),
         "signals": (6, "number of additional SIGTERM, SIGINT and SIGHUP; default: 6"),
