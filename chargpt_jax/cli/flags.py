@@ -71,10 +71,7 @@ def define_flags() -> flags.FlagValues:
         "topology": "TPU topology to compile for; default: v5e:2x4",
     }
     integers: dict[str, tuple[int | None, str]] = {
-        "max_new_tokens": (
-            None,
-            "characters to generate; default: the config's, with --branch the sample's rest",
-        ),
+        "max_new_tokens": (None, "characters to generate; default: the config's, with --branch the sample's rest"),
         "top_k": (None, "sample from the k most likely characters"),
         "seed": (None, "random seed; default: the config's seed (generate), 0 (selftest)"),
         "alternatives": (5, "likeliest characters to give for every character in JSON; 0: none, which is faster"),

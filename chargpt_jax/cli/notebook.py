@@ -101,7 +101,7 @@ class Notebook:
                 self._validated = text or ""
                 self._validation.append((event.step, event.loss))
             case Sampled():
-                self._sample = event if event.samples else self._sample
+                self._sample = event if event.svgs else self._sample
             case Saved():
                 pass
             case Compiled() | Ended():
@@ -128,7 +128,7 @@ class Notebook:
         parts += [_preformatted(line, LINE) for line in self._lines()]
         parts.append(self._plotted())
         if self._sample is not None:
-            more = len(self._sample.samples) - 1
+            more = len(self._sample.svgs) - 1
             note = f"; {more} more in samples/" if more else ""
             title = _preformatted(f"sample at step {self._sample.step:,}{note}", LINE)
             drawn = f'<div style="height:{SAMPLE_HEIGHT}px;overflow:auto">{self._sample.svgs[0]}</div>'

@@ -115,23 +115,12 @@ class Model:
         on_sample, repair = checked_callback("on_sample", on_sample), checked_repair(repair)
         prompts = [self._known(prompt, skip_unknown, repair) for prompt in prompts]
         encoded = [self.tokenizer.encode_text(prompt) for prompt in prompts]
-        longest = max(map(len, encoded))
-        if len(prompts) * (longest + max_new_tokens) > MAX_CHARACTERS:
-            raise UserError(
-                f"{len(prompts):,} prompts of up to {longest + max_new_tokens:,} characters with their continuations "
-                f"are more than {MAX_CHARACTERS:,} in total: ask for fewer or shorter ones."
-            )
-        # Further rows, which generate nothing, make the number of rows one of few: each is a compilation of its own.
-        rows = bucket(len(prompts), least=1)
-        tokens = np.zeros((rows, bucket(longest + max_new_tokens)), np.int32)
-        lengths, wanted = np.ones(rows, np.int32), np.zeros(rows, np.int32)
-        for i, ids in enumerate(encoded):
-            tokens[i, : len(ids)], lengths[i], wanted[i] = ids, len(ids), 1
-        mesh, streamed = sharding.data_mesh(rows, tell=False), on_text is not None or on_sample is not None
+        tokens, lengths, wanted = _padded(encoded, max_new_tokens)
+        mesh, streamed = sharding.data_mesh(len(tokens), tell=False), on_text is not None or on_sample is not None
         how: dict[str, Any] = {"graphdef": self.graphdef, "mesh": mesh, "final": not streamed}
         k = self._alternatives(alternatives)
         params = jax.device_put(self.params, sharding.replicated(mesh))
-        width = min(self.config.model.block_size, bucket(longest), tokens.shape[1])
+        width = min(self.config.model.block_size, bucket(int(lengths.max())), tokens.shape[1])
         state = prefill(params, tokens, lengths, width=width, alternatives=k, **how)
         sampling = sampler.with_key(jax.random.key(seed))
         read: list[Sample] = []
@@ -311,6 +300,30 @@ class Model:
     def unknown(self, text: str) -> list[str]:
         """Return the distinct characters of a text that `skip_unknown` drops."""
         return without_unknown(text, self.tokenizer, self.repairs)[1]
+
+
+def _padded(encoded: list[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return encoded prompts in one array, with space for `count` more tokens each.
+
+    Returns:
+        The tokens, int32 [B, N], left-aligned; the lengths of the prompts, int32 [B]; and int32 [B], 1 for a prompt and
+        0 for a further row, which generates nothing. Further rows make B one of few: each is a compilation of its own.
+
+    Raises:
+        UserError: if they are too many.
+    """
+    longest = max(map(len, encoded))
+    if len(encoded) * (longest + count) > MAX_CHARACTERS:
+        raise UserError(
+            f"{len(encoded):,} prompts of up to {longest + count:,} characters with their continuations are more than "
+            f"{MAX_CHARACTERS:,} in total: ask for fewer or shorter ones."
+        )
+    rows = bucket(len(encoded), least=1)
+    tokens = np.zeros((rows, bucket(longest + count)), np.int32)
+    lengths, wanted = np.ones(rows, np.int32), np.zeros(rows, np.int32)
+    for i, ids in enumerate(encoded):
+        tokens[i, : len(ids)], lengths[i], wanted[i] = ids, len(ids), 1
+    return tokens, lengths, wanted
 
 
 def _rebuilt(
