@@ -99,6 +99,8 @@ def _length(info: Mapping[str, Any]) -> str:
     characters, distinct = info.get("characters"), info.get("vocabulary")
     if characters is None:
         return ""
+    if characters == 0:
+        return f"no text; the vocabulary has {distinct:,} characters" if distinct is not None else "no text"
     text = f"{characters:,} characters" + (f", {distinct:,} distinct" if distinct is not None else "")
     n_train = info.get("n_train")
     return text if n_train is None else f"{text}: {n_train:,} for training, {characters - n_train:,} for validation"
@@ -120,6 +122,8 @@ def _progress(info: Mapping[str, Any]) -> str:
     step, total, per_epoch = (info.get(name) for name in ("step", "total_steps", "steps_per_epoch"))
     if step is None or total is None:
         return ""
+    if info.get("characters") == 0:
+        return "imported without a text to train on"
     epochs = f" ({total / per_epoch:.4g} epochs of {_steps(per_epoch)})" if per_epoch else ""
     if step == 0:
         return f"not started: 0 of {_steps(total)}{epochs}"

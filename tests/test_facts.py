@@ -88,6 +88,14 @@ def test_facts_of_a_stopped_run_give_progress():
     assert found["Files checkpoints"] == "step 1; best: 816"
 
 
+def test_facts_of_a_model_imported_without_a_text():
+    found = words({**NEW, "sources": [], "source_notes": [], "characters": 0, "n_train": 0, "checkpoints": [0]})
+    assert "Text titles" not in found
+    assert found["Text length"] == "no text; the vocabulary has 94 characters"
+    assert found["Training progress"] == "imported without a text to train on"
+    assert found["Files checkpoints"] == "step 0"
+
+
 def test_facts_name_a_set_rate_the_peak_and_other_devices():
     found = words({**TRAINED, "learning_rate_method": None, "mfu": 0.3141, "trained_on": "8 x TPU v5 lite"})
     assert found["Training learning rate"] == "0.0167, set in the config"
