@@ -318,3 +318,6 @@ def test_a_command_line_is_read_without_loading_jax():
     code = f"import sys; {loads}; print(*({{'jax', 'flax', 'optax'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+    code = "import sys, chargpt_jax.cli.commands; print(*({'jax', 'numpy', 'rich'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import sys
-import webbrowser
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO, TypeVar, cast
 
@@ -199,6 +198,8 @@ def report(request: Request) -> int:
     path = api_module().write_report(folder, warn)
     print(as_json({"report": str(path)}) if request.flags.json else one_line(f"report: {path}"))
     if request.flags.open and not request.flags.json and sys.stdout.isatty() and _has_display():
+        import webbrowser  # it imports much that other modes do not need
+
         sys.stdout.flush()
         with contextlib.suppress(webbrowser.Error, OSError):
             webbrowser.open(path.as_uri())

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from chargpt_jax.cli import text_display
 from chargpt_jax.cli.command_line import Request, api_module
 from chargpt_jax.cli.terminal import as_json, one_line, shown, warn
-from chargpt_jax.cli.text_display import TextDisplay
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import bits_per_character
 
 if TYPE_CHECKING:
+    from chargpt_jax.cli.text_display import TextDisplay
     from chargpt_jax.generation.passages import Passages
     from chargpt_jax.generation.sample import Sample, Samples
 
@@ -27,8 +26,7 @@ def generate(request: Request) -> int:
     """Continue prompts, or with --branch a generated sample from another character."""
     flags, how = request.flags, request.folder.load_config().sample
     streaming = flags.stream and not flags.json
-    if flags.subline:
-        text_display.check(sys.stdout, flags.json)
+    _check_subline(request)
     if flags.branch is not None:
         return _branch(request, streaming)
     if flags.sample is not None:
@@ -37,7 +35,7 @@ def generate(request: Request) -> int:
     if streaming and len(prompts) > 1:
         raise UserError(f"--stream prints one sequence, but there are {len(prompts)} prompts: give one --prompt.")
     model = api_module().load(request.folder, request.step, warn)
-    display = text_display.TextDisplay(sys.stdout, model.config.model.vocab_size, flags.subline)
+    display = _display(request, model.config.model.vocab_size)
     streams = _streams(display, prompts[0]) if streaming else {}
     count = _given(flags.max_new_tokens, how.max_new_tokens)
     samples = model.generate(
@@ -47,6 +45,21 @@ def generate(request: Request) -> int:
         _tell_dropped(dict.fromkeys(character for prompt in prompts for character in model.unknown(prompt)))
     _save_and_print(request, samples, "generated", display, streamed=streaming)
     return 0
+
+
+def _check_subline(request: Request) -> None:
+    """Check that standard output can show the rows of --subline, if it is given."""
+    if request.flags.subline:
+        from chargpt_jax.cli import text_display
+
+        text_display.check(sys.stdout, request.flags.json)
+
+
+def _display(request: Request, vocab_size: int) -> "TextDisplay":
+    # Imported here: NumPy, which it needs, would double the time until a mistyped command is answered.
+    from chargpt_jax.cli.text_display import TextDisplay
+
+    return TextDisplay(sys.stdout, vocab_size, request.flags.subline)
 
 
 def _sampling(request: Request, seed: int) -> dict[str, Any]:
@@ -61,7 +74,7 @@ def _sampling(request: Request, seed: int) -> dict[str, Any]:
     }
 
 
-def _streams(display: TextDisplay, prompt: str) -> dict[str, Any]:
+def _streams(display: "TextDisplay", prompt: str) -> dict[str, Any]:
     """Return the callback of `generate` that prints a text while it is generated; print the prompt, if it does not."""
     if not display.plain:
         return {"on_sample": lambda _, part: display.add(part)}
@@ -80,7 +93,7 @@ def _branch(request: Request, streaming: bool) -> int:
     api = api_module()
     sample = _generated(request, flags.sample or 0)
     model = api.load(request.folder, request.step, warn)
-    display = text_display.TextDisplay(sys.stdout, model.config.model.vocab_size, flags.subline)
+    display = _display(request, model.config.model.vocab_size)
     streams = _streams(display, sample.text[:at] + alternative) if streaming else {}
     how = {"max_new_tokens": flags.max_new_tokens, **_sampling(request, model.config.seed), **streams}
     branch = model.branch(sample, at, alternative, **how)
@@ -134,13 +147,12 @@ def score(request: Request) -> int:
     flags = request.flags
     if (flags.text is None) == (flags.text_file is None):
         raise UserError("--mode=score needs a text: give either --text or --text_file.")
-    if flags.subline:
-        text_display.check(sys.stdout, flags.json)
+    _check_subline(request)
     pieces = _text_to_score(request)
     first = next(pieces, "")
     api = api_module()
     model = api.load(request.folder, request.step, warn)
-    display = text_display.TextDisplay(sys.stdout, model.config.model.vocab_size, flags.subline)
+    display = _display(request, model.config.model.vocab_size)
     how = {"stride": flags.stride, "skip_unknown": flags.skip_unknown, "alternatives": flags.alternatives}
     dropped: dict[str, None] = {}
 
@@ -190,7 +202,7 @@ def _score_line(loss: float, characters: int) -> str:
     return f"loss {loss:.4f} nats = {bits_per_character(loss):.4f} bits per character, {characters:,} characters"
 
 
-def _print_passages(request: Request, found: "Passages", display: TextDisplay) -> None:
+def _print_passages(request: Request, found: "Passages", display: "TextDisplay") -> None:
     """Print the loss of a long text, and save and name its first and its most surprising passages.
 
     With --subline they are printed as well.
@@ -222,7 +234,7 @@ def _saved(request: Request, samples: "Samples", name: str, content: dict[str, A
 
 
 def _save_and_print(
-    request: Request, samples: "Samples", name: str, display: TextDisplay, streamed: bool = False
+    request: Request, samples: "Samples", name: str, display: "TextDisplay", streamed: bool = False
 ) -> None:
     """Print samples, unless they were streamed, and save them with their plots in the workdir."""
     out = sys.stderr if request.flags.json else sys.stdout
