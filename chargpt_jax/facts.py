@@ -74,8 +74,10 @@ def _three_digits(value: float) -> str:
 
 
 def _number(value: object) -> float | None:
-    """Return a finite number of at least 0; None for anything else: speed.json is untrusted input."""
-    return float(value) if type(value) in (int, float) and 0 <= value < math.inf else None  # type: ignore[operator, arg-type]
+    """Return a number from 0 to 1e30; None for anything else: speed.json is untrusted input."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e30:
+        return None
+    return float(value)
 
 
 def _steps(count: int) -> str:
