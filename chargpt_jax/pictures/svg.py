@@ -53,7 +53,7 @@ TEXT_CSS = (
     f".chargpt .cg-text{{font:14px {MONO};font-variant-ligatures:none;text-anchor:middle;white-space:pre;"
     "unicode-bidi:bidi-override;fill:var(--cg-ink)}"
     ".chargpt .cg-prompt{font-weight:700}"
-    ".chargpt .cg-stand-in{fill:var(--cg-faint)}"
+    ".chargpt .cg-stand-in{fill:var(--cg-muted)}"
     ".chargpt .cg-mark{stroke:var(--cg-muted);stroke-opacity:.8;stroke-width:1.5;stroke-linecap:round}"
     ".chargpt .cg-area{fill-opacity:.3}"
     ".chargpt .cg-line{stroke-width:1;stroke-linecap:round;stroke-linejoin:round}"
@@ -75,6 +75,8 @@ PLOT_CSS = (
     ".chargpt .cg-path{stroke:var(--cg-ink);stroke-width:.8;stroke-opacity:.6}"
     ".chargpt .cg-step{fill:var(--cg-paper);stroke:var(--cg-ink);stroke-width:1.2}"
     ".chargpt .cg-guide{stroke:var(--cg-muted);stroke-dasharray:4 3}"
+    ".chargpt .cg-cursor{stroke:var(--cg-muted)}"
+    ".chargpt .cg-b1{fill:var(--cg-s1)}.chargpt .cg-b2{fill:var(--cg-s3)}"
 ) + themed(" .cg-zoom", "stroke:var(--cg-on-light)", "stroke:var(--cg-on-dark)")
 CSS = (
     themed("", LIGHT, DARK) + f".chargpt{{max-width:100%;height:auto;font:11px {SANS};direction:ltr}}"

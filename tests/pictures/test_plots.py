@@ -9,17 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chargpt_jax.pictures.plots import (
-    BOTTOM,
-    LEFT,
-    MAX_POINTS,
-    RIGHT,
-    SMOOTH_FROM,
-    TOP,
-    Axis,
-    loss_plot,
-    lr_finder_plot,
-)
+from chargpt_jax.pictures.axes import BOTTOM, MARGIN, MAX_POINTS, TOP, WIDTH, Axis
+from chargpt_jax.pictures.plots import SMOOTH_FROM, loss_plot, lr_finder_plot
 
 SVG = "{http://www.w3.org/2000/svg}"
 RATES = np.logspace(-6, 0, 13).tolist()
@@ -194,7 +185,7 @@ def test_the_name_of_x_is_escaped():
 def test_every_point_lies_in_the_frame():
     svg = loss_plot([(0, 5.0), (100, 1.0)], [(50, 2.0)])
     drawn = [p for kind in ("cg-training", "cg-validation") for path in paths(svg, kind) for p in points(path)]
-    assert all(LEFT <= x <= RIGHT and TOP <= y <= BOTTOM for x, y in drawn)
+    assert all(MARGIN <= x <= WIDTH - MARGIN and TOP <= y <= BOTTOM for x, y in drawn)
 
 
 def test_two_plots_share_no_id_and_have_no_external_links():
