@@ -72,8 +72,10 @@ class Alternatives:
             if not isinstance(pairs, list) or len(pairs) != k or not all(map(_is_alternative, pairs)):
                 raise ValueError("the alternatives of a sample must be pairs of a character and a probability")
             characters[i], probability[i] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        rank = array_of(saved.get("rank"), count)
-        rank = np.where(np.isnan(rank), 0, rank).astype(np.int32)
+        ranks = saved.get("rank")
+        if not isinstance(ranks, list) or not all(_is_rank(*pair) for pair in zip(ranks, lists, strict=False)):
+            raise ValueError("the ranks of a sample must be integers of at least 1 where it has alternatives")
+        rank = np.nan_to_num(array_of(ranks, count)).astype(np.int32)
         return cls(rank, characters, probability, array_of(saved.get("sampled_probability"), count))
 
 
@@ -93,6 +95,11 @@ def array_of(saved: Any, count: int) -> np.ndarray:
 def listed(values: np.ndarray) -> list[float | None]:
     """Return an array as a list for JSON; NaN becomes None."""
     return [float(v) if np.isfinite(v) else None for v in values]
+
+
+def _is_rank(rank: object, alternatives: object) -> bool:
+    """Return whether a rank fits the alternatives of the same character: both are defined, or neither is."""
+    return rank is None if alternatives is None else type(rank) is int and 1 <= rank < 2**31
 
 
 def _is_alternative(pair: object) -> bool:
