@@ -7,6 +7,7 @@ model.generate("The ", max_new_tokens=200)      # a notebook shows the result as
 model.score("A text of your own.")
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,28 @@ import jax
 from chargpt_jax.config import Config
 from chargpt_jax.devices import sharding
 from chargpt_jax.errors import UserError, excused
-from chargpt_jax.events import Ended, Event, LRFinderResult, Prepared, bits_per_character, perplexity
+from chargpt_jax.events import (
+    Ended,
+    Event,
+    LRFinderResult,
+    Prepared,
+    Saved,
+    Validated,
+    bits_per_character,
+    perplexity,
+)
 from chargpt_jax.generation.loading import load, load_with_record, repairs_of
 from chargpt_jax.generation.sample import Sample, Samples
 from chargpt_jax.generation.trained_model import Model
 from chargpt_jax.interop import convert
 from chargpt_jax.interop.convert import import_original
-from chargpt_jax.results import info, known_prompts, range_test_plot, write_report, write_samples
+from chargpt_jax.interop.html_page import About
+from chargpt_jax.results.curves import range_test_plot
+from chargpt_jax.results.info import info
+from chargpt_jax.results.report import write_report
+from chargpt_jax.results.samples import TimeForSamples, known_prompts, sampled, write_samples
+from chargpt_jax.results.validation import write_validation
+from chargpt_jax.storage.checkpoint import UNVALIDATED
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import stages
 from chargpt_jax.training.pacing import Stop
@@ -100,20 +116,25 @@ def run(
 ) -> Iterator[Event]:
     """Run all stages: prepare, find_lr if no learning rate is set, train, generate samples, write the report.
 
-    The arguments are those of `stages.train`. If `stop` or `max_minutes` ends training, samples and report are left
-    to the next call.
+    The arguments are those of `stages.train`. Samples are generated after each validation too, unless the config turns
+    this off. If `stop` or `max_minutes` ends training, the last samples and the report are left to the next call.
     """
     complete, folder = True, Workdir(workdir)  # its path is absolute, whatever folder the caller changes to
     warn = stages.without_repeats(warn)
+    time_for, validated = TimeForSamples(max_minutes), 0
     for event in stages.train(config, folder, warn, stop, max_minutes):
         if isinstance(event, Prepared):
             known_prompts(config.sample.prompts, folder.load_tokenizer(), repairs_of(folder), warn)
         _plot_range_test(event, folder, warn)
         complete = not isinstance(event, Ended) or event.complete
         yield event
+        validated = event.step if isinstance(event, Validated) else validated
+        if isinstance(event, Saved) and event.step == validated and config.sample.at_validation and stop() is None:
+            yield from time_for.sampled(folder, event.step, warn)
     if complete:
-        with excused(f"the samples in {folder.samples}", warn):
-            write_samples(folder, warn)
+        yield from sampled(folder, "best", warn)
+        with excused(f"the scores of the validation set in {folder.samples}", warn):
+            write_validation(folder, warn)
         with excused(str(folder.report), warn):
             write_report(folder, warn)
 
@@ -133,21 +154,28 @@ def export(
     step: str | int = "best",
     warn: Warn = print,
 ) -> Path:
-    """Write a trained model to a new folder, in the format of another library.
+    """Write a trained model to a new folder, in the format of another library, or to a page that runs it.
 
     Args:
         workdir: of the run.
-        out: the folder, which must not exist or be empty.
-        form: 'hf' for Hugging Face's transformers, 'original' for the original, in PyTorch.
+        out: the folder, which must not exist or be empty; or the page, a new file.
+        form: 'hf' for Hugging Face's transformers, 'original' for the original, in PyTorch, 'html' for one HTML file
+            that runs the model in a browser.
         step: as in `load`.
         warn: called with warnings about the target format.
 
     Raises:
-        UserError: if the form or the folder is invalid; no file has been written then.
+        UserError: if the form or the path is invalid; no file has been written then.
     """
     convert.export_place(form, out)
-    model = load(workdir, step, warn)
-    return convert.export(form, model.config, model.tokenizer, model.params, out, warn)
+    folder = Workdir(workdir)
+    model, record = load_with_record(folder, step, warn)
+    titles: list[str] = []
+    with contextlib.suppress(UserError):  # an imported model, or a model without its corpus
+        titles = [source["title"] for source in folder.load_sources()]
+    loss = record["loss"] if record["loss"] < UNVALIDATED else None
+    about = About(folder.path.name, model.step, loss, titles)
+    return convert.export(form, model.config, model.tokenizer, model.params, out, warn, about)
 
 
 def corpus_text(workdir: str | Path | Workdir) -> str:

@@ -199,11 +199,12 @@ class TrainConfig(Settings):
 
 @dataclass
 class SampleConfig(Settings):
-    """Samples that `run` generates at the end of training."""
+    """Samples that `run` generates after each validation and at the end of training."""
 
     prompts: tuple[str, ...] = setting(("\n",), "texts to continue")
     max_new_tokens: int = setting(300, "characters to generate", least=1, most=MAX_TEXT)
     temperature: float = setting(0.8, "sampling temperature; 0: greedy", least=0.0, most=MAX_TEMPERATURE)
+    at_validation: bool = setting(True, "generate samples after each validation, so that the report shows the progress")
     top_k: int | None = setting(None, "sample from the k most likely characters; None: all", least=1)
     top_p: float | None = setting(
         None,

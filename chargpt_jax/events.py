@@ -156,14 +156,14 @@ class Saved:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Samples of the newest model have been generated and saved."""
+    """Samples of a checkpoint have been generated, and written to the run's folder."""
 
     step: int
-    """Number of training steps so far."""
+    """Of the checkpoint."""
     samples: tuple[str, ...]
     """The texts, prompts included."""
     svgs: tuple[str, ...]
-    """Each text with its metrics plotted below it, as SVG."""
+    """The same with their metrics, as SVG."""
 
 
 @dataclass(frozen=True)

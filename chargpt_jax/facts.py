@@ -162,7 +162,7 @@ def _speed(info: Mapping[str, Any]) -> str:
     seconds, compiling = _number(info["seconds_per_step"]), _number(info.get("compile_seconds"))
     if not seconds:
         return NOT_MEASURED
-    parts = [f"{scaled(1000 * seconds, 'ms') if seconds < 1 else scaled(seconds, 's')} per step"]
+    parts = [f"at best {scaled(1000 * seconds, 'ms') if seconds < 1 else scaled(seconds, 's')} per step"]
     if "characters_per_step" in info:
         parts.append(f"{_three_digits(info['characters_per_step'] / seconds)} characters per second")
     return ", ".join(parts) + (f"; compiled in {_three_digits(compiling)} s" if compiling is not None else "")

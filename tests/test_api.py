@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 import chargpt_jax
-from chargpt_jax import results
 from chargpt_jax.errors import NoCheckpoint, UserError
 from chargpt_jax.events import TrainStarted
 from chargpt_jax.generation import generate, trained_model
 from chargpt_jax.main import main
 from chargpt_jax.model.flops import peak_flops
-from chargpt_jax.results import INFO, all_facts
+from chargpt_jax.results.info import INFO, all_facts
+from chargpt_jax.results.samples import known_prompts
 from chargpt_jax.storage.workdir import Workdir
 from tests.corpus_text import FLOOR, small_config, write_words
 
@@ -53,7 +53,7 @@ def test_a_run_leaves_what_the_readme_promises(workdir):
     report = (workdir / "report.html").read_text(encoding="utf-8")
     assert report.count("<svg") >= 2
     known = peak_flops(jax.devices()[0], "bfloat16") is not None
-    assert ("<dt>mfu</dt><dd>not known</dd>" in report) == (not known)
+    assert ("the device&#x27;s peak is not known" in report) == (not known)
 
 
 def test_the_functions_of_the_package_stay_functions():
@@ -128,8 +128,9 @@ def test_streamed_pieces_are_the_text(model):
 
 def test_samples_draw_themselves_in_a_notebook(model):
     samples = model.generate(["ab", "cd"], 5)
-    assert samples._repr_html_().count("<svg") == 2
-    ET.fromstring(samples[0]._repr_html_())
+    assert samples._repr_html_().count("<svg") == samples._repr_html_().count("data-sample=") == 2
+    assert samples[0].svg() in samples[0]._repr_html_()
+    ET.fromstring(samples[0].svg())
 
 
 @pytest.mark.parametrize("alternatives", [0, 3])
@@ -332,7 +333,7 @@ def test_model_survives_copying_and_pickling(model):
 )
 def test_config_prompts_lose_unknown_characters_with_a_warning(model, prompts, used, said):
     warnings: list[str] = []
-    assert results.known_prompts(prompts, model.tokenizer, model.repairs, warnings.append) == used
+    assert known_prompts(prompts, model.tokenizer, model.repairs, warnings.append) == used
     assert len(warnings) == len(said)
     for warning, pattern in zip(warnings, said, strict=True):
         assert re.search(pattern, warning), warning

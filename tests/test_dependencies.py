@@ -59,3 +59,15 @@ def test_every_folder_of_the_package_is_in_the_wheel():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     folders = [path.parent.relative_to(ROOT) for path in (ROOT / "chargpt_jax").rglob("__init__.py")]
     assert sorted(listed) == sorted([".".join(folder.parts) for folder in folders] + ["chargpt_jax.configs"])
+
+
+def test_every_file_of_the_package_that_is_not_python_is_in_the_wheel():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    shipped = {
+        path for name, globs in listed.items() for each in globs for path in ROOT.joinpath(*name.split(".")).glob(each)
+    }
+    files = {
+        path for path in (ROOT / "chargpt_jax").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert ROOT / "chargpt_jax" / "pictures" / "page" / "model.js" in files
+    assert files <= shipped

@@ -63,7 +63,7 @@ def test_facts_of_a_trained_run_are_sentences_with_units():
         "Training progress": "complete: 1,020 steps (5 epochs of 204 steps) in 41 s",
         "Training best loss": "1.2923 nats = 1.8644 bits per character on the validation set, after step 816",
         "Training learning rate": "0.0167, found by the range test (balanced)",
-        "Speed training": "33.6 ms per step, 60,900 characters per second; compiled in 2.78 s",
+        "Speed training": "at best 33.6 ms per step, 60,900 characters per second; compiled in 2.78 s",
         "Speed arithmetic": "2.52 GFLOP per step, 28 GFLOP per second; the device's peak is not known",
         "Devices used": "2 x cpu in float32",
         "Files checkpoints": "steps 408, 816 and 1,020; best: 816",

@@ -348,6 +348,10 @@ SAMPLE = {"prompt": "a", "tokens": ["a", "b"], "surprisal": [None, 1.0], "entrop
         *({"prompt": 1}, {"tokens": "ab"}, {"tokens": ["a", 1]}, {"tokens": ["a", "long"]}, {"surprisal": [1.0]}),
         *({"surprisal": [1.0, "2"]}, {"entropy": None}, {"entropy": [1, True]}, {"entropy": [1, 10**400]}),
         *({"vocab_size": 1}, {"vocab_size": None}, {"vocab_size": 10**30}),
+        {"rank": [None, -1], "alternatives": [None, [["a", 0.5]]], "sampled_probability": [None, None]},
+        {"rank": [1, 1], "alternatives": [None, [["a", 0.5]]], "sampled_probability": [None, None]},
+        {"rank": [None, 1.5], "alternatives": [None, [["a", 0.5]]], "sampled_probability": [None, None]},
+        {"rank": [None, None], "alternatives": [None, [["a", 0.5]]], "sampled_probability": [None, None]},
     ],
 )
 def test_a_sample_that_somebody_else_wrote_is_none(change):

@@ -1,5 +1,7 @@
 """Untrusted text in pictures, pages and notebooks: payloads stay text, and a browser does not run them."""
 
+import dataclasses
+import html
 import json
 import re
 import shutil
@@ -17,10 +19,12 @@ from chargpt_jax.cli import progress
 from chargpt_jax.cli.terminal import printable
 from chargpt_jax.events import Prepared, Validated
 from chargpt_jax.generation.sample import Sample, Samples
+from chargpt_jax.pictures.page_assets import script
 from chargpt_jax.pictures.plots import loss_plot, lr_finder_plot
-from chargpt_jax.pictures.report import POLICY, report
+from chargpt_jax.pictures.report import Content, Stage, Text, report
 from chargpt_jax.pictures.subline import MAX_MARKS, Series, subline
 from tests.payloads import MARK, PAYLOADS, STEERING
+from tests.pictures.test_report import content
 
 SVG = "{http://www.w3.org/2000/svg}"
 ELEMENTS = {"svg", "style", "desc", "rect", "text", "tspan", "clipPath", "path", "g", "circle", "line"}
@@ -83,7 +87,7 @@ def test_a_picture_is_the_same_to_an_html_page_as_to_xml(name):
 @NAMES
 def test_a_report_has_the_elements_that_it_has_for_a_plain_text(name):
     text = PAYLOADS[name]
-    page, plain = (report(t, [(t, t)], [(t, subline(["a"], []))], [(t, t)]) for t in (text, "plain"))
+    page, plain = (report(dataclasses.replace(content(t), samples=[], passages=[])) for t in (text, "plain"))
     assert Tags(page).found == Tags(plain).found
     page.encode("utf-8")
 
@@ -93,7 +97,7 @@ def test_bidirectional_controls_are_replaced(name):
     turning = set("\u061c\u200e\u200f") | set(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))
     text = STEERING[name]
     assert turning & set(text)
-    for shown in (*pictures(text).values(), report(text, [(text, text)], [], [(text, text)])):
+    for shown in (*pictures(text).values(), report(content(text))):
         assert not turning & set(shown)
         assert "\ufffd" in shown
 
@@ -107,14 +111,17 @@ def test_a_cell_holds_so_many_marks_and_the_rest_stand_on_circles():
 
 
 @NAMES
-def test_a_notebook_is_shown_pictures_and_nothing_else(name):
+def test_notebook_output_is_pictures_and_the_script_for_any_text(name):
     text = PAYLOADS[name]
     shown = Samples([sample(text), sample(text + " ", text)])
     page = shown._repr_html_()
-    assert [tag for tag, _ in Tags(page).found].count("svg") == 2
-    assert page.startswith("<svg")
-    assert {tag for tag, _ in Tags(page).found} <= {element.lower() for element in ELEMENTS}
-    assert all(not attribute.startswith("on") for _, names in Tags(page).found for attribute in names)
+    found = Tags(page).found
+    tags = [tag for tag, _ in found]
+    assert tags.count("svg") == tags.count("div") == 2
+    assert tags.count("script") == 1
+    assert page.count(script("subline", "notebook")) == 1, "the script does not depend on the text"
+    assert set(tags) <= {"div", "script", *(element.lower() for element in ELEMENTS)}
+    assert all(not attribute.startswith("on") for _, names in found for attribute in names)
     for kind in (Sample, Samples):
         own = {way for way in dir(kind) if way.startswith(("_repr_", "_ipython_"))}
         assert own == {"_repr_html_"}, "no other kind of output is offered"
@@ -147,12 +154,12 @@ def test_a_title_reaches_a_log_and_a_notebook_without_effect(name, monkeypatch):
     assert {tag for page in shown for tag, _ in Tags(page["text/html"]).found} == {"div", "pre"}
 
 
-def test_a_report_tells_browsers_to_run_and_fetch_nothing():
-    page = report("Run", [], [])
-    assert POLICY.startswith("default-src 'none'")
-    assert "script" not in POLICY
+def test_report_tells_browsers_to_run_its_script_and_fetch_nothing():
+    page = report(Content("Run"))
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)
-    assert policy.replace("&#x27;", "'") == POLICY
+    rules = dict(rule.split(" ", 1) for rule in html.unescape(policy).split("; "))
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    assert re.fullmatch(r"'sha256-[\w+/=]{44}'", rules["script-src"])
     assert page.index("Content-Security-Policy") < page.index("<style>")
 
 
@@ -177,10 +184,19 @@ def dom(page: Path, folder: Path) -> str:
 
 def whole_page() -> str:
     """Return a report with every payload in every field, without the content security policy."""
-    texts = list(PAYLOADS.values())
-    figures = [(text, svg) for text in texts for svg in pictures(text).values()]
-    figures += [(text, Samples([sample(text)])._repr_html_()) for text in texts]
-    page = report("".join(texts), [(text, text) for text in texts], figures, [(text, text) for text in texts])
+    payloads = list(PAYLOADS.values())
+    texts = [Text(text, sample(text).svg(), sample(text).to_dict()) for text in payloads]
+    texts += [Text(text, Samples([sample(text)])._repr_html_(), sample(text, text[:1]).to_dict()) for text in payloads]
+    facts = [(text, [(text, text)]) for text in payloads]
+    everything = dataclasses.replace(
+        content("".join(payloads)),
+        facts=facts,
+        samples=texts,
+        stages=[Stage(i, text.caption, [text]) for i, text in enumerate(texts)],
+        passages=texts,
+        sources=facts,
+    )
+    page = report(everything)
     assert page.count("Content-Security-Policy") == 1
     return page.replace("Content-Security-Policy", "X-No-Policy")
 
@@ -198,10 +214,13 @@ def test_in_a_browser_the_control_runs(tmp_path):
 def test_in_a_browser_no_payload_of_a_report_runs(tmp_path):
     page = tmp_path / "report.html"
     page.write_text(whole_page(), encoding="utf-8")
+    inside = r'<div class="chargpt cg-notebook.*?</script>'  # of the pictures, which the script replaces
+    scripts = len(re.findall(r"<script\b", re.sub(inside, "", whole_page(), flags=re.DOTALL)))
     document = dom(page, tmp_path)
     assert "data-ran" not in document
-    assert not re.search(r"<(script|img|iframe|object|input|details|base|a|foreignobject)\b", document, re.IGNORECASE)
-    assert document.count("<figcaption>") == 8 * len(PAYLOADS)
+    assert not re.search(r"<(img|iframe|object|base|foreignobject)\b", document, re.IGNORECASE)
+    assert len(re.findall(r"<script\b", document)) == scripts, "those of the page, and no other one"
+    assert document.count("cg-live") > 4 * len(PAYLOADS), "the script ran"
     assert "</main>" in document
 
 

@@ -75,8 +75,8 @@ MAY_IMPORT = {
     "storage": "atomic config config_io data errors",
     "training": "config config_io data devices errors events hash_rng model ops storage",
     "generation": "config config_io data devices errors events hash_rng model ops pictures storage training",
-    "interop": "atomic config config_io data devices errors storage training",
-    "results": "config data devices errors events generation model pictures storage training",
+    "interop": "atomic config config_io data devices errors pictures storage training",
+    "results": "config data devices errors events facts generation model pictures storage training",
     "api": "config devices errors events generation interop results storage training",
     "selftest": "config config_io data errors storage training",
     "cli": "api config config_io data devices errors events facts generation model ops pictures results selftest "

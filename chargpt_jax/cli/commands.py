@@ -19,8 +19,7 @@ from chargpt_jax.errors import UserError
 from chargpt_jax.facts import facts_in_words
 
 if TYPE_CHECKING:
-    from chargpt_jax.events import Event
-    from chargpt_jax.storage.workdir import Workdir
+    from chargpt_jax.events import Event, Sampled
 
 T = TypeVar("T")
 
@@ -78,6 +77,7 @@ class Session:
         """Check that the workdir can be written, and import JAX."""
         request.folder.check_writable()
         self.request, self.last = request, cast("Event | None", None)
+        self.samples: Sampled | None = None
         self._advise(request.folder.has_checkpoints())
         # A ResilientStream has all that its stream has.
         self.out = cast(TextIO, ResilientStream(sys.stderr if request.flags.json else sys.stdout))
@@ -101,13 +101,18 @@ class Session:
 
     def show(self, event: "Event") -> bool:
         """Display an event; return whether the command must stop here, because a signal has ended the training."""
-        from chargpt_jax.events import Compiled, Ended, Saved
+        from chargpt_jax.events import Compiled, Ended, Sampled, Saved
 
         if isinstance(event, Saved):
             self._advise(True)
 
         signals, ended = self.request.signals, isinstance(event, Ended)
-        self.last = event
+        if isinstance(event, Sampled):
+            self.samples = event
+        else:
+            self.last = event
+        if isinstance(event, Sampled) and isinstance(self.last, Ended):
+            return False  # printed in full by `finish`
         # From the first training step to the end of training a signal has to wait until a checkpoint is saved.
         signals.deferred = (signals.deferred or isinstance(event, Compiled)) and not ended
         self._display(event)
@@ -129,25 +134,15 @@ class Session:
         if signals.received() is not None:
             return signals.code
         if samples and isinstance(self.last, Ended) and self.last.complete:
-            _print_samples(folder, self.out)
+            for text in self.samples.samples if self.samples else ():
+                print(f"\n{shown(text, self.out)}", file=self.out)
+            if folder.report.is_file():
+                print(f"\nreport: {one_line(folder.report)}", file=self.out)
         if self.request.flags.profile:
             traces = sorted(folder.path.glob("profile/plugins/profile/*/perfetto_trace.json.gz"))
             written = f"trace: {traces[-1]}, for https://ui.perfetto.dev" if traces else ""
             print(one_line(written or "no trace written: too few dispatches remained"), file=self.out)
         return 0
-
-
-def _print_samples(folder: "Workdir", out: TextIO) -> None:
-    from chargpt_jax.results import load_samples
-
-    # The newest by the step in the name: clocks may go backwards.
-    found = {int(path.stem[5:]): path for path in folder.samples.glob("step-*.json") if path.stem[5:].isdecimal()}
-    # What could not be written or read is left out here: a warning said so.
-    with contextlib.suppress(ValueError):
-        for sample in load_samples(folder, found[max(found)]) if found else ():
-            print(f"\n{shown(sample.text, out)}", file=out)
-    if folder.report.is_file():
-        print(f"\nreport: {one_line(folder.report)}", file=out)
 
 
 def evaluate(request: Request) -> int:
@@ -159,8 +154,10 @@ def evaluate(request: Request) -> int:
 
 
 def export(request: Request) -> int:
-    """Write the model for Hugging Face transformers, or for the original."""
+    """Write the model for Hugging Face transformers, for the original, or as a page."""
     out = request.flags.out
+    if not out and request.flags.format == "html":
+        raise UserError("--mode=export needs an output file: give --out, a new file whose name ends in .html.")
     if not out:
         raise UserError("--mode=export needs an output folder: give --out, a new or empty folder.")
     print(one_line(api_module().export(request.workdir, out, request.flags.format, request.step, warn)))
@@ -182,7 +179,7 @@ def info(request: Request) -> int:
         print(as_json(api_module().info(request.folder, warn)))
         return 0
     api_module()
-    from chargpt_jax.results import all_facts
+    from chargpt_jax.results.info import all_facts
 
     for group, rows in facts_in_words(all_facts(request.folder, warn)):
         for i, (name, value) in enumerate(rows):

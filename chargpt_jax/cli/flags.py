@@ -12,7 +12,7 @@ MODES = {
     "eval": "compute the loss on the full validation set",
     "generate": "continue --prompt (may be repeated)",
     "score": "compute the loss and the metrics of each character of --text or --text_file",
-    "export": "write the model to --out, for Hugging Face transformers or for the original PyTorch code",
+    "export": "write the model to --out: for Hugging Face transformers, for the original PyTorch code, or as a page",
     "import": "create a run from a checkpoint of the original PyTorch code (--from)",
     "info": "print a run's settings, progress and speed",
     "report": "write a run's report again, and open it in the browser (on a terminal with a display)",
@@ -67,7 +67,7 @@ def define_flags() -> flags.FlagValues:
         "step": "checkpoint to use: 'best' by validation loss, 'latest', or a step number; default: best",
         "branch": "POSITION:CHARACTER, as in 57:e: continue a generated sample from this character; positions from 0",
         "from": "checkpoint of the original PyTorch code: .pt, .safetensors or .npz",
-        "out": "output folder, new or empty",
+        "out": "output folder, new or empty; with --format=html: output file, new",
         "topology": "TPU topology to compile for; default: v5e:2x4",
     }
     integers: dict[str, tuple[int | None, str]] = {
@@ -102,8 +102,11 @@ def define_flags() -> flags.FlagValues:
     for name, about in booleans.items():
         flags.DEFINE_bool(name, False, about, flag_values=values)
     flags.DEFINE_enum("mode", "run", list(MODES), "what to do; default: run", flag_values=values)
-    about = "'hf' for Hugging Face transformers, 'original' for the original PyTorch code; default: hf"
-    flags.DEFINE_enum("format", "hf", ("original", "hf"), about, flag_values=values)
+    about = (
+        "'hf' for Hugging Face transformers, 'original' for the original PyTorch code, 'html' for one file that runs "
+    )
+    about += "the model in a browser; default: hf"
+    flags.DEFINE_enum("format", "hf", ("original", "hf", "html"), about, flag_values=values)
     about = "text to continue; default: the config's prompts"
     flags.DEFINE_multi_string("prompt", None, about, flag_values=values)
     about = "open the report in the browser; --open=false: only write it"

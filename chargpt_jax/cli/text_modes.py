@@ -114,7 +114,7 @@ def _position_and_character(branch: str) -> tuple[int, str]:
 
 def _generated(request: Request, index: int) -> "Sample":
     """Return a sample of samples/generated.json, which --mode=generate writes."""
-    from chargpt_jax.results import load_samples
+    from chargpt_jax.results.samples import load_samples
 
     path = request.folder.samples / "generated.json"
     if not path.exists():
@@ -224,7 +224,7 @@ def _print_passages(request: Request, found: "Passages", display: "TextDisplay")
 
 def _saved(request: Request, samples: "Samples", name: str, content: dict[str, Any] | None = None) -> list[Path]:
     """Save samples with their plots in the workdir; warn and return [] if that fails: the text has been printed."""
-    from chargpt_jax.results import save_samples
+    from chargpt_jax.results.samples import save_samples
 
     try:
         return save_samples(request.folder, samples, name, content)

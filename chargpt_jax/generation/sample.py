@@ -11,6 +11,7 @@ from chargpt_jax.errors import UserError
 from chargpt_jax.generation.alternatives import Alternatives, array_of, listed
 from chargpt_jax.generation.metrics import surprise_surprise
 from chargpt_jax.pictures import subline
+from chargpt_jax.pictures.page_assets import live
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -155,7 +156,7 @@ class Sample:
         return subline.subline(self.tokens, series, chars_per_line=columns, n_prompt=n_prompt)
 
     def _repr_html_(self) -> str:
-        return self.svg()
+        return live([self.svg()], [self.to_dict()])
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -218,7 +219,7 @@ class Samples(list[Sample]):
         return cls(map(Sample.from_dict, saved["samples"]))
 
     def _repr_html_(self) -> str:
-        return "\n".join(sample.svg() for sample in self)
+        return live([sample.svg() for sample in self], [sample.to_dict() for sample in self])
 
 
 def branched(sample: Sample, at: int, alternative: str) -> str:

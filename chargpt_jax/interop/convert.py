@@ -1,12 +1,13 @@
-"""Import checkpoints of the original; export models for the original and for Hugging Face's transformers.
+"""Import checkpoints of the original; export models for the original, for Hugging Face's transformers, for a browser.
 
-ancestor.py and hugging_face.py describe the files and arrays of the two formats. All input is checked before any file
-is written, and a folder is written atomically.
+ancestor.py, hugging_face.py and html_page.py describe the files and arrays of the formats. All input is checked before
+any file is written, and a folder or a page is written atomically.
 """
 
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.errors import UserError
-from chargpt_jax.interop import hugging_face
+from chargpt_jax.interop import html_page, hugging_face
 from chargpt_jax.interop.ancestor import MULTIPLES, checked, from_original, from_params, read, to_original, to_params
 from chargpt_jax.interop.array_names import Params
 from chargpt_jax.interop.safetensors_file import write_safetensors
@@ -31,7 +32,10 @@ from chargpt_jax.training import optimizer
 from chargpt_jax.training.run import record_of
 from chargpt_jax.training.step import create_state
 
-FORMATS = ("original", "hf")
+FOLDERS = ("original", "hf")
+"""Formats that `export` writes as a folder."""
+
+FORMATS = (*FOLDERS, "html")
 """Formats that `export` can write."""
 
 
@@ -96,43 +100,82 @@ def _write_run(
 
 
 def export_place(form: str, out: str | Path) -> Path:
-    """Check the format and the folder of an export, before the model is loaded, and return the folder.
+    """Check the format and the path of an export, before the model is loaded, and return the path.
 
     Raises:
-        UserError: if the format is unknown, or the folder exists and is not empty.
+        UserError: if the format is unknown, the folder exists and is not empty, or the page exists or is named as
+            something else.
     """
     if form not in FORMATS:
         raise UserError(f"The format is {form!r}, but it must be one of {', '.join(FORMATS)}: choose one.")
     path = Path(out).expanduser().absolute()
-    _check_vacant(path, "--out")
+    if form == "html":
+        _check_new_page(path)
+    else:
+        _check_vacant(path, "--out")
     return path
 
 
 def export(
-    form: str, config: Config, tokenizer: CharTokenizer, params: Params, out: str | Path, warn: Callable[[str], None]
+    form: str,
+    config: Config,
+    tokenizer: CharTokenizer,
+    params: Params,
+    out: str | Path,
+    warn: Callable[[str], None],
+    about: html_page.About | None = None,
 ) -> Path:
-    """Write a model to a new folder.
+    """Write a model to a new folder, or to a new HTML file.
 
     Args:
         form: one of FORMATS. 'original': config.json, and model.safetensors, whose arrays the original's
             `load_state_dict` accepts. 'hf': a folder for transformers' AutoModelForCausalLM and AutoTokenizer.
+            'html': one file, a page that runs the model.
         config: the run's config.
         tokenizer: the run's tokenizer.
         params: nested dicts of arrays.
-        out: must not exist, or be an empty folder.
+        out: must not exist, or be an empty folder; for 'html' it must not exist.
         warn: called with warnings about the target format.
+        about: what a page says about the model; None: only its config.
 
     Raises:
-        UserError: if the format, the folder or the model is invalid; no file has been written then.
+        UserError: if the format, the path or the model is invalid; no file has been written then.
     """
     path = export_place(form, out)
     params = jax.tree.map(np.asarray, params)
+    if form == "html":
+        _write_page(path, html_page.page(config, tokenizer, params, about or html_page.About(path.stem)))
+        return path
     with new_folder(path, "--out") as partial:
         if form == "hf":
             hugging_face.write(partial, config, tokenizer, params)
         else:
             _write_original(partial, config, tokenizer, params, warn)
     return path
+
+
+def _write_page(path: Path, content: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.replacing(path) as file:
+            file.write(content.encode())
+            _check_new_page(path)  # another process may have written it
+    except OSError as error:
+        raise _unusable(path, "--out", error, "file") from None
+
+
+def _check_new_page(path: Path) -> None:
+    if path.suffix.lower() not in (".html", ".htm"):
+        better = str(path / "model.html" if os.path.isdir(path) else path.with_name(f"{path.name}.html"))
+        raise UserError(
+            f"--out is {str(path)!r}, but --format=html writes one file, whose name must end in .html: give {better!r}."
+        )
+    try:
+        taken = path.is_symlink() or path.exists()
+    except OSError as error:
+        raise _unusable(path, "--out", error, "file") from None
+    if taken:
+        raise UserError(f"--out is {str(path)!r}, which exists already: give the name of a new file.")
 
 
 def _write_original(
@@ -195,5 +238,5 @@ def _check_vacant(path: Path, flag: str) -> None:
         raise UserError(f"{flag} is {str(path)!r}, which exists already: give a new or empty folder.")
 
 
-def _unusable(path: Path, flag: str, error: OSError) -> UserError:
-    return UserError(f"Cannot use {flag}={str(path)[:80]!r} ({error.strerror}): choose another folder.")
+def _unusable(path: Path, flag: str, error: OSError, kind: str = "folder") -> UserError:
+    return UserError(f"Cannot use {flag}={str(path)[:80]!r} ({error.strerror}): choose another {kind}.")

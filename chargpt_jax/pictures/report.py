@@ -1,74 +1,182 @@
-"""The report of a run as one self-contained HTML page: facts, figures and texts."""
+"""The report of a run as one self-contained HTML page: facts, curves, samples and passages.
 
-import html
-import re
-from collections.abc import Sequence
-
-CSS = """
-:root{color-scheme:light dark;--paper:#fdfcf9;--ink:#2b2926;--muted:#6d6961;--rule:#ebe7de}
-@media screen and (prefers-color-scheme:dark){:root{--paper:#17181b;--ink:#dedbd4;--muted:#99958c;--rule:#2a2b2f}}
-body{max-width:720px;margin:0 auto;padding:4rem 1.5rem 6rem;background:var(--paper);color:var(--ink);
-font:16px/1.55 Charter,"Iowan Old Style","Palatino Linotype",Palatino,Georgia,"DejaVu Serif",serif}
-h1{margin:0 0 2rem;font-size:1.9rem;font-weight:500;line-height:1.2;letter-spacing:-.01em;overflow-wrap:anywhere}
-dl{margin:0 0 3rem;border-top:1px solid var(--rule);font-size:.9rem}
-dl div{display:grid;grid-template-columns:minmax(8rem,1fr) 2.6fr;column-gap:1.5rem;padding:.34rem 0;
-border-bottom:1px solid var(--rule)}
-dt{color:var(--muted)}
-dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums lining-nums}
-figure{margin:0 0 3rem}
-figure>svg{display:block;max-width:100%;height:auto;margin:0 -16px}
-figcaption{margin:0 0 .7rem;font-size:.9rem;font-style:italic;color:var(--muted)}
-pre{margin:0;padding:.1rem 0 .1rem 1.1rem;border-left:2px solid var(--rule);white-space:pre-wrap;
-overflow-wrap:anywhere;font:13px/1.55 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace}
-@media print{@page{margin:18mm}body{background:#fff;max-width:none;padding:0;font-size:11pt}
-figure,dl div{break-inside:avoid}
-figure.text{break-inside:auto}figcaption,h1{break-after:avoid}}
+Without its script the page shows everything that it has; with it, curves have a cursor and texts answer a pointer.
 """
-"""Style of the page; its background is that of the pictures."""
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-"""Content security policy: inline styles only. The page runs no script and loads no file."""
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-_UNFIT = re.compile(
-    "[^\t\n -~\xa0-\u061b\u061d-\u200d\u2010-\u2029\u202f-\u2065\u206a-\ud7ff"
-    "\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]"
+from chargpt_jax.pictures import svg
+from chargpt_jax.pictures.axes import NARROW, WIDTH
+from chargpt_jax.pictures.curves import Curve, readable, x_range
+from chargpt_jax.pictures.page_assets import compact, document, plain
+
+Plot = Callable[[float], str]
+"""Returns a plot as SVG, for its width in pixels."""
+
+Facts = Sequence[tuple[str, str]]
+"""(name, value) pairs, plain text."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text with its metrics."""
+
+    caption: str
+    svg: str
+    data: dict[str, Any]
+    """As the JSON file of a sample holds it."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The samples after a number of training steps."""
+
+    step: int
+    caption: str
+    texts: Sequence[Text]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a report shows; what a run does not have is empty."""
+
+    title: str
+    lead: str = ""
+    facts: Sequence[tuple[str, Facts]] = ()
+    """Groups: (name, facts)."""
+    search: Plot | None = None
+    """The range test."""
+    losses: Plot | None = None
+    """The losses, over the common axis of `curves`."""
+    curves: Sequence[Curve] = ()
+    """All that a cursor reads: losses first, which have their own plot."""
+    epoch_steps: int = 1
+    samples: Sequence[Text] = ()
+    stages: Sequence[Stage] = ()
+    along: str = ""
+    """Which samples `stages` has, in a sentence."""
+    histograms: Sequence[Plot] = ()
+    compared: str = ""
+    """What the histograms compare, in a sentence."""
+    passages: Sequence[Text] = ()
+    sources: Sequence[tuple[str, Facts]] = ()
+    environment: Facts = ()
+
+
+def report(content: Content) -> str:
+    """Return the page, light or dark like the reader's system, and light in print."""
+    texts = [*content.samples, *content.passages]
+    data: dict[str, Any] = {f"text-{i}": compact(text.data) for i, text in enumerate(texts)}
+    data["data-curves"] = readable(content.curves, content.epoch_steps)
+    data["data-stages"] = [
+        {"step": stage.step, "caption": stage.caption, "texts": [compact(text.data) for text in stage.texts]}
+        for stage in content.stages
+    ]
+    sections = [
+        ("facts", "The run", _groups(content.facts)),
+        ("search", "Learning-rate search", _search(content.search)),
+        ("training", "Training", _training(content)),
+        ("samples", "Samples", _texts(content.samples, 0, SAMPLES)),
+        ("stages", "Learning to write", _stages(content.stages, content.along)),
+        ("compared", "Does it write like the text?", _histograms(content)),
+        ("passages", "Where it was surprised", _texts(content.passages, len(content.samples), PASSAGES)),
+        ("sources", "The text", _groups(content.sources)),
+        ("environment", "Environment", _facts(content.environment)),
+    ]
+    shown = [(name, title, body) for name, title, body in sections if body]
+    links = "".join(f'<a href="#{name}">{title}</a> ' for name, title, _ in shown)
+    parts = [f"<header><h1>{plain(content.title)}</h1>"]
+    parts += [f'<p class="lead">{plain(content.lead)}</p>' if content.lead else ""]
+    parts += [f'<nav aria-label="Sections">{links}</nav></header>\n<main>' if links else "</header>\n<main>"]
+    parts += [f'<section id="{name}">\n<h2>{title}</h2>\n{body}\n</section>' for name, title, body in shown]
+    scripts = ("subline", "cursor", "stages", "report")
+    return document(content.title, "\n".join([*parts, "</main>"]), scripts=scripts, data=data)
+
+
+SAMPLES = (
+    "Text that the model generated. The prompt is bold. Three curves are below every character. Entropy: how unsure "
+    "the model was before it. Surprisal: how unlikely the character was. S₂ (surprise-surprise): surprisal minus "
+    "entropy, so above 0 the model was more surprised than it expected. All are fractions of the logarithm of the "
+    "vocabulary size."
 )
-"""Characters that HTML does not allow, and bidirectional controls."""
+PASSAGES = (
+    "The passages of the validation set with the highest loss, most surprising first. The model has not seen this text "
+    "in training."
+)
 
 
-def report(
-    title: str,
-    facts: Sequence[tuple[str, str]],
-    figures: Sequence[tuple[str, str]],
-    texts: Sequence[tuple[str, str]] = (),
-) -> str:
-    """Return a self-contained HTML page, light or dark like the reader's system, and light in print.
+def _groups(groups: Sequence[tuple[str, Facts]]) -> str:
+    return "\n".join(f"<h3>{plain(name)}</h3>\n{_facts(facts)}" for name, facts in groups)
 
-    Args:
-        title: the page's heading, plain text.
-        facts: (name, value) pairs, plain text, as a table.
-        figures: (caption, SVG) pairs; captions are plain text, SVGs are inserted unchanged.
-        texts: (caption, text) pairs, plain text; line breaks and spaces are preserved.
-    """
-    rows = "\n".join(f"<div><dt>{_plain(name)}</dt><dd>{_plain(value)}</dd></div>" for name, value in facts)
-    parts = [f"<h1>{_plain(title)}</h1>", f"<dl>\n{rows}\n</dl>" if rows else ""]
-    parts += [_figure(caption, svg) for caption, svg in figures]
+
+def _facts(facts: Facts) -> str:
+    rows = "\n".join(f"<div><dt>{plain(name)}</dt><dd>{plain(value)}</dd></div>" for name, value in facts)
+    return f"<dl>\n{rows}\n</dl>" if rows else ""
+
+
+def _search(plot: Plot | None) -> str:
+    about = (
+        "Every zoom trains the initial model with increasing learning rates, and plots the losses that are below all "
+        "earlier ones. The next zoom covers a narrower range around the learning rate that the last zoom proposed."
+    )
+    return _figure(plot, about) if plot else ""
+
+
+def _training(content: Content) -> str:
+    if not content.losses:
+        return ""
+    axis = x_range(content.curves)
+    plots: list[Plot] = [content.losses]
+    plots += [functools.partial(curve.svg, axis) for curve in content.curves[2:] if curve.points]
+    about = "Loss on the training batches and on the validation set, then learning rate, gradient norm and throughput."
+    figures = "\n".join(_figure(plot, "", "curve") for plot in plots)
+    return f'<p class="note">{about}</p>\n<div class="curves">\n<div id="cursor"></div>\n{figures}\n</div>'
+
+
+def _texts(texts: Sequence[Text], first: int, about: str) -> str:
+    if not texts:
+        return ""
+    figures = [
+        f'<figure><figcaption>{plain(text.caption)}</figcaption><div data-text="text-{i}" '
+        f'data-label="{plain(text.caption)}"><div class="static">{_unstyled(text.svg)}</div></div></figure>'
+        for i, text in enumerate(texts, first)
+    ]
+    return "\n".join([f'<p class="note">{about}</p>', *figures])
+
+
+def _stages(stages: Sequence[Stage], about: str) -> str:
+    if len(stages) < 2:
+        return ""
+    static = "\n".join(
+        f"<details><summary>{plain(stage.caption)}</summary>{''.join(_pre(text) for text in stage.texts)}</details>"
+        for stage in stages
+    )
+    return f'<p class="note">{plain(about)}</p>\n<div id="watch"><div class="static">\n{static}\n</div></div>'
+
+
+def _pre(text: Text) -> str:
     # HTML drops a line break directly after <pre>: this one is dropped instead of one of the text.
-    parts += [_figure(caption, f"<pre>\n{_plain(text)}</pre>", ' class="text"') for caption, text in texts]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(POLICY)}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_plain(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(filter(None, parts))
-        + "\n</main>\n</body>\n</html>\n"
+    return f"<pre>\n{plain(''.join(text.data['tokens']))}</pre>"
+
+
+def _histograms(content: Content) -> str:
+    if not content.histograms:
+        return ""
+    figures = [_figure(plot, "") for plot in content.histograms]
+    return "\n".join([f'<p class="note">{plain(content.compared)}</p>', *figures])
+
+
+def _figure(plot: Plot, caption: str, kind: str = "") -> str:
+    """Return a plot in both widths, of which the style sheet shows one."""
+    about = f"<figcaption>{plain(caption)}</figcaption>\n" if caption else ""
+    return f'<figure class="{f"plot {kind}".rstrip()}">\n{about}<div class="wide">{_unstyled(plot(WIDTH))}</div>' + (
+        f'<div class="narrow">{_unstyled(plot(NARROW))}</div>\n</figure>'
     )
 
 
-def _figure(caption: str, content: str, attributes: str = "") -> str:
-    return f"<figure{attributes}>\n<figcaption>{_plain(caption)}</figcaption>\n{content}\n</figure>"
-
-
-def _plain(text: str) -> str:
-    """Return text escaped for HTML; characters that it does not allow, and bidi controls, become U+FFFD."""
-    return html.escape(_UNFIT.sub("\ufffd", text.replace("\r\n", "\n")))
+def _unstyled(picture: str) -> str:
+    """Return a picture without its style, which the page has once."""
+    return picture.replace(f"<style>{svg.CSS}</style>", "", 1)

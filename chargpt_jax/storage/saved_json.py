@@ -1,9 +1,14 @@
 """Checks of the JSON files of a run, which are untrusted input: the sources of its corpus, its training speed."""
 
+from collections.abc import Callable
 from typing import Any
 
 MAX_CORPUS = 4 << 30
 """Maximum size of the values in tokens.npy, bytes: about 1e9 characters."""
+
+
+LISTS = ("repairs", "notes")
+"""Fields of a source that earlier versions did not write."""
 
 
 def sources(saved: Any) -> list[dict[str, Any]]:
@@ -12,21 +17,18 @@ def sources(saved: Any) -> list[dict[str, Any]]:
     Raises:
         ValueError: if it is not a list of sources.
     """
-
-    def good(source: Any) -> bool:
-        return (
-            isinstance(source, dict)
-            and isinstance(source.get("title"), str)
-            and type(source.get("characters")) is int
-            and 0 <= source["characters"] <= MAX_CORPUS
-            and isinstance(source.get("stand_in_for"), str | None)
-            and isinstance(source.get("url"), str | None)
-            and isinstance(source.get("file_sha256"), str | None)
-            and all(_strings(source.get(name, [])) for name in ("repairs", "notes"))
-        )
-
-    if not isinstance(saved, list) or not all(map(good, saved)):
-        raise ValueError("each source must have a title and a number of characters")
+    rules: dict[str, Callable[[Any], bool]] = {
+        "title": lambda value: isinstance(value, str),
+        "characters": lambda value: type(value) is int and 0 <= value <= MAX_CORPUS,
+        **dict.fromkeys(("stand_in_for", "url", "file_sha256"), lambda value: isinstance(value, str | None)),
+        **dict.fromkeys(LISTS, _strings),
+    }
+    if not isinstance(saved, list) or not all(isinstance(source, dict) for source in saved):
+        raise ValueError("it is not a list of sources")
+    for source in saved:
+        for name, is_valid in rules.items():
+            if not is_valid(source.get(name, [] if name in LISTS else None)):
+                raise ValueError(f"the {name} of a source is invalid")
     return saved
 
 

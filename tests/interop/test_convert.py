@@ -397,7 +397,7 @@ def test_folder_that_is_not_empty_is_not_changed(tmp_path, imported):
     (tmp_path / "used" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="--workdir is .* already"):
         convert.import_original(path, tmp_path / "used")
-    for form in convert.FORMATS:
+    for form in convert.FOLDERS:
         with pytest.raises(UserError, match="--out is .* already"):
             api.export(imported, tmp_path / "used", form)
     with pytest.raises(UserError, match="already"):
@@ -412,7 +412,7 @@ def test_folder_that_is_not_empty_is_not_changed(tmp_path, imported):
         api.export(imported, tmp_path / "broken")
 
 
-@pytest.mark.parametrize("form", convert.FORMATS)
+@pytest.mark.parametrize("form", convert.FOLDERS)
 def test_export_to_the_current_folder_fills_it(tmp_path, imported, monkeypatch, form):
     monkeypatch.chdir(tmp_path)
     api.export(imported, ".", form)

@@ -1,16 +1,19 @@
-"""The report: one valid, complete page; untrusted text in it is escaped."""
+"""The report: one valid, complete page with and without its script; untrusted text in it is escaped."""
 
+import functools
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chargpt_jax.generation.sample import Sample
+from chargpt_jax.pictures.curves import Curve
+from chargpt_jax.pictures.histograms import Shares, histogram
 from chargpt_jax.pictures.plots import loss_plot
-from chargpt_jax.pictures.report import CSS, report
-from chargpt_jax.pictures.subline import subline
-from chargpt_jax.pictures.svg import DARK, LIGHT
+from chargpt_jax.pictures.report import Content, Stage, Text, report
 
 VOID = {"meta"}
 PAYLOADS = ["<script>alert(1)</script>", "</pre><b>", "</style>", "</title>", "]]>", "&lt;", "\"'><img src=x>"]
@@ -47,76 +50,105 @@ class Page(HTMLParser):
             self.texts[self.stack[-1]][-1] += data
 
 
-def test_a_page_has_a_language_a_charset_a_viewport_and_a_title():
-    page = report("A run", [], [])
+def text(caption: str, characters: str) -> Text:
+    """Return a scored text."""
+    values = np.arange(len(characters), dtype=np.float32)
+    sample = Sample(characters, tuple(characters), values, values, 64)
+    return Text(caption, sample.svg(), sample.to_dict())
+
+
+def content(payload: str = "a") -> Content:
+    """Return a report that has everything, with a text in every place for plain text."""
+    texts = [text(payload, payload)]
+    losses = [Curve("training loss", "nats", ((1, 4.0), (9, 3.0)), 4), Curve("validation loss", "nats", ((9, 3.5),), 4)]
+    return Content(
+        title=payload,
+        lead=payload,
+        facts=[(payload, [(payload, payload)])],
+        search=lambda width: loss_plot([], [], width=width),
+        losses=lambda width: loss_plot([(1, 4.0), (9, 3.0)], [], width=width),
+        curves=[*losses, Curve("gradient norm", "", ((1, 1.0), (9, 2.0)))],
+        epoch_steps=3,
+        samples=texts,
+        stages=[Stage(3, payload, texts), Stage(9, payload, texts)],
+        histograms=[functools.partial(histogram, payload, payload, ["1"], [Shares(payload, (1.0,))])],
+        compared=payload,
+        passages=texts,
+        sources=[(payload, [(payload, payload)])],
+        environment=[(payload, payload)],
+    )
+
+
+def test_report_has_a_language_charset_viewport_and_title():
+    page = report(Content("A run"))
     assert page.startswith('<!DOCTYPE html>\n<html lang="en">')
     assert '<meta charset="utf-8">' in page
     assert '<meta name="viewport"' in page
     assert Page(page).texts["title"] == ["A run"]
 
 
-def test_facts_figures_and_texts_come_in_their_order():
-    svg = loss_plot([(0, 4.0)], [])
-    page = report("Run", [("seed", "0"), ("loss", "1.5")], [("Loss", svg), ("Again", svg)], [("Sample", "text")])
-    read = Page(page)
-    assert read.texts["dt"] == ["seed", "loss"]
-    assert read.texts["dd"] == ["0", "1.5"]
-    assert read.texts["figcaption"] == ["Loss", "Again", "Sample"]
-    assert page.count(svg) == 2
+def test_report_shows_its_sections_in_order():
+    read = Page(report(content()))
+    titles = ["The run", "Learning-rate search", "Training", "Samples", "Learning to write"]
+    titles += ["Does it write like the text?", "Where it was surprised", "The text", "Environment"]
+    assert read.texts["h2"] == titles
+    links = [value.removeprefix("#") for name, value in read.attributes if name == "href"]
+    assert links == [value for name, value in read.attributes if name == "id" and value in links]
+
+
+def test_report_leaves_out_what_a_run_does_not_have():
+    read = Page(report(Content("Nothing yet")))
+    assert not {"h2", "dl", "figure", "nav"} & set(read.tags)
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_markup_in_plain_text_stays_text(payload):
-    plain = Page(report("a", [("b", "c")], [("d", "")], [("e", "f")]))
-    read = Page(report(payload, [(payload, payload)], [(payload, "")], [(payload, payload)]))
-    assert read.tags == plain.tags
-    assert [read.texts[tag][0] for tag in ("title", "h1", "dt", "dd", "figcaption")] == [payload] * 5
-    assert read.texts["pre"] == ["\n" + payload]
+    plain, read = Page(report(content())), Page(report(content(payload)))
+    assert [tag for tag in read.tags if tag != "tspan"] == [tag for tag in plain.tags if tag != "tspan"]
+    assert read.texts["h1"] == read.texts["dt"][:1] == read.texts["dd"][:1] == [payload]
+    assert "\n" + payload in read.texts["pre"]
 
 
-@pytest.mark.parametrize("text", ["\nfirst line break", "  spaces\n\n\tand tabs  ", "", "\n\n"])
-def test_a_text_keeps_its_spaces_and_line_breaks(text):
-    (read,) = Page(report("a", [], [], [("b", text)])).texts["pre"]
-    assert read == "\n" + text  # a browser drops the first line break of a <pre>
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.text(st.characters(exclude_categories=()), max_size=60))
-def test_any_unicode_makes_a_page_that_utf8_can_hold(text):
-    page = report(text, [(text, text)], [], [(text, text)])
+@settings(max_examples=40, deadline=None)
+@given(st.text(st.characters(exclude_categories=()), min_size=1, max_size=40))
+def test_any_unicode_makes_a_page_that_utf8_can_hold(payload):
+    page = report(content(payload))
     page.encode("utf-8")
     assert "\x00" not in page
     Page(page)
 
 
 def test_invalid_characters_become_the_replacement_character():
-    assert Page(report("a\ud800b\x00c\ufffed\x85e\r\nf", [], [])).texts["h1"] == ["a�b�c�d�e\nf"]
+    assert Page(report(Content("a\ud800b\x00c\ufffed\x85e\r\nf"))).texts["h1"] == ["a�b�c�d�e\nf"]
 
 
-def test_page_has_no_external_links():
-    page = report("Run", [("a", "b")], [("c", loss_plot([], []))], [("d", "e")])
-    assert page.replace('xmlns="http://www.w3.org/2000/svg"', "").replace("http-equiv", "").count("http") == 0
-    assert not re.search(r"<script|<link|@import|href|src=|url\((?!#)", page)
+def test_report_without_its_script_has_every_text_and_plot():
+    page = report(content("quartz"))
+    without = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert len(re.findall(r"<pre>\nquartz</pre>", without)) == 2, "a text for each stage"
+    assert without.count('aria-label="Text with its metrics"') == 2, "the sample and the passage as pictures"
+    for name in ("Training and validation loss", "gradient norm", "quartz"):
+        assert f'aria-label="{name}"' in without
 
 
-def test_a_run_without_facts_or_figures_is_still_a_page():
-    read = Page(report("Nothing yet", [], []))
-    assert "dl" not in read.tags
-    assert "figure" not in read.tags
+def test_report_names_no_file_and_no_address():
+    page = report(content())
+    bare = re.sub(r"http-equiv|http://www\.w3\.org/2000/svg", "", page)
+    assert "http" not in bare
+    assert not re.search(r"<link|@import|src=|href=\"(?!#)|url\((?!#)|fetch\(|XMLHttpRequest|import\(", page)
 
 
-def test_the_page_is_light_dark_and_printable():
-    assert "prefers-color-scheme:dark" in CSS
-    assert "@media print" in CSS
+def test_report_is_light_dark_and_printable():
+    page = report(content())
+    assert "prefers-color-scheme:dark" in page
+    assert "@media print" in page
 
 
-def test_the_page_has_the_colour_of_the_pictures_paper():
-    for theme in (LIGHT, DARK):
-        paper = re.findall(r"--cg-paper:(#\w+)", theme)[0]
-        assert f"--paper:{paper}" in CSS
+def test_report_has_the_style_of_its_pictures_once():
+    assert report(content()).count(".chargpt .cg-grid{") == 1
 
 
-def test_pictures_on_one_page_share_no_id():
-    page = report("Run", [], [("a", subline(["a"], [])), ("b", subline(["b"], []))])
-    ids = re.findall(r'\bid="([^"]+)"', page)
-    assert len(ids) == len(set(ids)) == 2
+def test_every_id_of_a_report_is_unique():
+    ids = re.findall(r'\bid="([^"]+)"', report(content("several texts")))
+    clips = [name for name in ids if name.startswith("cg-")]
+    assert len(set(ids) - set(clips)) == len(ids) - len(clips)
