@@ -232,6 +232,17 @@ for name, way in ways.items():
     display(model.generate(config.sample.prompts[0], max_new_tokens=160, **way))
 
 # %% [markdown]
+# Point at a character, or click on a text and use the arrow keys: the panel shows the characters that the model would
+# have preferred there. To see what the text would have become with another one, branch: the next cell takes the
+# most likely other character in the middle of a sample, and lets the model continue from it.
+
+# %%
+(sample,) = model.generate(config.sample.prompts[0], max_new_tokens=160, temperature=0.7)
+middle = len(sample) // 2
+other = next(c for c, _ in sample.alternatives.at(middle) if c != sample.tokens[middle])
+display(sample, model.branch(sample, middle, other, temperature=0.7))
+
+# %% [markdown]
 # ## 7. What surprises it?
 #
 # Before each character $x_t$ the model has a distribution $p_t$ over $V$ possible characters ($V$ is the vocabulary
