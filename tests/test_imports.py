@@ -77,10 +77,11 @@ MAY_IMPORT = {
     "generation": "config config_io data devices errors events hash_rng model ops pictures storage training",
     "interop": "atomic config config_io data devices errors pictures storage training",
     "results": "config data devices errors events facts generation model pictures storage training",
+    "trackers": "config config_io errors events",
     "api": "config devices errors events generation interop results storage training",
     "selftest": "config config_io data errors storage training",
     "cli": "api config config_io data devices errors events facts generation model ops pictures results selftest "
-    "storage training",
+    "storage trackers training",
     "main": "cli errors",
     "__init__": "api cli config config_io devices errors",
 }

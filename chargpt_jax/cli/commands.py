@@ -78,6 +78,7 @@ class Session:
         request.folder.check_writable()
         self.request, self.last = request, cast("Event | None", None)
         self.samples: Sampled | None = None
+        self._track: Callable[[Event], None] = lambda event: None
         self._advise(request.folder.has_checkpoints())
         # A ResilientStream has all that its stream has.
         self.out = cast(TextIO, ResilientStream(sys.stderr if request.flags.json else sys.stdout))
@@ -88,6 +89,14 @@ class Session:
         from chargpt_jax.cli import progress
 
         self._display = self._open.enter_context(progress.display(self.out))
+        if self.request.flags.track:
+            from chargpt_jax import trackers
+
+            assert self.request.config is not None  # `read` has checked it
+            names = [name.strip() for name in self.request.flags.track.split(",")]
+            self._track = self._open.enter_context(
+                trackers.opened(names, self.request.folder, self.request.config, warn)
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -116,6 +125,7 @@ class Session:
         # From the first training step to the end of training a signal has to wait until a checkpoint is saved.
         signals.deferred = (signals.deferred or isinstance(event, Compiled)) and not ended
         self._display(event)
+        self._track(event)
         return ended and signals.received() is not None
 
     def profiled(self, events: "Iterator[Event]") -> "Iterator[Event]":

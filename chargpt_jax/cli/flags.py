@@ -36,6 +36,7 @@ EXIT_CODES = {
 NEEDS_CONFIG = ("run", "prepare", "find_lr", "train", "compile")
 FLAG_MODES = {
     **dict.fromkeys(("profile", "max_minutes"), ("run", "train")),
+    "track": ("run", "find_lr", "train"),
     **dict.fromkeys(("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "stream"), ("generate",)),
     **dict.fromkeys(("branch", "sample"), ("generate",)),
     **dict.fromkeys(("skip_unknown", "alternatives", "subline"), ("generate", "score")),
@@ -68,6 +69,7 @@ def define_flags() -> flags.FlagValues:
         "branch": "POSITION:CHARACTER, as in 57:e: continue a generated sample from this character; positions from 0",
         "from": "checkpoint of the original PyTorch code: .pt, .safetensors or .npz",
         "out": "output folder, new or empty; with --format=html: output file, new",
+        "track": "trackers that get the run's numbers: tensorboard, wandb, trackio, or several, separated by commas",
         "topology": "TPU topology to compile for; default: v5e:2x4",
     }
     integers: dict[str, tuple[int | None, str]] = {
