@@ -17,8 +17,8 @@ MODULES = {
 }
 """{package: its module, if the names differ}."""
 
-OPTIONAL = {"IPython"}
-"""Packages that only a notebook imports, where they are always installed."""
+OPTIONAL = {"IPython", "tensorboardX", "trackio", "wandb"}
+"""Packages that only a notebook imports, where they are always installed, and trackers, which are extras."""
 
 
 def declared() -> set[str]:
@@ -48,6 +48,12 @@ def test_every_import_is_declared_and_every_dependency_imported():
     files = [*(ROOT / "chargpt_jax").rglob("*.py"), *(ROOT / "configs").glob("*.py")]
     found = set().union(*(imported(path.read_text(encoding="utf-8")) for path in files))
     assert found - OPTIONAL == declared()
+
+
+@pytest.mark.parametrize("module", sorted(OPTIONAL - {"IPython"}))
+def test_every_tracker_is_an_extra(module):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert any(line.startswith(f"{module}>=") for lines in project["optional-dependencies"].values() for line in lines)
 
 
 @pytest.mark.parametrize("module", sorted(MODULES.values()))
