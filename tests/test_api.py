@@ -417,6 +417,32 @@ def test_generate_repeats_for_a_seed_and_streams_the_same_text(capsys, workdir):
     assert streamed.startswith(text)
 
 
+@pytest.mark.parametrize("prompt", ["€ab", "ab\r\ncd€"])
+def test_plain_stream_prints_the_prompt_that_is_continued(capsys, workdir, prompt):
+    flags = ("--mode=generate", f"--prompt={prompt}", "--max_new_tokens=40", "--skip_unknown")
+    code, out, _ = command(capsys, workdir, *flags)
+    streamed = command(capsys, workdir, *flags, "--stream")[1]
+    assert code == 0
+    assert streamed == out.replace("\n\nloss", "\nloss")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--prompt=a€",
+        "--prompt=ab --temperature=-1",
+        "--prompt=ab --top_k=0",
+        "--branch=999:a",
+        "--branch=3:a --seed=-1",
+    ],
+)
+def test_stream_prints_no_text_before_an_error(capsys, workdir, wrong):
+    assert command(capsys, workdir, "--mode=generate", "--prompt=ab", "--max_new_tokens=9")[0] == 0
+    code, out, err = command(capsys, workdir, "--mode=generate", "--stream", *wrong.split())
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+
+
 def test_score_prints_json_and_draws(capsys, workdir):
     code, out, err = command(capsys, workdir, "--mode=score", "--text=ab cde", "--json")
     (sample,) = json.loads(out)["samples"]

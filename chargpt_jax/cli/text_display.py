@@ -71,6 +71,8 @@ class TextDisplay:
         if self._rows:
             self._waiting = part if self._waiting is None else self._waiting + part
             self._print_lines(complete=False)
+        elif self.plain:
+            print(shown(part.text, self._out), end="", file=self._out, flush=True)
         else:
             characters, n_prompt = self._characters(part), len(part.prompt)
             text = terminal_text.coloured(characters, part.surprisal, self._look, n_prompt)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chargpt_jax.cli.command_line import Request, api_module
-from chargpt_jax.cli.terminal import as_json, one_line, shown, warn
+from chargpt_jax.cli.terminal import as_json, one_line, warn
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import bits_per_character
 
@@ -36,7 +36,7 @@ def generate(request: Request) -> int:
         raise UserError(f"--stream prints one sequence, but there are {len(prompts)} prompts: give one --prompt.")
     model = api_module().load(request.folder, request.step, warn)
     display = _display(request, model.config.model.vocab_size)
-    streams = _streams(display, prompts[0]) if streaming else {}
+    streams = {"on_sample": lambda _, part: display.add(part)} if streaming else {}
     count = _given(flags.max_new_tokens, how.max_new_tokens)
     samples = model.generate(
         prompts, count, skip_unknown=flags.skip_unknown, **_sampling(request, model.config.seed), **streams
@@ -74,14 +74,6 @@ def _sampling(request: Request, seed: int) -> dict[str, Any]:
     }
 
 
-def _streams(display: "TextDisplay", prompt: str) -> dict[str, Any]:
-    """Return the callback of `generate` that prints a text while it is generated; print the prompt, if it does not."""
-    if not display.plain:
-        return {"on_sample": lambda _, part: display.add(part)}
-    _stream(0, prompt)
-    return {"on_text": _stream}
-
-
 def _branch(request: Request, streaming: bool) -> int:
     """Continue a sample of samples/generated.json from another character, and save it as samples/branch.json."""
     flags, (at, alternative) = request.flags, _position_and_character(request.flags.branch)
@@ -94,7 +86,7 @@ def _branch(request: Request, streaming: bool) -> int:
     sample = _generated(request, flags.sample or 0)
     model = api.load(request.folder, request.step, warn)
     display = _display(request, model.config.model.vocab_size)
-    streams = _streams(display, sample.text[:at] + alternative) if streaming else {}
+    streams = {"on_sample": lambda _, part: display.add(part)} if streaming else {}
     how = {"max_new_tokens": flags.max_new_tokens, **_sampling(request, model.config.seed), **streams}
     branch = model.branch(sample, at, alternative, **how)
     _save_and_print(request, api.Samples([branch]), "branch", display, streamed=streaming)
@@ -136,10 +128,6 @@ def _generated(request: Request, index: int) -> "Sample":
 
 def _given(flag: T | None, default: T) -> T:
     return default if flag is None else flag
-
-
-def _stream(_: int, text: str) -> None:
-    print(shown(text, sys.stdout), end="", flush=True)
 
 
 def score(request: Request) -> int:
