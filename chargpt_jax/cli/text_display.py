@@ -5,7 +5,7 @@ import os
 import shutil
 from typing import TYPE_CHECKING, TextIO
 
-from chargpt_jax.cli.terminal import printable, shown
+from chargpt_jax.cli.terminal import JOINERS, MAX_MARKS, printable, shown
 from chargpt_jax.errors import UserError
 from chargpt_jax.pictures import terminal_text
 
@@ -51,6 +51,8 @@ class TextDisplay:
         self._out, self._rows = out, rows
         self._look = terminal_text.Look(vocab_size, colours_of(out), shutil.get_terminal_size().columns)
         self._waiting: Sample | None = None
+        self._before = ""  # the last characters that were printed: `printable` looks at them
+        self._joiner: Sample | None = None  # waits for the character after it
 
     @property
     def plain(self) -> bool:
@@ -68,22 +70,17 @@ class TextDisplay:
 
     def add(self, part: "Sample") -> None:
         """Print the next part of a sample; rows of metrics wait until their line is complete."""
-        if self._rows:
-            self._waiting = part if self._waiting is None else self._waiting + part
-            self._print_lines(complete=False)
-        elif self.plain:
-            print(shown(part.text, self._out), end="", file=self._out, flush=True)
-        else:
-            characters, n_prompt = self._characters(part), len(part.prompt)
-            text = terminal_text.coloured(characters, part.surprisal, self._look, n_prompt)
-            print(text, end="", file=self._out, flush=True)
+        self._add(part if self._joiner is None else self._joiner + part, complete=False)
 
     def end(self) -> None:
-        """Print the rest of a sample whose parts were added."""
+        """Print the rest of a sample whose parts were added, and a line break, if it is not plain."""
+        if self._joiner is not None:
+            self._add(self._joiner, complete=True)
+        self._before = ""
         if self._rows:
             self._print_lines(complete=True)
             self._waiting = None
-        else:
+        elif not self.plain:
             print(file=self._out)
 
     def print_legend(self) -> None:
@@ -91,17 +88,38 @@ class TextDisplay:
         if not self.plain:
             print(f"\n{terminal_text.legend(self._look, self._rows)}", file=self._out)
 
+    def _add(self, part: "Sample", complete: bool) -> None:
+        part = self._printable(part, complete)
+        if self._rows:
+            self._waiting = part if self._waiting is None else self._waiting + part
+            self._print_lines(complete=False)
+        elif self.plain:
+            print(part.text, end="", file=self._out, flush=True)
+        else:
+            text = terminal_text.coloured(part.tokens, part.surprisal, self._look, len(part.prompt))
+            print(text, end="", file=self._out, flush=True)
+
+    def _printable(self, part: "Sample", complete: bool) -> "Sample":
+        """Return the next part as `printable` shows it after the text before; on a stream for files, as it is.
+
+        A joiner at its end waits for the next part, unless the text is complete.
+        """
+        self._joiner = None
+        if not self._out.isatty():
+            return part
+        text = printable(self._before + part.text)[len(self._before) :]
+        if part.text.endswith(tuple(JOINERS)) and not complete:
+            part, self._joiner = part[:-1], part[-1:]
+        self._before = (self._before + part.text)[-MAX_MARKS - 1 :]
+        return dataclasses.replace(part, tokens=tuple(text[: len(part)]))
+
     def _print_lines(self, complete: bool) -> None:
         """Print the lines that wait; the last one only if the text is complete."""
         text = self._waiting
         if text is None:
             return
-        found = terminal_text.lines(self._characters(text), self._look.width)
+        found = terminal_text.lines(text.tokens, self._look.width)
         for line in found if complete else found[:-1]:
             rows = terminal_text.sublined(line, text.surprisal, text.entropy, self._look, len(text.prompt))
             print(rows, end="", file=self._out, flush=True)
         self._waiting = text[found[-1][0].position :] if found else text
-
-    def _characters(self, part: "Sample") -> list[str]:
-        """Return the characters of a text, on a terminal without those that steer it."""
-        return list(printable(part.text) if self._out.isatty() else part.text)

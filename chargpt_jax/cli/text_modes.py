@@ -229,7 +229,7 @@ def _save_and_print(
     if request.flags.json:
         print(as_json(samples.to_dict()))
     else:
-        if streamed and not display.plain:
+        if streamed:
             display.end()
         for sample in () if streamed else samples:
             display.show(sample)

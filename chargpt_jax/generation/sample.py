@@ -49,6 +49,7 @@ class Sample:
         """Return consecutive characters of this sample, sample[start:stop], with their metrics."""
         if not isinstance(part, slice) or part.step not in (None, 1):
             raise UserError(f"A sample has no part {shown(part)}: give a range of characters, as in sample[10:20].")
+        part = slice(*part.indices(len(self)))  # a negative index counts from the end of the text, not of the prompt
         return replace(
             self,
             prompt=self.prompt[part],

@@ -1,6 +1,5 @@
 """Where texts get colours and rows: on which streams, in one piece or part by part, and what never gets there."""
 
-import dataclasses
 import io
 import re
 
@@ -93,21 +92,40 @@ def test_a_prompt_is_bold_and_a_scored_text_is_not():
     assert "\x1b[1;" not in printed(sample_of("abc", "abc"))
 
 
-@given(st.text(st.sampled_from("ab \n漢\u0301"), min_size=1, max_size=70), st.data(), st.booleans())
-def test_parts_print_what_the_whole_sample_prints(text, data, rows):
+PIECES = ["a", "b ", "\n", "漢", "\u0301", "\u0301" * 6, "👩\u200d💻", "\u200d", "\u200c", "می\u200cروم", "\x1b"]
+
+
+@given(
+    st.lists(st.sampled_from(PIECES), min_size=1, max_size=40), st.data(), st.sampled_from(["plain", "colours", "rows"])
+)
+def test_parts_print_what_the_whole_sample_prints(pieces, data, look):
+    text = "".join(pieces)
     prompt = text[: data.draw(st.integers(0, len(text) - 1))]
-    sample, out = sample_of(text, prompt), Terminal()
-    display = TextDisplay(out, 64, rows)
-    cuts = sorted(data.draw(st.lists(st.integers(len(prompt), len(text)), max_size=4)))
+    sample, out, rows = sample_of(text, prompt), Terminal(), look == "rows"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_COLOR", "1" if look == "plain" else "")
+        display = TextDisplay(out, 64, rows)
+        whole = printed(sample, rows)
+    cuts = sorted(data.draw(st.lists(st.integers(len(prompt), len(text)), max_size=8)))
     for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
-        part = sample[start:stop]
-        display.add(part if not start else dataclasses.replace(part, prompt=""))
+        display.add(sample[start:stop])
     display.end()
     display.print_legend()
-    whole = printed(sample, rows)
-    assert SGR.sub("", out.getvalue()) == SGR.sub("", whole)
+    seen = out.getvalue() + ("\n" if look == "plain" else "")
+    assert SGR.sub("", seen) == SGR.sub("", whole)
     if rows:
-        assert out.getvalue() == whole
+        assert seen == whole
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_a_final_joiner_is_printed_at_the_end(monkeypatch, no_color):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    out = Terminal()
+    display = TextDisplay(out, 64, rows=False)
+    display.add(sample_of("ab👩\u200d"))
+    assert SGR.sub("", out.getvalue()) == "ab👩"
+    display.end()
+    assert SGR.sub("", out.getvalue()).rstrip("\n") == printable("ab👩\u200d")
 
 
 def test_rows_wait_until_their_line_is_complete():

@@ -87,6 +87,9 @@ def test_the_parts_of_a_sample_together_are_the_sample(alternatives, cut):
         assert one[:cut] + one[cut:] == one
         assert (one[:cut].text, len(one[cut:])) == ("abc"[:cut], 3 - cut)
     assert sample(alternatives=ALTERNATIVES)[-1:].rank.tolist() == [3]
+    for cut in (-1, -2, -3, -9):
+        assert sample(prompt="ab")[cut:] == sample(prompt="ab")[max(0, 3 + cut) :]
+        assert sample(prompt="ab")[:cut] == sample(prompt="ab")[: max(0, 3 + cut)]
 
 
 def test_a_part_must_be_a_range():
