@@ -443,6 +443,29 @@ def test_stream_prints_no_text_before_an_error(capsys, workdir, wrong):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "flag"),
+    [
+        *(
+            (f"--mode=generate --prompt=ab --{flag}={value}", flag)
+            for flag, value in (
+                *(("max_new_tokens", 0), ("temperature", -1), ("temperature", "nan"), ("top_k", 0), ("top_p", 2)),
+                *(("seed", -1), ("alternatives", -1)),
+            )
+        ),
+        ("--mode=score --text=abc --alternatives=99", "alternatives"),
+        ("--mode=score --text=abc --stride=0", "stride"),
+        (f"--mode=score --text={'ab ' * 2000} --stride=999", "stride"),
+    ],
+)
+def test_command_line_errors_name_the_flag(capsys, workdir, flags, flag):
+    mode, text, *rest = flags.split(" --")
+    code, out, err = command(capsys, workdir, mode, f"--{text}", *(f"--{word}" for word in rest))
+    assert (code, out) == (2, "")
+    assert err.startswith(f"chargpt: --{flag} is ")
+    assert err.count("\n") == 1
+
+
 def test_score_prints_json_and_draws(capsys, workdir):
     code, out, err = command(capsys, workdir, "--mode=score", "--text=ab cde", "--json")
     (sample,) = json.loads(out)["samples"]
@@ -528,13 +551,13 @@ def test_branch_continues_the_chosen_sample_and_keeps_it(capsys, workdir):
             (f"--branch={word}", "must be POSITION:CHARACTER")
             for word in ("3", "3:", ":a", "-1:a", "a:b", "3:ab", "²:a")
         ),
-        ("--branch=99:a", "at is 99, but the sample has 12 characters"),
-        ("--branch=3:€", "alternative is '€' (U+20AC), which is not in the vocabulary"),
+        ("--branch=99:a", "chargpt: The position of --branch is 99, but the sample has 12 characters"),
+        ("--branch=3:€", "chargpt: The character of --branch is '€' (U+20AC), which is not in the vocabulary"),
         ("--branch=3:a --sample=1", "--sample is 1, but the samples in"),
         ("--branch=3:a --sample=-1", "--sample is -1, but the samples in"),
         ("--branch=3:a --prompt=ab", "--prompt does not apply to --branch"),
         ("--branch=3:a --skip_unknown", "--skip_unknown does not apply to --branch"),
-        ("--branch=3:a --max_new_tokens=0", "max_new_tokens is 0"),
+        ("--branch=3:a --max_new_tokens=0", "chargpt: --max_new_tokens is 0"),
         ("--sample=0", "--sample chooses the sample that --branch continues"),
     ],
 )

@@ -1,5 +1,6 @@
 """The modes generate and score: texts and their metrics, printed, saved and plotted."""
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 MAX_SHORT = 4_000
 """Characters of a scored text up to which all of it is printed and plotted."""
+
+BRANCH = {"at": "the position of --branch", "alternative": "the character of --branch"}
+"""The parts of --branch by the names of the arguments of `Model.branch`."""
 
 T = TypeVar("T")
 
@@ -38,13 +42,27 @@ def generate(request: Request) -> int:
     display = _display(request, model.config.model.vocab_size)
     streams = {"on_sample": lambda _, part: display.add(part)} if streaming else {}
     count = _given(flags.max_new_tokens, how.max_new_tokens)
-    samples = model.generate(
-        prompts, count, skip_unknown=flags.skip_unknown, **_sampling(request, model.config.seed), **streams
-    )
+    options = {"skip_unknown": flags.skip_unknown, **_sampling(request, model.config.seed), **streams}
+    with _naming_flags(request):
+        samples = model.generate(prompts, count, **options)
     if flags.skip_unknown:
         _tell_dropped(dict.fromkeys(character for prompt in prompts for character in model.unknown(prompt)))
     _save_and_print(request, samples, "generated", display, streamed=streaming)
     return 0
+
+
+@contextlib.contextmanager
+def _naming_flags(request: Request) -> Iterator[None]:
+    """Name the flag that was given, where an error of the block begins with the name of a Python argument."""
+    try:
+        yield
+    except UserError as error:
+        name, verb, rest = str(error).partition(" is ")
+        given = name in request.flags and request.flags[name].present
+        flag = f"--{name}" if given else BRANCH.get(name)
+        if not verb or flag is None:
+            raise
+        raise UserError(f"{flag[:1].upper()}{flag[1:]} is {rest}") from None
 
 
 def _check_subline(request: Request) -> None:
@@ -88,7 +106,8 @@ def _branch(request: Request, streaming: bool) -> int:
     display = _display(request, model.config.model.vocab_size)
     streams = {"on_sample": lambda _, part: display.add(part)} if streaming else {}
     how = {"max_new_tokens": flags.max_new_tokens, **_sampling(request, model.config.seed), **streams}
-    branch = model.branch(sample, at, alternative, **how)
+    with _naming_flags(request):
+        branch = model.branch(sample, at, alternative, **how)
     _save_and_print(request, api.Samples([branch]), "branch", display, streamed=streaming)
     return 0
 
@@ -152,12 +171,13 @@ def score(request: Request) -> int:
     if len(first) > MAX_SHORT:
         from chargpt_jax.cli import progress
 
-        with progress.counting("characters scored") as on_progress:
+        with progress.counting("characters scored") as on_progress, _naming_flags(request):
             found = model.score_long(map(noted, itertools.chain([first], pieces)), on_progress=on_progress, **how)
         _tell_dropped(dropped)
         _print_passages(request, found, display)
         return 0
-    sample = model.score(noted(first), **how)
+    with _naming_flags(request):
+        sample = model.score(noted(first), **how)
     _tell_dropped(dropped)
     if not flags.json:
         print(_score_line(sample.loss, len(sample.tokens)) + "\n")
