@@ -1,6 +1,7 @@
 """The public functions on a trained run: loading, generation, scoring, the command line, written files."""
 
 import copy
+import dataclasses
 import io
 import json
 import math
@@ -201,7 +202,55 @@ def test_branch_rejects_invalid_arguments(model, arguments, message):
     sample = model.score("abc")
     given = arguments if isinstance(arguments[0], str) else (sample, *arguments)
     with pytest.raises(UserError, match=message):
-        model.branch(*given, skip_unknown=True)
+        model.branch(*given)
+
+
+@pytest.mark.parametrize("at", [1, 32, 33, 79])
+@pytest.mark.parametrize(("had", "asked"), [(5, 3), (3, 5), (0, 3), (3, 0)])
+def test_branch_keeps_the_metrics_before_its_character(model, at, had, asked):
+    """The context is 32 characters: beyond it, a prompt is measured in windows, but a sample by one character."""
+    (sample,) = model.generate("ab", 78, alternatives=had)
+    parts = []
+    branch = model.branch(
+        sample, at, "j", alternatives=asked, on_sample=lambda i, part: parts.append(part), temperature=0.5
+    )
+    for name in ("surprisal", "entropy", "surprise_surprise"):
+        np.testing.assert_array_equal(getattr(branch, name)[:at], getattr(sample, name)[:at])
+    assert sum(parts[1:], start=parts[0]) == branch
+    if not asked:
+        assert branch.alternatives is None
+        return
+    assert branch.alternatives.characters.shape == (len(branch), asked)
+    assert np.isnan(branch.sampled_probability[: at + 1]).all()
+    if had >= asked:
+        np.testing.assert_array_equal(branch.rank[:at], sample.rank[:at])
+        np.testing.assert_array_equal(
+            branch.alternatives.probability[:at], sample.alternatives.most(asked).probability[:at]
+        )
+
+
+def test_branch_of_another_models_sample_is_refused(model):
+    sample = model.score("abc")
+    other = dataclasses.replace(sample, tokens=("a", "€", "c"))
+    for at in (0, 2):
+        with pytest.raises(UserError, match=r"The sample is of another model: it has '€' \(U\+20AC\), not in the voc"):
+            model.branch(other, at, "a")
+    with pytest.raises(UserError, match="of another model: it has vocab_size 128, and this model has 64"):
+        model.branch(dataclasses.replace(sample, vocab_size=128), 1, "a")
+
+
+@pytest.mark.parametrize("token", ["", "\ufffd"])
+def test_branch_after_a_token_without_character_is_refused(model, token):
+    sample = dataclasses.replace(model.score("abc"), tokens=("a", token, "c"))
+    assert model.branch(sample, 1, "a", 1).prompt == "aa"
+    with pytest.raises(UserError, match="without a character at position 1, .*: give a position of at most 1"):
+        model.branch(sample, 2, "a")
+
+
+@pytest.mark.parametrize("option", ["skip_unknown", "repair", "foo"])
+def test_branch_has_no_options_that_change_its_prompt(model, option):
+    with pytest.raises(TypeError, match=rf"branch\(\) got an unexpected keyword argument '{option}'"):
+        model.branch(model.score("abc"), 1, "a", **{option: True})
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,21 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+
 from chargpt_jax.config import MAX_TEXT, argument, shown
+from chargpt_jax.data.tokenizer import CharTokenizer, named
 from chargpt_jax.errors import UserError
+from chargpt_jax.generation.generate import bucket
+from chargpt_jax.generation.sample import Sample
 
 Callback = TypeVar("Callback", bound=Callable[..., Any])
+
+NO_CHARACTER = "\ufffd"
+"""Stands for a generated token id that has no character, which only a model without mask_unused_ids generates."""
+
+MAX_CHARACTERS = 32 * MAX_TEXT
+"""Characters of all prompts and continuations of one call, which are in memory together."""
 
 MAX_SEED = 2**31
 """Seeds are below this."""
@@ -22,6 +33,26 @@ def check_scored(characters: int) -> None:
             f"The text has {characters} character{'' if characters else 's'}, but scoring needs at least 2, because "
             "the first has no context: give a longer text."
         )
+
+
+def check_branched(sample: Sample, at: int, alternative: str, vocab_size: int, tokenizer: CharTokenizer) -> None:
+    """Check that a model knows the characters of a sample, and the one to put at index `at`."""
+    if tokenizer.unknown(alternative):
+        raise UserError(
+            f"alternative is {named(alternative)}, which is not in the vocabulary of this model: give another "
+            "character."
+        )
+    unknown = [character for character in tokenizer.unknown(sample.text) if character != NO_CHARACTER]
+    if unknown or sample.vocab_size != vocab_size:
+        sizes = f"vocab_size {sample.vocab_size}, and this model has {vocab_size}"
+        what = f"{named(unknown)}, not in the vocabulary of this model" if unknown else sizes
+        raise UserError(f"The sample is of another model: it has {what}. Branch it with the model that generated it.")
+    for i, token in enumerate(sample.tokens[:at]):
+        if tokenizer.unknown(token) or not token:
+            raise UserError(
+                f"The sample has a token id without a character at position {i}, which a prompt cannot have: give a "
+                f"position of at most {i}."
+            )
 
 
 def checked_prompts(prompts: str | Sequence[str]) -> list[str]:
@@ -102,3 +133,27 @@ def text_pieces(pieces: Iterable[str]) -> Iterator[str]:
     if isinstance(pieces, bytes) or not isinstance(pieces, Iterable):
         raise UserError(f"pieces is {shown(pieces)}, but it must be a list of strings: give the text to score in it.")
     return (argument("A piece of the text", piece, str, "decode it first") for piece in pieces)
+
+
+def padded(encoded: list[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return encoded prompts in one array, with space for `count` more tokens each.
+
+    Returns:
+        The tokens, int32 [B, N], left-aligned; the lengths of the prompts, int32 [B]; and int32 [B], 1 for a prompt and
+        0 for a further row, which generates nothing. Further rows make B one of few: each is a compilation of its own.
+
+    Raises:
+        UserError: if they are too many.
+    """
+    longest = max(map(len, encoded))
+    if len(encoded) * (longest + count) > MAX_CHARACTERS:
+        raise UserError(
+            f"{len(encoded):,} prompts of up to {longest + count:,} characters with their continuations are more than "
+            f"{MAX_CHARACTERS:,} in total: ask for fewer or shorter ones."
+        )
+    rows = bucket(len(encoded), least=1)
+    tokens = np.zeros((rows, bucket(longest + count)), np.int32)
+    lengths, wanted = np.ones(rows, np.int32), np.zeros(rows, np.int32)
+    for i, ids in enumerate(encoded):
+        tokens[i, : len(ids)], lengths[i], wanted[i] = ids, len(ids), 1
+    return tokens, lengths, wanted

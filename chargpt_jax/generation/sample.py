@@ -243,6 +243,22 @@ def branched(sample: Sample, at: int, alternative: str) -> str:
     return "".join(sample.tokens[:at]) + alternative
 
 
+def with_metrics(branch: Sample, sample: Sample, at: int) -> Sample:
+    """Return a branch with the metrics that its sample has before index `at`, where both have the same text.
+
+    The ranks and likeliest characters are replaced if the sample has as many of them per position as the branch.
+    """
+    new, own = branch.alternatives, sample.alternatives
+    if new and own and own.characters.shape[1] >= new.characters.shape[1]:
+        new = replace(own[:at], sampled_probability=new.sampled_probability[:at]) + new[at:]
+    return replace(
+        branch,
+        surprisal=np.concatenate([sample.surprisal[:at], branch.surprisal[at:]]),
+        entropy=np.concatenate([sample.entropy[:at], branch.entropy[at:]]),
+        alternatives=new,
+    )
+
+
 def _checked_columns(chars_per_line: int) -> int:
     columns: int = argument("chars_per_line", chars_per_line, int, "try 80")
     if columns < 1:

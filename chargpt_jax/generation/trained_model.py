@@ -18,6 +18,8 @@ from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.alternatives import Alternatives
 from chargpt_jax.generation.arguments import (
+    NO_CHARACTER,
+    check_branched,
     check_scored,
     checked_alternatives,
     checked_callback,
@@ -27,11 +29,12 @@ from chargpt_jax.generation.arguments import (
     checked_seed,
     checked_skip,
     checked_stride,
+    padded,
     text_pieces,
 )
 from chargpt_jax.generation.generate import DecodeState, bucket, decode, prefill
 from chargpt_jax.generation.passages import Passages, passages
-from chargpt_jax.generation.sample import Sample, Samples, branched
+from chargpt_jax.generation.sample import Sample, Samples, branched, with_metrics
 from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.generation.score import Scored, score_pieces, score_tokens
 from chargpt_jax.model.init import Params, abstract_model
@@ -39,14 +42,8 @@ from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.setup import state_shapes
 
-MAX_CHARACTERS = 32 * MAX_TEXT
-"""Characters of all prompts and continuations of one call, which are in memory together."""
-
 PIECE = 2**16
 """Characters of a long text that are encoded at once."""
-
-NO_CHARACTER = "\ufffd"
-"""Stands for a generated token id that has no character, which only a model without mask_unused_ids generates."""
 
 STREAMED = 16
 """Characters that are generated between two calls of `on_text` and `on_sample`."""
@@ -115,7 +112,7 @@ class Model:
         on_sample, repair = checked_callback("on_sample", on_sample), checked_repair(repair)
         prompts = [self._known(prompt, skip_unknown, repair) for prompt in prompts]
         encoded = [self.tokenizer.encode_text(prompt) for prompt in prompts]
-        tokens, lengths, wanted = _padded(encoded, max_new_tokens)
+        tokens, lengths, wanted = padded(encoded, max_new_tokens)
         mesh, streamed = sharding.data_mesh(len(tokens), tell=False), on_text is not None or on_sample is not None
         how: dict[str, Any] = {"graphdef": self.graphdef, "mesh": mesh, "final": not streamed}
         k = self._alternatives(alternatives)
@@ -144,31 +141,52 @@ class Model:
         return Samples(sample + part for sample, part in zip(read, new, strict=True))
 
     def branch(
-        self, sample: Sample, at: int, alternative: str, max_new_tokens: int | None = None, **options: Any
+        self,
+        sample: Sample,
+        at: int,
+        alternative: str,
+        max_new_tokens: int | None = None,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        alternatives: int = 5,
+        on_text: Callable[[int, str], None] | None = None,
+        on_sample: Callable[[int, Sample], None] | None = None,
     ) -> Sample:
         """Continue a sample from another character.
 
         Args:
             sample: a text of this model's characters.
-            at: the index of the character to replace, 0 or more; the text behind it is dropped.
+            at: the index of the character to replace, 0 or more; the text after it is dropped.
             alternative: the character to put there.
-            max_new_tokens: characters to generate; None: as many as the sample has behind the character, at least 1.
-            options: as for `generate`: temperature, seed, ...
+            max_new_tokens: characters to generate; None: as many as the sample has after the character, at least 1.
+            temperature: as for `generate`, and so are the following ones.
+            top_k: as for `generate`.
+            top_p: as for `generate`.
+            seed: as for `generate`.
+            alternatives: as for `generate`.
+            on_text: as for `generate`; the index is 0.
+            on_sample: as for `generate`; the index is 0.
 
         Returns:
-            A sample whose prompt is sample.text[:at] + alternative.
+            A sample whose prompt is sample.text[:at] + alternative. Before `at` it has the metrics of the sample.
 
         Raises:
             UserError: if an argument is invalid.
         """
-        prompt = branched(sample, at, alternative)
-        if self.tokenizer.unknown(alternative):
-            raise UserError(
-                f"alternative is {alternative!r} (U+{ord(alternative):04X}), which is not in the vocabulary of this "
-                "model: give another character."
-            )
+        prompt, on_sample = branched(sample, at, alternative), checked_callback("on_sample", on_sample)
+        check_branched(sample, at, alternative, self.config.model.vocab_size, self.tokenizer)
         count = max(1, len(sample) - len(prompt)) if max_new_tokens is None else max_new_tokens
-        return self.generate(prompt, count, repair=False, **options)[0]
+
+        def on_part(i: int, part: Sample) -> None:
+            if on_sample is not None:
+                on_sample(i, with_metrics(part, sample, at) if part.prompt else part)
+
+        how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        how |= {"alternatives": alternatives, "on_text": on_text, "on_sample": on_part if on_sample else None}
+        return with_metrics(self.generate(prompt, count, repair=False, **how)[0], sample, at)
 
     def _read(self, state: DecodeState, i: int, ids: np.ndarray) -> Sample:
         """Return prompt i, which `prefill` has read, with its metrics."""
@@ -300,30 +318,6 @@ class Model:
     def unknown(self, text: str) -> list[str]:
         """Return the distinct characters of a text that `skip_unknown` drops."""
         return without_unknown(text, self.tokenizer, self.repairs)[1]
-
-
-def _padded(encoded: list[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return encoded prompts in one array, with space for `count` more tokens each.
-
-    Returns:
-        The tokens, int32 [B, N], left-aligned; the lengths of the prompts, int32 [B]; and int32 [B], 1 for a prompt and
-        0 for a further row, which generates nothing. Further rows make B one of few: each is a compilation of its own.
-
-    Raises:
-        UserError: if they are too many.
-    """
-    longest = max(map(len, encoded))
-    if len(encoded) * (longest + count) > MAX_CHARACTERS:
-        raise UserError(
-            f"{len(encoded):,} prompts of up to {longest + count:,} characters with their continuations are more than "
-            f"{MAX_CHARACTERS:,} in total: ask for fewer or shorter ones."
-        )
-    rows = bucket(len(encoded), least=1)
-    tokens = np.zeros((rows, bucket(longest + count)), np.int32)
-    lengths, wanted = np.ones(rows, np.int32), np.zeros(rows, np.int32)
-    for i, ids in enumerate(encoded):
-        tokens[i, : len(ids)], lengths[i], wanted[i] = ids, len(ids), 1
-    return tokens, lengths, wanted
 
 
 def _rebuilt(
