@@ -602,8 +602,12 @@ def test_branch_continues_the_chosen_sample_and_keeps_it(capsys, workdir):
         ),
         ("--branch=99:a", "chargpt: The position of --branch is 99, but the sample has 12 characters"),
         ("--branch=3:€", "chargpt: The character of --branch is '€' (U+20AC), which is not in the vocabulary"),
-        ("--branch=3:a --sample=1", "--sample is 1, but the samples in"),
-        ("--branch=3:a --sample=-1", "--sample is -1, but the samples in"),
+        ("--branch=3:a --sample=1", "generated.json has 1 sample: leave --sample out."),
+        ("--branch=3:a --sample=-1", "--sample is -1, but"),
+        *(
+            (f"--branch=3:a --sample={word}", "must be an index or 'branch': leave")
+            for word in ("a", "1.5", "²", "+1", "")
+        ),
         ("--branch=3:a --prompt=ab", "--prompt does not apply to --branch"),
         ("--branch=3:a --skip_unknown", "--skip_unknown does not apply to --branch"),
         ("--branch=3:a --max_new_tokens=0", "chargpt: --max_new_tokens is 0"),
@@ -636,6 +640,23 @@ def test_branch_refuses_a_file_without_its_sample(capsys, workdir, content, mess
     code, _, err = command(capsys, workdir, "--mode=generate", "--branch=0:a")
     assert code == 2
     assert message in err
+
+
+def test_branch_of_a_branch_continues_it(capsys, workdir):
+    flags, saved = ("--mode=generate", "--temperature=0"), workdir / "samples" / "branch.json"
+    saved.unlink(missing_ok=True)
+    code, _, err = command(capsys, workdir, *flags, "--branch=0:a", "--sample=branch")
+    assert (code, "does not exist, so there is no sample to branch: run --branch without --sample first." in err) == (
+        2,
+        True,
+    )
+    assert command(capsys, workdir, *flags, "--prompt=ab", "--prompt=c", "--max_new_tokens=20")[0] == 0
+    text = command(capsys, workdir, *flags, "--branch=5:j", "--sample=1")[1].split("\n")[0]
+    assert text[5] == "j"
+    assert command(capsys, workdir, *flags, "--branch=9:k", "--sample=branch")[1].startswith(text[:9] + "k")
+    assert command(capsys, workdir, *flags, "--branch=9:k", "--sample=7")[2].endswith(
+        "are 0 to 1: leave it out, for example.\n"
+    )
 
 
 def test_rows_under_a_line_come_with_the_flag_only(capsys, workdir):

@@ -66,7 +66,11 @@ def define_flags() -> flags.FlagValues:
         "text": "text to score",
         "text_file": "score: UTF-8 file to score; import: the model's training text",
         "step": "checkpoint to use: 'best' by validation loss, 'latest', or a step number; default: best",
-        "branch": "POSITION:CHARACTER, as in 57:e: continue a generated sample from this character; positions from 0",
+        "branch": "POSITION:CHARACTER, as in 57:e: continue the first sample of samples/generated.json, which the last "
+        "generate without --branch has written, with another character at this position, counted from 0; the panel "
+        "of the report and of a notebook shows positions; default temperature and seed: the config's",
+        "sample": "sample that --branch continues: an index in samples/generated.json, counted from 0, or 'branch' for "
+        "samples/branch.json; default: 0",
         "from": "checkpoint of the original PyTorch code: .pt, .safetensors or .npz",
         "out": "output folder, new or empty; with --format=html: output file, new",
         "track": "trackers that get the run's numbers: tensorboard, wandb, trackio, or several, separated by commas",
@@ -77,7 +81,6 @@ def define_flags() -> flags.FlagValues:
         "top_k": (None, "sample from the k most likely characters"),
         "seed": (None, "random seed; default: the config's seed (generate), 0 (selftest)"),
         "alternatives": (5, "likeliest characters to give for every character in JSON; 0: none, which is faster"),
-        "sample": (None, "which sample of samples/generated.json --branch continues, counted from 0; default: 0"),
         "stride": (None, "characters between window starts; 1 is exact but slow; default: block_size // 2"),
         "kills": (20, "number of SIGKILL and SIGTERM at random moments; default: 20"),
         "signals": (6, "number of additional SIGTERM, SIGINT and SIGHUP; default: 6"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,15 +94,16 @@ def _sampling(request: Request, seed: int) -> dict[str, Any]:
 
 
 def _branch(request: Request, streaming: bool) -> int:
-    """Continue a sample of samples/generated.json from another character, and save it as samples/branch.json."""
+    """Continue a sample of `_chosen` from another character, and save it as samples/branch.json."""
     flags, (at, alternative) = request.flags, _position_and_character(request.flags.branch)
+    name, index = _chosen(_given(flags.sample, "0"))
     if flags.prompt is not None or flags.skip_unknown:
         given = "--prompt" if flags.prompt is not None else "--skip_unknown"
         raise UserError(
             f"{given} does not apply to --branch, which continues a generated sample: leave one of them out."
         )
     api = api_module()
-    sample = _generated(request, flags.sample or 0)
+    sample = _saved_sample(request, name, index)
     model = api.load(request.folder, request.step, warn)
     display = _display(request, model.config.model.vocab_size)
     streams = {"on_sample": lambda _, part: display.add(part)} if streaming else {}
@@ -123,22 +125,34 @@ def _position_and_character(branch: str) -> tuple[int, str]:
     return int(position), character
 
 
-def _generated(request: Request, index: int) -> "Sample":
-    """Return a sample of samples/generated.json, which --mode=generate writes."""
+def _chosen(sample: str) -> tuple[str, int]:
+    """Return the name of the file and the index of the sample that a value of --sample chooses."""
+    if sample == "branch":
+        return "branch", 0
+    if not re.fullmatch("-?[0-9]{1,9}", sample):
+        raise UserError(f"--sample is {sample[:80]!r}, but it must be an index or 'branch': leave it out for 0.")
+    return "generated", int(sample)
+
+
+def _saved_sample(request: Request, name: str, index: int) -> "Sample":
+    """Return a sample of a file in samples/ that --mode=generate writes."""
     from chargpt_jax.results.samples import load_samples
 
-    path = request.folder.samples / "generated.json"
+    path = request.folder.samples / f"{name}.json"
+    command = "--mode=generate" if name == "generated" else "--branch without --sample"
     if not path.exists():
-        raise UserError(f"{path} does not exist, so there is no sample to branch: run --mode=generate first.")
+        raise UserError(f"{path} does not exist, so there is no sample to branch: run {command} first.")
     try:
         samples = load_samples(request.folder, path)
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{path} cannot be used ({error}): run --mode=generate again.") from None
+        raise UserError(f"{path} cannot be used ({error}): run {command} again.") from None
     if not samples:
-        raise UserError(f"{path} has no sample to branch: run --mode=generate again.")
+        raise UserError(f"{path} has no sample to branch: run {command} again.")
     if not 0 <= index < len(samples):
+        if len(samples) == 1:
+            raise UserError(f"--sample is {index}, but {path} has 1 sample: leave --sample out.")
         raise UserError(
             f"--sample is {index}, but the samples in {path} are 0 to {len(samples) - 1}: leave it out, for example."
         )
