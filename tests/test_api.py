@@ -642,6 +642,15 @@ def test_branch_refuses_a_file_without_its_sample(capsys, workdir, content, mess
     assert message in err
 
 
+def test_branch_repairs_its_character_like_a_prompt(capsys, workdir):
+    assert command(capsys, workdir, "--mode=generate", "--prompt=ab", "--max_new_tokens=20")[0] == 0
+    for typed, known in (("e\u0301", "'é' (U+00E9)"), ("\u212b", "'Å' (U+00C5)"), ("\r", r"'\n' (U+000A)")):
+        code, _, err = command(capsys, workdir, "--mode=generate", f"--branch=5:{typed}")
+        assert code == 2
+        assert f"The character of --branch is {known}, which is not in the vocabulary" in err
+    assert "must be POSITION:CHARACTER" in command(capsys, workdir, "--mode=generate", "--branch=5:x\u0301")[2]
+
+
 def test_branch_of_a_branch_continues_it(capsys, workdir):
     flags, saved = ("--mode=generate", "--temperature=0"), workdir / "samples" / "branch.json"
     saved.unlink(missing_ok=True)

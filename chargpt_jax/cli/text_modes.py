@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -103,8 +104,11 @@ def _branch(request: Request, streaming: bool) -> int:
             f"{given} does not apply to --branch, which continues a generated sample: leave one of them out."
         )
     api = api_module()
+    from chargpt_jax.data.given_text import like_corpus
+
     sample = _saved_sample(request, name, index)
     model = api.load(request.folder, request.step, warn)
+    alternative = like_corpus(alternative, model.tokenizer, model.repairs)
     display = _display(request, model.config.model.vocab_size)
     streams = {"on_sample": lambda _, part: display.add(part)} if streaming else {}
     how = {"max_new_tokens": flags.max_new_tokens, **_sampling(request, model.config.seed), **streams}
@@ -115,8 +119,9 @@ def _branch(request: Request, streaming: bool) -> int:
 
 
 def _position_and_character(branch: str) -> tuple[int, str]:
-    """Return the two parts of --branch=POSITION:CHARACTER."""
+    """Return the two parts of --branch=POSITION:CHARACTER; a character and its marks become one if Unicode has it."""
     position, colon, character = branch.partition(":")
+    character = unicodedata.normalize("NFC", character) if len(character) > 1 else character
     if not (position.isascii() and position.isdecimal() and len(position) < 10 and colon and len(character) == 1):
         raise UserError(
             f"--branch is {branch[:80]!r}, but it must be POSITION:CHARACTER, where the first position is 0: "
