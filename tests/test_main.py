@@ -162,7 +162,10 @@ FLAG_MISTAKES = [
     ("--mode=info", "give --workdir"),
     ("--mode=generate --workdir=", "give --workdir"),
     ("--mode=score --workdir=run", "give either --text or --text_file"),
-    ("--mode=score --workdir=run --text=a --text_file=text.txt", "give either --text or --text_file"),
+    (
+        "--mode=score --workdir=run --text=a --text_file=text.txt",
+        "--text and --text_file are both given: leave one of them out.",
+    ),
     ("--mode=score --workdir=run --text_file=gone.txt", "'gone.txt' cannot be read"),
     ("--config=tiny --workdir=a --workdir=b", "--workdir is given as 'a' and as 'b': give one of them"),
     ("--config=tiny --workdir a --workdir=b", "--workdir is given as 'a' and as 'b'"),

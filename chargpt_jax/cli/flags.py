@@ -12,7 +12,8 @@ MODES = {
     "eval": "compute the loss on the full validation set",
     "generate": "continue --prompt (may be repeated)",
     "score": "compute the loss and the metrics of each character of --text or --text_file",
-    "export": "write the model to --out: for Hugging Face transformers, for the original PyTorch code, or as a page",
+    "export": "write the model to --out: for Hugging Face transformers or the original PyTorch code, or as one HTML "
+    "page that runs it",
     "import": "create a run from a checkpoint of the original PyTorch code (--from)",
     "info": "print a run's settings, progress and speed",
     "report": "write a run's report again, and open it in the browser (on a terminal with a display)",
@@ -66,21 +67,25 @@ def define_flags() -> flags.FlagValues:
         "text": "text to score",
         "text_file": "score: UTF-8 file to score; import: the model's training text",
         "step": "checkpoint to use: 'best' by validation loss, 'latest', or a step number; default: best",
-        "branch": "POSITION:CHARACTER, as in 57:e: continue the first sample of samples/generated.json, which the last "
-        "generate without --branch has written, with another character at this position, counted from 0; the panel "
-        "of the report and of a notebook shows positions; default temperature and seed: the config's",
+        "branch": "POSITION:CHARACTER, as in 57:e: continue the first sample of samples/generated.json (of the last "
+        "generate without --branch) with another character at this position, counted from 0; the report's and the "
+        "notebook's panel show positions; temperature and seed are the config's, or those of the flags",
         "sample": "sample that --branch continues: an index in samples/generated.json, counted from 0, or 'branch' for "
         "samples/branch.json; default: 0",
         "from": "checkpoint of the original PyTorch code: .pt, .safetensors or .npz",
-        "out": "output folder, new or empty; with --format=html: output file, new",
+        "out": "output folder, new or empty; with --format=html: output file, which must not exist",
         "track": "trackers that get the run's numbers: tensorboard, wandb, trackio, or several, separated by commas",
         "topology": "TPU topology to compile for; default: v5e:2x4",
     }
     integers: dict[str, tuple[int | None, str]] = {
-        "max_new_tokens": (None, "characters to generate; default: the config's, with --branch the sample's rest"),
+        "max_new_tokens": (
+            None,
+            "characters to generate; default: as in the config; with --branch, as many as the sample has after this "
+            "position",
+        ),
         "top_k": (None, "sample from the k most likely characters"),
         "seed": (None, "random seed; default: the config's seed (generate), 0 (selftest)"),
-        "alternatives": (5, "likeliest characters to give for every character in JSON; 0: none, which is faster"),
+        "alternatives": (5, "number of most likely characters to save per character; 0: none, which is faster"),
         "stride": (None, "characters between window starts; 1 is exact but slow; default: block_size // 2"),
         "kills": (20, "number of SIGKILL and SIGTERM at random moments; default: 20"),
         "signals": (6, "number of additional SIGTERM, SIGINT and SIGHUP; default: 6"),

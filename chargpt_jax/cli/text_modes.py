@@ -171,7 +171,9 @@ def _given(flag: T | None, default: T) -> T:
 def score(request: Request) -> int:
     """Compute the metrics of a given text; of a long text, print its loss and save its most surprising passages."""
     flags = request.flags
-    if (flags.text is None) == (flags.text_file is None):
+    if flags.text is not None and flags.text_file is not None:
+        raise UserError("--text and --text_file are both given: leave one of them out.")
+    if flags.text is None and flags.text_file is None:
         raise UserError("--mode=score needs a text: give either --text or --text_file.")
     _check_subline(request)
     pieces = _text_to_score(request)
