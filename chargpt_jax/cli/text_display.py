@@ -52,6 +52,7 @@ class TextDisplay:
         self._look = terminal_text.Look(vocab_size, colours_of(out), shutil.get_terminal_size().columns)
         self._waiting: Sample | None = None
         self._before = ""  # the last characters that were printed: `printable` looks at them
+        self._prompt = False  # whether one was added
         self._joiner: Sample | None = None  # waits for the character after it
 
     @property
@@ -70,6 +71,7 @@ class TextDisplay:
 
     def add(self, part: "Sample") -> None:
         """Print the next part of a sample; rows of metrics wait until their line is complete."""
+        self._prompt |= bool(part.prompt)
         self._add(part if self._joiner is None else self._joiner + part, complete=False)
 
     def end(self) -> None:
@@ -86,7 +88,7 @@ class TextDisplay:
     def print_legend(self) -> None:
         """Print what colours and rows mean, below a blank line."""
         if not self.plain:
-            print(f"\n{terminal_text.legend(self._look, self._rows)}", file=self._out)
+            print(f"\n{terminal_text.legend(self._look, self._rows, self._prompt)}", file=self._out)
 
     def _add(self, part: "Sample", complete: bool) -> None:
         part = self._printable(part, complete)

@@ -19,7 +19,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 COLOURS = {
     0: ("", "", "", "", ""),
-    16: ("", "36", "35", "31", "1;31"),
+    16: ("", "36", "35", "31", "91"),  # not 1;31, which is a character of a prompt
     256: ("", "38;5;67", "38;5;98", "38;5;162", "38;5;196"),
 }
 """The colours of the steps of surprisal for terminals with so many colours, as parameters of the sequence SGR.
@@ -131,8 +131,8 @@ def sublined(line: Sequence[Cell], surprisal: np.ndarray, entropy: np.ndarray, l
     return "".join(f"{row}\n" for row in (text, upper, lower))
 
 
-def legend(look: Look, rows: bool) -> str:
-    """Return what the colours mean, and what the rows mean if there are any, as lines."""
+def legend(look: Look, rows: bool, prompt: bool = False) -> str:
+    """Return what the colours mean, and what a prompt and the rows look like if there are any, as lines."""
     found = []
     if look.colours:
         steps = len(COLOURS[look.colours])
@@ -140,7 +140,8 @@ def legend(look: Look, rows: bool) -> str:
         labels = [f"{low} to {high}" for low, high in pairwise(bounds)]
         labels.append(f"over {bounds[-1]}")
         named = (_painted([(label, look.colour(look.top * (i + 0.5) / steps))]) for i, label in enumerate(labels))
-        found.append(f"colour: surprisal in nats, {', '.join(named)}")
+        bold = f"; {_painted([('bold', BOLD)])}: prompt" if prompt else ""
+        found.append(f"colour: surprisal in nats, {', '.join(named)}{bold}")
     if rows:
         found.append(f"rows: surprisal, entropy, from {BLOCKS[0]} 0 to {BLOCKS[-1]} {look.top:.1f} nats")
     return "\n".join(found)

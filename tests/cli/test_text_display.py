@@ -88,6 +88,7 @@ def test_rows_in_a_pipe_have_no_colours():
 
 def test_a_prompt_is_bold_and_a_scored_text_is_not():
     assert printed(sample_of("abc", "ab")).startswith("\x1b[1ma")
+    assert printed(sample_of("abc", "ab")).endswith("\x1b[1mbold\x1b[0m: prompt\n")
     assert "\x1b[1m" not in printed(sample_of("abc", "abc"))
     assert "\x1b[1;" not in printed(sample_of("abc", "abc"))
 

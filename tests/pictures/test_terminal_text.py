@@ -119,4 +119,14 @@ def test_legend_names_the_bounds_in_their_colours():
     assert SGR.sub("", text).split("\n") == [plain, "rows: surprisal, entropy, from ▁ 0 to █ 4.2 nats"]
     for style, label in zip(COLOURS[256][1:], plain.split(", ")[2:], strict=True):
         assert f"\x1b[{style}m{label}\x1b[0m" in text
-    assert legend(Look(64, 0), rows=False) == ""
+    assert legend(Look(64, 0), rows=False, prompt=True) == ""
+
+
+@pytest.mark.parametrize("colours", [16, 256])
+def test_every_step_looks_different_in_a_prompt_and_after_it(colours):
+    look = Look(64, colours)
+    surprisal = np.linspace(0, 5, 100, dtype=np.float32)
+    seen = {coloured("a", surprisal[i : i + 1], look, n) for n in (0, 1) for i in range(100)}
+    assert len(seen) == 2 * len(COLOURS[colours])
+    assert SGR.sub("", legend(look, rows=False, prompt=True)).endswith(", over 3.3; bold: prompt")
+    assert "\x1b[1mbold\x1b[0m" in legend(look, rows=False, prompt=True)
