@@ -668,6 +668,19 @@ def test_branch_of_a_branch_continues_it(capsys, workdir):
     )
 
 
+@pytest.mark.parametrize("prompts", [["ab"], ["ab", "c", "jk"]])
+def test_each_sample_is_followed_by_its_loss(capsys, workdir, prompts):
+    flags = ("--mode=generate", *(f"--prompt={prompt}" for prompt in prompts), "--max_new_tokens=9")
+    out = command(capsys, workdir, *flags)[1]
+    samples = json.loads(command(capsys, workdir, *flags, "--json")[1])["samples"]
+    blocks = []
+    for i, sample in enumerate(samples):
+        loss = np.mean(sample["surprisal"][1:])
+        path = workdir / "samples" / f"generated-{i}.svg"
+        blocks.append(f"{sample['text']}\n\nloss {loss:.4f} nats per character; plot: {path}\n")
+    assert out == "\n".join(blocks)
+
+
 def test_rows_under_a_line_come_with_the_flag_only(capsys, workdir):
     flags = ("--mode=generate", "--prompt=ab", "--max_new_tokens=9", "--temperature=0")
     code, plain, _ = command(capsys, workdir, *flags)

@@ -252,7 +252,7 @@ def _print_passages(request: Request, found: "Passages", display: "TextDisplay")
 
 
 def _saved(request: Request, samples: "Samples", name: str, content: dict[str, Any] | None = None) -> list[Path]:
-    """Save samples with their plots in the workdir; warn and return [] if that fails: the text has been printed."""
+    """Save samples with their plots in the workdir; warn and return [] if that fails."""
     from chargpt_jax.results.samples import save_samples
 
     try:
@@ -265,17 +265,21 @@ def _saved(request: Request, samples: "Samples", name: str, content: dict[str, A
 def _save_and_print(
     request: Request, samples: "Samples", name: str, display: "TextDisplay", streamed: bool = False
 ) -> None:
-    """Print samples, unless they were streamed, and save them with their plots in the workdir."""
-    out = sys.stderr if request.flags.json else sys.stdout
-    if request.flags.json:
+    """Save samples with their plots in the workdir, and print each, unless it was streamed, with its loss."""
+    if streamed:
+        display.end()
+    elif request.flags.json:
         print(as_json(samples.to_dict()))
-    else:
-        if streamed:
-            display.end()
-        for sample in () if streamed else samples:
-            display.show(sample)
-        display.print_legend()
-    for sample, path in zip(samples, _saved(request, samples, name), strict=False):
-        above = name == "scored" and not request.flags.json  # the loss is printed above the text
-        loss = "" if above else f"loss {sample.loss:.4f} nats per character; "
-        print(f"\n{loss}plot: {one_line(path)}", file=out)
+    paths = _saved(request, samples, name)
+    for i, sample in enumerate(samples):
+        if not request.flags.json:
+            if i:
+                print()
+            if not streamed:
+                display.show(sample)
+            if i == len(samples) - 1:
+                display.print_legend()
+        if paths:
+            above = name == "scored" and not request.flags.json  # the loss is printed above the text
+            loss = "" if above else f"loss {sample.loss:.4f} nats per character; "
+            print(f"\n{loss}plot: {one_line(paths[i])}", file=sys.stderr if request.flags.json else sys.stdout)
