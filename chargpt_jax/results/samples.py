@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,13 +108,25 @@ def known_prompts(
 def save_samples(folder: Workdir, samples: Samples, name: str, content: dict[str, Any] | None = None) -> list[Path]:
     """Write samples as one JSON file, and as one SVG file per sample; return the paths of the SVG files.
 
+    SVG files of more samples, which an earlier call has written under this name, are removed.
+
     `content` is what the JSON file holds; None: the samples.
     """
     folder.write(folder.samples / f"{name}.json", json.dumps(content or samples.to_dict()) + "\n")
     paths = [folder.samples / f"{name}-{i}.svg" for i in range(len(samples))]
     for path, sample in zip(paths, samples, strict=True):
         folder.write(path, sample.svg())
+    for path in _further_pictures(folder, name, len(samples)):
+        path.unlink(missing_ok=True)
     return paths
+
+
+def _further_pictures(folder: Workdir, name: str, count: int) -> list[Path]:
+    """Return the regular files NAME-<n>.svg among the samples, with n from `count` on."""
+    picture = re.compile(rf"{re.escape(name)}-(0|[1-9][0-9]{{0,8}})\.svg")
+    found = ((path, picture.fullmatch(path.name)) for path in folder.samples.iterdir())
+    further = [path for path, match in found if match and int(match[1]) >= count]
+    return [path for path in further if path.is_file() and not path.is_symlink()]
 
 
 def sample_files(folder: Workdir) -> dict[int, Path]:

@@ -10,10 +10,10 @@ import pytest
 import chargpt_jax
 from chargpt_jax.errors import NoCheckpoint
 from chargpt_jax.events import Ended, Sampled, Saved, Validated
-from chargpt_jax.generation.sample import Samples
+from chargpt_jax.generation.sample import Sample, Samples
 from chargpt_jax.results import samples as results_samples
 from chargpt_jax.results.report import MAX_STAGES, content
-from chargpt_jax.results.samples import TimeForSamples, sample_files
+from chargpt_jax.results.samples import TimeForSamples, sample_files, save_samples
 from chargpt_jax.results.validation import MAX_SCORED, load_validation, path_of
 from chargpt_jax.storage.workdir import Workdir
 from tests.corpus_text import small_config, write_words
@@ -39,6 +39,28 @@ def made(tmp_path_factory):
 def run(made, tmp_path):
     """A copy of the run, to be changed."""
     return Workdir(shutil.copytree(made[0], tmp_path / "run"))
+
+
+def sample_of(text):
+    return Sample("", tuple(text), np.ones(len(text), np.float32), np.ones(len(text), np.float32), 64)
+
+
+def test_saved_samples_leave_no_pictures_of_earlier_ones(tmp_path):
+    folder = Workdir(tmp_path)
+    three = save_samples(folder, Samples(map(sample_of, ("ab", "cd", "ef"))), "generated")
+    others = ["generated-01.svg", "generated-2.svg.bak", "generated-x.svg", "generated-.svg", "my-generated-1.svg"]
+    others += ["generated-1-1.svg", "generated_1.svg", "scored-1.svg", "generated-².svg", "generated-2.json"]
+    for name in others:
+        (folder.samples / name).write_text("kept", encoding="utf-8")
+    (folder.samples / "generated-7.svg").mkdir()
+    (folder.samples / "generated-8.svg").symlink_to(folder.samples / "scored-1.svg")
+    (folder.samples / "generated-12.svg").touch()
+    (one,) = save_samples(folder, Samples([sample_of("xyz")]), "generated")
+    kept = {"generated.json", one.name, "generated-7.svg", "generated-8.svg", *others}
+    assert {path.name for path in folder.samples.iterdir()} == kept
+    assert one == three[0]
+    assert save_samples(folder, Samples(map(sample_of, ("ab", "cd", "ef"))), "generated") == three
+    assert all(path.exists() for path in three)
 
 
 def test_every_validation_is_followed_by_its_samples(made):
