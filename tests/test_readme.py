@@ -64,7 +64,7 @@ def test_flags_and_fields_in_commands_exist(page):
     flags, fields = set(define_flags()) | {"config"}, set(flatten(load_config("small")))
     lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
     own = "\n".join(
-        line for line in lines if not line.startswith(("pip install -e", "tensorboard ", "`python -m bench"))
+        line for line in lines if not line.startswith(("pip install -e", "tensorboard ", "modal ", "`python -m bench"))
     )
     for word in re.findall(r"--([\w.]+)", own):
         name = word.rstrip(".")
