@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from chargpt_jax import fine_tuning
 from chargpt_jax.config import Config
 from chargpt_jax.devices import sharding
 from chargpt_jax.errors import UserError, excused
@@ -96,12 +97,16 @@ def train(
     warn: Warn = print,
     stop: Stop = lambda: None,
     max_minutes: float | None = None,
+    start_from: str | Path | None = None,
 ) -> Iterator[Event]:
     """Train to the end of the schedule, resuming from the newest checkpoint; see `stages.train` for the arguments.
 
-    If the config has no learning rate, the range test runs first.
+    If the config has no learning rate, the range test runs first. `start_from` is the folder of another run, whose
+    parameters a new run starts from (fine-tuning); see `fine_tuning.start_from`.
     """
     folder = Workdir(workdir)
+    if start_from is not None:
+        fine_tuning.start_from(start_from, config, folder, warn)
     for event in stages.train(config, folder, warn, stop, max_minutes):
         _plot_range_test(event, folder, warn)
         yield event
@@ -113,15 +118,18 @@ def run(
     warn: Warn = print,
     stop: Stop = lambda: None,
     max_minutes: float | None = None,
+    start_from: str | Path | None = None,
 ) -> Iterator[Event]:
     """Run all stages: prepare, find_lr if no learning rate is set, train, generate samples, write the report.
 
-    The arguments are those of `stages.train`. Samples are generated after each validation too, unless the config turns
+    The arguments are those of `train`. Samples are generated after each validation too, unless the config turns
     this off. If `stop` or `max_minutes` ends training, the last samples and the report are left to the next call.
     """
     complete, folder = True, Workdir(workdir)  # its path is absolute, whatever folder the caller changes to
     warn = stages.without_repeats(warn)
     time_for, validated = TimeForSamples(max_minutes), 0
+    if start_from is not None:
+        fine_tuning.start_from(start_from, config, folder, warn)
     for event in stages.train(config, folder, warn, stop, max_minutes):
         if isinstance(event, Prepared):
             known_prompts(config.sample.prompts, folder.load_tokenizer(), repairs_of(folder), warn)

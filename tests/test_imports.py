@@ -78,7 +78,8 @@ MAY_IMPORT = {
     "interop": "atomic config config_io data devices errors pictures storage training",
     "results": "config data devices errors events facts generation model pictures storage training",
     "trackers": "config config_io errors events",
-    "api": "config devices errors events generation interop results storage training",
+    "fine_tuning": "config data errors generation storage training",
+    "api": "config devices errors events fine_tuning generation interop results storage training",
     "selftest": "config config_io data errors storage training",
     "cli": "api config config_io data devices errors events facts generation model ops pictures results selftest "
     "storage trackers training",

@@ -234,6 +234,12 @@ class Request:
         return Workdir(self.workdir)
 
     @property
+    def parent(self) -> str | None:
+        """The value of --from."""
+        value: str | None = self.flags["from"].value
+        return value
+
+    @property
     def step(self) -> str | int:
         """The checkpoint that --step selects: 'best', 'latest' or a number.
 

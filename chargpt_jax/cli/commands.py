@@ -30,7 +30,9 @@ RESUMED = ("run", "train")
 def run(request: Request) -> int:
     """Do all stages: prepare the text, find a learning rate, train, generate samples, write the report."""
     with Session(request) as session:
-        events = session.api.run(request.config, request.folder, warn, request.signals.received, request.minutes_left)
+        events = session.api.run(
+            request.config, request.folder, warn, request.signals.received, request.minutes_left, request.parent
+        )
         for event in session.profiled(events):
             if session.show(event):
                 break
@@ -40,7 +42,9 @@ def run(request: Request) -> int:
 def train(request: Request) -> int:
     """Train, or resume training."""
     with Session(request) as session:
-        events = session.api.train(request.config, request.folder, warn, request.signals.received, request.minutes_left)
+        events = session.api.train(
+            request.config, request.folder, warn, request.signals.received, request.minutes_left, request.parent
+        )
         for event in session.profiled(events):
             if session.show(event):
                 break
@@ -176,7 +180,7 @@ def export(request: Request) -> int:
 
 def import_original(request: Request) -> int:
     """Create a run from a checkpoint of the original."""
-    file = request.flags["from"].value
+    file = request.parent
     if not file:
         raise UserError("--mode=import needs a checkpoint of the original: give --from, a file.")
     print(one_line(api_module().import_original(file, request.workdir, request.flags.text_file, warn)))

@@ -47,7 +47,7 @@ FLAG_MODES = {
     "seed": ("generate", "selftest"),
     **dict.fromkeys(("format", "out"), ("export",)),
     "open": ("report",),
-    "from": ("import",),
+    "from": ("run", "train", "import"),
     "topology": ("compile",),
     **dict.fromkeys(("kills", "signals", "corruptions"), ("selftest",)),
     "json": ("generate", "score", "eval", "find_lr", "info", "report", "selftest"),
@@ -72,7 +72,8 @@ def define_flags() -> flags.FlagValues:
         "notebook's panel show positions; temperature and seed are the config's, or those of the flags",
         "sample": "sample that --branch continues: an index in samples/generated.json, counted from 0, or 'branch' for "
         "samples/branch.json; default: 0",
-        "from": "checkpoint of the original PyTorch code: .pt, .safetensors or .npz",
+        "from": "run, train: folder of another run, whose parameters a new run starts from; import: checkpoint of the "
+        "original PyTorch code, .pt, .safetensors or .npz",
         "out": "output folder, new or empty; with --format=html: output file, which must not exist",
         "track": "trackers that get the run's numbers: tensorboard, wandb, trackio, or several, separated by commas",
         "topology": "TPU topology to compile for; default: v5e:2x4",

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,10 @@ class Run:
         return cls(folder, config, tokenizer, tokens)
 
     @classmethod
-    def prepare(cls, config: Config, folder: Workdir, warn: Warn) -> "Run":
+    def prepare(cls, config: Config, folder: Workdir, warn: Warn, known: Iterable[str] = ()) -> "Run":
         """Resume a run, or create it: load the text, encode it and write it to the workdir with the config.
 
-        The caller holds the workdir's lock.
+        The caller holds the workdir's lock. The vocabulary of a new run has the characters of `known` as well.
 
         Raises:
             UserError: if the config, the workdir or the text is invalid; nothing has been written then.
@@ -74,7 +74,7 @@ class Run:
             _check_split(run)
             _check_length(run)
         else:
-            run = cls._create(config, folder, warn)
+            run = cls._create(config, folder, warn, known)
             _check_split(run)
             _check_length(run)
             folder.save_corpus(run.tokenizer, run.tokens, run.sources)
@@ -82,7 +82,7 @@ class Run:
         return run
 
     @classmethod
-    def _create(cls, config: Config, folder: Workdir, warn: Warn) -> "Run":
+    def _create(cls, config: Config, folder: Workdir, warn: Warn, known: Iterable[str]) -> "Run":
         for path in folders(config.data):
             if folder.is_of_a_run(path):
                 raise UserError(
@@ -90,7 +90,7 @@ class Run:
                     "of a run are no text: give another --workdir, or a folder of texts."
                 )
         text, found = load_corpus(config.data, warn=warn)
-        tokenizer, sources = CharTokenizer.from_text(text), [dataclasses.asdict(source) for source in found]
+        tokenizer, sources = CharTokenizer({*text, *known}), [dataclasses.asdict(source) for source in found]
         if tokenizer.n_ids < 3:
             raise UserError(
                 f"The text of data.source has one distinct character, {text[0]!r}, but must have at least two: give "

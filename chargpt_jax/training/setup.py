@@ -4,10 +4,12 @@ The compiled functions are a dispatch of training steps, the steps of the range 
 batch. Each is traced once, for epochs and dispatches of any length.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ from chargpt_jax.devices import sharding, startup
 from chargpt_jax.devices.platform import compiler_options, compute_dtype
 from chargpt_jax.model.init import Params, plan
 from chargpt_jax.ops.choose import ops_for
+from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.pacing import MAX_DISPATCH_STEPS
 from chargpt_jax.training.run import Run, record_of
@@ -177,8 +180,11 @@ class Setup:
 
     @classmethod
     def of(cls, run: Run) -> "Setup":
-        """Build the model of a run."""
-        return cls.on(run.config, run.tokens, run.tokenizer.vocabulary)
+        """Build the model of a run; its initial parameters are those of the checkpoint of step 0, if there is one."""
+        setup = cls.on(run.config, run.tokens, run.tokenizer.vocabulary)
+        if (run.workdir.checkpoints / "0").is_dir():
+            setup.initial_params = partial(setup.params_of, run.workdir.checkpoints, 0)
+        return setup
 
     @classmethod
     @startup.gc_paused()
@@ -195,6 +201,18 @@ class Setup:
             compiler_options=compiler_options(mesh),
         )
         return cls(config, tokens, len(train), vocabulary, graphdef, shapes, initial_params, dtype, mesh, on_device)
+
+    def params_of(self, checkpoints: Path, step: int) -> Params:
+        """Read the parameters of a checkpoint, on one device.
+
+        Raises:
+            NoCheckpoint: if it is damaged.
+        """
+        tx, here = optimizer.empty(self.config.optimizer), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = sharding.with_sharding(here, state_shapes(self.shapes, tx, self.config.seed, self.dtype))
+        with contextlib.closing(Checkpoints(checkpoints)) as store:
+            params: Params = store.load(step, lambda record: like)[2].params
+        return params
 
     def initial_state(self, tx: optax.GradientTransformation) -> TrainState:
         """Return the state before the first step, with its shardings, in memory of its own (steps reuse it)."""

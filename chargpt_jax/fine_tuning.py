@@ -1,0 +1,85 @@
+"""Fine-tuning: start a run from the parameters of another run, on a text of its own.
+
+The vocabulary of the new run has the characters of both texts. A character that the other run knows keeps its
+embedding, and a new one is initialised as in any run. The parameters become the new run's checkpoint of step 0, from
+which its range test and its training start.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from chargpt_jax.config import Config, ModelConfig
+from chargpt_jax.data.tokenizer import CharTokenizer
+from chargpt_jax.errors import UserError
+from chargpt_jax.generation.loading import load
+from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
+from chargpt_jax.storage.lock import writer
+from chargpt_jax.storage.workdir import Workdir
+from chargpt_jax.training import optimizer
+from chargpt_jax.training.run import Run, Warn, checked_workdir
+from chargpt_jax.training.setup import Setup
+from chargpt_jax.training.step import create_state
+
+SIZES = ("n_layer", "n_embd", "n_head", "n_head_dim", "n_ff")
+"""The fields of a model that decide the shapes of its parameters, besides the vocabulary."""
+
+
+def start_from(parent: str | Path, config: Config, workdir: str | Path | Workdir, warn: Warn = print) -> None:
+    """Prepare a new run, and give it the parameters of another run as its checkpoint of step 0.
+
+    A run that has checkpoints already is left as it is: it has started, and training resumes it.
+
+    Args:
+        parent: the workdir of the other run; its best checkpoint is used.
+        config: of the new run.
+        workdir: of the new run.
+        warn: receives messages for the user.
+
+    Raises:
+        UserError: if the models differ in a size, or the runs are the same one.
+        NoCheckpoint: if the other run has no usable checkpoint.
+    """
+    folder = checked_workdir(config, workdir)
+    if folder.has_checkpoints():
+        return
+    if Workdir(parent).path.resolve() == folder.path.resolve():
+        raise UserError(f"--from is {str(parent)!r}, the run's own --workdir: give the folder of another run.")
+    model = load(parent, warn=warn)
+    _check_sizes(model.config.model, config.model, parent)
+    with writer(folder.path):
+        run = Run.prepare(config, folder, warn, known=model.tokenizer.vocabulary)
+        setup = Setup.of(run)
+        initial = jax.tree.map(np.asarray, setup.initial_params())
+        params = inherited(initial, jax.tree.map(np.asarray, model.params), run.tokenizer, model.tokenizer)
+        tx = optimizer.empty(run.config.optimizer)
+        state = create_state(jax.device_put(params), tx, run.config.seed, setup.dtype)
+        with contextlib.closing(Checkpoints(folder.checkpoints, warn=warn)) as store:
+            store.save(state, setup.record(), UNVALIDATED)
+
+
+def inherited(initial: Any, parent: Any, own: CharTokenizer, theirs: CharTokenizer) -> Any:
+    """Return another model's parameters for a vocabulary that has all of its characters.
+
+    Args:
+        initial: initial parameters of the new model, as nested dicts of arrays.
+        parent: parameters of the other model.
+        own: the vocabulary of the new model.
+        theirs: that of the other model.
+    """
+    table = initial["wte"]["embedding"].copy()
+    ids = {character: i for i, character in enumerate(own.vocabulary)}
+    rows = [ids[character] for character in theirs.vocabulary]  # the first one is padding in both
+    table[rows] = parent["wte"]["embedding"][: len(rows)]
+    return {**parent, "wte": {"embedding": table}}
+
+
+def _check_sizes(theirs: ModelConfig, own: ModelConfig, parent: str | Path) -> None:
+    differ = [name for name in SIZES if getattr(theirs, name) != getattr(own, name)]
+    if differ:
+        flags = " ".join(f"--config.model.{name}={getattr(theirs, name)}" for name in differ)
+        sizes = ", ".join(f"{name}={getattr(own, name)}" for name in differ)
+        raise UserError(f"The model of {parent} has other sizes than {sizes}: set {flags}.")
