@@ -415,12 +415,12 @@ def test_a_clock_that_goes_backwards_disturbs_nothing(
     monkeypatch.setattr(time, "time", lambda: next(backwards))
     new = tmp_path / "new"
     (new / "samples").mkdir(parents=True)
-    old = new / "samples" / "step-1.json"
+    old = new / "samples" / "step-0.json"
     old.write_text('{"samples": [{"text": "an older text"}]}', encoding="utf-8")
     os.utime(old, (4e9, 4e9))
     code, out, err = asked(f"--config={run / 'config.json'}", workdir=new)
     assert code == 0
-    assert "step-1.json cannot be used (a sample must have a prompt)" in err
+    assert "step-0.json cannot be used (a sample must have a prompt)" in err
     assert err.count("***") == 1
     assert "an older text" not in out
     assert (new / "report.html").exists()
