@@ -108,6 +108,20 @@ def test_resumed_fine_tuning_is_bit_identical(parent, tmp_path):
         np.testing.assert_array_equal(mine, other)
 
 
+def test_damaged_start_does_not_stop_a_run_that_has_gone_on(parent, tmp_path):
+    config = config_for(parent)
+    config.optimizer.learning_rate, config.train.validate_every = 1e-3, 2 / config.scheduler.max_steps
+    stops = iter([None, None, 15])
+    arguments = {"warn": quiet, "start_from": parent / "run"}
+    list(chargpt_jax.train(config, tmp_path / "run", stop=lambda: next(stops, 15), **arguments))
+    first, *later = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert first == 0
+    assert later
+    (tmp_path / "run" / "checkpoints" / "0" / "record.json").write_text("{}", encoding="utf-8")
+    list(chargpt_jax.train(config, tmp_path / "run", **arguments))
+    assert chargpt_jax.load(tmp_path / "run", "latest").step == 4
+
+
 def test_other_sizes_are_refused_before_anything_is_written(parent, tmp_path):
     config = config_for(parent)
     config.model.n_layer, config.model.n_ff = 5, 24

@@ -180,11 +180,8 @@ class Setup:
 
     @classmethod
     def of(cls, run: Run) -> "Setup":
-        """Build the model of a run; its initial parameters are those of the checkpoint of step 0, if there is one."""
-        setup = cls.on(run.config, run.tokens, run.tokenizer.vocabulary)
-        if (run.workdir.checkpoints / "0").is_dir():
-            setup.initial_params = partial(setup.params_of, run.workdir.checkpoints, 0)
-        return setup
+        """Build the model of a run."""
+        return cls.on(run.config, run.tokens, run.tokenizer.vocabulary)
 
     @classmethod
     @startup.gc_paused()

@@ -6,6 +6,7 @@ that have not been run.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -153,8 +154,13 @@ def _range_test(
 
 
 def _range_test_losses(run: Run, condition: StopCondition) -> LossesOf:
-    """Return the function that trains the run's model with the learning rates of a zoom."""
-    setup, finder = Setup.of(run), run.config.lr_finder
+    """Return the function that trains the run's model with the learning rates of a zoom.
+
+    A fine-tuned or imported run starts from its checkpoint of step 0, so its range test does too.
+    """
+    setup, finder, checkpoints = Setup.of(run), run.config.lr_finder, run.workdir.checkpoints
+    if (checkpoints / "0").is_dir():
+        setup.initial_params = functools.partial(setup.params_of, checkpoints, 0)
     tx = optimizer.make_optimizer(run.config.optimizer, 0.0)
     steps = jit_range_test_steps(run.config, setup.graphdef, setup.mesh, setup.state_shapes(tx))
     size = DispatchSize(run.config)
