@@ -7,15 +7,29 @@ It prints the median and the range over the rounds of the speed that the page it
 """
 
 import argparse
+import contextlib
 import shutil
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import chargpt_jax
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Any]:
+    """Yield a running browser of playwright."""
+    from playwright.sync_api import sync_playwright
+
+    program = next(filter(None, map(shutil.which, BROWSERS)))
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 def characters_per_second(page: Any, prompt: str, count: int) -> float:
@@ -33,23 +47,18 @@ def main() -> None:
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    from playwright.sync_api import sync_playwright
-
-    program = next(filter(None, map(shutil.which, BROWSERS)))
     model = chargpt_jax.load(options.workdir)
     size = model.config.model.block_size
     first = next(c for c in model.tokenizer.vocabulary[1:] if c.isalpha())
     speeds: dict[str, list[float]] = {"inside the context": [], "beyond the context": []}
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
+    with tempfile.TemporaryDirectory() as folder, chromium() as browser:
         path = chargpt_jax.export(options.workdir, Path(folder) / "model.html", "html")
-        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
         for _ in range(options.rounds):
             for name, prompt in zip(speeds, (first, first * size), strict=True):
                 page = browser.new_page()
                 page.goto(path.absolute().as_uri())
                 speeds[name].append(characters_per_second(page, prompt, size - 1 if prompt == first else 200))
                 page.close()
-        browser.close()
     for name, found in speeds.items():
         print(f"{name}: {statistics.median(found):,.0f} characters/s ({min(found):,.0f} to {max(found):,.0f})")
 

@@ -11,7 +11,6 @@ import argparse
 import io
 import os
 import pty
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,8 +21,8 @@ from rich.console import Console
 from rich.text import Text
 
 import chargpt_jax
+from benchmarks.page import chromium
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 COLUMNS = 84
 """Width of the terminal."""
 
@@ -66,12 +65,7 @@ def main() -> None:
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    from playwright.sync_api import sync_playwright
-
-    program = next(filter(None, map(shutil.which, BROWSERS)))
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
-
+    with tempfile.TemporaryDirectory() as folder, chromium() as browser:
         page = browser.new_page(viewport={"width": 800, "height": 640})
         page.goto(chargpt_jax.write_report(options.workdir).absolute().as_uri())
         page.locator("#samples").scroll_into_view_if_needed()
@@ -95,7 +89,6 @@ def main() -> None:
         page = browser.new_page(viewport={"width": 820, "height": 200})
         page.goto((Path(folder) / "terminal.html").as_uri())
         page.screenshot(path=options.out / "terminal.png", full_page=True)
-        browser.close()
 
 
 if __name__ == "__main__":

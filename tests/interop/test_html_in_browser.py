@@ -1,28 +1,20 @@
 """A model as a page, opened from a file in Chromium: it requests nothing, and a keyboard is enough."""
 
-import contextlib
-import shutil
-
 import pytest
 
 from chargpt_jax.interop import convert
 from chargpt_jax.interop.html_page import About
+from tests.browser import chromium, opened
 from tests.interop.page_models import random_model
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROMPT = "ab c"
 COUNT = 40
 
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if BROWSER is None:
-        pytest.skip("there is no Chromium")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -40,24 +32,9 @@ def path(model, tmp_path_factory):
     return convert.export("html", model.config, model.tokenizer, model.params, out, print, about)
 
 
-@contextlib.contextmanager
-def opened(browser, path):
-    """Yield an opened page. At the end, it must have requested only itself, and logged nothing."""
-    context = browser.new_context(viewport={"width": 390, "height": 844})
-    page, said, requested = context.new_page(), [], []
-    page.set_default_timeout(30_000)
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: requested.append(request.url))
-    page.goto(path.as_uri())
-    yield page
-    assert (said, requested) == ([], [path.as_uri()])
-    context.close()
-
-
 @pytest.fixture
 def page(browser, path):
-    with opened(browser, path) as page:
+    with opened(browser, path, phone=True) as page:
         page.wait_for_selector("#form:not([hidden])")
         yield page
 
