@@ -15,8 +15,9 @@ cd "$(dirname "$0")/.."
 tpu describe > /dev/null 2>&1 || tpu create "$TPU" --accelerator-type="$TYPE" --version="$VERSION"
 [ "${KEEP:-0}" = 1 ] || trap 'tpu delete "$TPU" --quiet' EXIT
 
-git archive --format=tar.gz --output=/tmp/chargpt.tar.gz HEAD
-gcloud compute tpus tpu-vm scp /tmp/chargpt.tar.gz "$TPU": --project="$PROJECT" --zone="$ZONE"
+archive="$(mktemp -d)/chargpt.tar.gz"
+git archive --format=tar.gz --output="$archive" HEAD
+gcloud compute tpus tpu-vm scp "$archive" "$TPU": --project="$PROJECT" --zone="$ZONE"
 on_tpu 'mkdir -p chargpt && tar -xzf chargpt.tar.gz -C chargpt && python3 -m venv venv && venv/bin/pip install -q -e "chargpt[tpu]"'
 on_tpu "cd chargpt && ../venv/bin/python -m chargpt_jax.main $(printf '%q ' "$@") --workdir=../runs/tpu"
 mkdir -p runs
