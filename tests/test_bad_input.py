@@ -24,7 +24,7 @@ from chargpt_jax.cli import terminal
 from chargpt_jax.cli.terminal import as_json
 from chargpt_jax.config import MAX_TEXT
 from chargpt_jax.errors import UserError
-from chargpt_jax.results.curves import loss_curve
+from chargpt_jax.results.curves import training_curves
 from chargpt_jax.storage import checkpoint_record
 from chargpt_jax.storage.workdir import Workdir
 from tests.corpus_text import small_config, write_words
@@ -379,7 +379,8 @@ def test_garbage_in_the_log_changes_nothing_that_is_told(asked: Asked, run: Path
         file.write(b"\n" + b"\n".join(GARBAGE))
     facts = [json.loads(asked("--mode=info", "--json", workdir=folder)[1]) for folder in (run, copy)]
     assert facts[0] == facts[1]
-    assert loss_curve(copy) == loss_curve(run)
+    curves = [training_curves(Workdir(folder).load_metrics(), 1) for folder in (run, copy)]
+    assert curves[0] == curves[1]
 
 
 def test_what_lies_in_the_folder_of_a_run_does_not_get_into_its_report(copy: Path) -> None:

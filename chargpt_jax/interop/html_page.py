@@ -67,8 +67,9 @@ def page(config: Config, tokenizer: CharTokenizer, params: Params, about: About)
     encoded = base64.b64encode(values.tobytes()).decode()
     content = page_assets.document(
         f"{about.name}: a chargpt_jax model",
-        f"<style>\n{page_assets.asset('write.css')}</style>\n{page_assets.asset('write.html')}",
+        page_assets.asset("write.html"),
         scripts=SCRIPTS,
+        styles=("subline", "page", "write"),
         data={"model": data},
         blocks=f'<script type="application/octet-stream;base64" id="parameters">{encoded}</script>',
     )

@@ -27,7 +27,13 @@ DECIMALS = {"surprisal": 4, "entropy": 4, "surprise_surprise": 4, "sampled_proba
 
 
 def document(
-    title: str, body: str, *, scripts: Sequence[str] = (), data: Mapping[str, Any] | None = None, blocks: str = ""
+    title: str,
+    body: str,
+    *,
+    scripts: Sequence[str] = (),
+    styles: Sequence[str] = ("subline", "page"),
+    data: Mapping[str, Any] | None = None,
+    blocks: str = "",
 ) -> str:
     """Return a complete page.
 
@@ -35,6 +41,7 @@ def document(
         title: of the page, plain text.
         body: HTML.
         scripts: names of files of pictures/page/ without .js; together they are one script at the end of the page.
+        styles: names of files of pictures/page/ without .css.
         data: values for the scripts, as JSON can hold them, by the id of their element: `dataOf(id)` returns one.
         blocks: further HTML before the script.
     """
@@ -47,7 +54,9 @@ def document(
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{plain(title)}</title>\n<style>\n{svg.CSS}\n{asset('subline.css')}{asset('page.css')}</style>",
+        f"<title>{plain(title)}</title>\n<style>\n{svg.CSS}",
+        *(asset(f"{name}.css") for name in styles),
+        "</style>",
         f'</head>\n<body class="chargpt">\n{body}',
         *(data_block(name, value) for name, value in (data or {}).items()),
         *([blocks] if blocks else []),

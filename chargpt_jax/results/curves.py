@@ -2,14 +2,12 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from chargpt_jax.events import LRFinderResult
 from chargpt_jax.pictures import plots
 from chargpt_jax.pictures.axes import WIDTH
 from chargpt_jax.pictures.curves import Curve
-from chargpt_jax.storage.workdir import Workdir
 
 
 def range_test_plot(result: LRFinderResult, width: float = WIDTH) -> str:
@@ -17,12 +15,6 @@ def range_test_plot(result: LRFinderResult, width: float = WIDTH) -> str:
     zooms = [(zoom.lrs, zoom.losses) for zoom in result.zooms]
     steepest = [zoom.steepest for zoom in result.zooms]
     return plots.lr_finder_plot(zooms, steepest, result.learning_rate, result.method, width=width)
-
-
-def loss_curve(workdir: str | Path | Workdir) -> str:
-    """Plot the losses of a run so far, as SVG."""
-    log = Workdir(workdir).load_metrics()
-    return plots.loss_plot(_points(log, "step", "loss"), _points(log, "validation", "loss"))
 
 
 def training_curves(log: Sequence[Mapping[str, Any]], tokens_per_step: int) -> list[Curve]:

@@ -15,9 +15,10 @@ from chargpt_jax.facts import facts_in_words
 from chargpt_jax.generation.passages import RANKS, SURPRISALS, Counts
 from chargpt_jax.generation.sample import Sample, Samples
 from chargpt_jax.pictures import plots, report
+from chargpt_jax.pictures.axes import WIDTH
 from chargpt_jax.pictures.curves import Curve, x_range
 from chargpt_jax.pictures.histograms import Shares, histogram
-from chargpt_jax.results.curves import loss_curve, range_test_plot, training_curves
+from chargpt_jax.results.curves import range_test_plot, training_curves
 from chargpt_jax.results.info import all_facts
 from chargpt_jax.results.samples import load_samples, sample_files
 from chargpt_jax.results.validation import load_validation, path_of
@@ -42,10 +43,10 @@ def write_report(workdir: str | Path | Workdir, warn: Warn = print) -> Path:
     `warn` is told which files of the run are damaged, and left out, and if the loss plot cannot be written.
     """
     folder = Workdir(workdir)
-    plot = folder.path / "loss.svg"
+    found, plot = content(folder, warn), folder.path / "loss.svg"
     with excused(str(plot), warn):
-        folder.write(plot, loss_curve(folder))
-    folder.write(folder.report, report.report(content(folder, warn)))
+        folder.write(plot, found.losses(WIDTH) if found.losses else plots.loss_plot([], []))
+    folder.write(folder.report, report.report(found))
     return folder.report
 
 

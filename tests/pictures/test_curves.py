@@ -37,8 +37,11 @@ def test_axis_of_large_or_small_values_is_scaled_and_says_so(points, label):
     assert label in texts
 
 
-def test_curve_without_points_can_be_plotted():
-    ET.fromstring(Curve("loss", "nats", ()).svg(x_range([])))
+def test_curve_without_points_is_a_frame_without_a_line():
+    picture = ET.fromstring(Curve("loss", "nats", ()).svg(x_range([])))
+    classes = [element.attrib.get("class") for element in picture.iter()]
+    assert "cg-grid" in classes
+    assert "cg-curve cg-training" not in classes
 
 
 @given(st.integers(1, 5 * MAX_READ))
