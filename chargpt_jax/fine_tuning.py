@@ -40,7 +40,7 @@ def start_from(parent: str | Path, config: Config, workdir: str | Path | Workdir
         warn: receives messages for the user.
 
     Raises:
-        UserError: if the models differ in a size, or the runs are the same one.
+        UserError: if the models differ in a size, the runs are the same one, or the new run's text was prepared before.
         NoCheckpoint: if the other run has no usable checkpoint.
     """
     folder = checked_workdir(config, workdir)
@@ -52,6 +52,11 @@ def start_from(parent: str | Path, config: Config, workdir: str | Path | Workdir
     _check_sizes(model.config.model, config.model, parent)
     with writer(folder.path):
         run = Run.prepare(config, folder, warn, known=model.tokenizer.vocabulary)
+        if missing := [c for c in model.tokenizer.vocabulary if c not in run.tokenizer.vocabulary]:
+            raise UserError(
+                f"The text in {folder.path} was prepared without {missing[0]!r}, which the vocabulary of {parent} has: "
+                "use a new --workdir."
+            )
         setup = Setup.of(run)
         initial = jax.tree.map(np.asarray, setup.initial_params())
         params = inherited(initial, jax.tree.map(np.asarray, model.params), run.tokenizer, model.tokenizer)

@@ -13,6 +13,7 @@ from chargpt_jax.errors import NoCheckpoint, UserError
 from chargpt_jax.events import LRFinderStep, TrainStarted
 from chargpt_jax.fine_tuning import inherited, start_from
 from chargpt_jax.main import main
+from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training.run import Run
 from chargpt_jax.training.setup import Setup
 from tests.corpus_text import small_config, write_words
@@ -128,6 +129,16 @@ def test_other_sizes_are_refused_before_anything_is_written(parent, tmp_path):
     with pytest.raises(UserError, match=r"has other sizes than n_layer=5, n_ff=24: set --config.model.n_layer=\d+ --"):
         start_from(parent / "run", config, tmp_path / "run", quiet)
     assert not (tmp_path / "run").exists()
+
+
+def test_text_that_was_prepared_alone_is_refused(parent, tmp_path):
+    config = config_for(parent, "ab ba " * 600)
+    list(chargpt_jax.prepare(config, tmp_path / "run", quiet))
+    with pytest.raises(
+        UserError, match="was prepared without 'c', which the vocabulary of .* has: use a new --workdir"
+    ):
+        start_from(parent / "run", config, tmp_path / "run", quiet)
+    assert not Workdir(tmp_path / "run").has_checkpoints()
 
 
 def test_run_without_a_checkpoint_and_own_folder_are_refused(parent, tmp_path):
