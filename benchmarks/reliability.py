@@ -29,7 +29,7 @@ from benchmarks.implementations import config_for
 from benchmarks.stored import RECORD, Store, bits, faults, filled, refuse, state_at
 from chargpt_jax.errors import SaveFailed
 from chargpt_jax.storage import manifest
-from chargpt_jax.storage.state_arrays import on_host
+from chargpt_jax.storage.arrays.state_arrays import on_host
 
 
 def seconds(f: Callable[[], object]) -> float:

@@ -35,7 +35,7 @@ from chargpt_jax.data.batches import steps_per_epoch
 from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import Validated
-from chargpt_jax.pictures.plots import BOTTOM, HEIGHT, TOP, WIDTH, Axis
+from chargpt_jax.pictures.plots.losses import BOTTOM, HEIGHT, TOP, WIDTH, Axis
 from chargpt_jax.pictures.svg import Entry, figure, label, legend, number
 from tests import pytorch_reference
 

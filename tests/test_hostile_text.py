@@ -20,7 +20,7 @@ from chargpt_jax.cli.terminal import printable
 from chargpt_jax.events import Prepared, Validated
 from chargpt_jax.generation.sample import Sample, Samples
 from chargpt_jax.pictures.page_assets import script
-from chargpt_jax.pictures.plots import loss_plot, lr_finder_plot
+from chargpt_jax.pictures.plots.losses import loss_plot, lr_finder_plot
 from chargpt_jax.pictures.report import Content, Stage, Text, report
 from chargpt_jax.pictures.subline import MAX_MARKS, Series, subline
 from tests.payloads import MARK, PAYLOADS, STEERING

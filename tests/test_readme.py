@@ -93,19 +93,22 @@ def test_architecture_lists_exactly_the_files_of_every_folder():
     listed: dict[str, set[str]] = {}
     for line in block.splitlines()[1:]:
         if found := re.match(r" {6}(\w+)/ ", line):
-            folder = listed.setdefault(found[1], set())
+            top = found[1]
+            folder = listed.setdefault(top, set())
+        elif found := re.match(r" {8}(\w+)/ ", line):
+            folder = listed.setdefault(f"{top}/{found[1]}", set())
         elif re.match(r" {6}\w+\.py ", line) or not line.strip():
             continue
         else:
             folder |= set(re.findall(r"\w+", re.sub(r"\(.*?\)", "", line)))
     package = ROOT / "chargpt_jax"
     there = {
-        path.parent.name: {file.stem for file in path.parent.glob("[a-z]*.py")}
-        for path in package.glob("*/__init__.py")
+        path.parent.relative_to(package).as_posix(): {file.stem for file in path.parent.glob("[a-z]*.py")}
+        for path in package.glob("*/**/__init__.py")
     }
     assert listed == there
-    top = set(re.findall(r"^ {6}(\w+)\.py ", block, re.MULTILINE))
-    assert top == {path.stem for path in package.glob("[a-z]*.py")}
+    files = set(re.findall(r"^ {6}(\w+)\.py ", block, re.MULTILINE))
+    assert files == {path.stem for path in package.glob("[a-z]*.py")}
 
 
 def test_files_and_names_that_architecture_locates_exist():

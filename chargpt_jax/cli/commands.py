@@ -16,7 +16,7 @@ from chargpt_jax.cli.signals import ResilientStream
 from chargpt_jax.cli.terminal import as_json, one_line, shown, warn
 from chargpt_jax.cli.text_modes import generate, score
 from chargpt_jax.errors import UserError
-from chargpt_jax.facts import facts_in_words
+from chargpt_jax.results.facts import facts_in_words
 
 if TYPE_CHECKING:
     from chargpt_jax.events import Event, Sampled

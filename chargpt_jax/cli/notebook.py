@@ -22,7 +22,7 @@ from chargpt_jax.events import (
     Validated,
     Zoom,
 )
-from chargpt_jax.pictures import plots
+from chargpt_jax.pictures.plots.losses import loss_plot, lr_finder_plot
 
 EVERY = 1.0
 """Least time between two updates, in seconds; only a new stage is shown at once."""
@@ -138,7 +138,7 @@ class Notebook:
     def _plotted(self) -> str:
         """Return the plot of the losses, before that of the range test, before that nothing."""
         if "TrainStarted" in self._facts:
-            return plots.loss_plot(self._training, self._validation)
+            return loss_plot(self._training, self._validation)
         if not self._zooms and not self._rates:
             return ""
         curves = [(zoom.lrs, zoom.losses) for zoom in self._zooms]
@@ -146,7 +146,7 @@ class Notebook:
             rates, losses = zip(*self._rates, strict=True)
             curves.append((rates, losses))
         best, method = (self._zooms[-1].best, self._zooms[-1].method) if self._zooms else (None, "")
-        return plots.lr_finder_plot(curves, [zoom.steepest for zoom in self._zooms], best, method)
+        return lr_finder_plot(curves, [zoom.steepest for zoom in self._zooms], best, method)
 
 
 def _preformatted(text: str, style: str) -> str:

@@ -28,7 +28,7 @@ from chargpt_jax.events import (
     Zoom,
     bits_per_character,
 )
-from chargpt_jax.facts import duration
+from chargpt_jax.results.facts import duration
 
 MAX_TITLES = 400
 """Maximum length of a list of titles, in characters; titles are untrusted input."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from chargpt_jax.errors import UserError
-from chargpt_jax.storage.npy_header import read_npy_header
+from chargpt_jax.storage.arrays.npy_header import read_npy_header
 
 DTYPES = {"float32": "<f4", "float16": "<f2", "float64": "<f8", "bfloat16": "<u2"}
 """{supported dtype: NumPy's type string}. NumPy has no bfloat16: it is read as the upper 16 bits of a float32."""

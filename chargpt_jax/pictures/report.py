@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from chargpt_jax.pictures import svg
-from chargpt_jax.pictures.axes import NARROW, WIDTH
-from chargpt_jax.pictures.curves import Curve, readable, x_range
 from chargpt_jax.pictures.page_assets import compact, document, plain
+from chargpt_jax.pictures.plots.axes import NARROW, WIDTH
+from chargpt_jax.pictures.plots.curves import Curve, readable, x_range
 
 Plot = Callable[[float], str]
 """Returns a plot as SVG, for its width in pixels."""

@@ -5,16 +5,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chargpt_jax.events import LRFinderResult
-from chargpt_jax.pictures import plots
-from chargpt_jax.pictures.axes import WIDTH
-from chargpt_jax.pictures.curves import Curve
+from chargpt_jax.pictures.plots.axes import WIDTH
+from chargpt_jax.pictures.plots.curves import Curve
+from chargpt_jax.pictures.plots.losses import lr_finder_plot
 
 
 def range_test_plot(result: LRFinderResult, width: float = WIDTH) -> str:
     """Plot the result of a range test, as SVG of a width in pixels."""
     zooms = [(zoom.lrs, zoom.losses) for zoom in result.zooms]
     steepest = [zoom.steepest for zoom in result.zooms]
-    return plots.lr_finder_plot(zooms, steepest, result.learning_rate, result.method, width=width)
+    return lr_finder_plot(zooms, steepest, result.learning_rate, result.method, width=width)
 
 
 def training_curves(log: Sequence[Mapping[str, Any]], tokens_per_step: int) -> list[Curve]:

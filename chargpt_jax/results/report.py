@@ -11,14 +11,15 @@ from typing import Any
 
 from chargpt_jax.errors import UserError, excused
 from chargpt_jax.events import bits_per_character
-from chargpt_jax.facts import facts_in_words
 from chargpt_jax.generation.passages import RANKS, SURPRISALS, Counts
 from chargpt_jax.generation.sample import Sample, Samples
-from chargpt_jax.pictures import plots, report
-from chargpt_jax.pictures.axes import WIDTH
-from chargpt_jax.pictures.curves import Curve, x_range
-from chargpt_jax.pictures.histograms import Shares, histogram
+from chargpt_jax.pictures import report
+from chargpt_jax.pictures.plots.axes import WIDTH
+from chargpt_jax.pictures.plots.curves import Curve, x_range
+from chargpt_jax.pictures.plots.histograms import Shares, histogram
+from chargpt_jax.pictures.plots.losses import loss_plot
 from chargpt_jax.results.curves import range_test_plot, training_curves
+from chargpt_jax.results.facts import facts_in_words
 from chargpt_jax.results.info import all_facts
 from chargpt_jax.results.samples import load_samples, sample_files
 from chargpt_jax.results.validation import load_validation, path_of
@@ -45,7 +46,7 @@ def write_report(workdir: str | Path | Workdir, warn: Warn = print) -> Path:
     folder = Workdir(workdir)
     found, plot = content(folder, warn), folder.path / "loss.svg"
     with excused(str(plot), warn):
-        folder.write(plot, found.losses(WIDTH) if found.losses else plots.loss_plot([], []))
+        folder.write(plot, found.losses(WIDTH) if found.losses else loss_plot([], []))
     folder.write(folder.report, report.report(found))
     return folder.report
 
@@ -59,7 +60,7 @@ def content(folder: Workdir, warn: Warn) -> report.Content:
     stages = list(_stages(folder, files, curves[1], facts["steps_per_epoch"], warn))
     step, final = _final(folder, facts["best_step"], warn)
     histograms, compared, passages = _compared(folder, step, final, warn)
-    losses = functools.partial(plots.loss_plot, curves[0].points, curves[1].points, x_range=x_range(curves))
+    losses = functools.partial(loss_plot, curves[0].points, curves[1].points, x_range=x_range(curves))
     return report.Content(
         title=f"chargpt_jax run: {folder.path.name}",
         lead=_lead(facts),

@@ -22,7 +22,7 @@ from chargpt_jax.config_io import from_dict, to_json
 from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.selftest.damage import HANG
 from chargpt_jax.selftest.result import INTERVAL, Result
-from chargpt_jax.storage.state_arrays import Arrays, on_host
+from chargpt_jax.storage.arrays.state_arrays import Arrays, on_host
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.run import Run
 from chargpt_jax.training.setup import Setup

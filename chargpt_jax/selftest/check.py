@@ -22,7 +22,7 @@ from chargpt_jax.errors import UserError
 from chargpt_jax.selftest.bench import KILL, Bench, Child, everything
 from chargpt_jax.selftest.damage import mutate, outcome, same
 from chargpt_jax.selftest.result import INTERVAL, Result
-from chargpt_jax.storage.state_arrays import Arrays, on_host
+from chargpt_jax.storage.arrays.state_arrays import Arrays, on_host
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training.stages import restored
 

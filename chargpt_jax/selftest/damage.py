@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from chargpt_jax.errors import NoCheckpoint, UserError
-from chargpt_jax.storage.state_arrays import Arrays
+from chargpt_jax.storage.arrays.state_arrays import Arrays
 
 HANG = 120.0
 """Seconds after which a process, or a restore, counts as hung."""

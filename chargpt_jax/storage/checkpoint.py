@@ -27,10 +27,8 @@ import jax
 from chargpt_jax import atomic
 from chargpt_jax.errors import NoCheckpoint, SaveFailed
 from chargpt_jax.storage import checkpoint_record, manifest
-from chargpt_jax.storage.checkpoint_record import Record
-from chargpt_jax.storage.manifest import Damaged
-from chargpt_jax.storage.orbax_quirks import ArrayStore
-from chargpt_jax.storage.state_arrays import (
+from chargpt_jax.storage.arrays.orbax_quirks import ArrayStore
+from chargpt_jax.storage.arrays.state_arrays import (
     Arrays,
     StateT,
     check_same,
@@ -41,6 +39,8 @@ from chargpt_jax.storage.state_arrays import (
     placed,
     stored_shape,
 )
+from chargpt_jax.storage.checkpoint_record import Record
+from chargpt_jax.storage.manifest import Damaged
 
 UNVALIDATED = 1e30
 """The validation loss of a checkpoint without one: such a checkpoint is never the best."""

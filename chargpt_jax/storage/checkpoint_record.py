@@ -9,8 +9,8 @@ from typing import Any
 
 from chargpt_jax.config_io import from_dict
 from chargpt_jax.errors import UserError
+from chargpt_jax.storage.arrays.state_arrays import Description
 from chargpt_jax.storage.manifest import Damaged
-from chargpt_jax.storage.state_arrays import Description
 
 NAME = "record.json"
 

@@ -32,8 +32,8 @@ from chargpt_jax.config_io import (
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError, reason, remedy
 from chargpt_jax.storage import manifest, saved_json
+from chargpt_jax.storage.arrays.npy_header import read_tokens, write_npy
 from chargpt_jax.storage.metrics_log import read_metrics
-from chargpt_jax.storage.npy_header import read_tokens, write_npy
 
 SAMPLE_SECONDS = 60.0
 """Age at which a temporary file of a sample is of a killed process."""

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chargpt_jax.generation.sample import Sample
-from chargpt_jax.pictures.curves import Curve
-from chargpt_jax.pictures.histograms import Shares, histogram
-from chargpt_jax.pictures.plots import loss_plot
+from chargpt_jax.pictures.plots.curves import Curve
+from chargpt_jax.pictures.plots.histograms import Shares, histogram
+from chargpt_jax.pictures.plots.losses import loss_plot
 from chargpt_jax.pictures.report import Content, Stage, Text, report
 
 VOID = {"meta"}

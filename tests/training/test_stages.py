@@ -31,9 +31,9 @@ from chargpt_jax.events import (
     Zoom,
 )
 from chargpt_jax.selftest.bench import shrunk
+from chargpt_jax.storage.arrays.state_arrays import on_host
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.metrics_log import Log
-from chargpt_jax.storage.state_arrays import on_host
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import loop, optimizer, pacing, setup, stages
 from chargpt_jax.training.run import Run

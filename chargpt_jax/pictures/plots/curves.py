@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from chargpt_jax.pictures.axes import MARGIN, TOP, WIDTH, Axis, decimal, finite, frame, line_path, span, thinned
+from chargpt_jax.pictures.plots.axes import MARGIN, TOP, WIDTH, Axis, decimal, finite, frame, line_path, span, thinned
 from chargpt_jax.pictures.svg import figure
 
 BOTTOM, HEIGHT = 130.0, 176.0

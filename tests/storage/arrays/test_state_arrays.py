@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from benchmarks.stored import state_at
+from chargpt_jax.storage.arrays.state_arrays import check_same, described, digest, named, on_host, placed, stored_shape
 from chargpt_jax.storage.manifest import Damaged
-from chargpt_jax.storage.state_arrays import check_same, described, digest, named, on_host, placed, stored_shape
 
 
 def test_state_round_trip_through_host_arrays():

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from chargpt_jax.pictures.axes import BOTTOM, MARGIN, TOP, WIDTH, Axis
+from chargpt_jax.pictures.plots.axes import BOTTOM, MARGIN, TOP, WIDTH, Axis
 from chargpt_jax.pictures.svg import Entry, escaped, figure, label, legend, number
 
 HEIGHT = 318.0

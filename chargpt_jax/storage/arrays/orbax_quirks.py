@@ -22,8 +22,8 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from chargpt_jax.errors import is_out_of_memory
+from chargpt_jax.storage.arrays.state_arrays import Arrays, Shaped, check_same, described
 from chargpt_jax.storage.manifest import Damaged, read_json
-from chargpt_jax.storage.state_arrays import Arrays, Shaped, check_same, described
 
 ALLOWANCE, EXPANSION = 2**28, 100
 """Arrays may claim 256 MiB, and more only up to so many times the bytes of their files (zeros compress well)."""

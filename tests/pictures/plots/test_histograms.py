@@ -5,8 +5,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from chargpt_jax.pictures.axes import NARROW, WIDTH
-from chargpt_jax.pictures.histograms import Shares, histogram
+from chargpt_jax.pictures.plots.axes import NARROW, WIDTH
+from chargpt_jax.pictures.plots.histograms import Shares, histogram
 
 TEXTS = [Shares("text", (0.5, 0.25, 0.25)), Shares("samples", (0.75, 0.25, 0.0))]
 

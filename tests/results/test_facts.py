@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chargpt_jax.facts import duration, facts_in_words, rate, scaled
+from chargpt_jax.results.facts import duration, facts_in_words, rate, scaled
 
 TRAINED = {
     "sources": ["The Scarlet Pimpernel", "Python help topics"],

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chargpt_jax.pictures.axes import BOTTOM, MARGIN, MAX_POINTS, TOP, WIDTH, Axis
-from chargpt_jax.pictures.plots import SMOOTH_FROM, loss_plot, lr_finder_plot
+from chargpt_jax.pictures.plots.axes import BOTTOM, MARGIN, MAX_POINTS, TOP, WIDTH, Axis
+from chargpt_jax.pictures.plots.losses import SMOOTH_FROM, loss_plot, lr_finder_plot
 
 SVG = "{http://www.w3.org/2000/svg}"
 RATES = np.logspace(-6, 0, 13).tolist()

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from chargpt_jax.storage.arrays.orbax_quirks import ArrayStore, contained
 from chargpt_jax.storage.manifest import Damaged
-from chargpt_jax.storage.orbax_quirks import ArrayStore, contained
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def process_state() -> tuple[object, ...]:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chargpt_jax.pictures.axes import MARGIN, NARROW, WIDTH
-from chargpt_jax.pictures.curves import MAX_READ, Curve, every_nth, readable, x_range
+from chargpt_jax.pictures.plots.axes import MARGIN, NARROW, WIDTH
+from chargpt_jax.pictures.plots.curves import MAX_READ, Curve, every_nth, readable, x_range
 
 CURVE = Curve("gradient norm", "", ((10, 1.0), (20, 0.5), (30, math.nan), (40, 2.0)))
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from chargpt_jax.pictures.axes import (
+from chargpt_jax.pictures.plots.axes import (
     BOTTOM,
     LIMIT,
     MARGIN,

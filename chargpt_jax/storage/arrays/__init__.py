@@ -1,0 +1,1 @@
+"""Arrays in files: what Orbax writes and reads, trees of arrays, the headers of NumPy files."""
