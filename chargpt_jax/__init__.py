@@ -4,15 +4,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chargpt_jax.api import (
+        Comparison,
+        Inspection,
+        LettersOfWords,
         Model,
         Sample,
         Samples,
+        by_letter,
         corpus_text,
         evaluate,
         export,
         find_lr,
         import_original,
         info,
+        inspect,
         load,
         prepare,
         run,
@@ -35,6 +40,7 @@ _MODULES = {
     **dict.fromkeys(
         (
             *("Model", "Sample", "Samples", "evaluate", "find_lr", "info", "load", "prepare", "run", "train"),
+            *("Comparison", "Inspection", "LettersOfWords", "by_letter", "inspect"),
             *("corpus_text", "export", "import_original", "write_report", "write_samples"),
         ),
         "api",
@@ -42,17 +48,22 @@ _MODULES = {
 }
 
 __all__ = [
+    "Comparison",
     "Config",
+    "Inspection",
+    "LettersOfWords",
     "Model",
     "Sample",
     "Samples",
     "UserError",
+    "by_letter",
     "corpus_text",
     "evaluate",
     "export",
     "find_lr",
     "import_original",
     "info",
+    "inspect",
     "load",
     "load_config",
     "prepare",

@@ -15,6 +15,9 @@ from typing import Any
 import jax
 
 from chargpt_jax import fine_tuning
+from chargpt_jax.analysis.comparison import Comparison
+from chargpt_jax.analysis.inspection import Inspection, inspect
+from chargpt_jax.analysis.words import LettersOfWords, by_letter
 from chargpt_jax.config import Config
 from chargpt_jax.devices import sharding
 from chargpt_jax.errors import UserError, excused
@@ -193,15 +196,20 @@ def corpus_text(workdir: str | Path | Workdir) -> str:
 
 
 __all__ = [
+    "Comparison",
+    "Inspection",
+    "LettersOfWords",
     "Model",
     "Sample",
     "Samples",
+    "by_letter",
     "corpus_text",
     "evaluate",
     "export",
     "find_lr",
     "import_original",
     "info",
+    "inspect",
     "load",
     "prepare",
     "run",

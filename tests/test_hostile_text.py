@@ -22,7 +22,8 @@ from chargpt_jax.generation.sample import Sample, Samples
 from chargpt_jax.pictures.page_assets import script
 from chargpt_jax.pictures.plots.losses import loss_plot, lr_finder_plot
 from chargpt_jax.pictures.report import Content, Stage, Text, report
-from chargpt_jax.pictures.subline import MAX_MARKS, Series, subline
+from chargpt_jax.pictures.subline import Series, subline
+from chargpt_jax.pictures.text_layout import MAX_MARKS
 from tests.payloads import MARK, PAYLOADS, STEERING
 from tests.pictures.test_report import content
 

@@ -207,12 +207,12 @@ class Model:
         """Return a sample; `metrics` are of its characters."""
         found, kept = metrics.predictions, None
         if found is not None:
-            likeliest = self._names[np.asarray(found.likeliest)]
+            likeliest = self.characters[np.asarray(found.likeliest)]
             kept = Alternatives(np.asarray(found.rank), likeliest, np.exp(found.log_p), np.asarray(found.sampled))
         return Sample(prompt, characters, metrics.surprisal, metrics.entropy, self.config.model.vocab_size, kept)
 
     @functools.cached_property
-    def _names(self) -> np.ndarray:
+    def characters(self) -> np.ndarray:
         """The character of each token id, str [V]."""
         names = np.full(self.config.model.vocab_size, NO_CHARACTER)
         names[1 : self.tokenizer.n_ids] = self.tokenizer.vocabulary[1:]
@@ -238,8 +238,7 @@ class Model:
         Raises:
             UserError: if an argument is invalid.
         """
-        text, stride = argument("text", text, str, "give the text to score"), checked_stride(stride)
-        text = self._known(text, checked_skip(skip_unknown))
+        text, stride = self.known(text, skip_unknown), checked_stride(stride)
         check_scored(len(text))
         tokens = self.tokenizer.encode_text(text)
         return self._sample(text, tuple(text), self._measure(tokens, stride, self._alternatives(alternatives)))
@@ -296,6 +295,14 @@ class Model:
     def _measure(self, tokens: np.ndarray, stride: int | None = None, alternatives: int = 0) -> Scored:
         how: dict[str, Any] = {"graphdef": self.graphdef, "block_size": self.config.model.block_size}
         return score_tokens(self.params, tokens, stride=stride, alternatives=alternatives, **how)
+
+    def known(self, text: str, skip_unknown: bool = False) -> str:
+        """Return a text repaired like the corpus; `skip_unknown` drops characters that are not in the vocabulary.
+
+        Raises:
+            UserError: if an argument is invalid, or the text has other characters than the vocabulary.
+        """
+        return self._known(argument("text", text, str, "give a text"), checked_skip(skip_unknown))
 
     def _known(self, text: str, skip_unknown: bool, repair: bool = True) -> str:
         if repair:

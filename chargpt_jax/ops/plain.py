@@ -70,10 +70,8 @@ def attention(
     Returns:
         [B, H, T, D], of the inputs' dtype.
     """
-    B, H, T, D = q.shape
-    scores = matmul("bhtd,bhsd->bhts", q, k) * D**-0.5
-    past = jnp.arange(T) <= jnp.arange(T)[:, None]
-    weights = jax.nn.softmax(jnp.where(past, scores, -jnp.inf), axis=-1).reshape(B * H, T, T)
+    B, H, T, _ = q.shape
+    weights = attention_weights(q, k).reshape(B * H, T, T)
     if seeds is not None:
         of_heads = fold_seeds(seeds[:, None], jnp.arange(H)).reshape(-1, 2)
         weights = dropout(weights, of_heads, how)
@@ -81,10 +79,16 @@ def attention(
     return matmul("bhts,bhsd->bhtd", weights.astype(v.dtype), v).astype(q.dtype)
 
 
+def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Return softmax_s(q_t . k_s / sqrt(D)) over s <= t, [B, H, T, T], for q and k [B, H, T, D]; 0 for s > t."""
+    T, D = q.shape[2:]
+    scores = matmul("bhtd,bhsd->bhts", q, k) * D**-0.5
+    past = jnp.arange(T) <= jnp.arange(T)[:, None]
+    return jax.nn.softmax(jnp.where(past, scores, -jnp.inf), axis=-1)
+
+
 def query_attention(q: jax.Array, keys: jax.Array, values: jax.Array, position: jax.Array) -> jax.Array:
     """Attend from one query per sequence to the keys at positions 0 to its own.
-
-    Used beyond the context; inside it the KV cache attends.
 
     Used beyond the context; inside it the KV cache attends.
 

@@ -96,12 +96,36 @@ def live(pictures: Sequence[str], samples: Sequence[dict[str, Any]]) -> str:
         pictures: SVG, which are shown without scripts.
         samples: the samples in them, as their JSON file holds them.
     """
-    places = [
+    return "\n".join([*_places(pictures, samples), _live_code()])
+
+
+def beside(captions: Sequence[str], pictures: Sequence[str], samples: Sequence[dict[str, Any]]) -> str:
+    """Return sublines for a notebook side by side, below each other on a narrow page.
+
+    Args:
+        captions: plain text above each of them.
+        pictures: as for `live`.
+        samples: as for `live`.
+    """
+    figures = [
+        f"<figure><figcaption>{plain(caption)}</figcaption>{place}</figure>"
+        for caption, place in zip(captions, _places(pictures, samples), strict=True)
+    ]
+    return f'<div class="chargpt cg-beside">{"".join(figures)}</div>\n{_live_code()}'
+
+
+def _places(pictures: Sequence[str], samples: Sequence[dict[str, Any]]) -> list[str]:
+    """Return an element per subline: the picture, which a script replaces, and the sample's data."""
+    return [
         f'<div class="chargpt cg-notebook" data-sample="{html.escape(json.dumps(compact(sample)))}">{picture}</div>'
         for picture, sample in zip(pictures, samples, strict=True)
     ]
+
+
+def _live_code() -> str:
+    """Return the styles and the script that make the sublines of a notebook answer."""
     style = f"<style>{svg.CSS}{asset('subline.css')}</style>"
-    return "\n".join([*places, style, f"<script>{script('subline', 'notebook')}</script>"])
+    return f"{style}\n<script>{script('subline', 'notebook')}</script>"
 
 
 def compact(sample: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import hashlib
 import html
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -76,6 +77,10 @@ PLOT_CSS = (
     ".chargpt .cg-step{fill:var(--cg-paper);stroke:var(--cg-ink);stroke-width:1.2}"
     ".chargpt .cg-guide{stroke:var(--cg-muted);stroke-dasharray:4 3}"
     ".chargpt .cg-cursor{stroke:var(--cg-muted)}"
+    ".chargpt .cg-weight{stroke:var(--cg-s2);shape-rendering:crispEdges}"
+    ".chargpt .cg-frame{stroke:var(--cg-faint);stroke-width:.6}"
+    ".chargpt .cg-settled{fill:var(--cg-s3)}"
+    ".chargpt .cg-small{font-size:9px;fill:var(--cg-muted)}"
     ".chargpt .cg-b1{fill:var(--cg-s1)}.chargpt .cg-b2{fill:var(--cg-s3)}"
 ) + themed(" .cg-zoom", "stroke:var(--cg-on-light)", "stroke:var(--cg-on-dark)")
 CSS = (
@@ -89,6 +94,17 @@ CSS = (
     ".chargpt .cg-middle{text-anchor:middle}"
     "@media print{.chargpt{--cg-paper:#fff}}" + TEXT_CSS + PLOT_CSS
 )
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that a notebook shows."""
+
+    svg: str
+    """Self-contained."""
+
+    def _repr_html_(self) -> str:
+        return self.svg
 
 
 def figure(width: float, height: float, body: str, *, name: str, description: str) -> str:

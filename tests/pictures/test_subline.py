@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chargpt_jax.pictures.subline import CELL, FALL, RISE, Series, metric_series, subline
+from chargpt_jax.pictures.subline import FALL, RISE, Series, metric_series, subline
 from chargpt_jax.pictures.svg import CSS, escaped, glyph
+from chargpt_jax.pictures.text_layout import CELL
 
 SVG = "{http://www.w3.org/2000/svg}"
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=40)

@@ -108,6 +108,7 @@ def frame(
     *,
     bottom: float = BOTTOM,
     rows: int = 5,
+    ticks: Sequence[float] | None = None,
 ) -> str:
     """Return the grid, the tick labels and the names of the axes.
 
@@ -119,9 +120,10 @@ def frame(
         named: returns the labels of ticks on the horizontal axis.
         bottom: lower edge of the frame, in pixels; the labels are below it.
         rows: about how many lines the grid has.
+        ticks: on the horizontal axis; None: round values.
     """
     lines = [number(y(t)) for t in y.ticks(rows)]
-    ticks = x.ticks(6 if x.end - x.start > NARROW else 3)
+    ticks = x.ticks(6 if x.end - x.start > NARROW else 3) if ticks is None else ticks
     columns = [number(x(t)) for t in ticks]
     grid = "".join(f"M{x.start:g} {at}H{x.end:g}" for at in lines)
     marks = f"M{x.start:g} {bottom:g}H{x.end:g}" + "".join(f"M{at} {bottom:g}v4" for at in columns)
