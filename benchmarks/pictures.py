@@ -1,4 +1,4 @@
-"""Take the pictures of the README: the report, a model as a page and the terminal, of a run that was trained before.
+"""Make the pictures of the README and of docs/, of a run that was trained before.
 
     pip install -e ".[browser]"
     python -m benchmarks.pictures --workdir=runs/book --out=docs
@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -59,8 +60,47 @@ def pointed_at(page: Any, characters: int) -> None:
         page.keyboard.press("ArrowRight")
 
 
+def clip_of(page: Any, selector: str) -> dict[str, float]:
+    """Return the rectangle around all elements of a page that match, with a margin of 12 pixels."""
+    boxes = [box for element in page.locator(selector).all() if (box := element.bounding_box())]
+    right = max(box["x"] + box["width"] for box in boxes)
+    bottom = max(box["y"] + box["height"] for box in boxes)
+    return {"x": 0, "y": 0, "width": right + 12, "height": bottom + 12}
+
+
+LINE = "They seek him here, they seek him there, those Frenchies seek"
+"""The text of the pictures of the inside of a model."""
+
+
+def inside(workdir: str, out: Path) -> None:
+    """Write layers.svg, attention.svg and letters.svg: what `analysis` shows."""
+    model, text = chargpt_jax.load(workdir), chargpt_jax.corpus_text(workdir)
+    found = chargpt_jax.inspect(model, LINE)
+    distance = np.arange(len(LINE))[:, None] - np.arange(len(LINE))
+    layer, head = np.argwhere((reach := (found.attention * distance).sum(axis=-1).mean(axis=-1)) == reach.max())[0]
+    letters = chargpt_jax.by_letter(model.score(text[-50_000:]))
+    (out / "layers.svg").write_text(found.by_layer().svg, encoding="utf-8")
+    (out / "attention.svg").write_text(found.attention_maps(int(layer) + 1, int(head) + 1).svg, encoding="utf-8")
+    (out / "letters.svg").write_text(letters.svg(), encoding="utf-8")
+    print(letters, f"{reach.max():.1f} characters back", sep="\n")
+
+
+def side_by_side(workdir: str) -> str:
+    """Return an HTML page with samples at four settings of the sampler."""
+    model = chargpt_jax.load(workdir)
+    ways = {
+        "greedy": {"temperature": 0.0},
+        "temperature 0.5": {"temperature": 0.5},
+        "temperature 1": {"temperature": 1.0},
+        "temperature 1, top_p 0.9": {"temperature": 1.0, "top_p": 0.9},
+    }
+    samples = {name: model.generate("Sir Percy ", max_new_tokens=150, **way)[0] for name, way in ways.items()}
+    body = chargpt_jax.Comparison(samples)._repr_html_()
+    return f"<!DOCTYPE html><meta charset='utf-8'><body style='margin:12px;font-family:sans-serif'>{body}"
+
+
 def main() -> None:
-    """Write report.png, page.png and terminal.png."""
+    """Write the screenshots and the SVG files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -89,6 +129,13 @@ def main() -> None:
         page = browser.new_page(viewport={"width": 820, "height": 200})
         page.goto((Path(folder) / "terminal.html").as_uri())
         page.screenshot(path=options.out / "terminal.png", full_page=True)
+
+        (Path(folder) / "comparison.html").write_text(side_by_side(options.workdir), encoding="utf-8")
+        page = browser.new_page(viewport={"width": 940, "height": 1100})
+        page.goto((Path(folder) / "comparison.html").as_uri())
+        page.locator(".cg-beside figure").last.wait_for()
+        page.screenshot(path=options.out / "comparison.png", clip=clip_of(page, ".cg-beside figure"))
+    inside(options.workdir, options.out)
 
 
 if __name__ == "__main__":

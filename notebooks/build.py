@@ -1,21 +1,26 @@
-"""Write the two notebooks from their common source, chargpt.py: python notebooks/build.py.
+"""Write the notebooks from their sources: python notebooks/build.py.
 
-The source is a percent script, which jupytext opens as a notebook. A cell tagged `colab` or `kaggle` is only in that
-notebook; every other cell is in both. The notebooks have no outputs, and the result is deterministic.
+A source is a percent script, which jupytext opens as a notebook. Each one becomes a notebook for Colab and one for
+Kaggle. A cell tagged `colab` or `kaggle` is only in that notebook; every other cell is in both. A cell tagged `include`
+names a file whose cells take its place. The notebooks have no outputs, and the result is deterministic.
 """
 
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jupytext
 import nbformat
 
 HERE = Path(__file__).parent
-SOURCE = HERE / "chargpt.py"
 METADATA = {
-    "colab": {"accelerator": "TPU", "colab": {"gpuType": "V5E1"}},
-    "kaggle": {"kaggle": {"accelerator": "tpuV5e8", "isInternetEnabled": True}},
+    ("chargpt", "colab"): {"accelerator": "TPU", "colab": {"gpuType": "V5E1"}},
+    ("chargpt", "kaggle"): {"kaggle": {"accelerator": "tpuV5e8", "isInternetEnabled": True}},
+    ("what_the_model_knows", "colab"): {"colab": {}},
+    ("what_the_model_knows", "kaggle"): {"kaggle": {"accelerator": "none", "isInternetEnabled": True}},
 }
+"""The notebooks: (source, platform), and what the platform reads: the accelerator to start with, internet access."""
+
 KERNEL = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -28,29 +33,38 @@ def address() -> str:
     return str(project.get("urls", {}).get("Repository", ""))
 
 
-def notebook(platform: str) -> nbformat.NotebookNode:
-    """Return the notebook for a platform, 'colab' or 'kaggle'."""
+def cells_of(source: Path, platform: str) -> Iterator[nbformat.NotebookNode]:
+    """Yield the cells of a source for a platform, included files in their place."""
+    for cell in jupytext.read(source, fmt="py:percent").cells:
+        tags = cell.metadata.pop("tags", [platform])
+        if "include" in tags:
+            yield from cells_of(HERE / cell.source, platform)
+        elif platform in tags:
+            yield cell
+
+
+def notebook(source: str, platform: str) -> nbformat.NotebookNode:
+    """Return the notebook of a source for a platform, 'colab' or 'kaggle'."""
     cells = []
-    for cell in jupytext.read(SOURCE, fmt="py:percent").cells:
+    for cell in cells_of(HERE / f"{source}.py", platform):
         cell.source = cell.source.replace('ADDRESS = ""', f'ADDRESS = "{address()}"')
-        if platform in cell.metadata.pop("tags", [platform]):
-            cells.append({**cell, "id": f"cell-{len(cells) + 1}"})
-    metadata = {**METADATA[platform], **KERNEL}
+        cells.append({**cell, "id": f"cell-{len(cells) + 1}"})
+    metadata = {**METADATA[source, platform], **KERNEL}
     made = nbformat.from_dict({"nbformat": 4, "nbformat_minor": 5, "metadata": metadata, "cells": cells})
     nbformat.validate(made)
     return made
 
 
-def path(platform: str) -> Path:
-    """Return the path of a platform's notebook."""
-    return HERE / f"chargpt_{platform}.ipynb"
+def path(source: str, platform: str) -> Path:
+    """Return the path of a notebook."""
+    return HERE / f"{source}_{platform}.ipynb"
 
 
-def text(platform: str) -> str:
-    """Return the file content of a platform's notebook."""
-    return nbformat.writes(notebook(platform)) + "\n"
+def text(source: str, platform: str) -> str:
+    """Return the file content of a notebook."""
+    return nbformat.writes(notebook(source, platform)) + "\n"
 
 
 if __name__ == "__main__":
-    for platform in METADATA:
-        path(platform).write_text(text(platform), encoding="utf-8")
+    for source, platform in METADATA:
+        path(source, platform).write_text(text(source, platform), encoding="utf-8")

@@ -18,7 +18,10 @@ nbformat = pytest.importorskip("nbformat")
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 PLATFORMS = ("colab", "kaggle")
-FILES = {platform: FOLDER / f"chargpt_{platform}.ipynb" for platform in PLATFORMS}
+TRAINING = [("chargpt", platform) for platform in PLATFORMS]
+EXPLORING = [("what_the_model_knows", platform) for platform in PLATFORMS]
+NOTEBOOKS = [*TRAINING, *EXPLORING]
+every_notebook = pytest.mark.parametrize(("source", "platform"), NOTEBOOKS)
 REFERENCES = {
     "https://www.gutenberg.org/ebooks/60",
     "https://github.com/karpathy/nanoGPT",
@@ -26,17 +29,21 @@ REFERENCES = {
 }
 
 
-def read(platform: str) -> nbformat.NotebookNode:
-    return nbformat.read(FILES[platform], as_version=4)
+def file_of(source: str, platform: str) -> Path:
+    return FOLDER / f"{source}_{platform}.ipynb"
 
 
-def code(platform: str) -> list[str]:
-    return [cell.source for cell in read(platform).cells if cell.cell_type == "code"]
+def read(source: str, platform: str) -> nbformat.NotebookNode:
+    return nbformat.read(file_of(source, platform), as_version=4)
 
 
-def install_cell(platform: str) -> str:
+def code(source: str, platform: str) -> list[str]:
+    return [cell.source for cell in read(source, platform).cells if cell.cell_type == "code"]
+
+
+def install_cell(source: str, platform: str) -> str:
     """Return the code of a notebook up to the cell that installs the package."""
-    cells = code(platform)
+    cells = code(source, platform)
     (last,) = [i for i, source in enumerate(cells) if '"pip", "install"' in source]
     return "\n".join(cells[: last + 1])
 
@@ -44,20 +51,24 @@ def install_cell(platform: str) -> str:
 # What is on disk
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_notebook_equals_the_output_of_build(platform):
+def test_every_notebook_is_tested():
+    assert {path.name for path in FOLDER.glob("*.ipynb")} == {file_of(*notebook).name for notebook in NOTEBOOKS}
+
+
+@every_notebook
+def test_notebook_equals_the_output_of_build(source, platform):
     pytest.importorskip("jupytext")
     spec = importlib.util.spec_from_file_location("build", FOLDER / "build.py")
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
-    assert set(build.METADATA) == set(PLATFORMS)
-    same = FILES[platform].read_text(encoding="utf-8") == build.text(platform)
+    assert list(build.METADATA) == NOTEBOOKS
+    same = file_of(source, platform).read_text(encoding="utf-8") == build.text(source, platform)
     assert same, "run `python notebooks/build.py` and commit its output"
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_a_notebook_is_valid_and_stripped(platform):
-    notebook = read(platform)
+@every_notebook
+def test_a_notebook_is_valid_and_stripped(source, platform):
+    notebook = read(source, platform)
     nbformat.validate(notebook)
     for cell in notebook.cells:
         assert cell.metadata == {}
@@ -68,8 +79,11 @@ def test_a_notebook_is_valid_and_stripped(platform):
     assert ids == [f"cell-{n}" for n in range(1, len(ids) + 1)]
 
 
-def test_a_notebook_asks_for_its_platforms_tpu():
-    colab, kaggle = read("colab").metadata, read("kaggle").metadata
+def test_training_asks_for_a_tpu_and_exploring_for_no_accelerator():
+    colab, kaggle = (read(*notebook).metadata for notebook in EXPLORING)
+    assert "accelerator" not in colab
+    assert kaggle["kaggle"] == {"accelerator": "none", "isInternetEnabled": True}
+    colab, kaggle = (read(*notebook).metadata for notebook in TRAINING)
     assert colab["accelerator"] == "TPU"
     assert colab["colab"] == {"gpuType": "V5E1"}
     assert kaggle["kaggle"]["accelerator"] == "tpuV5e8"
@@ -85,7 +99,7 @@ def installed(monkeypatch):
     The package cannot be imported there; pip succeeds for sources that a function accepts.
     """
 
-    def run(platform: str, folder: Path, accepts, address: str = "") -> list[str]:
+    def run(notebook: tuple[str, str], folder: Path, accepts, address: str = "") -> list[str]:
         asked: list[str] = []
 
         def pip(command, **_):
@@ -97,64 +111,64 @@ def installed(monkeypatch):
             patch.chdir(folder)
             patch.setitem(sys.modules, "chargpt_jax.api", None)
             patch.setattr(subprocess, "run", pip)
-            exec(install_cell(platform).replace('ADDRESS = ""', f'ADDRESS = "{address}"'), {})
+            exec(install_cell(*notebook).replace('ADDRESS = ""', f'ADDRESS = "{address}"'), {})
         return asked
 
     return run
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_a_notebook_installs_from_the_nearest_source(platform, installed, tmp_path):
+@every_notebook
+def test_a_notebook_installs_from_the_nearest_source(source, platform, installed, tmp_path):
     here = tmp_path / "checkout" / "notebooks"
     here.mkdir(parents=True)
-    assert installed(platform, here, lambda source: True) == ["chargpt_jax"]
+    assert installed((source, platform), here, lambda _: True) == ["chargpt_jax"]
     git = "git+https://example.org/a"
-    assert installed(platform, here, lambda source: True, "https://example.org/a") == [git]
+    assert installed((source, platform), here, lambda _: True, "https://example.org/a") == [git]
     (here / "chargpt_jax-0.1.0-py3-none-any.whl").touch()
-    assert installed(platform, here, lambda source: True, "https://example.org/a") == [
+    assert installed((source, platform), here, lambda _: True, "https://example.org/a") == [
         "chargpt_jax-0.1.0-py3-none-any.whl"
     ]
     (tmp_path / "checkout" / "chargpt_jax").mkdir()
     (tmp_path / "checkout" / "chargpt_jax" / "api.py").touch()
     everything = [str(tmp_path / "checkout"), "chargpt_jax-0.1.0-py3-none-any.whl", git, "chargpt_jax"]
-    last = installed(platform, here, lambda source: source == "chargpt_jax", "https://example.org/a")
+    last = installed((source, platform), here, lambda found: found == "chargpt_jax", "https://example.org/a")
     assert last == everything
     with pytest.raises(RuntimeError, match=r"^chargpt_jax could not be installed: .*wheel.*, then run this cell"):
-        installed(platform, here, lambda source: False)
+        installed((source, platform), here, lambda _: False)
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_a_notebook_installs_nothing_if_the_package_is_there(platform, monkeypatch):
+@every_notebook
+def test_a_notebook_installs_nothing_if_the_package_is_there(source, platform, monkeypatch):
     started: list[object] = []
     monkeypatch.setattr(subprocess, "run", lambda *command, **_: started.append(command))
-    exec(install_cell(platform), {})
+    exec(install_cell(source, platform), {})
     assert started == []
 
 
 def test_cure_for_a_dead_tpu_on_kaggle_is_a_newer_jax():
-    assert 'run %pip install -U "jax[tpu]" in a new cell and restart the session' in install_cell("kaggle")
-    assert "jax[tpu]" not in install_cell("colab")
+    assert 'run %pip install -U "jax[tpu]" in a new cell and restart the session' in install_cell("chargpt", "kaggle")
+    assert "jax[tpu]" not in install_cell("chargpt", "colab")
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_a_notebook_names_no_address_but_its_references(platform):
-    text = "\n".join(cell.source for cell in read(platform).cells)
-    assert set(re.findall(r"https?://[^\s\"')\]]+", text)) == REFERENCES
+@every_notebook
+def test_a_notebook_names_no_address_but_its_references(source, platform):
+    text = "\n".join(cell.source for cell in read(source, platform).cells)
+    assert set(re.findall(r"https?://[^\s\"')\]]+", text)) == (REFERENCES if source == "chargpt" else set())
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_notebook_mentions_only_its_own_platform(platform):
-    text = "\n".join(cell.source for cell in read(platform).cells)
+@every_notebook
+def test_notebook_mentions_only_its_own_platform(source, platform):
+    text = "\n".join(cell.source for cell in read(source, platform).cells)
     words = {"colab": ("Runtime > Change runtime type", "/content/drive"), "kaggle": ("Settings >", "/kaggle/working")}
     for name, own in words.items():
         for word in own:
             assert (word in text) == (name == platform)
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_a_notebook_calls_the_package_and_repeats_none_of_it(platform):
-    for source in code(platform):
-        tree = ast.parse(re.sub(r"(?m)^%.*$", "", source))
+@every_notebook
+def test_a_notebook_calls_the_package_and_repeats_none_of_it(source, platform):
+    for cell in code(source, platform):
+        tree = ast.parse(re.sub(r"(?m)^%.*$", "", cell))
         assert not [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.While)]
 
 
@@ -194,9 +208,9 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, **environment: str) -
     return client
 
 
-@pytest.fixture(scope="module", params=PLATFORMS)
+@pytest.fixture(scope="module", params=TRAINING, ids="-".join)
 def executed(request, tmp_path_factory) -> tuple[nbformat.NotebookNode, Client, Path]:
-    notebook, folder = read(request.param), tmp_path_factory.mktemp(request.param)
+    notebook, folder = read(*request.param), tmp_path_factory.mktemp(request.param[1])
     return notebook, execute(notebook, folder), folder
 
 
@@ -230,17 +244,68 @@ def test_every_cell_works_and_shows_its_pictures(executed):
     assert list((run / "checkpoints").iterdir())
 
 
+def printed_errors(notebook: nbformat.NotebookNode) -> list[str]:
+    streams = [o for cell in notebook.cells for o in cell.get("outputs", ()) if o.output_type == "stream"]
+    return [output.text for output in streams if output.name == "stderr"]
+
+
 @pytest.mark.slow
 def test_notebook_prints_nothing_to_stderr(executed):
-    notebook, _, _ = executed
-    streams = [o for cell in notebook.cells for o in cell.get("outputs", ()) if o.output_type == "stream"]
-    assert [output.text for output in streams if output.name == "stderr"] == []
+    assert printed_errors(executed[0]) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_notebook_stops_with_a_fix_if_jax_sees_no_tpu(platform, tmp_path):
-    notebook = read(platform)
+def test_exploring_prints_nothing_to_stderr(explored):
+    assert printed_errors(explored) == []
+
+
+@pytest.fixture(scope="module", params=EXPLORING, ids="-".join)
+def explored(request, tmp_path_factory) -> nbformat.NotebookNode:
+    """An exploring notebook that has trained its own model."""
+    notebook = read(*request.param)
+    execute(notebook, tmp_path_factory.mktemp(request.param[1]))
+    return notebook
+
+
+def output_of(notebook: nbformat.NotebookNode, contains: str) -> str:
+    """Return all that the code cell with a text printed and displayed."""
+    (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and contains in cell.source]
+    texts = [output.get("text") or "".join(output.get("data", {}).values()) for output in cell.outputs]
+    return "\n".join(texts)
+
+
+@pytest.mark.slow
+def test_exploring_shows_every_picture_of_its_model(explored):
+    assert "runs/tiny: step 40, 3 layers, " in output_of(explored, "chargpt_jax.run(")
+    assert len(pictures(explored, "model.score(yours")) == 1
+    assert output_of(explored, "alternatives.at(i)").count("; expected '") == 10
+    assert len(pictures(explored, "model.branch(")) == 4
+    assert len(pictures(explored, "ways = {")) == 4
+    assert "First letters have" in output_of(explored, "by_letter(")
+    (maps,) = pictures(explored, "line = scored")
+    assert maps.count("<title>layer ") == 12
+    assert 'aria-label="Attention of layer' in output_of(explored, "reach.argmax()")
+    (layers,) = pictures(explored, "# the lens")
+    assert "row k: after k of 3 layers" in layers
+    shares = re.findall(r"settled after +\d layers: +([\d.]+)%", output_of(explored, "settled after"))
+    assert sum(map(float, shares)) == pytest.approx(100, abs=0.3)
+
+
+@pytest.mark.slow
+def test_exploring_takes_the_newest_run_that_it_finds(tmp_path, executed):
+    _, _, folder = executed
+    notebook = read("what_the_model_knows", "colab")
+    (last,) = [i for i, cell in enumerate(notebook.cells) if "model = chargpt_jax.load" in cell.source]
+    notebook.cells = notebook.cells[: last + 1]
+    execute(notebook, folder)
+    assert "test_run: step 40, 2 layers" in output_of(notebook, "chargpt_jax.run(")
+    assert "training" not in output_of(notebook, "chargpt_jax.run(")
+
+
+@pytest.mark.slow
+@every_notebook
+def test_notebook_stops_with_a_fix_if_jax_sees_no_tpu(source, platform, tmp_path):
+    notebook = read(source, platform)
     (check,) = [i for i, cell in enumerate(notebook.cells) if "JAX cannot see it" in cell.source]
     notebook.cells = notebook.cells[: check + 1]
     fix = {"colab": "Runtime > Change runtime type", "kaggle": "Settings > Accelerator"}[platform]

@@ -49,4 +49,4 @@ def _caption(name: str, sample: Sample) -> str:
     new = sample[start:]
     if not np.isfinite(new.surprisal).any():
         return name
-    return f"{name}: surprisal {new.loss:.2f}, entropy {float(np.nanmean(new.entropy)):.2f} nats per character"
+    return f"{name}: surprisal {new.loss:.2f}, entropy {float(np.nanmean(new.entropy)):.2f} nats"

@@ -96,12 +96,15 @@ CSS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Picture:
     """A picture that a notebook shows."""
 
     svg: str
     """Self-contained."""
+
+    def __repr__(self) -> str:
+        return f"Picture({len(self.svg):,} characters of SVG)"
 
     def _repr_html_(self) -> str:
         return self.svg

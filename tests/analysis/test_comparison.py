@@ -19,15 +19,13 @@ BOTH = Comparison({"<greedy>": sample("ab", "abcd", 1.5), "hot": sample("ab", "a
 
 def test_caption_gives_the_means_of_the_generated_part():
     assert BOTH.captions() == [
-        "<greedy>: surprisal 1.50, entropy 0.75 nats per character",
-        "hot: surprisal 3.00, entropy 1.50 nats per character",
+        "<greedy>: surprisal 1.50, entropy 0.75 nats",
+        "hot: surprisal 3.00, entropy 1.50 nats",
     ]
 
 
 def test_caption_of_a_scored_text_is_of_all_of_it():
-    assert Comparison({"a": sample("", "abc", 2.0)}).captions() == [
-        "a: surprisal 2.00, entropy 1.00 nats per character"
-    ]
+    assert Comparison({"a": sample("", "abc", 2.0)}).captions() == ["a: surprisal 2.00, entropy 1.00 nats"]
 
 
 def test_caption_without_metrics_is_the_name():
@@ -35,7 +33,7 @@ def test_caption_without_metrics_is_the_name():
 
 
 def test_terminal_shows_names_and_texts():
-    assert repr(BOTH).split("\n\n")[1] == "hot: surprisal 3.00, entropy 1.50 nats per character\nabxy"
+    assert repr(BOTH).split("\n\n")[1] == "hot: surprisal 3.00, entropy 1.50 nats\nabxy"
 
 
 def test_a_notebook_shows_one_figure_per_sample_and_escapes_names():
