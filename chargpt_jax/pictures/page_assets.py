@@ -111,7 +111,7 @@ def beside(captions: Sequence[str], pictures: Sequence[str], samples: Sequence[d
         f"<figure><figcaption>{plain(caption)}</figcaption>{place}</figure>"
         for caption, place in zip(captions, _places(pictures, samples), strict=True)
     ]
-    return f'<div class="chargpt cg-beside">{"".join(figures)}</div>\n{_live_code()}'
+    return f'<div class="chargpt cg-beside"><div class="cg-columns">{"".join(figures)}</div></div>\n{_live_code()}'
 
 
 def _places(pictures: Sequence[str], samples: Sequence[dict[str, Any]]) -> list[str]:
