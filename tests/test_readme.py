@@ -30,12 +30,6 @@ def test_ci_also_runs_the_slow_tests():
     assert "python -m pytest -n auto -m slow" in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
 
-def test_every_folder_of_the_package_is_in_the_table_of_folders():
-    linked = set(re.findall(r"\]\(chargpt_jax/(\w+)/?\)", README))
-    there = {path.parent.name for path in (ROOT / "chargpt_jax").glob("*/__init__.py")}
-    assert linked == there
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_of_a_page_lead_to_files_and_headings(page):
     for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", page.read_text(encoding="utf-8")):
