@@ -120,7 +120,8 @@ def creating_folder(path: Path, last: str = "") -> Iterator[Path]:
             for name in sorted(os.listdir(partial), key=lambda name: name == last):
                 os.rename(partial / name, path / name)
         else:
-            partial.chmod(0o777 & ~_umask())
+            with contextlib.suppress(OSError):  # a network disk without permissions
+                partial.chmod(0o777 & ~_umask())
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(partial, path)
     finally:
@@ -148,6 +149,19 @@ def replace_folder(new: Path, path: Path, aside: Path | None) -> None:
                 os.rename(aside, path)
         raise
     sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, or a link or file in its place; give up after a second if the system refuses."""
+    for _ in range(20):
+        with contextlib.suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        if not os.path.lexists(path):
+            return
+        time.sleep(0.05)
 
 
 def sync_folder(folder: Path) -> None:

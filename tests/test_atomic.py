@@ -109,6 +109,31 @@ def test_creating_folder_appears_at_the_end(tmp_path, exists):
     assert os.listdir(path.parent) == ["folder"]
 
 
+def test_creating_folder_works_on_a_disk_without_permissions(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "chmod", refuse)
+    with atomic.creating_folder(tmp_path / "folder") as partial:
+        (partial / "file").touch()
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "nothing"])
+def test_remove_leaves_nothing_and_follows_no_link(tmp_path, kind):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    path = tmp_path / "path"
+    match kind:
+        case "file":
+            path.touch()
+        case "folder":
+            (path / "deep").mkdir(parents=True)
+            (path / "deep" / "file").touch()
+        case "link":
+            path.symlink_to(tmp_path / "other")
+    atomic.remove(path)
+    assert os.listdir(tmp_path) == ["other"]
+    assert os.listdir(tmp_path / "other") == ["file"]
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_creating_folder_that_fails_leaves_nothing(tmp_path, exists):
     path = tmp_path / "deep" / "folder"

@@ -16,8 +16,6 @@ import errno
 import itertools
 import json
 import os
-import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -120,7 +118,7 @@ class Checkpoints:
         """Remove the temporary folders of killed processes. Only the process that holds the lock may call this."""
         for prefix in (SAVING, DELETING):
             for path in self.folder.glob(f"{prefix}*"):
-                _remove(path)
+                atomic.remove(path)
 
     def save(self, state: StateT, record: Mapping[str, object], loss: float) -> Path:
         """Save a state, and wait until it is on the disk; then delete the checkpoints that need not be kept.
@@ -144,14 +142,14 @@ class Checkpoints:
         except Exception as error:
             raise SaveFailed(self._save_error(step, error)) from error
         finally:
-            _remove(staging)
+            atomic.remove(staging)
         self._valid[step] = True
         with contextlib.suppress(OSError, Damaged, NoCheckpoint):  # the state is saved; the next save tries again
             self._delete_old()
         return target
 
     def _write(self, staging: Path, state: StateT, record: Mapping[str, object], loss: float) -> None:
-        _remove(staging)
+        atomic.remove(staging)
         os.makedirs(staging)
         arrays = on_host(state)
         self.arrays.save(staging / ARRAYS, arrays)
@@ -163,14 +161,14 @@ class Checkpoints:
         """Rename a complete folder to a checkpoint. A damaged one of that step is moved aside, not deleted."""
         aside = self._aside(target) if os.path.lexists(target) else None
         atomic.replace_folder(staging, target, aside)
-        _remove(self.folder / f"{DELETING}{target.name}")
+        atomic.remove(self.folder / f"{DELETING}{target.name}")
 
     def _aside(self, target: Path) -> Path:
         """Return where to move an existing checkpoint of the same step."""
         self._valid.pop(int(target.name), None)
         if self._is_valid(int(target.name)):
             gone = self.folder / f"{DELETING}{target.name}"
-            _remove(gone)
+            atomic.remove(gone)
             return gone
         names = (Path(f"{target}.damaged-{i}") for i in itertools.count(1))
         return next(path for path in names if not os.path.lexists(path))
@@ -178,9 +176,9 @@ class Checkpoints:
     def _delete(self, step: int) -> None:
         """Delete a checkpoint. It is renamed first, so that a half-deleted one does not count."""
         going = self.folder / f"{DELETING}{step}"
-        _remove(going)
+        atomic.remove(going)
         os.rename(self.folder / str(step), going)
-        _remove(going)
+        atomic.remove(going)
 
     def _save_error(self, step: int, error: Exception) -> str:
         """Describe a failed save: the reason, the newest valid checkpoint, and the fix."""
@@ -318,19 +316,6 @@ class Checkpoints:
         if digest(arrays) != record["digest"]:
             raise Damaged(ARRAYS, "holds other values than were saved")
         return arrays
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder, or a link or file in its place; give up after a second if the system refuses."""
-    for _ in range(20):
-        with contextlib.suppress(OSError):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
-        if not os.path.lexists(path):
-            return
-        time.sleep(0.05)
 
 
 def _is_odd(name: str) -> bool:

@@ -109,6 +109,14 @@ def verify(folder: Path, *, extra_files: bool = False, known: Mapping[str, FileF
         raise Damaged(_within(folder, error), f"cannot be read ({error.strerror or error})") from error
 
 
+def same(folder: Path, other: Path) -> bool:
+    """Return whether two folders have the same manifest, and the same files of the same sizes; none of them is read."""
+    try:
+        return read(folder / NAME, MAX_BYTES) == read(other / NAME, MAX_BYTES) and _files(folder) == _files(other)
+    except (OSError, Damaged):
+        return False
+
+
 def read(path: Path, max_bytes: int) -> bytes:
     """Read a regular file of a sealed folder.
 

@@ -37,6 +37,28 @@ def test_sealed_folder_is_valid_and_lists_every_file(sealed):
     assert listed(sealed)["a/empty"]["sha256"].startswith("e3b0c442")
 
 
+@pytest.mark.parametrize("change", ["none", "size", "missing", "added", "manifest", "no manifest", "no folder"])
+def test_same_compares_manifests_and_sizes_only(sealed, tmp_path, change):
+    copy = tmp_path / "copy"
+    shutil.copytree(sealed, copy)
+    path = copy / "d.txt"
+    path.write_bytes(path.read_bytes()[::-1])  # the same size
+    match change:
+        case "size":
+            path.write_bytes(b"")
+        case "missing":
+            path.unlink()
+        case "added":
+            (copy / "e").write_bytes(b"")
+        case "manifest":
+            relist(copy, {**listed(copy), "d.txt": {"sha256": "0" * 64, "bytes": 3}})
+        case "no manifest":
+            (copy / manifest.NAME).unlink()
+        case "no folder":
+            shutil.rmtree(copy)
+    assert manifest.same(sealed, copy) == manifest.same(copy, sealed) == (change == "none")
+
+
 def test_a_copy_passes_too(sealed, tmp_path):
     copy = shutil.copytree(sealed, tmp_path / "copy é")
     verify(copy)
