@@ -60,16 +60,17 @@ else:
 {section: vars(getattr(config, section)) for section in ("model", "data", "optimizer", "scheduler", "sample")}
 
 # %% [markdown] tags=["colab"]
-# If your Google Drive is mounted (the folder icon on the left, then *Mount Drive*) and holds an earlier copy of this
-# run, the next cell restores it, and the run resumes from there. Otherwise it does nothing.
+# The disk of this machine is deleted when the session ends. If your Google Drive is mounted (the folder icon on the
+# left, then *Mount Drive*), step 5 keeps a copy of the run there. If Drive has a copy of this run from an earlier
+# session, the next cell restores it, and the run resumes from there.
 
 # %% tags=["colab"]
-import shutil
-
 drive = Path("/content/drive/MyDrive")
-backup = drive / "chargpt_jax" / f"{workdir.name}.zip"
-if backup.exists() and not workdir.exists():
-    shutil.unpack_archive(backup, workdir)
+backup = drive / "chargpt_jax" / workdir.name
+if not drive.is_dir():
+    print("Google Drive is not mounted: the run is only on the disk of this machine.")
+elif (backup / "config.json").exists() and not workdir.exists():
+    chargpt_jax.copy_run(backup, workdir)
 
 # %% [markdown]
 # ## 3. The text
@@ -114,8 +115,15 @@ if chargpt_jax.info(workdir)["learning_rate"] is None:  # a learning rate that i
 # again**: it resumes from the last checkpoint. On the same hardware and versions the result is bit-identical to an
 # uninterrupted run.
 
-# %%
+# %% tags=["kaggle"]
 chargpt_jax.show(chargpt_jax.train(config, workdir))
+
+# %% tags=["colab"]
+events = chargpt_jax.train(config, workdir)
+if drive.is_dir():
+    backup.parent.mkdir(exist_ok=True)
+    events = chargpt_jax.backed_up(events, workdir, backup)  # copies each checkpoint to Google Drive
+chargpt_jax.show(events)
 
 # %% [markdown]
 # The next cell saves a few samples and a report with all numbers and plots to the `workdir`.
@@ -123,17 +131,6 @@ chargpt_jax.show(chargpt_jax.train(config, workdir))
 # %%
 chargpt_jax.write_samples(workdir)
 report = chargpt_jax.write_report(workdir)
-
-# %% [markdown] tags=["colab"]
-# The disk of this machine is deleted when the session ends. The next cell copies the run to your Google Drive, if it is
-# mounted. You can also interrupt the training, run this cell, and resume on another day.
-
-# %% tags=["colab"]
-if drive.is_dir():
-    shutil.make_archive(str(backup.with_suffix("")), "zip", workdir)
-    print(f"The run is saved as {backup}.")
-else:
-    print(f"Google Drive is not mounted: the run is in {workdir.absolute()} only.")
 
 # %% [markdown] tags=["kaggle"]
 # The run is in the working folder. *Save Version* saves it under *Output*.
@@ -224,6 +221,8 @@ chargpt_jax.Samples(scores)
 
 # %% tags=["colab"]
 print(f"{report}: open the folder icon on the left, and download the file with a right click")
+if drive.is_dir():
+    chargpt_jax.copy_run(workdir, backup)  # the samples and the report, too
 
 # %% tags=["kaggle"]
 from IPython.display import FileLink

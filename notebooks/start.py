@@ -10,7 +10,7 @@ from pathlib import Path
 
 FIX = "choose Runtime > Change runtime type > v5e-1 TPU, then Runtime > Run all"
 CURE = f"restart the session: {FIX}"
-RUNS = Path("runs")  # a fast local disk, deleted with the machine; step 5 copies the run
+RUNS = Path("runs")  # a fast local disk, deleted with the machine; a copy of a run can be kept on Google Drive
 WHEELS = [Path(), Path("/content"), Path("/content/drive/MyDrive"), Path("/content/drive/MyDrive/chargpt_jax")]
 UPLOAD = "upload its wheel to the Files panel, or to your Google Drive and mount that"
 

@@ -39,7 +39,7 @@ def client(notebook: nbformat.NotebookNode, folder: Path, python: str | Path) ->
     (spec / "kernel.json").write_text(json.dumps({"argv": words, "display_name": "fresh", "language": "python"}))
     specs = KernelSpecManager(kernel_dirs=[str(spec.parent)], ensure_native_kernel=False)
     manager = AsyncKernelManager(kernel_name="fresh", kernel_spec_manager=specs)
-    return nbclient.NotebookClient(notebook, km=manager, timeout=300, resources={"metadata": {"path": str(folder)}})
+    return nbclient.NotebookClient(notebook, km=manager, timeout=600, resources={"metadata": {"path": str(folder)}})
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
