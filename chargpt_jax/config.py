@@ -184,6 +184,15 @@ class LRFinderConfig(Settings):
 
 
 @dataclass
+class MeshConfig(Settings):
+    """How devices share a training: data x fsdp x tensor devices. docs/devices.md explains the axes."""
+
+    data: int = setting(0, "devices that split the batch; 0: all that the other two leave", least=0, most=2**20)
+    fsdp: int = setting(1, "devices that split the batch and the parameters", least=1, most=2**20)
+    tensor: int = setting(1, "devices that split each matrix multiplication", least=1, most=2**20)
+
+
+@dataclass
 class TrainConfig(Settings):
     """Dispatches, logging, validation and checkpoints. These settings do not change what the model learns."""
 
@@ -237,6 +246,7 @@ class Config(Settings):
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     amp: AmpConfig = field(default_factory=AmpConfig)
     lr_finder: LRFinderConfig = field(default_factory=LRFinderConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     ancestor: AncestorConfig = field(default_factory=AncestorConfig)

@@ -26,7 +26,7 @@ RESOLVED = ("model.vocab_size", "model.used_ids", "optimizer.learning_rate")
 
 
 MAY_CHANGE = (
-    *("train.", "sample."),
+    *("train.", "sample.", "mesh."),
     *("scheduler.epochs", "scheduler.max_steps"),
     *("data.timeout", "data.max_megabytes", "data.mirrors"),
     *("model.remat", "model.attention_block", "optimizer.accumulation_steps"),
@@ -36,7 +36,7 @@ MAY_CHANGE = (
 - Logging, validation, checkpoints and samples.
 - The length of the run, but not below the current step. The learning rate follows the new schedule from there on.
 - Download settings.
-- Settings that save memory. They may change the order of sums, and so cause rounding differences.
+- Settings that save memory, and the devices. They may change the order of sums, and so cause rounding differences.
 
 The devices are not part of the config and may change, too.
 """

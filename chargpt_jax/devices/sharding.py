@@ -1,6 +1,9 @@
 """Data parallelism: a mesh of devices that split a batch, and arrays that are replicated or sharded over it.
 
-- The mesh has one axis, 'data'. Each device computes the gradient of its part of the batch; psum adds them up.
+Functions here accept both kinds of mesh: the usual one, described here, and one that splits the parameters of a model
+that is too large for a device (layout.py).
+
+- The usual mesh has one axis, 'data'. Each device computes the gradient of its part of the batch; psum adds them up.
 - Parameters and corpus are replicated: each device holds a full copy.
 - The optimizer update is sharded (ZeRO-1; Xu et al. 2020, "Automatic cross-replica sharding of weight update in
   data-parallel training"). After the psum every device holds the same gradient. Each device then updates its shard of
@@ -18,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+
+from chargpt_jax.devices import layout
 
 MIN_SHARDED_SIZE = 2**17
 """Arrays with fewer elements are replicated: gathering the shards takes time too."""
@@ -94,13 +99,19 @@ def sharded(mesh: Mesh, x: Shaped) -> NamedSharding:
 
 
 def shard(mesh: Mesh | None, tree: Tree) -> Tree:
-    """Inside jit, split each array of a tree as `sharded` says; without a mesh, return the tree."""
+    """Inside jit, split each array of a tree as `sharded` says, or by name; without a mesh, return the tree."""
+    if layout.splits_parameters(mesh):
+        return layout.constrained(mesh, tree)
     return tree if mesh is None else jax.tree.map(lambda x: _constrain(x, sharded(mesh, x), mesh), tree)
 
 
 def replicate(mesh: Mesh | None, tree: Tree) -> Tree:
-    """Inside jit, gather each array of a tree that `sharded` splits; without a mesh, return the tree."""
-    return tree if mesh is None else jax.tree.map(lambda x: _constrain(x, replicated(mesh), mesh), tree)
+    """Inside jit, gather each array of a tree that `sharded` splits; return the tree if parameters stay split."""
+    return (
+        tree
+        if mesh is None or layout.splits_parameters(mesh)
+        else jax.tree.map(lambda x: _constrain(x, replicated(mesh), mesh), tree)
+    )
 
 
 def _constrain(x: jax.Array, to: NamedSharding, mesh: Mesh) -> jax.Array:
@@ -110,7 +121,8 @@ def _constrain(x: jax.Array, to: NamedSharding, mesh: Mesh) -> jax.Array:
 
 def shard_batch(mesh: Mesh, batch: Tree) -> Tree:
     """Inside jit, split the leading axis of a batch's arrays over the mesh."""
-    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec("data")))
+    rows = layout.BATCH if layout.splits_parameters(mesh) else PartitionSpec("data")
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, rows))
 
 
 def with_sharding(shardings: Any, tree: Tree) -> Tree:
@@ -134,6 +146,8 @@ def psum_over_data(
     """
     if mesh is None or mesh.size == 1:
         return f
+    if layout.splits_parameters(mesh):
+        return lambda shared, rows: f(shared, shard_batch(mesh, rows))
 
     def on_each_device(shared: Shared, rows: Rows) -> tuple[Sums, Minima]:
         sums, minima = f(shared, rows)
@@ -151,9 +165,9 @@ def map_over_data(f: Callable[[Tree], Tree], mesh: Mesh | None) -> Callable[[Tre
 
     Args:
         f: from a tree of arrays to one of the same lengths; it treats each index of the leading axis by itself.
-        mesh: from `data_mesh`; None: one device.
+        mesh: the devices; None: one device.
     """
-    if mesh is None or mesh.size == 1:
+    if mesh is None or mesh.size == 1 or layout.splits_parameters(mesh):
         return f
 
     def pad(x: jax.Array) -> jax.Array:
@@ -195,8 +209,21 @@ def apply_updates(mesh: Mesh | None, params: optax.Params, updates: optax.Update
     return replicate(mesh, shard(mesh, new_params))
 
 
+def parameter_sharding(params: Any, mesh: Mesh) -> Any:
+    """Return the sharding of each array of the parameters: replicated, unless the mesh splits parameters."""
+    if layout.splits_parameters(mesh):
+        return jax.tree_util.tree_map_with_path(lambda path, _: layout.sharding_of(mesh, path), params)
+    return jax.tree.map(lambda _: replicated(mesh), params)
+
+
 def optimizer_sharding(state: optax.OptState, mesh: Mesh) -> optax.OptState:
-    """Return the sharding of each array of an optimizer state: Adam's moments are sharded, all else is replicated."""
+    """Return the sharding of each array of an optimizer state.
+
+    If the mesh splits parameters, arrays have the sharding of their parameter. Otherwise Adam's moments are sharded,
+    and all else is replicated.
+    """
+    if layout.splits_parameters(mesh):
+        return jax.tree_util.tree_map_with_path(lambda path, _: layout.sharding_of(mesh, path), state)
 
     def is_adam(node: object) -> bool:
         return isinstance(node, optax.ScaleByAdamState)

@@ -20,9 +20,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from chargpt_jax.config import Config
+from chargpt_jax.config import Config, MeshConfig
 from chargpt_jax.data import batches
-from chargpt_jax.devices import sharding, startup
+from chargpt_jax.devices import layout, sharding, startup
 from chargpt_jax.devices.platform import compiler_options, compute_dtype
 from chargpt_jax.model.init import Params, plan
 from chargpt_jax.ops.choose import ops_for
@@ -50,8 +50,14 @@ VALIDATED_AT_ONCE = 8192
 
 
 def training_mesh(config: Config, tell: bool = True) -> Mesh:
-    """Return the devices that a training with this config uses; `tell` as in `sharding.data_mesh`."""
+    """Return the devices that a training with this config uses; `tell` as in `sharding.data_mesh`.
+
+    Raises:
+        UserError: if the config's mesh does not fit the devices, the batch or the model.
+    """
     startup.start()
+    if config.mesh != MeshConfig():
+        return layout.device_mesh(config, jax.local_devices())
     return sharding.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps, tell=tell)
 
 
@@ -148,9 +154,10 @@ def _jit_in_place(f: Callable[..., Any], mesh: Mesh, state: TrainState) -> jax.s
 
 
 def state_sharding(state: TrainState, mesh: Mesh) -> TrainState:
-    """Return the sharding of each array of a state: replicated, except for the sharded part of the optimizer's."""
+    """Return the sharding of each array of a state: replicated, except for sharded parameters and optimizer state."""
     shardings = jax.tree.map(lambda _: sharding.replicated(mesh), state)
-    return dataclasses.replace(shardings, opt_state=sharding.optimizer_sharding(state.opt_state, mesh))
+    params = sharding.parameter_sharding(state.params, mesh)
+    return dataclasses.replace(shardings, params=params, opt_state=sharding.optimizer_sharding(state.opt_state, mesh))
 
 
 def state_shapes(shapes: Params, tx: optax.GradientTransformation, seed: int, dtype: DTypeLike) -> TrainState:

@@ -1,0 +1,96 @@
+"""Which device holds which part of a large model: one table from the names of arrays to mesh axes.
+
+The mesh has three axes (`MeshConfig`):
+
+- data: each device computes the gradient of its part of the batch.
+- fsdp: the same, and the parameters and Adam's moments are sharded; they are gathered where they are used (Zhao et al.
+  2023, "PyTorch FSDP").
+- tensor: each device computes a part of every matrix multiplication (Shoeybi et al. 2019, "Megatron-LM"): the matrices
+  that widen split their columns, and those that narrow split their rows.
+
+XLA inserts the collectives (GSPMD; Xu et al. 2021).
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from chargpt_jax.config import Config
+from chargpt_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+BATCH = PartitionSpec(("data", "fsdp"))
+"""Of the sequences of a batch."""
+
+TABLE = {
+    "blocks.attn.qkv.kernel": PartitionSpec(None, "fsdp", "tensor"),  # [L, C, 3 H D]
+    "blocks.attn.qkv.bias": PartitionSpec(None, "tensor"),  # [L, 3 H D]
+    "blocks.attn.proj.kernel": PartitionSpec(None, "tensor", "fsdp"),  # [L, H D, C]
+    "blocks.mlp.up.kernel": PartitionSpec(None, "fsdp", "tensor"),  # [L, C, F]
+    "blocks.mlp.up.bias": PartitionSpec(None, "tensor"),  # [L, F]
+    "blocks.mlp.down.kernel": PartitionSpec(None, "tensor", "fsdp"),  # [L, F, C]
+}
+"""The sharded arrays of the model; all others are small and replicated, as is the embedding of the few characters. The
+optimizer's arrays of the same names have the same sharding."""
+
+
+def splits_parameters(mesh: Mesh | None) -> TypeGuard[Mesh]:
+    """Return whether a mesh shards the parameters of a model, as opposed to the batch alone."""
+    return mesh is not None and mesh.axis_names == AXES
+
+
+def sharding_of(mesh: Mesh, path: Sequence[Any]) -> NamedSharding:
+    """Return the sharding of an array of the parameters or of the optimizer's state, given its path in a tree."""
+    names: list[str] = []
+    for key in path:
+        names = [*names, key.key] if isinstance(key, jax.tree_util.DictKey) else []
+    return NamedSharding(mesh, TABLE.get(".".join(map(str, names)), PartitionSpec()))
+
+
+def constrained(mesh: Mesh, tree: Any) -> Any:
+    """Inside jit, shard each array of a tree of parameters or optimizer state by its name."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.lax.with_sharding_constraint(x, sharding_of(mesh, path)), tree
+    )
+
+
+def device_mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
+    """Return the mesh of a config that names one.
+
+    Raises:
+        UserError: if the devices, the batch or the model cannot be split like this.
+    """
+    wanted, model = config.mesh, config.model
+    each = wanted.fsdp * wanted.tensor
+    data = wanted.data or max(1, len(devices) // each)
+    if not 1 <= data * each <= len(devices):
+        raise UserError(
+            f"mesh is {wanted.data or 'all'} x {wanted.fsdp} x {wanted.tensor} (data x fsdp x tensor), but there are "
+            f"{len(devices)} devices: lower a number."
+        )
+    sequences = config.data.batch_size // config.optimizer.accumulation_steps
+    if sequences % (data * wanted.fsdp):
+        step = data * wanted.fsdp * config.optimizer.accumulation_steps
+        lower = config.data.batch_size // step * step
+        raise UserError(
+            f"data.batch_size is {config.data.batch_size}, but it must be a multiple of {step} (mesh.data x mesh.fsdp "
+            f"x optimizer.accumulation_steps): try {f'{lower} or {lower + step}' if lower else step}."
+        )
+    _check("fsdp", wanted.fsdp, {"model.n_embd": model.n_embd})
+    _check("tensor", wanted.tensor, {"model.n_head": model.n_head, "model.n_ff": model.n_ff})
+    count = 1 if each == 1 else len(AXES)  # with a single axis, every device holds all parameters
+    shape, axes = (data, wanted.fsdp, wanted.tensor)[:count], AXES[:count]
+    return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * count, devices=devices[: data * each])
+
+
+def _check(axis: str, devices: int, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        if size % devices:
+            fits = [n for n in range(1, size + 1) if all(other % n == 0 for other in sizes.values())]
+            near = sorted(sorted(fits, key=lambda n: abs(n - devices))[:2])
+            raise UserError(
+                f"mesh.{axis} is {devices}, but it must divide {name} ({size}): try {' or '.join(map(str, near))}."
+            )
