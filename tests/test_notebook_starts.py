@@ -96,7 +96,11 @@ def check_started(notebook: nbformat.NotebookNode, environment: Path) -> None:
     assert output(notebook, "stderr") == ""
 
 
-@pytest.fixture(params=FILES, ids=[path.stem for path in FILES])
+STARTED = [path for path in FILES if path.stem in ("chargpt_colab", "what_the_model_knows_kaggle")]
+"""One notebook of each platform and of each source: all have the cells of start.py."""
+
+
+@pytest.fixture(params=STARTED, ids=[path.stem for path in STARTED])
 def path(request) -> Path:
     return request.param
 
