@@ -10,7 +10,6 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NOWHERE = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 """Settings with which any download fails immediately."""
 

@@ -11,7 +11,7 @@ import pytest
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 
-from tests.notebook_kernels import FILES, NOWHERE, ROOT, client, environment, index, output, read  # noqa: E402
+from tests.notebook_kernels import NOWHERE, ROOT, client, environment, index, output, read  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="needs symbolic links")]
 
@@ -96,40 +96,35 @@ def check_started(notebook: nbformat.NotebookNode, environment: Path) -> None:
     assert output(notebook, "stderr") == ""
 
 
-STARTED = [path for path in FILES if path.stem in ("chargpt_colab", "what_the_model_knows_kaggle")]
-"""One notebook of each platform and of each source: all have the cells of start.py."""
+COLAB, KAGGLE = (ROOT / "notebooks" / f"{name}.ipynb" for name in ("chargpt_colab", "what_the_model_knows_kaggle"))
+"""One notebook of each platform and of each source; all begin with the cells of start.py."""
 
 
-@pytest.fixture(params=STARTED, ids=[path.stem for path in STARTED])
-def path(request) -> Path:
-    return request.param
-
-
-def test_notebook_alone_installs_from_an_index(path, python, wheel, tmp_path):
+def test_notebook_alone_installs_from_an_index(python, wheel, tmp_path):
     index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent)}
-    check_started(start(path, tmp_path / "alone", python, **NOWHERE, **index), tmp_path / "venv")
+    check_started(start(KAGGLE, tmp_path / "alone", python, **NOWHERE, **index), tmp_path / "venv")
 
 
-def test_notebook_beside_a_wheel_installs_it(path, python, wheel, tmp_path):
+def test_notebook_beside_a_wheel_installs_it(python, wheel, tmp_path):
     folder, empty = tmp_path / "beside", tmp_path / "empty"
     for new in (folder, empty):
         new.mkdir()
     shutil.copy(wheel, folder)
     no_index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(empty)}
-    check_started(start(path, folder, python, **NOWHERE, **no_index), tmp_path / "venv")
+    check_started(start(COLAB, folder, python, **NOWHERE, **no_index), tmp_path / "venv")
 
 
 @pytest.mark.usefixtures("wheel")  # if a wheel can be built here, a checkout can be installed
-def test_notebook_in_a_checkout_installs_that(path, python, tmp_path):
+def test_notebook_in_a_checkout_installs_that(python, tmp_path):
     folder = copied_checkout(tmp_path / "checkout") / "notebooks"
-    check_started(start(path, folder, python), tmp_path / "venv")
+    check_started(start(KAGGLE, folder, python), tmp_path / "venv")
 
 
-def test_notebook_without_any_source_names_the_fix(path, python, tmp_path):
+def test_notebook_without_any_source_names_the_fix(python, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(nbclient.exceptions.CellExecutionError) as failed:
-        start(path, tmp_path / "alone", python, **NOWHERE, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(empty))
+        start(COLAB, tmp_path / "alone", python, **NOWHERE, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(empty))
     assert failed.value.ename == "RuntimeError"
     assert failed.value.evalue.startswith("chargpt_jax could not be installed: ")
     assert failed.value.evalue.endswith(", then run this cell again.")
