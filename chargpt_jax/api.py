@@ -19,6 +19,7 @@ from chargpt_jax.analysis.comparison import Comparison
 from chargpt_jax.analysis.inspection import Inspection, inspect
 from chargpt_jax.analysis.words import LettersOfWords, by_letter
 from chargpt_jax.config import Config, shown
+from chargpt_jax.data import batches
 from chargpt_jax.devices import sharding
 from chargpt_jax.errors import UserError, excused, reason
 from chargpt_jax.events import (
@@ -249,10 +250,25 @@ def export(
     return convert.export(form, model.config, model.tokenizer, model.params, out, warn, about)
 
 
-def corpus_text(workdir: str | Path | Workdir) -> str:
-    """Return the text of a run: training set and validation set."""
+def corpus_text(workdir: str | Path | Workdir, part: str = "all") -> str:
+    """Return the text of a run, or a part of it.
+
+    Args:
+        workdir: of the run.
+        part: 'all', 'training' or 'validation'.
+
+    Raises:
+        UserError: if there is no such part, or the run has no text.
+    """
     folder = Workdir(workdir)
-    return folder.load_tokenizer().decode([folder.load_tokens()])[0]
+    tokens = folder.load_tokens()
+    if part not in ("all", "training", "validation"):
+        raise UserError(f"part is {shown(part)}, but it must be 'all', 'training' or 'validation': choose one.")
+    if part != "all":
+        config = folder.load_config()
+        training, validation = batches.split(tokens, config.data.train_split, config.model.block_size)
+        tokens = training if part == "training" else validation
+    return folder.load_tokenizer().decode([tokens])[0]
 
 
 __all__ = [

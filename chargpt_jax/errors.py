@@ -10,6 +10,10 @@ class ExpectedError(Exception):
 
     exit_code = 2
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what a notebook shows in place of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class UserError(ExpectedError, ValueError):
     """Invalid arguments or input: the message gives the value, the rule and the fix."""

@@ -2,7 +2,10 @@
 
 The vocabulary of the new run has the characters of both texts. A character that the other run knows keeps its
 embedding, and a new one is initialised as in any run. The parameters become the new run's checkpoint of step 0, from
-which its range test and its training start.
+which its training starts.
+
+A range test finds no clear answer on parameters that are trained already: their loss falls by less than it varies
+between batches. So the learning rate, if the config sets none, is a fraction of the other run's.
 """
 
 import contextlib
@@ -26,6 +29,10 @@ from chargpt_jax.training.step import create_state
 
 SIZES = ("n_layer", "n_embd", "n_head", "n_head_dim", "n_ff")
 """The fields of a model that decide the shapes of its parameters, besides the vocabulary."""
+
+
+RATE = 0.5
+"""The learning rate of a fine-tuned run, as a fraction of the other run's."""
 
 
 def start_from(parent: str | Path, config: Config, workdir: str | Path | Workdir, warn: Warn = print) -> None:
@@ -62,6 +69,9 @@ def start_from(parent: str | Path, config: Config, workdir: str | Path | Workdir
         params = inherited(initial, jax.tree.map(np.asarray, model.params), run.tokenizer, model.tokenizer)
         tx = optimizer.empty(run.config.optimizer)
         state = create_state(jax.device_put(params), tx, run.config.seed, setup.dtype)
+        if run.config.optimizer.learning_rate is None and (rate := model.config.optimizer.learning_rate) is not None:
+            run = run.with_learning_rate(RATE * rate)
+            warn(f"learning rate: {RATE * rate:.2e}, {RATE:g} times that of {parent}; optimizer.learning_rate sets it")
         with contextlib.closing(Checkpoints(folder.checkpoints, warn=warn)) as store:
             store.save(state, setup.record(), UNVALIDATED)
 

@@ -50,7 +50,9 @@ import jax
 
 import chargpt_jax
 from chargpt_jax.devices import compute_dtype
+from chargpt_jax.devices.startup import use_every_core
 
+use_every_core()  # of a CPU; a TPU or GPU is used in any case
 try:
     devices = jax.devices()
 except RuntimeError:  # JAX is configured for a TPU, but none is available

@@ -50,11 +50,12 @@ if run is None:
     chargpt_jax.show(chargpt_jax.run(config, run))
 
 model = chargpt_jax.load(run)
-text = chargpt_jax.corpus_text(run)
-unseen = text[-20_000:]  # the end of the validation set, which the model has not seen
-print(
-    f"{run}: step {model.step}, {model.config.model.n_layer} layers, {len(model.tokenizer.vocabulary) - 1} characters"
-)
+try:
+    unseen = chargpt_jax.corpus_text(run, "validation")[-20_000:]  # the model has not seen the validation set
+except chargpt_jax.UserError as error:  # an imported model may have no text
+    print(error)
+    unseen = "The quick brown fox jumps over the lazy dog. "
+print(f"{run}: step {model.step}, {shape.n_layer} layers, {len(model.tokenizer.vocabulary) - 1} characters")
 
 # %% [markdown]
 # ## 3. Your own text
@@ -70,7 +71,10 @@ yours = """
 
 """
 
-scored = model.score(yours.strip() or unseen[-400:].strip(), skip_unknown=True)
+own = yours.strip() or unseen[-400:].strip()
+if dropped := model.unknown(own):
+    print(f"The model does not know {''.join(dropped)!r}: these characters are dropped.")
+scored = model.score(own, skip_unknown=True)
 scored
 
 # %% [markdown]
@@ -79,7 +83,7 @@ scored
 # %%
 import numpy as np
 
-for i in sorted(np.argsort(-np.nan_to_num(scored.surprisal))[:10]):
+for i in sorted(1 + np.argsort(-scored.surprisal[1:])[:10]):
     before = "".join(scored.tokens[max(0, i - 20) : i])
     expected = ", ".join(f"{character!r} {p:.0%}" for character, p in scored.alternatives.at(i)[:3])
     print(f"{before!r:>26} then {scored.tokens[i]!r}: rank {scored.rank[i]}; expected {expected}")
@@ -87,9 +91,9 @@ for i in sorted(np.argsort(-np.nan_to_num(scored.surprisal))[:10]):
 # %% [markdown]
 # ## 4. What if another character had come?
 #
-# The model continues the start of your text. Then we go back to the place where it was least sure, put each of its
-# three first choices there, and let it continue from each. The texts differ from one character on: the model decides
-# what to write one character at a time.
+# The model continues the start of your text at temperature 0.7. Then we go back to the place where it was least sure,
+# put each of its three first choices there, and let it continue greedily from each. The texts differ from one character
+# on: the model decides what to write one character at a time.
 
 # %%
 (sample,) = model.generate(scored.text[:40], max_new_tokens=120, temperature=0.7)
@@ -137,7 +141,7 @@ letters
 # reads certain characters, such as spaces, wherever they are.
 
 # %%
-line = scored.text[: min(60, model.config.model.block_size)]
+line = scored.text[: min(60, shape.block_size)]
 inside = chargpt_jax.inspect(model, line)
 inside.attention_maps()
 
@@ -164,10 +168,10 @@ inside.attention_maps(layer=int(layer) + 1, head=int(head) + 1)
 inside  # the lens
 
 # %%
-size = min(100, model.config.model.block_size)
+size = min(100, shape.block_size)
 parts = [unseen[i : i + size] for i in range(0, 20 * size, size)]
 settled = np.concatenate([chargpt_jax.inspect(model, part).settled[1:] for part in parts])
-for k, count in enumerate(np.bincount(settled, minlength=model.config.model.n_layer + 1)):
+for k, count in enumerate(np.bincount(settled, minlength=shape.n_layer + 1)):
     print(f"settled after {k:2} layers: {count / len(settled):5.1%} of the characters")
 
 # %% [markdown]

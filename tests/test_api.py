@@ -68,6 +68,19 @@ def test_the_corpus_is_the_file(workdir):
     assert chargpt_jax.corpus_text(workdir) == written
 
 
+def test_parts_of_the_corpus_add_up_to_it(workdir):
+    training, validation = (chargpt_jax.corpus_text(workdir, part) for part in ("training", "validation"))
+    assert training + validation == chargpt_jax.corpus_text(workdir, "all")
+    split = Workdir(workdir).load_config().data.train_split
+    assert len(training) / len(training + validation) == pytest.approx(split, abs=0.01)
+    with pytest.raises(UserError, match="part is 'test', but it must be"):
+        chargpt_jax.corpus_text(workdir, "test")
+
+
+def test_notebooks_show_the_sentence_of_a_mistake_and_no_traceback():
+    assert UserError("a is 1: try 2.")._render_traceback_() == ["UserError: a is 1: try 2."]
+
+
 def test_sources_say_where_the_text_came_from(workdir):
     (source,) = json.loads((workdir / "corpus" / "sources.json").read_text(encoding="utf-8"))
     assert source["title"] == "words"
@@ -260,7 +273,7 @@ def test_branch_has_no_options_that_change_its_prompt(model, option):
         ({"prompts": "ab€"}, r"has '€' \(U\+20AC\).*--skip_unknown \(in Python, skip_unknown=True\)"),
         ({"prompts": "ab\ud800"}, r"has '\\ud800' \(U\+D800\) at character 2, which is half of a surrogate pair"),
         ({"prompts": ""}, "empty"),
-        ({"prompts": "€", "skip_unknown": True}, "empty"),
+        ({"prompts": "€", "skip_unknown": True}, "No character"),
         ({"prompts": "ab", "max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"prompts": "ab", "max_new_tokens": 10**9}, "max_new_tokens is 1000000000"),
         ({"prompts": "ab", "temperature": -1.0}, "temperature is -1.0"),

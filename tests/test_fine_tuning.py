@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import chargpt_jax
+from chargpt_jax import fine_tuning
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import NoCheckpoint, UserError
 from chargpt_jax.events import LRFinderStep, TrainStarted
-from chargpt_jax.fine_tuning import inherited, start_from
+from chargpt_jax.fine_tuning import RATE, inherited, start_from
 from chargpt_jax.main import main
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training.run import Run
@@ -84,7 +85,20 @@ def test_new_characters_get_initial_embeddings_and_old_ones_stay(parent, tmp_pat
         np.testing.assert_array_equal(mine, other)
 
 
-def test_range_test_and_training_start_from_the_parent(parent, tmp_path):
+def test_learning_rate_is_a_fraction_of_the_parents(parent, tmp_path):
+    config, told = config_for(parent), []
+    config.optimizer.learning_rate = None
+    events = list(chargpt_jax.train(config, tmp_path / "run", told.append, start_from=parent / "run"))
+    theirs = Workdir(parent / "run").load_config().optimizer.learning_rate
+    assert Workdir(tmp_path / "run").load_config().optimizer.learning_rate == pytest.approx(RATE * theirs)
+    assert not [event for event in events if isinstance(event, LRFinderStep)]
+    assert any(f"{RATE:g} times that of" in text for text in told)
+
+
+def test_range_test_starts_from_a_parent_without_a_learning_rate(parent, tmp_path, monkeypatch):
+    model = chargpt_jax.load(parent / "run")
+    model.config.optimizer.learning_rate = None
+    monkeypatch.setattr(fine_tuning, "load", lambda *given, **more: model)
     config = config_for(parent)
     config.optimizer.learning_rate = None
     config.lr_finder.num_zooms, config.lr_finder.steps_per_zoom, config.lr_finder.start_lr = 1, 40, 1e-6

@@ -292,6 +292,19 @@ def test_exploring_shows_every_picture_of_its_model(explored):
 
 
 @pytest.mark.slow
+def test_a_mistake_in_a_notebook_is_one_sentence(executed):
+    notebook, _, folder = executed
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("import chargpt_jax; chargpt_jax.load('none')")]
+    )
+    with pytest.raises(nbclient.exceptions.CellExecutionError):
+        execute(notebook, folder)
+    (error,) = notebook.cells[0].outputs
+    assert len(error.traceback) == 1
+    assert error.traceback[0].startswith("UserError: ")
+
+
+@pytest.mark.slow
 def test_exploring_takes_the_newest_run_that_it_finds(tmp_path, executed):
     _, _, folder = executed
     notebook = read("what_the_model_knows", "colab")

@@ -13,6 +13,9 @@ COLUMNS = 44
 """Characters per line of a sample, where scripts may not run."""
 
 
+EXAMPLE = 'give {"greedy": model.generate(...)[0], ...}.'
+
+
 class Comparison(dict[str, Sample]):
     """Samples by name; a notebook shows them side by side.
 
@@ -22,13 +25,19 @@ class Comparison(dict[str, Sample]):
 
     def __init__(self, samples: Mapping[str, Sample]):
         """Take samples by name."""
+        super().__init__()
+        if not isinstance(samples, Mapping):
+            raise UserError(f"samples is {shown(samples)}, but it must be samples by name: {EXAMPLE}")
         for name, sample in samples.items():
-            if not isinstance(name, str) or not isinstance(sample, Sample):
-                raise UserError(
-                    f"A comparison holds {shown(name)}: {shown(sample)}, but it must hold names with samples: give "
-                    '{"greedy": model.generate(...)[0], ...}.'
-                )
-        super().__init__(samples)
+            self[name] = sample
+
+    def __setitem__(self, name: str, sample: Sample) -> None:
+        """Add a sample, or replace one."""
+        if not isinstance(name, str) or not name.strip() or not isinstance(sample, Sample):
+            raise UserError(
+                f"A comparison holds {shown(name)}: {shown(sample)}, but it must hold names with samples: {EXAMPLE}"
+            )
+        super().__setitem__(name, sample)
 
     def captions(self) -> list[str]:
         """Return a line per sample: its name, and the means of surprisal and entropy of what was generated."""

@@ -79,7 +79,7 @@ def by_letter(samples: Sample | Iterable[Sample]) -> LettersOfWords:
     Raises:
         UserError: if the texts have no word with metrics.
     """
-    found = [samples] if isinstance(samples, Sample) else list(samples)
+    found = [samples] if isinstance(samples, Sample) else list(samples) if isinstance(samples, Iterable) else []
     if not found or not all(isinstance(sample, Sample) for sample in found):
         raise UserError("by_letter needs a Sample, or several: give what score or generate returned.")
     position = np.concatenate([np.minimum(letters_of_words(sample.tokens), LAST) for sample in found])

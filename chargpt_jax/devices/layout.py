@@ -66,10 +66,11 @@ def device_mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
     wanted, model = config.mesh, config.model
     each = wanted.fsdp * wanted.tensor
     data = wanted.data or max(1, len(devices) // each)
-    if not 1 <= data * each <= len(devices):
+    if data * each > len(devices):
+        more = ", or set JAX_NUM_CPU_DEVICES" if devices[0].platform == "cpu" else ""
         raise UserError(
-            f"mesh is {wanted.data or 'all'} x {wanted.fsdp} x {wanted.tensor} (data x fsdp x tensor), but there are "
-            f"{len(devices)} devices: lower a number."
+            f"mesh.data x mesh.fsdp x mesh.tensor is {wanted.data or 1} x {wanted.fsdp} x {wanted.tensor}, but there "
+            f"are {len(devices)} devices: lower one of them{more}."
         )
     sequences = config.data.batch_size // config.optimizer.accumulation_steps
     if sequences % (data * wanted.fsdp):

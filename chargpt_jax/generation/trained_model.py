@@ -305,10 +305,13 @@ class Model:
         return self._known(argument("text", text, str, "give a text"), checked_skip(skip_unknown))
 
     def _known(self, text: str, skip_unknown: bool, repair: bool = True) -> str:
+        given = text
         if repair:
             text = self._repaired(text, skip_unknown)
         elif skip_unknown:
             text = self.tokenizer.drop_unknown(text)
+        if given and not text:
+            raise UserError("No character of the text is in the vocabulary of this model: give another text.")
         if not text:
             raise UserError("The text is empty, but the model needs at least one character: try '\\n'.")
         if len(text) > MAX_TEXT:

@@ -8,7 +8,7 @@ from itertools import groupby
 
 import numpy as np
 
-from chargpt_jax.pictures.svg import Entry, escaped, figure, glyph, label, legend, number
+from chargpt_jax.pictures.svg import Entry, escaped, figure, glyph, joins, label, legend, number
 
 MAX_CHARACTERS = 120
 """Length of the longest text that is plotted."""
@@ -18,6 +18,8 @@ MARGIN = 16.0
 GUTTER = 46.0  # left of the maps, for the names of the layers
 HEAD = 18.0  # above the maps, for the names of the heads
 GAP = 8.0  # between two maps
+MAX_COLUMNS = 12  # maps side by side; more heads continue on the next row
+MIN_MAP, MIN_NAMED = 26.0, 44.0  # pixels of a small map at least, and of one that has room for "head 12" above it
 MAX_CELL, MAX_LARGE_CELL = 5.0, 14.0  # pixels of a square, in a small and in the large map
 LEGEND = 22.0
 
@@ -33,17 +35,22 @@ def attention_maps(tokens: Sequence[str], attention: np.ndarray) -> str:
         attention: float [L, H, T, T].
     """
     L, H, T, _ = attention.shape
-    cell = min(MAX_CELL, (WIDTH - GUTTER - 2 * MARGIN - (H - 1) * GAP) / (H * T))
-    size = cell * T
+    columns = min(H, MAX_COLUMNS)
+    rows = -(-H // columns)  # of one layer
+    room = (WIDTH - GUTTER - 2 * MARGIN - (columns - 1) * GAP) / columns
+    size = min(room, max(MAX_CELL * T, MIN_MAP))
+    cell, step = size / T, size + GAP
     left, top = MARGIN + GUTTER, MARGIN + HEAD
-    body = [label(left + j * (size + GAP) + size / 2, MARGIN + 8, f"head {j + 1}", "cg-middle") for j in range(H)]
+    named = "head {}" if size > MIN_NAMED else "{}"
+    body = [label(left + j * step + size / 2, MARGIN + 8, named.format(j + 1), "cg-middle") for j in range(columns)]
     for i in range(L):
-        y = top + i * (size + GAP)
+        y = top + i * rows * step
         body.append(label(left - 8, y + size / 2 + 4, f"layer {i + 1}", "cg-end"))
         for j in range(H):
-            body.append(_map(attention[i, j], left + j * (size + GAP), y, cell, f"layer {i + 1}, head {j + 1}"))
-    width = max(left + H * (size + GAP) - GAP + MARGIN, WIDTH / 2)
-    key, bottom = legend(_entries(), MARGIN, top + L * (size + GAP) + LEGEND - GAP, width - 2 * MARGIN)
+            x, own = left + j % columns * step, y + j // columns * step
+            body.append(_map(attention[i, j], x, own, cell, f"layer {i + 1}, head {j + 1}"))
+    width = max(left + columns * step - GAP + MARGIN, WIDTH / 2)
+    key, bottom = legend(_entries(), MARGIN, top + L * rows * step + LEGEND - GAP, width - 2 * MARGIN)
     said = f"Attention weights of {L} layers with {H} heads each, for the text: " + "".join(tokens)
     return figure(width, bottom + MARGIN, "".join(body) + key, name="Attention maps", description=said)
 
@@ -59,7 +66,7 @@ def attention_map(tokens: Sequence[str], weights: np.ndarray, name: str) -> str:
     T = len(tokens)
     cell = min(MAX_LARGE_CELL, (WIDTH - 3 * MARGIN) / T)
     left = top = 2 * MARGIN
-    shown = [escaped("".join(map(glyph, token))) for token in tokens]
+    shown = [escaped(_visible(token)) for token in tokens]
     size = f'style="font-size:{number(min(11.0, cell))}px"'
     at = [number((i + 0.5) * cell) for i in range(T)]
     body = [
@@ -94,6 +101,12 @@ def _map(weights: np.ndarray, left: float, top: float, cell: float, name: str) -
     scaled = f"scale({cell:.4g}) translate(0 .5)"
     edge = f'<path class="cg-frame" d="M0 0H{number(T * cell)}V{number(T * cell)}Z"/>'
     return f'<g transform="{at}"><title>{escaped(name)}</title><g transform="{scaled}">{lines}</g>{edge}</g>'
+
+
+def _visible(token: str) -> str:
+    """Return a character that can be seen on its own: ␣ for a space, a dotted circle below a combining mark."""
+    shown = "".join(map(glyph, token))
+    return "␣" if shown == " " else f"◌{shown}" if shown and joins(shown[0]) else shown
 
 
 def _entries() -> list[Entry]:

@@ -81,6 +81,7 @@ PLOT_CSS = (
     ".chargpt .cg-frame{stroke:var(--cg-faint);stroke-width:.6}"
     ".chargpt .cg-settled{fill:var(--cg-s3)}"
     ".chargpt .cg-small{font-size:9px;fill:var(--cg-muted)}"
+    ".chargpt .cg-b3{fill:var(--cg-s2)}"
     ".chargpt .cg-b1{fill:var(--cg-s1)}.chargpt .cg-b2{fill:var(--cg-s3)}"
 ) + themed(" .cg-zoom", "stroke:var(--cg-on-light)", "stroke:var(--cg-on-dark)")
 CSS = (

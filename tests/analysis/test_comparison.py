@@ -49,7 +49,17 @@ def test_it_is_a_dictionary_in_the_order_given():
     assert BOTH["hot"].text == "abxy"
 
 
-@pytest.mark.parametrize("samples", [{"a": "text"}, {1: sample("", "ab", 1.0)}])
+@pytest.mark.parametrize("samples", [{"a": "text"}, {1: sample("", "ab", 1.0)}, {" ": sample("", "ab", 1.0)}])
 def test_other_values_are_refused(samples):
     with pytest.raises(UserError, match="it must hold names with samples"):
+        Comparison(samples)
+    both = Comparison(BOTH)
+    with pytest.raises(UserError, match="it must hold names with samples"):
+        both.__setitem__(*next(iter(samples.items())))
+    assert list(both) == list(BOTH)
+
+
+@pytest.mark.parametrize("samples", [None, [sample("", "ab", 1.0)], "text", iter([])])
+def test_samples_without_names_are_refused(samples):
+    with pytest.raises(UserError, match="it must be samples by name"):
         Comparison(samples)

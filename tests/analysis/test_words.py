@@ -79,7 +79,7 @@ def test_picture_names_every_letter_and_repr_the_means():
     assert repr(found).startswith("LettersOfWords(entropy by letter 9.00, ")
 
 
-@pytest.mark.parametrize("samples", [[], ["text"], "text"])
+@pytest.mark.parametrize("samples", [[], ["text"], "text", None, 4])
 def test_only_samples_are_accepted(samples):
     with pytest.raises(UserError, match="by_letter needs a Sample"):
         by_letter(samples)

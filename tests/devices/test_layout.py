@@ -74,8 +74,11 @@ def test_mesh_of_data_alone_keeps_the_parameters_whole():
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        (config_of(4, 2, 2), "mesh is 4 x 2 x 2 (data x fsdp x tensor), but there are 8 devices: lower a number."),
-        (config_of(0, 16, 1, 64), "mesh is all x 16 x 1 (data x fsdp x tensor), but there are 8 devices"),
+        (
+            config_of(4, 2, 2),
+            "tensor is 4 x 2 x 2, but there are 8 devices: lower one of them.",
+        ),
+        (config_of(0, 16, 1, 64), "mesh.data x mesh.fsdp x mesh.tensor is 1 x 16 x 1, but there are 8 devices"),
         (config_of(4, 2, 1, 12), "data.batch_size is 12, but it must be a multiple of 8 (mesh.data x mesh.fsdp x"),
         (config_of(4, 2, 1, 12), "try 8 or 16."),
         (config_of(4, 2, 1, 4), "try 8."),

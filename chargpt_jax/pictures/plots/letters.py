@@ -8,6 +8,8 @@ from chargpt_jax.pictures.plots.axes import BOTTOM, MARGIN, TOP, WIDTH, Axis, do
 from chargpt_jax.pictures.svg import Entry, figure, legend
 
 HEIGHT = 318.0
+KINDS = ("cg-line cg-s1", "cg-line cg-s2")
+"""Classes of the curves: entropy and surprisal have the colours that they have under a text."""
 
 
 def letters_plot(entropy: np.ndarray, surprisal: np.ndarray, names: Sequence[str], width: float = WIDTH) -> str:
@@ -26,13 +28,13 @@ def letters_plot(entropy: np.ndarray, surprisal: np.ndarray, names: Sequence[str
     at = list(map(float, range(len(names))))
     body = [
         frame(x, y, "letter of the word", "mean of entropy and surprisal, nats", lambda _: list(names), ticks=at),
-        *(line_path(curve, x, y, kind) for curve, kind in zip(curves, ("cg-training", "cg-validation"), strict=True)),
+        *(line_path(curve, x, y, kind) for curve, kind in zip(curves, KINDS, strict=True)),
         dots(curves[0], x, y, "cg-b1"),
-        dots(curves[1], x, y, "cg-dot"),
+        dots(curves[1], x, y, "cg-b3"),
     ]
     entries = [
         Entry(f'<path class="cg-curve {kind}" d="M0 0H16"/>', 16, name)
-        for name, kind in (("entropy", "cg-training"), ("surprisal", "cg-validation"))
+        for name, kind in zip(("entropy", "surprisal"), KINDS, strict=True)
     ]
     body.append(legend(entries, MARGIN, HEIGHT - 14, width - 2 * MARGIN)[0])
     said = "; ".join(

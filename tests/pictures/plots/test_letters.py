@@ -16,7 +16,7 @@ def points(svg: str, kind: str) -> list[tuple[float, float]]:
 
 def test_points_are_at_the_means_in_proportion():
     svg = letters_plot(np.array([2.0, 1.0, np.nan]), np.array([4.0, 2.0, np.nan]), ["1", "2", "3"])
-    entropy, surprisal = points(svg, "cg-b1"), points(svg, "cg-dot")
+    entropy, surprisal = points(svg, "cg-b1"), points(svg, "cg-b3")
     assert len(entropy) == len(surprisal) == 2
     heights = [BOTTOM - y for _, y in (*entropy, *surprisal)]
     assert heights[0] == pytest.approx(2 * heights[1], abs=0.2)
@@ -34,4 +34,4 @@ def test_every_letter_has_a_label_and_a_sentence():
 
 
 def test_plot_without_any_letter_is_empty():
-    assert points(letters_plot(np.full(3, np.nan), np.full(3, np.nan), ["1", "2", "3"]), "cg-dot") == []
+    assert points(letters_plot(np.full(3, np.nan), np.full(3, np.nan), ["1", "2", "3"]), "cg-b3") == []
