@@ -42,7 +42,15 @@ def random_bits(seeds: jax.Array, number: jax.Array | int) -> jax.Array:
     Returns:
         uint32 [...].
     """
-    return _rounds(jnp.asarray(number).astype(jnp.uint32) * jnp.uint32(_GOLDEN) + seeds[..., 0], seeds[..., 1])
+    return bits_of(jnp.asarray(number).astype(jnp.uint32), seeds[..., 0], seeds[..., 1])
+
+
+def bits_of(number: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    """Return `random_bits` of numbers and the two parts of a seed, uint32 arrays that broadcast together.
+
+    Only elementwise operations: a kernel can use it on what it has in registers.
+    """
+    return _rounds(number * jnp.uint32(_GOLDEN) + first, second)
 
 
 def unit(bits: jax.Array, dtype: jnp.dtype | type = jnp.float32) -> jax.Array:

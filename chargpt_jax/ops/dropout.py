@@ -53,7 +53,12 @@ def keep_mask(seeds: jax.Array, index: jax.Array, how: Dropout) -> jax.Array:
         bool [B, ...], True with probability 1 - rate (to 2**-32).
     """
     bits = {"hash": _hashed, "jax": _threefry}[how.bits](seeds, index)
-    return bits >= jnp.uint32(min(round(how.rate * 2**32), 2**32 - 1))
+    return bits >= threshold(how)
+
+
+def threshold(how: Dropout) -> jax.Array:
+    """Return the smallest random bits, a uint32 scalar, with which an element is not dropped."""
+    return jnp.uint32(min(round(how.rate * 2**32), 2**32 - 1))
 
 
 def dropout(x: jax.Array, seeds: jax.Array | None, how: Dropout) -> jax.Array:

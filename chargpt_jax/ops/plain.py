@@ -19,7 +19,7 @@ from chargpt_jax.ops.kv_cache import KVCache
 from chargpt_jax.ops.matmul import matmul
 
 SAVED = "attention"
-"""The name of what blockwise attention saves for the backward pass, which rematerialisation does not recompute."""
+"""The name of what fast attentions save for the backward pass, which rematerialisation does not recompute."""
 
 Layer = Callable[[Any, Any, jax.Array], tuple[Any, Any]]
 """layer(block, carry, index) -> (carry, output): one block of the stack; `index` is an int32 scalar."""
@@ -127,13 +127,21 @@ def layers(layer: Layer, blocks: nnx.Module, carry: Any, *, remat: bool = False,
         return layer(nnx.merge(graphdef, xs[0]), carry, xs[1])
 
     if remat:
-        policies = jax.checkpoint_policies
-        policy = policies.save_from_both_policies(
-            policies.save_only_these_names(SAVED), policies.dots_with_no_batch_dims_saveable
-        )
-        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        body = rematerialised(body)
     L = len(jax.tree.leaves(stacked)[0])
     return jax.lax.scan(body, carry, (stacked, jnp.arange(L)))
+
+
+def rematerialised(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function whose gradient recomputes all but matrix multiplications and what is named SAVED.
+
+    It must run inside a loop, such as a scan over layers, that keeps XLA from merging the two computations.
+    """
+    policies = jax.checkpoint_policies
+    policy = policies.save_from_both_policies(
+        policies.save_only_these_names(SAVED), policies.dots_with_no_batch_dims_saveable
+    )
+    return jax.checkpoint(f, prevent_cse=False, policy=policy)
 
 
 def decode_layers(layer: Layer, blocks: nnx.Module, carry: Any) -> Any:
