@@ -199,6 +199,11 @@ class TrainConfig(Settings):
     steps_per_dispatch: int = setting(
         0, "training steps per dispatch (one call of the compiled loop); 0: about two seconds' worth", least=0
     )
+    attention: str = setting(
+        "auto",
+        "attention in training steps: 'blocks', 'kernel' (Pallas), 'cudnn', or 'auto' (a trial on the device decides)",
+        choices=("auto", "blocks", "kernel", "cudnn"),
+    )
     log_every: int = setting(10, "training steps between lines in metrics.jsonl", least=1)
     validate_every: float = setting(1.0, "epochs between validations; a checkpoint follows each", above=0.0, most=1e6)
     keep_last: int = setting(

@@ -82,6 +82,31 @@ class LRFinderStep:
 
 
 @dataclass(frozen=True)
+class AttentionTried:
+    """The result of one attention in a trial."""
+
+    name: str
+    error: float | None
+    """Largest difference from float32, as a fraction of the largest value; None: it did not run."""
+    seconds: float | None
+    """Time of a forward and a backward pass of one layer; None: it was not measured."""
+    fault: str = ""
+    """Why it cannot be used, in words; '': it can."""
+
+
+@dataclass(frozen=True)
+class AttentionChosen:
+    """The attention of the training steps, on a device that has several."""
+
+    name: str
+    """'blocks', 'kernel' or 'cudnn'."""
+    source: str
+    """'config', 'run' (kept since the run began) or 'trial'."""
+    tried: tuple[AttentionTried, ...] = ()
+    """The results of the trial, the known one first."""
+
+
+@dataclass(frozen=True)
 class TrainStarted:
     """Training is about to start, or to resume from a checkpoint."""
 
@@ -191,6 +216,7 @@ Event = (
     | LRFinderStep
     | Zoom
     | LRFinderResult
+    | AttentionChosen
     | TrainStarted
     | Compiled
     | Steps

@@ -9,6 +9,7 @@ import time
 from typing import Protocol
 
 from chargpt_jax.events import (
+    AttentionChosen,
     Compiled,
     Ended,
     Event,
@@ -102,7 +103,7 @@ class Notebook:
                 self._validation.append((event.step, event.loss))
             case Sampled():
                 self._sample = event if event.svgs else self._sample
-            case Saved():
+            case Saved() | AttentionChosen():
                 pass
             case Compiled() | Ended():
                 self._numbers = text or ""

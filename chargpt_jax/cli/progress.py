@@ -15,6 +15,8 @@ from chargpt_jax.cli.terminal import one_line
 from chargpt_jax.config import shown
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import (
+    AttentionChosen,
+    AttentionTried,
     Compiled,
     Ended,
     Event,
@@ -121,6 +123,13 @@ def sentence(event: Event) -> str | None:
             )
         case LRFinderResult():
             return f"learning rate: {event.learning_rate:.2e} ({event.method})"
+        case AttentionChosen():
+            sources = {
+                "config": "as train.attention says",
+                "run": "as since the run began",
+                "trial": "by a trial on this device: " + ", ".join(map(_tried, event.tried)),
+            }
+            return f"attention: {event.name}, {sources[event.source]}"
         case TrainStarted():
             start = f"resuming after step {event.first_step:,} of {event.total_steps:,}"
             return (
@@ -149,6 +158,12 @@ def sentence(event: Event) -> str | None:
         case Ended():
             return f"stopped by signal {event.signal} after step {event.step:,}; run the same command again to resume"
     return None
+
+
+def _tried(one: AttentionTried) -> str:
+    """Return the result of one attention in a trial, in words."""
+    result = one.fault if one.seconds is None else f"{1000 * one.seconds:.3g} ms per layer"
+    return f"{one.name} {one_line(result, MAX_TITLES)}"
 
 
 def _steps(count: int) -> str:

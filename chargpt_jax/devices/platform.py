@@ -54,6 +54,14 @@ def compute_dtype(amp: AmpConfig, device: jax.Device | None = None) -> DTypeLike
     return jnp.float32
 
 
+def cuda_capability(device: jax.Device) -> float:
+    """Return an NVIDIA GPU's compute capability, such as 8.0; 0.0 for other devices."""
+    try:
+        return float(getattr(device, "compute_capability", 0.0)) if device.platform in GPUS else 0.0
+    except ValueError:  # an AMD GPU's is 'gfx90a', for example
+        return 0.0
+
+
 def on_cpu(platform: str | None) -> bool:
     """Return whether a platform is a CPU; None: JAX's default platform."""
     return (platform or jax.default_backend()) == "cpu"

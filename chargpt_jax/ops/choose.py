@@ -4,31 +4,116 @@ To add a fast operation: write it in a file of ops/, choose it here, and add it 
 with `plain.py`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from chargpt_jax.devices.platform import on_cpu, writing_options
+from chargpt_jax.devices.platform import compiler_options, cuda_capability, on_cpu, writing_options
 from chargpt_jax.ops import blockwise_attention, cpu_decode, cpu_kv_cache, kv_cache, plain, rounded_matmul
 from chargpt_jax.ops.cpu_kv_cache import BlockedKVCache, CpuKVCache
+from chargpt_jax.ops.dropout import NONE, Dropout
+from chargpt_jax.ops.kernels import trial
 from chargpt_jax.ops.kv_cache import KVCache
 from chargpt_jax.ops.matmul import deterministic_lookup
 from chargpt_jax.ops.plain import Ops
 
+BLOCKS, KERNEL, CUDNN = ATTENTIONS = ("blocks", "kernel", "cudnn")
+"""The attentions that training steps can use.
 
-def ops_for(dtype: DTypeLike = jnp.float32, query_block: int = 64, platform: str | None = None) -> Ops:
+- blocks: blockwise_attention.py, on every device.
+- kernel: kernels/attention.py, with dropout inside.
+- cudnn: cuDNN's kernels, without dropout.
+"""
+
+MIN_CAPABILITY = 8.0
+"""Compute capability of the oldest GPUs (Ampere) that attention kernels are compiled for."""
+
+
+def ops_for(
+    dtype: DTypeLike = jnp.float32, query_block: int = 64, platform: str | None = None, attention: str = BLOCKS
+) -> Ops:
     """Return the fastest operations for a device.
 
     Args:
         dtype: of matrix multiplications.
         query_block: queries whose attention scores are in memory together.
         platform: 'cpu', or that of an accelerator; None: JAX's default.
+        attention: one of ATTENTIONS for training steps, in which seeds are given. Without seeds, as in validation and
+            generation, attention is computed in blocks. A CPU interprets the kernel, which only tests need.
     """
-    return _ops(jnp.dtype(dtype), query_block, on_cpu(platform))
+    ops = _ops(jnp.dtype(dtype), query_block, on_cpu(platform))
+    return ops if attention == BLOCKS else _trained_with(ops, attention, platform or jax.default_backend())
+
+
+def attentions_for(device: jax.Device, dtype: DTypeLike, length: int, width: int, rate: float) -> tuple[str, ...]:
+    """Return the attentions that a device can train with: 'blocks', then those that a trial has to compare with it.
+
+    Args:
+        device: of the training.
+        dtype: of matrix multiplications.
+        length: of the context.
+        width: of one head.
+        rate: of dropout.
+    """
+    capable = cuda_capability(device) >= MIN_CAPABILITY
+    if not capable and device.platform != "tpu":
+        return (BLOCKS,)
+    from chargpt_jax.ops.kernels import cudnn_attention  # imports of kernels take time, and a CPU has none
+    from chargpt_jax.ops.kernels.tiles import Tiles
+
+    names = [BLOCKS]
+    if Tiles(length, width, jnp.dtype(dtype), _compiler(device.platform), Dropout(rate)).supported:
+        names.append(KERNEL)
+    narrow = width <= cudnn_attention.MAX_WIDTH and width % cudnn_attention.WIDTH_MULTIPLE == 0
+    if capable and narrow and not rate and dtype in cudnn_attention.DTYPES:
+        names.append(CUDNN)
+    return tuple(names)
+
+
+def try_attentions(
+    names: tuple[str, ...], shape: trial.Shape, dtype: DTypeLike, query_block: int, mesh: Mesh
+) -> tuple[trial.Tried, ...]:
+    """Run attentions on the first device of a mesh, at the shape of a training there; return the results.
+
+    Args:
+        names: of ATTENTIONS; the first is 'blocks'.
+        shape: of one layer's attention.
+        dtype: of matrix multiplications.
+        query_block: as for `ops_for`.
+        mesh: the devices of the training.
+    """
+    device = mesh.devices.flat[0]
+    candidates = {name: ops_for(dtype, query_block, device.platform, name).attention for name in names}
+    exact = ops_for(jnp.float32, query_block, device.platform).attention
+    return trial.try_all(candidates, exact, shape, dtype, device, compiler_options(mesh))
+
+
+@functools.cache
+def _trained_with(ops: Ops, attention: str, platform: str) -> Ops:
+    from chargpt_jax.ops.kernels.attention import attention_in_kernels
+    from chargpt_jax.ops.kernels.cudnn_attention import cudnn_attention
+
+    in_blocks = ops.attention
+    in_training = attention_in_kernels(_compiler(platform)) if attention == KERNEL else cudnn_attention
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None = None, how: Dropout = NONE
+    ) -> jax.Array:
+        # XLA cannot split a kernel over devices, and only training steps run in a shard_map, which does.
+        return (in_blocks if seeds is None else in_training)(q, k, v, seeds, how)
+
+    return dataclasses.replace(ops, attention=attend)
+
+
+def _compiler(platform: str) -> str:
+    """Return which compiler of Pallas makes a platform's kernels, one of `tiles.COMPILERS`."""
+    return {"tpu": "mosaic", "cpu": "interpret"}.get(platform, "triton")
 
 
 @functools.cache

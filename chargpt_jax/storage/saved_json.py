@@ -1,4 +1,4 @@
-"""Checks of the JSON files of a run, which are untrusted input: the sources of its corpus, its training speed."""
+"""Checks of the JSON files of a run, which are untrusted input: sources of its corpus, attention, training speed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +34,18 @@ def sources(saved: Any) -> list[dict[str, Any]]:
 
 def _strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def attention(saved: Any) -> dict[str, Any]:
+    """Check the content of attention.json.
+
+    Raises:
+        ValueError: if it does not name an attention and the conditions that it was chosen under.
+    """
+    known = isinstance(saved, dict) and isinstance(saved.get("attention"), str)
+    if not known or not isinstance(saved.get("conditions"), dict):
+        raise ValueError("it does not name an attention and its conditions")
+    return saved
 
 
 def speed(saved: Any) -> dict[str, Any]:

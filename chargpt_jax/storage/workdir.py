@@ -1,7 +1,7 @@
 """A run's folder: its files, and how they are read and written.
 
     config.json   corpus/{tokens.npy, vocabulary.json, sources.json, manifest.json}   lr_finder.{json, svg}
-    metrics.jsonl   speed.json   checkpoints/   samples/   loss.svg   report.html
+    metrics.jsonl   attention.json   speed.json   checkpoints/   samples/   loss.svg   report.html
 
 Every file but metrics.jsonl is written atomically (atomic.py).
 """
@@ -70,6 +70,7 @@ class Workdir:
         self.corpus = self.path / "corpus"
         self.lr_finder = self.path / "lr_finder.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.attention = self.path / "attention.json"
         self.speed = self.path / "speed.json"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
@@ -254,6 +255,20 @@ class Workdir:
     def save_lr_finder(self, result: Mapping[str, object]) -> None:
         """Write the result of the range test."""
         self.write(self.lr_finder, json.dumps(result, indent=2) + "\n")
+
+    def save_attention(self, chosen: Mapping[str, object]) -> None:
+        """Write which attention the training steps use, and the conditions that it was chosen under."""
+        self.write(self.attention, json.dumps(chosen, indent=2) + "\n")
+
+    def load_attention(self, warn: Callable[[str], None]) -> dict[str, Any]:
+        """Read the same; {} if nothing was chosen yet, or the file is damaged, of which `warn` is told."""
+        if not os.path.lexists(self.attention):
+            return {}
+        try:
+            return self._parsed(self.attention, saved_json.attention, "restore it, or set train.attention")
+        except UserError as error:
+            warn(str(error))
+            return {}
 
     def save_speed(self, speed: Mapping[str, object]) -> None:
         """Write the training speed."""

@@ -39,6 +39,8 @@ class Run:
     """int32 [N], the whole corpus."""
     sources: Sequence[dict[str, Any]] = ()
     """Where the text comes from; only `prepare` reads it."""
+    attention: str = "blocks"
+    """Of training steps: one of `ops.choose.ATTENTIONS`. A stage that trains sets it."""
 
     @classmethod
     def load(cls, workdir: str | Path | Workdir) -> "Run":

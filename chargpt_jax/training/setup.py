@@ -25,7 +25,7 @@ from chargpt_jax.data import batches
 from chargpt_jax.devices import layout, sharding, startup
 from chargpt_jax.devices.platform import compiler_options, compute_dtype
 from chargpt_jax.model.init import Params, plan
-from chargpt_jax.ops.choose import ops_for
+from chargpt_jax.ops import choose
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.pacing import MAX_DISPATCH_STEPS
@@ -188,12 +188,14 @@ class Setup:
     @classmethod
     def of(cls, run: Run) -> "Setup":
         """Build the model of a run."""
-        return cls.on(run.config, run.tokens, run.tokenizer.vocabulary)
+        return cls.on(run.config, run.tokens, run.tokenizer.vocabulary, run.attention)
 
     @classmethod
     @startup.gc_paused()
-    def on(cls, config: Config, tokens: np.ndarray, vocabulary: tuple[str, ...]) -> "Setup":
-        """Build the model of a config for a corpus, int32 [N]."""
+    def on(
+        cls, config: Config, tokens: np.ndarray, vocabulary: tuple[str, ...], attention: str = choose.BLOCKS
+    ) -> "Setup":
+        """Build the model of a config for a corpus, int32 [N]; `attention` is that of training steps."""
         mesh = training_mesh(config)
         dtype = compute_dtype(config.amp)
         train, _ = batches.split(tokens, config.data.train_split, config.model.block_size)
@@ -201,7 +203,7 @@ class Setup:
         graphdef, shapes, initial_params = plan(
             config.model,
             config.seed,
-            ops_for(dtype, config.model.attention_block),
+            choose.ops_for(dtype, config.model.attention_block, attention=attention),
             compiler_options=compiler_options(mesh),
         )
         return cls(config, tokens, len(train), vocabulary, graphdef, shapes, initial_params, dtype, mesh, on_device)

@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from chargpt_jax.config import Config
-from chargpt_jax.devices import startup
-from chargpt_jax.errors import excused
-from chargpt_jax.events import Ended, Event, LRFinderResult
+from chargpt_jax.devices import sharding, startup
+from chargpt_jax.devices.platform import compute_dtype
+from chargpt_jax.errors import UserError, excused
+from chargpt_jax.events import AttentionChosen, AttentionTried, Ended, Event, LRFinderResult
+from chargpt_jax.ops import choose
+from chargpt_jax.ops.kernels.trial import Shape, fastest
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.lock import Lock, writer
 from chargpt_jax.storage.workdir import Workdir
@@ -35,8 +40,11 @@ from chargpt_jax.training.lr_finder import (
 )
 from chargpt_jax.training.pacing import MAX_DISPATCH_STEPS, DispatchSize, Stop, StopCondition
 from chargpt_jax.training.run import Run, Warn, check_record, checked_workdir
-from chargpt_jax.training.setup import Setup, jit_range_test_steps, jit_train_steps
+from chargpt_jax.training.setup import Setup, jit_range_test_steps, jit_train_steps, training_mesh
 from chargpt_jax.training.step import TrainState
+
+AUTO = "auto"
+"""The value of train.attention that lets the run choose."""
 
 
 def prepare(config: Config, workdir: str | Path | Workdir, warn: Warn = print) -> Iterator[Event]:
@@ -57,9 +65,11 @@ def find_lr(config: Config, workdir: str | Path | Workdir, warn: Warn = print) -
     A learning rate that the config sets is kept.
     """
     folder = checked_workdir(config, workdir)
+    check_attention(config)
     with writer(folder.path) as lock:
         run = Run.prepare(config, folder, warn)
         yield run.prepared()
+        run = yield from _with_attention(run, warn)
         yield from _range_test(run, warn, lock, StopCondition(lambda: None), config.optimizer.learning_rate)
 
 
@@ -86,9 +96,11 @@ def train(
         NonFiniteLoss: if training diverges; the last good checkpoint is kept.
     """
     condition, folder, warn = StopCondition(stop, max_minutes), checked_workdir(config, workdir), without_repeats(warn)
+    check_attention(config)
     with writer(folder.path) as lock:
         run = Run.prepare(config, folder, warn)
         yield run.prepared()
+        run = yield from _with_attention(run, warn)
         if run.config.optimizer.learning_rate is None:
             run = yield from _range_test(run, warn, lock, condition)
             if condition.reached():
@@ -110,6 +122,74 @@ def train(
             state = _restore(setup, store, state)
             loop = TrainingLoop(run, setup, state, jax.jit(schedule), store, lock, condition, warn)
             yield from loop.events(lowered, tracing)
+
+
+def check_attention(config: Config) -> None:
+    """Check that the device can train with the attention that the config sets, before anything is written.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    asked = config.train.attention
+    if asked in (AUTO, choose.BLOCKS):
+        return
+    mesh, model = training_mesh(config, tell=False), config.model
+    names = _attentions(config, mesh)
+    if asked not in names:
+        raise UserError(
+            f"train.attention is {asked!r}, but on {sharding.describe(mesh)} with heads of width {model.n_head_dim}, "
+            f"{model.block_size} characters and dropout {model.dropout:g} it must be {' or '.join(names)}: set one of "
+            "these, or auto."
+        )
+
+
+def _attentions(config: Config, mesh: Mesh) -> tuple[str, ...]:
+    """Return the attentions that the devices of a mesh can train with."""
+    model = config.model
+    device, dtype = mesh.devices.flat[0], compute_dtype(config.amp)
+    return choose.attentions_for(device, dtype, model.block_size, model.n_head_dim, model.dropout)
+
+
+def _with_attention(run: Run, warn: Warn) -> Generator[Event, None, Run]:
+    """Return the run with the attention of its training steps: as set, as saved in the run, or found by a trial.
+
+    A run that has made training steps without a choice used blocks, and keeps its bits.
+    """
+    config, asked, mesh = run.config, run.config.train.attention, training_mesh(run.config, tell=False)
+    names = _attentions(config, mesh)
+    if asked == choose.BLOCKS or (asked == AUTO and len(names) == 1):
+        return run
+    if asked != AUTO:
+        yield AttentionChosen(asked, "config")
+        return dataclasses.replace(run, attention=asked)
+    shape, dtype = attention_shape(config, mesh), compute_dtype(config.amp)
+    conditions = {
+        **{name: value for name, value in dataclasses.asdict(shape).items() if name != "remat"},
+        "dtype": jnp.dtype(dtype).name,
+        "device": mesh.devices.flat[0].device_kind,
+        "jax": jax.__version__,
+    }
+    saved = run.workdir.load_attention(warn)
+    with contextlib.closing(Checkpoints(run.workdir.checkpoints)) as store:
+        has_trained = max(store.steps(), default=0) > 0
+    name = saved.get("attention", choose.BLOCKS if has_trained else "")
+    if name in names and saved.get("conditions", conditions) == conditions:
+        yield AttentionChosen(name, "run")
+        return dataclasses.replace(run, attention=name)
+    results = choose.try_attentions(names, shape, dtype, config.model.attention_block, mesh)
+    name = fastest(results)
+    tried = [dataclasses.asdict(one) for one in results]
+    with excused(str(run.workdir.attention), warn):
+        run.workdir.save_attention({"attention": name, "conditions": conditions, "tried": tried})
+    yield AttentionChosen(name, "trial", tuple(AttentionTried(**one) for one in tried))
+    return dataclasses.replace(run, attention=name)
+
+
+def attention_shape(config: Config, mesh: Mesh) -> Shape:
+    """Return the shape of one layer's attention in a training step, on each device of a mesh."""
+    model = config.model
+    sequences = config.data.batch_size // config.optimizer.accumulation_steps // mesh.size
+    return Shape(sequences, model.n_head, model.block_size, model.n_head_dim, model.dropout, model.remat)
 
 
 def _range_test(

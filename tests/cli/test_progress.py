@@ -11,6 +11,8 @@ import pytest
 from chargpt_jax.cli.progress import numbers, sentence, show
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import (
+    AttentionChosen,
+    AttentionTried,
     Compiled,
     Ended,
     Event,
@@ -75,6 +77,20 @@ def terminal(monkeypatch):
 def test_progress_line_has_loss_bits_rate_speed_and_time():
     line = numbers(Steps(10, 0.1, 2 * math.log(2), 1.5e-3, 0.7, 12_345.6, 100.0, 720.0))
     assert line == "loss 1.3863 nats (2.0000 bits/char)  rate 1.50e-03  12,346 tokens/s  12 min left"
+
+
+def test_attention_line_gives_its_source_and_the_results_of_a_trial():
+    tried = (
+        AttentionTried("blocks", 1e-3, 3.9e-4),
+        AttentionTried("kernel", 2e-3, 2.12e-4),
+        AttentionTried("cudnn", None, None, "did not run (no \x1b[31mcuDNN)"),
+    )
+    assert sentence(AttentionChosen("kernel", "trial", tried)) == (
+        "attention: kernel, by a trial on this device: blocks 0.39 ms per layer, kernel 0.212 ms per layer, "
+        "cudnn did not run (no \N{REPLACEMENT CHARACTER}[31mcuDNN)"
+    )
+    assert sentence(AttentionChosen("blocks", "run")) == "attention: blocks, as since the run began"
+    assert sentence(AttentionChosen("kernel", "config")) == "attention: kernel, as train.attention says"
 
 
 def test_log_has_each_stage_in_order():

@@ -268,14 +268,18 @@ def test_bias_gradients_are_summed_in_float32():
         assert np.linalg.norm(rough - exact) <= 0.01 * np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+INTERPRETED = pytest.param("cpu", "kernel", marks=pytest.mark.slow)
+"""The attention kernel, which a CPU interprets: its programs take long to compile."""
+
+
+@pytest.mark.parametrize(("platform", "attention"), [("cpu", "blocks"), ("tpu", "blocks"), INTERPRETED])
 @pytest.mark.parametrize("length", [1, 7, 24])
 @pytest.mark.parametrize("rate", [0.0, 0.2])
-def test_fast_operations_give_the_plain_loss_and_gradients(platform, length, rate):
+def test_fast_operations_give_the_plain_loss_and_gradients(platform, attention, length, rate):
     """Within 1e-6 of the largest value; the plain model is built with `Ops()`, the mathematics of ops/plain.py."""
     config = dataclasses.replace(CONFIG, dropout=rate)
     tokens = jnp.asarray(np.random.default_rng(2).integers(1, CONFIG.used_ids, (2, length)), jnp.int32)
-    seeds = seeds_for(jax.random.key(5), 2) if rate else None
+    seeds = seeds_for(jax.random.key(5), 2) if rate or attention == "kernel" else None
 
     def loss_and_gradients(ops):
         graphdef, params = create(config, 0, ops)
@@ -286,7 +290,8 @@ def test_fast_operations_give_the_plain_loss_and_gradients(platform, length, rat
         return jax.jit(jax.value_and_grad(loss))(params)
 
     plain = loss_and_gradients(Ops())
-    fast = loss_and_gradients(ops_for(query_block=config.attention_block, platform=platform))
+    ops = ops_for(query_block=config.attention_block, platform=platform, attention=attention)
+    fast = loss_and_gradients(ops)
     for ours, theirs in zip(jax.tree.leaves(fast), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * max(1e-2, float(np.abs(theirs).max())))
 
