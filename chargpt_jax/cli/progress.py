@@ -126,7 +126,7 @@ def sentence(event: Event) -> str | None:
         case AttentionChosen():
             sources = {
                 "config": "as train.attention says",
-                "run": "as since the run began",
+                "run": "as before in this run",
                 "trial": "by a trial on this device: " + ", ".join(map(_tried, event.tried)),
             }
             return f"attention: {event.name}, {sources[event.source]}"

@@ -89,7 +89,7 @@ def test_attention_line_gives_its_source_and_the_results_of_a_trial():
         "attention: kernel, by a trial on this device: blocks 0.39 ms per layer, kernel 0.212 ms per layer, "
         "cudnn did not run (no \N{REPLACEMENT CHARACTER}[31mcuDNN)"
     )
-    assert sentence(AttentionChosen("blocks", "run")) == "attention: blocks, as since the run began"
+    assert sentence(AttentionChosen("blocks", "run")) == "attention: blocks, as before in this run"
     assert sentence(AttentionChosen("kernel", "config")) == "attention: kernel, as train.attention says"
 
 

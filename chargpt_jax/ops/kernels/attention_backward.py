@@ -73,7 +73,7 @@ def _kernel(
     k, v, keys = k_ref[here, :], v_ref[here, :], tiles.positions(own, 0)
 
     def add_queries(j: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        # Scores are transposed here, [s, t], so that the queries' logs lie along their rows.
+        # Scores are transposed here, [s, t]: the queries' logs are a row, which broadcasts over the keys.
         dk, dv = carry
         rows, queries = tiles.rows_of(j), tiles.positions(j, 1)
         q, g = q_ref[rows, :], g_ref[rows, :]
