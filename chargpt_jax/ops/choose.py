@@ -34,6 +34,9 @@ BLOCKS, KERNEL, CUDNN = ATTENTIONS = ("blocks", "kernel", "cudnn")
 MIN_CAPABILITY = 8.0
 """Compute capability of the oldest GPUs (Ampere) that attention kernels are compiled for."""
 
+TPUS_WITHOUT_KERNELS = ("TPU v2", "TPU v3")
+"""TPUs whose kernels cannot multiply in bfloat16."""
+
 
 def ops_for(
     dtype: DTypeLike = jnp.float32, query_block: int = 64, platform: str | None = None, attention: str = BLOCKS
@@ -62,7 +65,7 @@ def attentions_for(device: jax.Device, dtype: DTypeLike, length: int, width: int
         rate: of dropout.
     """
     capable = cuda_capability(device) >= MIN_CAPABILITY
-    if not capable and device.platform != "tpu":
+    if not capable and (device.platform != "tpu" or device.device_kind in TPUS_WITHOUT_KERNELS):
         return (BLOCKS,)
     from chargpt_jax.ops.kernels import cudnn_attention  # imports of kernels take time, and a CPU has none
     from chargpt_jax.ops.kernels.tiles import Tiles

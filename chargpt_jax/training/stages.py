@@ -155,34 +155,60 @@ def _with_attention(run: Run, warn: Warn) -> Generator[Event, None, Run]:
 
     A run that has made training steps without a choice used blocks, and keeps its bits.
     """
-    config, asked, mesh = run.config, run.config.train.attention, training_mesh(run.config, tell=False)
-    names = _attentions(config, mesh)
+    asked, mesh = run.config.train.attention, training_mesh(run.config, tell=False)
+    names = _attentions(run.config, mesh)
     if asked == choose.BLOCKS or (asked == AUTO and len(names) == 1):
         return run
     if asked != AUTO:
-        yield AttentionChosen(asked, "config")
-        return dataclasses.replace(run, attention=asked)
-    shape, dtype = attention_shape(config, mesh), compute_dtype(config.amp)
-    conditions = {
-        **{name: value for name, value in dataclasses.asdict(shape).items() if name != "remat"},
-        "dtype": jnp.dtype(dtype).name,
+        chosen = AttentionChosen(asked, "config")
+    else:
+        conditions, saved = _conditions(run.config, mesh), run.workdir.load_attention(warn)
+        with contextlib.closing(Checkpoints(run.workdir.checkpoints)) as store:
+            has_trained = max(store.steps(), default=0) > 0
+        kept = saved.get("attention", choose.BLOCKS if has_trained else "")
+        if kept in names and saved.get("conditions", conditions) == conditions:
+            chosen = AttentionChosen(kept, "run")
+        else:
+            chosen = _fastest_attention(run, names, conditions, mesh, warn)
+    yield chosen
+    return dataclasses.replace(run, attention=chosen.name)
+
+
+def _conditions(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """Return what decides which attention is the fastest; a run whose conditions change tries them again."""
+    shape = dataclasses.asdict(attention_shape(config, mesh))
+    return {
+        **{name: value for name, value in shape.items() if name != "remat"},
+        "dtype": jnp.dtype(compute_dtype(config.amp)).name,
         "device": mesh.devices.flat[0].device_kind,
         "jax": jax.__version__,
     }
-    saved = run.workdir.load_attention(warn)
-    with contextlib.closing(Checkpoints(run.workdir.checkpoints)) as store:
-        has_trained = max(store.steps(), default=0) > 0
-    name = saved.get("attention", choose.BLOCKS if has_trained else "")
-    if name in names and saved.get("conditions", conditions) == conditions:
-        yield AttentionChosen(name, "run")
-        return dataclasses.replace(run, attention=name)
-    results = choose.try_attentions(names, shape, dtype, config.model.attention_block, mesh)
-    name = fastest(results)
-    tried = [dataclasses.asdict(one) for one in results]
-    with excused(str(run.workdir.attention), warn):
-        run.workdir.save_attention({"attention": name, "conditions": conditions, "tried": tried})
-    yield AttentionChosen(name, "trial", tuple(AttentionTried(**one) for one in tried))
-    return dataclasses.replace(run, attention=name)
+
+
+def _fastest_attention(
+    run: Run, names: tuple[str, ...], conditions: dict[str, Any], mesh: Mesh, warn: Warn
+) -> AttentionChosen:
+    """Try the attentions on a device of the run, and save the fastest in its workdir."""
+
+    def save(name: str, tried: Sequence[dict[str, Any]] = ()) -> None:
+        with excused(str(run.workdir.attention), warn):
+            run.workdir.save_attention({"attention": name, "conditions": conditions, "tried": tried})
+
+    config = run.config
+    shape, dtype = attention_shape(config, mesh), compute_dtype(config.amp)
+    # A kernel may end the process, or leave its device unusable. The next start then has a choice that runs.
+    save(choose.BLOCKS)
+    try:
+        results = choose.try_attentions(names, shape, dtype, config.model.attention_block, mesh)
+    except KeyboardInterrupt:
+        run.workdir.attention.unlink(missing_ok=True)
+        raise
+    except Exception:
+        warn("The trial of attention kernels failed: run the same command again, which will use 'blocks'.")
+        raise
+    name, tried = fastest(results), [dataclasses.asdict(one) for one in results]
+    save(name, tried)
+    return AttentionChosen(name, "trial", tuple(AttentionTried(**one) for one in tried))
 
 
 def attention_shape(config: Config, mesh: Mesh) -> Shape:

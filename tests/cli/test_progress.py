@@ -79,7 +79,7 @@ def test_progress_line_has_loss_bits_rate_speed_and_time():
     assert line == "loss 1.3863 nats (2.0000 bits/char)  rate 1.50e-03  12,346 tokens/s  12 min left"
 
 
-def test_attention_line_gives_its_source_and_the_results_of_a_trial():
+def test_attention_line_gives_source_and_trial_results():
     tried = (
         AttentionTried("blocks", 1e-3, 3.9e-4),
         AttentionTried("kernel", 2e-3, 2.12e-4),

@@ -13,7 +13,8 @@ from chargpt_jax.ops.dropout import Dropout
 from chargpt_jax.ops.kernels.trial import Shape
 from tests.ops.test_blockwise_attention import SEEDS, inputs
 
-CPU, TPU = SimpleNamespace(platform="cpu"), SimpleNamespace(platform="tpu")
+CPU = SimpleNamespace(platform="cpu")
+TPU, TPU_V2 = (SimpleNamespace(platform="tpu", device_kind=f"TPU {name}") for name in ("v5 lite", "v2"))
 T4, A100, MI300 = (SimpleNamespace(platform="gpu", compute_capability=name) for name in ("7.5", "8.0", "gfx942"))
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 
@@ -31,6 +32,7 @@ BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
         (A100, F32, (512, 64, 0.0), "blocks kernel"),
         (TPU, BF16, (512, 64, 0.0), "blocks kernel"),
         (TPU, BF16, (8192, 64, 0.1), "blocks"),
+        (TPU_V2, BF16, (512, 64, 0.0), "blocks"),
     ],
 )
 def test_attentions_depend_on_device_dtype_and_sizes(device, dtype, sizes, names):

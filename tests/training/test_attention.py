@@ -194,6 +194,23 @@ def test_a_choice_that_cannot_be_saved_is_a_warning(config, trials, tmp_path, mo
     assert "attention.json" in warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [(RuntimeError("illegal address"), "blocks"), (SystemExit(1), "blocks"), (KeyboardInterrupt(), None)],
+)
+def test_start_after_a_fatal_trial_uses_blocks(fault, name, config, trials, tmp_path, monkeypatch):
+    """An interrupted trial is repeated."""
+    with monkeypatch.context() as patch:
+        patch.setattr(choose, "try_attentions", lambda *given: (_ for _ in ()).throw(fault))
+        warnings = []
+        with pytest.raises(type(fault)):
+            chosen(config, tmp_path / "run", warnings.append)
+    assert ["run the same command again" in text for text in warnings] == [True] * isinstance(fault, RuntimeError)
+    expected = AttentionChosen(name, "run") if name else "trial"
+    event = chosen(config, tmp_path / "run")
+    assert expected in (event, event.source)
+
+
 @pytest.mark.slow
 def test_real_trial_measures_both_attentions(config, tmp_path, monkeypatch):
     monkeypatch.setattr(choose, "attentions_for", lambda *given: ("blocks", "kernel"))

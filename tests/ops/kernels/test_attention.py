@@ -91,7 +91,7 @@ def test_kernels_give_the_same_bits_with_and_without_a_gradient():
     np.testing.assert_array_equal(alone, value_and_gradients(interpreted, arrays, how)[0])
 
 
-def test_rematerialisation_saves_what_the_forward_kernel_returned(capsys):
+def test_rematerialisation_saves_the_forward_kernels_results(capsys):
     """The output and the logs of the denominators: the backward pass does not need to run the kernel again."""
     q, k, v = inputs(20, width=4)
     attend = plain.rematerialised(lambda q: jnp.sin(interpreted(q, k, v, SEEDS, Dropout(0.3))))
