@@ -52,12 +52,13 @@ class Tiles:
     @property
     def block(self) -> int:
         """Queries, and keys, per block: a power of two."""
-        largest = 128 if self.compiler == "mosaic" else 32 if self._is_wide_float32 else 64
+        largest = 128 if self.compiler == "mosaic" else 32 if self._has_long_sums else 64
         return max(MIN_BLOCK, min(largest, _power_of_two(self.length)))
 
     @property
-    def _is_wide_float32(self) -> bool:
-        return self.padded_width > 64 and jnp.dtype(self.dtype).itemsize > 2
+    def _has_long_sums(self) -> bool:
+        """Whether a GPU multiplies in float32, without tensor cores: larger blocks would not fit into its registers."""
+        return jnp.dtype(self.dtype).itemsize > 2 and self.padded_width > MIN_WIDTH
 
     @property
     def count(self) -> int:

@@ -125,7 +125,9 @@ def lowered(compiler, platform, sizes, dtype, rate):
         (1, 2, "triton", jnp.bfloat16, 16, (16, 16)),
         (13, 24, "triton", jnp.bfloat16, 16, (16, 32)),
         (65, 64, "triton", jnp.bfloat16, 64, (128, 64)),
-        (512, 128, "triton", jnp.float32, 32, (512, 128)),
+        (512, 128, "triton", jnp.bfloat16, 64, (512, 128)),
+        (512, 32, "triton", jnp.float32, 32, (512, 32)),
+        (512, 8, "triton", jnp.float32, 64, (512, 16)),
         (513, 80, "mosaic", jnp.float32, 128, (640, 128)),
     ],
 )
