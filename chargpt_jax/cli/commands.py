@@ -136,7 +136,7 @@ class Session:
         """Return the events, with a profiler trace of a few dispatches if --profile is set."""
         if not self.request.flags.profile:
             return events
-        from chargpt_jax.training import profiler
+        from chargpt_jax.cli import profiler
 
         return profiler.profiled(events, self.request.folder.path / "profile")
 

@@ -73,7 +73,7 @@ class Bench:
         # A fork server with JAX imported, but not initialised, forks in milliseconds; an import takes seconds.
         self.context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
-            preloaded = ["chargpt_jax.api", "chargpt_jax.cli.progress", "chargpt_jax.training.profiler"]
+            preloaded = ["chargpt_jax.api", "chargpt_jax.cli.progress", "chargpt_jax.cli.profiler"]
             self.context.set_forkserver_preload(preloaded)
         text, _ = load_corpus(DataConfig(source="stdlib"))
         (folder / "text.txt").write_text(text[:CHARACTERS], encoding="utf-8")

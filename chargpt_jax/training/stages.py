@@ -14,21 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from chargpt_jax.config import Config
-from chargpt_jax.devices import sharding, startup
-from chargpt_jax.devices.platform import compute_dtype
-from chargpt_jax.errors import UserError, excused
-from chargpt_jax.events import AttentionChosen, AttentionTried, Ended, Event, LRFinderResult
-from chargpt_jax.ops import choose
-from chargpt_jax.ops.kernels.trial import Shape, fastest
+from chargpt_jax.devices import startup
+from chargpt_jax.errors import excused
+from chargpt_jax.events import Ended, Event, LRFinderResult
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.lock import Lock, writer
 from chargpt_jax.storage.workdir import Workdir
-from chargpt_jax.training import optimizer
+from chargpt_jax.training import attention, optimizer
 from chargpt_jax.training.loop import TrainingLoop
 from chargpt_jax.training.lr_finder import (
     LossesOf,
@@ -40,11 +35,8 @@ from chargpt_jax.training.lr_finder import (
 )
 from chargpt_jax.training.pacing import MAX_DISPATCH_STEPS, DispatchSize, Stop, StopCondition
 from chargpt_jax.training.run import Run, Warn, check_record, checked_workdir
-from chargpt_jax.training.setup import Setup, jit_range_test_steps, jit_train_steps, training_mesh
+from chargpt_jax.training.setup import Setup, jit_range_test_steps, jit_train_steps
 from chargpt_jax.training.step import TrainState
-
-AUTO = "auto"
-"""The value of train.attention that lets the run choose."""
 
 
 def prepare(config: Config, workdir: str | Path | Workdir, warn: Warn = print) -> Iterator[Event]:
@@ -65,11 +57,11 @@ def find_lr(config: Config, workdir: str | Path | Workdir, warn: Warn = print) -
     A learning rate that the config sets is kept.
     """
     folder = checked_workdir(config, workdir)
-    check_attention(config)
+    attention.check(config)
     with writer(folder.path) as lock:
         run = Run.prepare(config, folder, warn)
         yield run.prepared()
-        run = yield from _with_attention(run, warn)
+        run = yield from attention.chosen(run, warn)
         yield from _range_test(run, warn, lock, StopCondition(lambda: None), config.optimizer.learning_rate)
 
 
@@ -96,11 +88,11 @@ def train(
         NonFiniteLoss: if training diverges; the last good checkpoint is kept.
     """
     condition, folder, warn = StopCondition(stop, max_minutes), checked_workdir(config, workdir), without_repeats(warn)
-    check_attention(config)
+    attention.check(config)
     with writer(folder.path) as lock:
         run = Run.prepare(config, folder, warn)
         yield run.prepared()
-        run = yield from _with_attention(run, warn)
+        run = yield from attention.chosen(run, warn)
         if run.config.optimizer.learning_rate is None:
             run = yield from _range_test(run, warn, lock, condition)
             if condition.reached():
@@ -122,100 +114,6 @@ def train(
             state = _restore(setup, store, state)
             loop = TrainingLoop(run, setup, state, jax.jit(schedule), store, lock, condition, warn)
             yield from loop.events(lowered, tracing)
-
-
-def check_attention(config: Config) -> None:
-    """Check that the device can train with the attention that the config sets, before anything is written.
-
-    Raises:
-        UserError: if it cannot.
-    """
-    asked = config.train.attention
-    if asked in (AUTO, choose.BLOCKS):
-        return
-    mesh, model = training_mesh(config, tell=False), config.model
-    names = _attentions(config, mesh)
-    if asked not in names:
-        raise UserError(
-            f"train.attention is {asked!r}, but on {sharding.describe(mesh)} with heads of width {model.n_head_dim}, "
-            f"{model.block_size} characters and dropout {model.dropout:g} it must be {' or '.join(names)}: set one of "
-            "these, or auto."
-        )
-
-
-def _attentions(config: Config, mesh: Mesh) -> tuple[str, ...]:
-    """Return the attentions that the devices of a mesh can train with."""
-    model = config.model
-    device, dtype = mesh.devices.flat[0], compute_dtype(config.amp)
-    return choose.attentions_for(device, dtype, model.block_size, model.n_head_dim, model.dropout)
-
-
-def _with_attention(run: Run, warn: Warn) -> Generator[Event, None, Run]:
-    """Return the run with the attention of its training steps: as set, as saved in the run, or found by a trial.
-
-    A run that has made training steps without a choice used blocks, and keeps its bits.
-    """
-    asked, mesh = run.config.train.attention, training_mesh(run.config, tell=False)
-    names = _attentions(run.config, mesh)
-    if asked == choose.BLOCKS or (asked == AUTO and len(names) == 1):
-        return run
-    if asked != AUTO:
-        chosen = AttentionChosen(asked, "config")
-    else:
-        conditions, saved = _conditions(run.config, mesh), run.workdir.load_attention(warn)
-        with contextlib.closing(Checkpoints(run.workdir.checkpoints)) as store:
-            has_trained = max(store.steps(), default=0) > 0
-        kept = saved.get("attention", choose.BLOCKS if has_trained else "")
-        if kept in names and saved.get("conditions", conditions) == conditions:
-            chosen = AttentionChosen(kept, "run")
-        else:
-            chosen = _fastest_attention(run, names, conditions, mesh, warn)
-    yield chosen
-    return dataclasses.replace(run, attention=chosen.name)
-
-
-def _conditions(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """Return what decides which attention is the fastest; a run whose conditions change tries them again."""
-    shape = dataclasses.asdict(attention_shape(config, mesh))
-    return {
-        **{name: value for name, value in shape.items() if name != "remat"},
-        "dtype": jnp.dtype(compute_dtype(config.amp)).name,
-        "device": mesh.devices.flat[0].device_kind,
-        "jax": jax.__version__,
-    }
-
-
-def _fastest_attention(
-    run: Run, names: tuple[str, ...], conditions: dict[str, Any], mesh: Mesh, warn: Warn
-) -> AttentionChosen:
-    """Try the attentions on a device of the run, and save the fastest in its workdir."""
-
-    def save(name: str, tried: Sequence[dict[str, Any]] = ()) -> None:
-        with excused(str(run.workdir.attention), warn):
-            run.workdir.save_attention({"attention": name, "conditions": conditions, "tried": tried})
-
-    config = run.config
-    shape, dtype = attention_shape(config, mesh), compute_dtype(config.amp)
-    # A kernel may end the process, or leave its device unusable. The next start then has a choice that runs.
-    save(choose.BLOCKS)
-    try:
-        results = choose.try_attentions(names, shape, dtype, config.model.attention_block, mesh)
-    except KeyboardInterrupt:
-        run.workdir.attention.unlink(missing_ok=True)
-        raise
-    except Exception:
-        warn("The trial of attention kernels failed: run the same command again, which will use 'blocks'.")
-        raise
-    name, tried = fastest(results), [dataclasses.asdict(one) for one in results]
-    save(name, tried)
-    return AttentionChosen(name, "trial", tuple(AttentionTried(**one) for one in tried))
-
-
-def attention_shape(config: Config, mesh: Mesh) -> Shape:
-    """Return the shape of one layer's attention in a training step, on each device of a mesh."""
-    model = config.model
-    sequences = config.data.batch_size // config.optimizer.accumulation_steps // mesh.size
-    return Shape(sequences, model.n_head, model.block_size, model.n_head_dim, model.dropout, model.remat)
 
 
 def _range_test(

@@ -12,12 +12,13 @@ import jax
 import numpy as np
 import pytest
 
+from chargpt_jax.devices import layout
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import AttentionChosen, Prepared, Steps
 from chargpt_jax.ops import choose
 from chargpt_jax.ops.kernels.trial import Shape, Tried
 from chargpt_jax.storage.workdir import Workdir
-from chargpt_jax.training import stages
+from chargpt_jax.training import attention, stages
 from chargpt_jax.training.setup import training_mesh
 from tests.corpus_text import small_config, write_words
 from tests.training.test_stages import final, same_bits
@@ -99,7 +100,7 @@ def test_trial_is_run_once_and_its_choice_kept(config, trials, tmp_path):
 
 def test_shape_of_the_trial_is_that_of_one_device_and_microbatch(config):
     config.data.batch_size, config.optimizer.accumulation_steps = 12, 3
-    assert stages.attention_shape(config, training_mesh(config)).sequences == 4
+    assert attention.shape_of(config, training_mesh(config)).sequences == 4
 
 
 @pytest.mark.slow
@@ -221,3 +222,12 @@ def test_real_trial_measures_both_attentions(config, tmp_path, monkeypatch):
     assert saved["tried"] == [dataclasses.asdict(one) for one in event.tried]
     assert saved["attention"] == event.name == min(event.tried, key=lambda one: one.seconds).name
     assert np.isfinite(saved["tried"][1]["error"])
+
+
+def test_devices_that_split_parameters_train_with_blocks(config, trials, monkeypatch):
+    """XLA cannot split a kernel over devices."""
+    mesh = jax.make_mesh((1, 1, 1), layout.AXES, devices=jax.devices()[:1])
+    monkeypatch.setattr(attention, "training_mesh", lambda *given, **more: mesh)
+    config.train.attention = "kernel"
+    with pytest.raises(UserError, match=r"it must be blocks: set one of"):
+        attention.check(config)

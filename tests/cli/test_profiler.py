@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from chargpt_jax.cli.profiler import COUNT, FIRST, profiled
 from chargpt_jax.events import Ended, Steps
-from chargpt_jax.training.profiler import COUNT, FIRST, profiled
 
 
 def dispatches(count, marks):
