@@ -17,8 +17,10 @@ MODULES = {
 }
 """{package: its module, if the names differ}."""
 
-OPTIONAL = {"IPython", "tensorboardX", "trackio", "wandb"}
-"""Packages that only a notebook imports, where they are always installed, and trackers, which are extras."""
+TRACKERS = {"tensorboardX", "trackio", "wandb"}
+OPTIONAL = {"IPython", "jax_plugins", *TRACKERS}
+"""Packages that only a notebook imports, where they are always installed, or that are extras: JAX's CUDA plugin, and
+trackers."""
 
 
 def declared() -> set[str]:
@@ -50,7 +52,7 @@ def test_every_import_is_declared_and_every_dependency_imported():
     assert found - OPTIONAL == declared()
 
 
-@pytest.mark.parametrize("module", sorted(OPTIONAL - {"IPython"}))
+@pytest.mark.parametrize("module", sorted(TRACKERS))
 def test_every_tracker_is_an_extra(module):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert any(line.startswith(f"{module}>=") for lines in project["optional-dependencies"].values() for line in lines)

@@ -82,8 +82,9 @@ MAY_IMPORT = {
     "fine_tuning": "config data errors generation storage training",
     "api": "analysis config devices errors events fine_tuning generation interop results storage training",
     "selftest": "config config_io data errors storage training",
-    "cli": "api config config_io data devices errors events generation model ops pictures results selftest "
-    "storage trackers training",
+    "compile": "config devices errors generation model ops training",
+    "cli": "api compile config config_io data devices errors events generation pictures results selftest storage "
+    "trackers training",
     "main": "cli errors",
     "__init__": "api cli config config_io devices errors",
 }
@@ -205,7 +206,7 @@ MAY_RUN = {
     # The lazy names of the package, and the user's own --config.
     "__init__": {"importlib.import_module"},
     "config_io": {"importlib.util.spec_from_file_location", "importlib.util.module_from_spec", ".exec_module"},
-    "cli.tpu_compile": {"importlib.util.find_spec"},  # whether libtpu is installed
+    "compile.topology": {"importlib.util.find_spec"},  # whether libtpu is installed
     "selftest.bench": {"runpy.run_module"},  # the command itself, in a child
 }
 

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from chargpt_jax.cli.command_line import Request, api_module
 from chargpt_jax.cli.signals import ResilientStream
@@ -224,13 +224,22 @@ def _has_display() -> bool:
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def compile_for_tpu(request: Request) -> int:
-    """Compile a config's programs for a TPU."""
-    from chargpt_jax.cli import tpu_compile
+def compile_ahead(request: Request) -> int:
+    """Compile a config's programs for an accelerator that need not be there."""
+    from chargpt_jax.compile.mode import compile_config
 
     assert request.config is not None  # `read` has checked it
-    for line in tpu_compile.for_tpu(request.config, request.flags.topology or "v5e:2x4"):
-        print(line, flush=True)
+    flags = request.flags
+    out = sys.stderr if flags.json else sys.stdout
+
+    def tell(text: str) -> None:
+        print(one_line(text), file=out, flush=True)
+
+    def show(result: dict[str, Any]) -> None:
+        if flags.json:
+            print(as_json(result), flush=True)
+
+    compile_config(request.config, flags.topology or "v5e:2x4", flags.largest_batch, tell, show)
     return 0
 
 
@@ -265,7 +274,7 @@ MODES: dict[str, Callable[[Request], int]] = {
     "import": import_original,
     "info": info,
     "report": report,
-    "compile": compile_for_tpu,
+    "compile": compile_ahead,
     "selftest": selftest,
 }
 """The function of each mode."""

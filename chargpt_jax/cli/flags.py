@@ -17,7 +17,8 @@ MODES = {
     "import": "create a run from a checkpoint of the original PyTorch code (--from)",
     "info": "print a run's settings, progress and speed",
     "report": "write a run's report again, and open it in the browser (on a terminal with a display)",
-    "compile": "compile a config's programs for a TPU, without a TPU (--topology)",
+    "compile": "compile a config's programs for GPUs or TPUs that are not there (--topology); print memory, kernels, "
+    "FLOP, a bound on the time and the largest batch that fits",
     "selftest": "stop small trainings at random moments, damage their checkpoints, and check that no data is lost",
 }
 """What each mode does."""
@@ -48,9 +49,9 @@ FLAG_MODES = {
     **dict.fromkeys(("format", "out"), ("export",)),
     "open": ("report",),
     "from": ("run", "train", "import"),
-    "topology": ("compile",),
+    **dict.fromkeys(("topology", "largest_batch"), ("compile",)),
     **dict.fromkeys(("kills", "signals", "corruptions"), ("selftest",)),
-    "json": ("generate", "score", "eval", "find_lr", "info", "report", "selftest"),
+    "json": ("generate", "score", "eval", "find_lr", "info", "report", "compile", "selftest"),
 }
 """The modes that a flag applies to; other flags apply to every mode."""
 
@@ -76,7 +77,8 @@ def define_flags() -> flags.FlagValues:
         "original PyTorch code, .pt, .safetensors or .npz",
         "out": "output folder, new or empty; with --format=html: output file, which must not exist",
         "track": "trackers that get the run's numbers: tensorboard, wandb, trackio, or several, separated by commas",
-        "topology": "TPU topology to compile for; default: v5e:2x4",
+        "topology": "what to compile for: h100, h200, a100, l4 or t4, or several, as in h100:8; or a TPU slice, as in "
+        "v5e:2x4; default: v5e:2x4",
     }
     integers: dict[str, tuple[int | None, str]] = {
         "max_new_tokens": (
@@ -122,6 +124,8 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_multi_string("prompt", None, about, flag_values=values)
     about = "open the report in the browser; --open=false: only write it"
     flags.DEFINE_bool("open", True, about, flag_values=values)
+    about = "find the largest batch size that fits; --largest_batch=false: leave out these compilations"
+    flags.DEFINE_bool("largest_batch", True, about, flag_values=values)
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
     return values
 

@@ -12,7 +12,7 @@ from chargpt_jax.config import ModelConfig
 PEAK_TFLOPS = {
     "bfloat16": {"TPU v2": 22.5, "TPU v3": 61.5, "TPU v4": 275.0, "TPU v5": 459.0, "TPU v5 lite": 197.0}
     | {"TPU v6 lite": 918.0, "A100": 312.0, "H100": 989.0, "H200": 989.0, "L4": 121.0},
-    "float16": {"T4": 65.0, "P100": 18.7, "V100": 125.0},
+    "float16": {"T4": 65.0, "P100": 18.7, "V100": 125.0, "A100": 312.0, "H100": 989.0, "H200": 989.0, "L4": 121.0},
 }
 """Dense peak of one device (of TPU v2 and v3: one core), 10**12 FLOP/s, from the manufacturers' data sheets."""
 

@@ -1,10 +1,6 @@
 """The programs of a run compile for accelerators without such a device."""
 
-import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +10,9 @@ import pytest
 from flax import nnx
 from jax import export
 
-from chargpt_jax.cli import tpu_compile as ahead
+from chargpt_jax.compile import programs as ahead
 from chargpt_jax.config import Config
 from chargpt_jax.devices import platform as device_platform
-from chargpt_jax.errors import UserError
 from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.run import Run
@@ -27,10 +22,6 @@ from tests.corpus_text import small_config, write_words
 
 NAMES = ["training", "validation", "prefill", "decoding"]
 ELEMENTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed here"
-)
 
 
 def every_feature(dtype: str) -> Config:
@@ -94,44 +85,3 @@ def test_unknown_vocabulary_size_is_assumed():
     first = next(ahead.programs(config, jax.devices()[:1]))
     assert first.args[0].params["wte"]["embedding"].shape == (128, 16)
     assert config.model.vocab_size == 0
-
-
-def test_missing_libtpu_is_an_error_with_a_fix(monkeypatch):
-    monkeypatch.setitem(sys.modules, "libtpu", None)
-    before = dict(os.environ), jax.config.jax_platforms
-    with pytest.raises(UserError, match=r"libtpu, which is not installed: pip install libtpu, in the version .* names"):
-        next(ahead.for_tpu(Config()))
-    assert (dict(os.environ), jax.config.jax_platforms) == before
-
-
-def command(*flags: str) -> subprocess.CompletedProcess[str]:
-    """Run --mode=compile in another process: libtpu cannot be unloaded."""
-    words = [sys.executable, "-m", "chargpt_jax.main", "--config=tiny", "--mode=compile", *flags]
-    return subprocess.run(words, capture_output=True, text=True, timeout=300)
-
-
-@needs_libtpu
-@pytest.mark.slow
-def test_compile_mode_reports_memory():
-    done = command("--config.model.n_layer=1", "--config.model.block_size=64", "--config.sample.max_new_tokens=20")
-    assert done.returncode == 0, done.stderr
-    assert "it does not run them" in done.stdout.splitlines()[0]
-    for name, line, used in zip(NAMES, done.stdout.splitlines()[-4:], (8, 8, 1, 1), strict=True):
-        shown = rf"{name}: compiled for {used} x TPU v5 lite of v5e:2x4 in [\d.]+ s; per device ([\d.]+) MB of arg"
-        assert float(re.match(shown, line)[1]) > 0
-
-
-@needs_libtpu
-def test_unknown_topology_is_rejected_with_known_ones():
-    done = command("--topology=v5e-8")
-    assert done.returncode == 2
-    assert "--topology is 'v5e-8', but libtpu knows v5e:1x1" in done.stderr
-    assert len(done.stderr.splitlines()) <= 5
-
-
-@needs_libtpu
-def test_model_larger_than_the_memory_is_rejected():
-    done = command("--topology=v5e:1x1", "--config.model.n_embd=8192", "--config.model.n_ff=32768")
-    assert done.returncode == 2
-    assert "training does not fit into v5e:1x1" in done.stderr
-    assert "RESOURCE_EXHAUSTED" in done.stderr

@@ -1,0 +1,80 @@
+"""A lower bound on the bytes that a program moves between memory and chip, per device.
+
+Each array below is counted once per direction. Gradients, temporaries and repeated reads are left out, so a real
+program moves more. The bound assumes that the arrays do not stay in a cache or in on-chip memory from their writing to
+their reading; where they do, as in small models, a program may move less.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from chargpt_jax.model.init import Params
+from chargpt_jax.training.step import TrainState, cross_entropy_sum
+
+Parts = dict[str, int]
+"""{what: bytes read and written}."""
+
+INT32 = 4
+"""Bytes."""
+
+
+def training(
+    state: TrainState, graphdef: nnx.GraphDef[Any], batch_size: int, block_size: int, n_layer: int, devices: int
+) -> Parts:
+    """Return the parts for one training step: each array is written once and read once, the batch only read.
+
+    Args:
+        state: the shapes and shardings of the training state.
+        graphdef: the static part of the model.
+        batch_size: B, on all devices together.
+        block_size: T.
+        n_layer: L.
+        devices: that split the batch.
+    """
+    saved = saved_activations(graphdef, state.params, batch_size, block_size, n_layer) // devices
+    return {
+        "parameters": 2 * bytes_per_device(state.params),
+        "optimizer state": 2 * bytes_per_device(state.opt_state),
+        "saved activations": 2 * saved,
+        "batch": 2 * INT32 * batch_size * block_size // devices,
+    }
+
+
+def saved_activations(
+    graphdef: nnx.GraphDef[Any], params: Params, batch_size: int, block_size: int, n_layer: int
+) -> int:
+    """Return the bytes of the activations that the forward pass of a batch saves for the backward pass.
+
+    Only arrays with a leading axis of L count: a loop over layers writes them and another reads them, so XLA cannot
+    avoid them. It may recompute the others, such as the softmax of the logits.
+    """
+
+    def saved(sequences: int) -> int:
+        tokens = jax.ShapeDtypeStruct((sequences, block_size), jnp.int32)
+        seeds = jax.ShapeDtypeStruct((sequences, 2), jnp.uint32)
+        leaves = jax.tree.leaves(jax.eval_shape(partial(_pullback, graphdef), params, tokens, seeds))
+        return sum(x.size * x.dtype.itemsize for x in leaves if x.shape[:1] == (n_layer,))
+
+    # Arrays that do not depend on the batch, such as the parameters, cancel. No batch axis here has length L.
+    few = n_layer + 1
+    return (saved(2 * few) - saved(few)) * batch_size // few
+
+
+def _pullback(graphdef: nnx.GraphDef[Any], params: Params, tokens: jax.Array, seeds: jax.Array) -> Any:
+    """Return the function from the loss's gradient to the parameters' gradient; it holds what was saved."""
+    return jax.vjp(lambda params: cross_entropy_sum(nnx.merge(graphdef, params)(tokens, seeds), tokens), params)[1]
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Return the bytes of a tree of shapes, of each the shard that one device holds."""
+
+    def size(x: Any) -> int:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return math.prod(shape) * int(x.dtype.itemsize)
+
+    return sum(map(size, jax.tree.leaves(tree)))

@@ -1,0 +1,42 @@
+"""The report of a compilation in words."""
+
+import dataclasses
+import re
+
+import jax
+import pytest
+
+from chargpt_jax.compile import report
+from chargpt_jax.compile.hlo import NOTHING
+from chargpt_jax.compile.largest_batch import Found, Need
+from chargpt_jax.config import Config
+
+
+def test_kernels_of_a_gpu_are_listed_by_kind(training):
+    opcodes = {"fusion": 790, "custom-call": 1, "copy": 2, "all-reduce": 3, "sort": 4}
+    work = dataclasses.replace(NOTHING, opcodes=NOTHING.opcodes + type(NOTHING.opcodes)(opcodes), unknown_loops=1)
+    program = dataclasses.replace(training, work=work)
+    assert report.work_in_words(program, is_gpu=True) == (
+        "per training step: 800 kernels (790 fusions, 1 library call, 2 copies, 3 collectives, 4 other); "
+        "1 loop of unknown length counted as one iteration"
+    )
+    assert report.work_in_words(program, is_gpu=False).startswith("per training step: 790 fusions, 1 custom call;")
+
+
+def test_slices_of_several_hosts_are_named(cpu):
+    many = cpu(devices=jax.devices()[:1] * 256)
+    assert any("several hosts" in line for line in report.introduction(Config(), many))
+    assert not any("several hosts" in line for line in report.introduction(Config(), cpu()))
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (Found(96, Need(1.5e9, True), 97, True, 4), "data.batch_size=96, 1.50 GB of 2.00 GB per device; 97 does not"),
+        (Found(96, Need(1.5e9, True), 0, True, 4), "at least data.batch_size=96, the largest that is tried, 1.50 GB"),
+        (Found(96, Need(1.5e9, True), 99, False, 24), "at least data.batch_size=96, .* in between were not compiled"),
+        (Found(0, None, 8, True, 1), "none; data.batch_size=8 does not fit"),
+    ],
+)
+def test_result_of_the_search_in_words(found, words):
+    assert re.match(f"largest batch that fits: {words}", report.largest_in_words(found, 2 * 10**9))
