@@ -6,7 +6,17 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks import baselines, implementations, range_test, reliability, scaling, tables, time_to_loss, where
+from benchmarks import (
+    baselines,
+    compiled,
+    implementations,
+    range_test,
+    reliability,
+    scaling,
+    tables,
+    time_to_loss,
+    where,
+)
 from tests.corpus_text import write_words
 
 TINY = {"seconds": 0.0, "count": 8}
@@ -175,3 +185,31 @@ def test_tables_arrange_measurements_by_implementation():
     columns, lines = tables.measured(rows)
     assert columns == ["config", "implementation", "peak memory, MiB", "chargpt_jax: less memory by"]
     assert lines == [["small", "chargpt_jax", "50", ""], ["small", "nanoGPT", "150 (99.5 to 1,200)", "3x (2 to 4)"]]
+
+
+def compiled_report(device: str, found: int | None) -> compiled.Report:
+    sizes = {"argument_bytes": 2_000_000, "additional_output_bytes": 500_000, "temporary_bytes": 0}
+    work = {"instructions": 70, "fusions": 50, "custom_calls": 5, "flop": 2.5e9, "bound_seconds": 2e-3}
+    names = ("training", "validation", "prefill", "decoding", "beyond the context")
+    program = {**sizes, **work, "least_bytes": {"parameters": 1_000_000, "batch": 200_000}}
+    largest = {"batch_size": found} if found else None
+    return {"device": device, "programs": [{"name": name, **program} for name in names], "largest_batch": largest}
+
+
+def test_table_of_compiled_programs_adds_up_memory_and_bytes():
+    reports = {
+        ("tiny", "h100"): compiled_report("NVIDIA H100", 1234),
+        ("tiny", "v5e:1x1"): compiled_report("TPU v5", None),
+    }
+    rows = list(compiled.training_table(reports))[2:]
+    assert rows == [
+        "| `tiny` | `h100` | 2.5 | 70 | 2.5 | 1.2 | 2 | 1,234 |",
+        "| `tiny` | `v5e:1x1` | 2.5 | 55 | 2.5 | 1.2 | 2 |  |",
+    ]
+    for table in (compiled.training_table, compiled.other_table):
+        assert len({row.count("|") for row in table(reports)}) == 1
+
+
+def test_report_that_is_there_is_not_made_again(tmp_path):
+    (tmp_path / "none-v5e-1x1.json").write_text(json.dumps({"devices": 1}))
+    assert compiled.report("none", "v5e:1x1", tmp_path) == {"devices": 1}

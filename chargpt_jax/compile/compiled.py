@@ -56,6 +56,8 @@ class Compiled:
     """Least bytes / memory bandwidth; None: the bandwidth is unknown."""
     refusal: str = ""
     """The compiler's message, if the program needs too much memory."""
+    compiler_decides: bool = False
+    """Whether the compiler refuses every program that does not fit, as that of TPUs does."""
 
     @property
     def total(self) -> int:
@@ -65,7 +67,7 @@ class Compiled:
     @property
     def fits(self) -> bool:
         """Whether the program fits into the memory of a device."""
-        return not self.refusal and (self.limit is None or self.total <= self.limit)
+        return not self.refusal and (self.compiler_decides or self.limit is None or self.total <= self.limit)
 
     @property
     def bound_seconds(self) -> float | None:
@@ -97,8 +99,8 @@ def compile_program(program: Program, config: Config, topology: Topology) -> Com
     try:
         executable = lowered.compile(compiler_options=topology.compiler_options or None)
     except jax.errors.JaxRuntimeError as error:
-        _check_all_devices(program, topology)
         if "RESOURCE_EXHAUSTED" not in str(error):
+            _check_all_devices(program, topology)
             raise
         refusal = str(error).splitlines()[0]
     else:
@@ -120,6 +122,7 @@ def compile_program(program: Program, config: Config, topology: Topology) -> Com
         flop_seconds=flop / peak if peak else None,
         byte_seconds=moved / accelerator.bandwidth if accelerator else None,
         refusal=refusal,
+        compiler_decides=topology.lowering_platform == "tpu",
     )
 
 

@@ -111,7 +111,8 @@ def _generation(config: Config, device: Any, graphdef: Any, params: Any) -> Iter
     yield Program("prefill", prefill, prompts, static, used, 1, "batch of prompts", moved)
     inside = decoding_program(inside_context, graphdef, mesh, type(cache).generate, False)
     # The positions that the shortest prompt's cache holds, mean over the tokens that are generated.
-    filled = (min(lengths) + min(block_size, min(lengths) + how.max_new_tokens)) / 2
+    first, last = (min(block_size, min(lengths) + count) for count in (0, how.max_new_tokens))
+    filled = (first + last) / 2
     moved = own | {"KV cache": int(per_position * filled)}
     yield Program("decoding", inside, (params, carry, cache, sampler), {}, used, 1, DECODING_STEP, moved)
     if longest + how.max_new_tokens > block_size:

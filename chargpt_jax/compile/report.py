@@ -24,7 +24,7 @@ def introduction(config: Config, topology: Topology) -> Iterator[str]:
     )
     on_chip = "" if topology.is_gpu else " Temporaries that stay on the chip are not counted."
     yield f"A training text of {N_TRAIN:,} characters is assumed.{on_chip}"
-    yield "Least bytes and bounds are those of arrays that do not stay in a cache between their writing and their reading."
+    yield "Least bytes and bounds assume that no array stays in a cache between its writing and its reading."
     if not config.model.vocab_size:
         yield (
             f"The vocabulary is not known before a text is read: {USED_IDS} token ids and {VOCAB_SIZE} embeddings are "

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from chargpt_jax.compile.accelerators import GPUS, TPUS, Accelerator
+from chargpt_jax.compile.accelerators import GPUS, TPUS, Accelerator, usable_memory
 from chargpt_jax.errors import UserError
 
 OFFLINE = "TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v4-8"
@@ -84,6 +84,7 @@ def _gpus(name: str, gpu: str, count: str) -> Topology:
             f"--topology is {name[:80]!r}, but the number of GPUs must be from 1 to {MAX_GPUS}: use {gpu}:8, for "
             "example."
         )
+    usable_memory(GPUS[gpu])  # raises if the user has set an invalid fraction
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # without it, the plugin logs that there is no GPU
     _without_devices()
     _load_cuda()

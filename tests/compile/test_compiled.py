@@ -25,6 +25,7 @@ def test_program_fits_if_the_limit_holds_it(training):
     assert dataclasses.replace(training, limit=training.total).fits
     assert not dataclasses.replace(training, limit=training.total - 1).fits
     assert dataclasses.replace(training, limit=None).fits
+    assert dataclasses.replace(training, limit=1, compiler_decides=True).fits
     assert not dataclasses.replace(training, refusal="too large").fits
 
 

@@ -170,10 +170,10 @@ def test_compile_mode_counts_kernels_of_a_gpu(topology):
 
 @needs_cuda
 @pytest.mark.slow
-def test_each_layer_of_a_gpu_program_adds_the_same_kernels():
+def test_more_layers_of_a_gpu_program_are_more_kernels():
     def kernels(layers: int) -> int:
         flags = (*SMALLER[1:], f"--config.model.n_layer={layers}", "--topology=t4", "--largest_batch=false", "--json")
         done = command(*flags)
         return json.loads(done.stdout)["programs"][0]["instructions"]
 
-    assert kernels(7) - kernels(5) == kernels(5) - kernels(3) > 50
+    assert kernels(3) + 100 < kernels(5) < kernels(7) - 100
