@@ -73,7 +73,7 @@ def other_table(reports: dict[tuple[str, str], Report]) -> Iterator[str]:
 
 def memory(program: Report) -> float:
     """Return what a program needs per device, in 10**6 bytes."""
-    return float(sum(program[f"{part}_bytes"] for part in ("argument", "additional_output", "temporary"))) / 1e6
+    return float(program["needed_bytes"]) / 1e6
 
 
 def kernels(found: Report, program: Report) -> str:

@@ -188,7 +188,7 @@ def test_tables_arrange_measurements_by_implementation():
 
 
 def compiled_report(device: str, found: int | None) -> compiled.Report:
-    sizes = {"argument_bytes": 2_000_000, "additional_output_bytes": 500_000, "temporary_bytes": 0}
+    sizes = {"argument_bytes": 2_000_000, "needed_bytes": 2_500_000}
     work = {"instructions": 70, "fusions": 50, "custom_calls": 5, "flop": 2.5e9, "bound_seconds": 2e-3}
     names = ("training", "validation", "prefill", "decoding", "beyond the context")
     program = {**sizes, **work, "least_bytes": {"parameters": 1_000_000, "batch": 200_000}}

@@ -43,6 +43,8 @@ class Compiled:
     """Bytes of the outputs that do not overwrite donated arguments."""
     temporaries: int
     """Bytes in the device's memory."""
+    peak: int
+    """Bytes that are in use at once, those on the chip included; 0: unknown."""
     limit: int | None
     """Bytes that a program can use; None: unknown."""
     work: Work
@@ -63,6 +65,18 @@ class Compiled:
     def total(self) -> int:
         """Bytes of arguments, additional outputs and temporaries."""
         return self.arguments + self.outputs + self.temporaries
+
+    @property
+    def needed(self) -> float | None:
+        """Bytes that a device must have, also those that a refusal names; None: unknown.
+
+        On a TPU the temporaries do not all exist at once, but some stay on the chip: the smaller of the total and the
+        peak counts.
+        """
+        if self.refusal:
+            used = re.search(r"(?:[Uu]sed |temporaries \()([\d.]+)([KMGT])", self.refusal)
+            return float(used[1]) * UNITS[used[2]] if used else None
+        return float(min(self.total, self.peak) if self.compiler_decides and self.peak else self.total)
 
     @property
     def fits(self) -> bool:
@@ -95,7 +109,7 @@ def compile_program(program: Program, config: Config, topology: Topology) -> Com
     began = time.perf_counter()
     traced = program.function.trace(*program.args, **program.static)
     lowered = traced.lower(lowering_platforms=(topology.lowering_platform,))
-    refusal, work, sizes = "", NOTHING, (0, 0, 0)
+    refusal, work, sizes = "", NOTHING, (0, 0, 0, 0)
     try:
         executable = lowered.compile(compiler_options=topology.compiler_options or None)
     except jax.errors.JaxRuntimeError as error:
@@ -106,7 +120,8 @@ def compile_program(program: Program, config: Config, topology: Topology) -> Com
     else:
         memory = executable.memory_analysis()
         outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        sizes = memory.argument_size_in_bytes, outputs, memory.temp_size_in_bytes
+        peak = getattr(memory, "peak_memory_in_bytes", 0)  # older versions of JAX do not have it
+        sizes = memory.argument_size_in_bytes, outputs, memory.temp_size_in_bytes, peak
         work = work_per_unit(executable.as_text())
     seconds = time.perf_counter() - began
     device, accelerator = topology.devices[0], topology.accelerator
@@ -156,15 +171,7 @@ def largest_training_batch(
             named = program._replace(name=f"data.batch_size={batch_size}")
             tried[batch_size] = compile_program(named, config, topology)
             tell(tried[batch_size])
-        return Need(needed(tried[batch_size]), tried[batch_size].fits)
+        return Need(tried[batch_size].needed, tried[batch_size].fits)
 
     unit = config.optimizer.accumulation_steps * len(topology.devices)
     return largest_batch(need_at, first.limit, config.data.batch_size, unit, MAX_BATCH)
-
-
-def needed(program: Compiled) -> float | None:
-    """Return the bytes that a program needs per device, also if the compiler refused it and named them."""
-    if not program.refusal:
-        return float(program.total)
-    used = re.search(r"(?:[Uu]sed |temporaries \()([\d.]+)([KMGT])", program.refusal)
-    return float(used[1]) * UNITS[used[2]] if used else None

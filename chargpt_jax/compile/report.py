@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from chargpt_jax.compile.compiled import Compiled, needed
+from chargpt_jax.compile.compiled import Compiled
 from chargpt_jax.compile.hlo import COLLECTIVES
 from chargpt_jax.compile.largest_batch import Found
 from chargpt_jax.compile.programs import N_TRAIN, USED_IDS, VOCAB_SIZE
@@ -58,7 +58,7 @@ def in_words(program: Compiled, topology: Topology) -> Iterator[str]:
 def fit_in_words(program: Compiled) -> str:
     """Return whether a program fits, with the bytes that it needs and has per device."""
     fits = "fits" if program.fits else "does not fit"
-    used = needed(program)
+    used = program.needed
     have = "" if program.limit is None else f" of {_size(program.limit)}"
     return fits if used is None else f"{fits}: {_size(used)}{have} per device"
 
@@ -116,11 +116,9 @@ def largest_in_words(found: Found, limit: int) -> str:
     used = "" if need is None else f", {_size(need)} of {_size(limit)} per device"
     if not found.next_size:
         return f"largest batch that fits: at least data.batch_size={found.batch_size}, the largest that is tried{used}"
-    exactly = "" if found.exact else "at least "
-    verified = "both were compiled" if found.exact else "batch sizes in between were not compiled"
     return (
-        f"largest batch that fits: {exactly}data.batch_size={found.batch_size}{used}; "
-        f"{found.next_size} does not fit; {verified}"
+        f"largest batch that fits: data.batch_size={found.batch_size}{used}; {found.next_size} does not fit "
+        "(both were compiled)"
     )
 
 
@@ -150,6 +148,7 @@ def _program_dict(program: Compiled) -> dict[str, Any]:
         "argument_bytes": program.arguments,
         "additional_output_bytes": program.outputs,
         "temporary_bytes": program.temporaries,
+        "needed_bytes": program.needed,
         "instructions": program.work.total,
         "fusions": opcodes["fusion"],
         "custom_calls": opcodes["custom-call"],
@@ -172,7 +171,6 @@ def _found_dict(found: Found) -> dict[str, Any]:
         "batch_size": found.batch_size,
         "bytes": found.need.bytes if found.need else None,
         "next_batch_size": found.next_size or None,
-        "exact": found.exact,
         "compilations": found.compiles,
     }
 

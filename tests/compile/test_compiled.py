@@ -47,7 +47,17 @@ def test_bound_is_the_longer_of_the_two_times(training):
     ],
 )
 def test_bytes_of_a_refused_program_are_those_that_the_message_names(training, message, needed):
-    assert compiled.needed(dataclasses.replace(training, refusal=message)) == needed
+    assert dataclasses.replace(training, refusal=message).needed == needed
+
+
+def test_a_tpu_needs_the_smaller_of_total_and_peak(training):
+    for decides, peak, needed in (
+        (True, 5, 5),
+        (True, 0, training.total),
+        (True, 10**12, training.total),
+        (False, 5, training.total),
+    ):
+        assert dataclasses.replace(training, compiler_decides=decides, peak=peak).needed == needed
 
 
 def test_other_errors_of_the_compiler_are_raised(cpu, monkeypatch):
@@ -74,7 +84,6 @@ def test_largest_batch_is_verified_by_compiling_it_and_the_next(cpu, training):
     first = dataclasses.replace(training, limit=limit)
     found = compiled.largest_training_batch(config, cpu(limit), first, tried.append)
     sizes = {int(re.search(r"=(\d+)$", program.name)[1]): program.total for program in tried}
-    assert found.exact
     assert sizes[found.batch_size] <= limit < sizes[found.next_size]
     assert found.next_size == found.batch_size + 1
     assert found.batch_size > config.data.batch_size

@@ -45,7 +45,7 @@ def test_report_has_one_block_per_program_and_the_result(cpu, on_cpu, training):
     assert [program["name"] for program in result["programs"]] == NAMES[:2]
     largest = result["largest_batch"]
     assert lines[-1].startswith(f"largest batch that fits: data.batch_size={largest['batch_size']}, ")
-    assert f"{largest['next_batch_size']} does not fit; both were compiled" in lines[-1]
+    assert f"{largest['next_batch_size']} does not fit (both were compiled)" in lines[-1]
 
 
 def test_search_is_left_out_if_asked(on_cpu):
