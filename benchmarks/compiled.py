@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from chargpt_jax.compile.report import gigaflop
+
 CONFIGS = ("tiny", "small", "nanogpt_baby")
 TOPOLOGIES = ("h100", "t4", "v5e:1x1", "v5e:2x4")
 
@@ -50,7 +52,7 @@ def training_table(reports: dict[tuple[str, str], Report]) -> Iterator[str]:
             f"`{topology}`",
             f"{memory(training):,.1f}",
             kernels(found, training),
-            f"{training['flop'] / 1e9:,.3g}",
+            gigaflop(training["flop"]),
             f"{sum(training['least_bytes'].values()) / 1e6:,.1f}",
             f"{1e3 * training['bound_seconds']:.3g}",
             f"{largest['batch_size']:,}" if largest else "",

@@ -89,7 +89,7 @@ def _bound_in_words(program: Compiled) -> Iterator[str]:
     """Yield FLOP, least bytes and the roofline bound."""
     parts = ", ".join(f"{what} {_size(size)}" for what, size in program.least_bytes.items())
     yield (
-        f"per {program.unit} and device: {program.flop / 1e9:,.3g} GFLOP; "
+        f"per {program.unit} and device: {gigaflop(program.flop)} GFLOP; "
         f"reads and writes at least {_size(sum(program.least_bytes.values()))} ({parts})"
     )
     if program.bound_seconds is not None:
@@ -177,6 +177,11 @@ def _found_dict(found: Found) -> dict[str, Any]:
 
 def _counted(count: int, what: str, plural: str | None = None) -> str:
     return f"{count:,} {what if count == 1 else plural or f'{what}s'}"
+
+
+def gigaflop(flop: float) -> str:
+    """Return FLOP in units of 10**9, with three significant digits."""
+    return f"{flop / 1e9:,.0f}" if flop >= 1e11 else f"{flop / 1e9:.3g}"
 
 
 def _size(size: float) -> str:

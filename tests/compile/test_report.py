@@ -39,3 +39,8 @@ def test_slices_of_several_hosts_are_named(cpu):
 )
 def test_result_of_the_search_in_words(found, words):
     assert re.match(f"largest batch that fits: {words}", report.largest_in_words(found, 2 * 10**9))
+
+
+@pytest.mark.parametrize(("flop", "words"), [(2.474e9, "2.47"), (8.2e5, "0.00082"), (1.1503e12, "1,150")])
+def test_flop_have_three_significant_digits_and_no_exponent(flop, words):
+    assert report.gigaflop(flop) == words
