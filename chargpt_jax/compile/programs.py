@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from chargpt_jax.compile import least_bytes
-from chargpt_jax.config import Config
-from chargpt_jax.devices import sharding
+from chargpt_jax.config import Config, MeshConfig
+from chargpt_jax.devices import layout, sharding
 from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.generation.generate import beyond_context, bucket, decoding_program, inside_context, prefill
 from chargpt_jax.generation.sampler import Sampler
@@ -68,7 +68,10 @@ def with_vocabulary(config: Config) -> Config:
 
 
 def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, params: Any) -> Iterator[Program]:
-    mesh = sharding.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps, list(on))
+    if config.mesh != MeshConfig():
+        mesh = layout.device_mesh(config, list(on))
+    else:
+        mesh = sharding.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps, list(on))
     everywhere, used = sharding.replicated(mesh), sharding.describe(mesh)
     # A run determines the learning rate and the length of an epoch; neither changes the shapes of the program.
     schedule = optimizer.warmup_cosine(config.scheduler, peak=1e-3, epoch_steps=100)

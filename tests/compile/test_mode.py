@@ -38,8 +38,9 @@ def test_report_has_one_block_per_program_and_the_result(cpu, on_cpu, training):
     assert lines[0].startswith("Compiling for cpu (1 x cpu) without a TPU. This proves that the steps compile")
     for name in NAMES[:2]:
         assert re.search(rf"^{name}: compiled for 1 x cpu of cpu in [\d.]+ s; per device [\d.]+ MB of arg", text, re.M)
-    for words in ("fits: ", "per training step: ", "reads and writes at least", "a bound, not a prediction"):
+    for words in ("\n    fits: ", "reads and writes at least", "a bound, not a prediction"):
         assert text.count(words) == 2
+    assert text.count("\n    per training step: ") == text.count("\n    per batch: ") == 1
     (result,) = results
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert [program["name"] for program in result["programs"]] == NAMES[:2]
@@ -177,3 +178,18 @@ def test_more_layers_of_a_gpu_program_are_more_kernels():
         return json.loads(done.stdout)["programs"][0]["instructions"]
 
     assert kernels(3) + 100 < kernels(5) < kernels(7) - 100
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_mesh_of_the_config_shards_the_parameters():
+    def training(*flags: str) -> dict:
+        done = command(*SMALLER, "--topology=t4:4", "--largest_batch=false", "--json", *flags)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["programs"][0]
+
+    replicated, sharded = training(), training("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    assert sharded["devices"] == replicated["devices"] == 4
+    assert sharded["least_bytes"]["parameters"] < replicated["least_bytes"]["parameters"] / 2
+    assert sharded["argument_bytes"] < replicated["argument_bytes"]
+    assert sum(kind["count"] for kind in sharded["collectives"].values()) > 1
