@@ -27,6 +27,9 @@ from chargpt_jax.config import DataConfig
 from chargpt_jax.errors import UserError
 from chargpt_jax.hash_rng import derive, random_bits, seeds_of, unit
 
+MAX_TRAINING = 2**31 - 1
+"""Maximum number of characters in the training set: their positions are int32."""
+
 Batch = tuple[jax.Array, jax.Array]
 """Inputs and targets, int32 [B, T] each; targets of 0 are padding and do not count."""
 
@@ -35,17 +38,22 @@ def split(tokens: np.ndarray, train_split: float, block_size: int) -> tuple[np.n
     """Split a corpus into the training set, its leading part, and the validation set.
 
     Args:
-        tokens: int32 [N].
+        tokens: integers [N].
         train_split: fraction of the corpus in the training set.
         block_size: T.
 
     Returns:
-        The two sets, int32 [n] and [N - n], with n = int(train_split * N).
+        The two sets, [n] and [N - n], with n = int(train_split * N).
 
     Raises:
-        UserError: if a set is shorter than block_size + 1 characters.
+        UserError: if a set is shorter than block_size + 1 characters, or the training set is too long for an int32.
     """
     n = int(train_split * len(tokens))
+    if n > MAX_TRAINING:
+        raise UserError(
+            f"The training part has {n:,} characters, but at most {MAX_TRAINING:,} are supported: use a shorter text, "
+            f"or a smaller data.train_split (now {train_split})."
+        )
     for name, part in (("training", tokens[:n]), ("validation", tokens[n:])):
         if len(part) < block_size + 1:
             raise UserError(
@@ -80,7 +88,7 @@ def batch_at(tokens: jax.Array, key: jax.Array, step: jax.Array, block_size: int
     """Return the training batch of a step; call it inside jit.
 
     Args:
-        tokens: int32 [n], the training set.
+        tokens: integers [n] of any width, the training set.
         key: the run's data key.
         step: int32 scalar, counted from 0.
         block_size: T.
@@ -96,7 +104,7 @@ def batch_at(tokens: jax.Array, key: jax.Array, step: jax.Array, block_size: int
         seeds = derive(seeds_of(key), number // count)
         phase = below(slack + 1, random_bits(seeds, 0))
         window = shuffled(number % count, count, derive(seeds, 1))
-        text = jax.lax.dynamic_slice(tokens, (phase + window * block_size,), (block_size + 1,))
+        text = jax.lax.dynamic_slice(tokens, (phase + window * block_size,), (block_size + 1,)).astype(jnp.int32)
         return _padded(text, derive(derive(seeds, 2), number % count), data.padding_chance)
 
     return jax.vmap(row)(step * data.batch_size + jnp.arange(data.batch_size))
@@ -152,7 +160,7 @@ def validation_batches(tokens: np.ndarray, n_train: int, block_size: int, batch_
     """Split the validation set into windows in which each of its characters is a target exactly once.
 
     Args:
-        tokens: int32 [N], the whole corpus: the first character is predicted from the last one of the training set.
+        tokens: integers [N], the whole corpus: the first character is predicted from the last one of the training set.
         n_train: length of the training set.
         block_size: T.
         batch_size: B.
@@ -173,7 +181,7 @@ def validation_crops(tokens: jax.Array, key: jax.Array, block_size: int, data: D
     """Return validation batches like the original's: a few random crops of the validation set, some with padding.
 
     Args:
-        tokens: int32 [n], the validation set.
+        tokens: integers [n] of any width, the validation set.
         key: selects the crops.
         block_size: T.
         data: batch_size and padding_chance are used.
@@ -186,7 +194,7 @@ def validation_crops(tokens: jax.Array, key: jax.Array, block_size: int, data: D
 
     def crop(seeds: jax.Array) -> Batch:
         start = below(max(1, tokens.shape[0] - block_size - 1), random_bits(seeds, 0))
-        text = jax.lax.dynamic_slice(tokens, (start,), (block_size + 1,))
+        text = jax.lax.dynamic_slice(tokens, (start,), (block_size + 1,)).astype(jnp.int32)
         return _padded(text, derive(seeds, 1), data.padding_chance)
 
     def filled(rows: jax.Array) -> jax.Array:

@@ -25,7 +25,10 @@ class CharTokenizer:
     def __init__(self, vocabulary: Iterable[str]):
         """Create a tokenizer for some characters; their order and repetitions do not matter, and '' is added."""
         self.vocabulary: tuple[str, ...] = tuple(sorted({"", *vocabulary}))
-        self._codes = np.array([ord(c) for c in self.vocabulary[1:]], dtype=np.int64)
+        codes = np.array([ord(c) for c in self.vocabulary[1:]], dtype=np.int64)
+        self._ids = np.zeros(codes.max(initial=0) + 2, np.int32)
+        """The id of each code point up to the highest one, and of all others; 0: it has none."""
+        self._ids[codes] = np.arange(1, self.n_ids)
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
@@ -57,6 +60,11 @@ class CharTokenizer:
         """Size of the embedding table: `n_ids` rounded up to a multiple of 64."""
         return -(-self.n_ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The narrowest dtype that holds all token ids: uint8, uint16 or uint32."""
+        return np.min_scalar_type(self.n_ids - 1)
+
     def unknown(self, text: str) -> list[str]:
         """Return the distinct characters of a text that have no id, in the order of their first appearance."""
         known = set(self.vocabulary)
@@ -76,17 +84,15 @@ class CharTokenizer:
         Raises:
             UserError: naming a character without an id, and its code point.
         """
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.int64)
-        positions = np.searchsorted(self._codes, codes)
-        known = positions < len(self._codes)
-        known[known] = self._codes[positions[known]] == codes[known]
-        if not known.all():
-            at = int(np.argmin(known))
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        ids = self._ids.take(codes, mode="clip")
+        if not ids.all():
+            at = int(np.argmin(ids))
             raise UserError(
                 f"The text has {text[at]!r} (U+{ord(text[at]):04X}) at character {at}, which is not in the vocabulary "
                 "of this model: remove it, or drop such characters with --skip_unknown (in Python, skip_unknown=True)."
             )
-        return (positions + 1).astype(np.int32)
+        return ids
 
     def encode(self, texts: Sequence[str], block_size: int | None = None) -> np.ndarray:
         """Encode texts into one array, padded on the left with 0.

@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import BinaryIO, TypedDict
 
 from chargpt_jax import atomic
 
@@ -59,14 +59,16 @@ def seal(folder: Path, known: Mapping[str, FileFacts] | None = None) -> None:
 
 
 class Facts:
-    """A file to write to, of which only the facts are kept: what a manifest would state of it."""
+    """A file to write to, and its facts: what a manifest would state of it."""
 
-    def __init__(self) -> None:
-        """Begin with an empty file."""
-        self._sha256, self._bytes = hashlib.sha256(), 0
+    def __init__(self, file: BinaryIO | None = None) -> None:
+        """Begin with an empty file; None: only the facts are kept."""
+        self._file, self._sha256, self._bytes = file, hashlib.sha256(), 0
 
     def write(self, content: bytes | memoryview) -> int:
         """Add bytes."""
+        if self._file is not None:
+            self._file.write(content)
         self._sha256.update(content)
         size = memoryview(content).nbytes
         self._bytes += size

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_CORPUS = 4 << 30
-"""Maximum size of the values in tokens.npy, bytes: about 1e9 characters."""
+"""Maximum size of the values in tokens.npy, bytes: 4e9 characters if the vocabulary has at most 255."""
 
 
 LISTS = ("repairs", "notes")

@@ -9,7 +9,7 @@ Every file but metrics.jsonl is written atomically (atomic.py).
 import copy
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ from chargpt_jax.config_io import (
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError, reason, remedy
 from chargpt_jax.storage import manifest, saved_json
-from chargpt_jax.storage.arrays.npy_header import read_tokens, write_npy
+from chargpt_jax.storage.arrays.npy_header import Writable, map_tokens, pieces_of, write_npy, write_npy_pieces
 from chargpt_jax.storage.metrics_log import read_metrics
 
 SAMPLE_SECONDS = 60.0
@@ -175,24 +175,53 @@ class Workdir:
     def save_corpus(
         self, tokenizer: CharTokenizer, tokens: np.ndarray | None, sources: Sequence[dict[str, object]]
     ) -> None:
-        """Write the encoded corpus, int32 [N] (None: it is not known), its vocabulary and its sources.
+        """Write the encoded corpus, integers [N] (None: it is not known), its vocabulary and its sources.
+
+        The ids are saved in the tokenizer's dtype.
 
         Raises:
             UserError: if files of other programs have these names; a killed run leaves tokens.npy, its first file.
         """
+        if tokens is None:
+            self._save_corpus(tokenizer, None, sources)
+        else:
+            self.save_corpus_in_pieces(tokenizer, len(tokens), pieces_of(tokens), sources)
+
+    def save_corpus_in_pieces(
+        self,
+        tokenizer: CharTokenizer,
+        count: int,
+        pieces: Iterable[np.ndarray],
+        sources: Sequence[dict[str, object]],
+    ) -> None:
+        """Write a corpus of `count` ids that come in pieces, integers [n] each, as `save_corpus` does."""
+
+        def write(file: Writable) -> None:
+            write_npy_pieces(file, tokenizer.dtype, count, pieces)
+
+        self._save_corpus(tokenizer, write, sources)
+
+    def _save_corpus(
+        self,
+        tokenizer: CharTokenizer,
+        write_tokens: Callable[[Writable], None] | None,
+        sources: Sequence[dict[str, object]],
+    ) -> None:
         own = [name for name in ("vocabulary.json", "sources.json") if os.path.lexists(self.corpus / name)]
         if own and not any(os.path.lexists(self.corpus / name) for name in ("tokens.npy", manifest.NAME)):
             raise UserError(f"{self.corpus / own[0]} is not a file of a run: move it, or choose another --workdir.")
         self.corpus.mkdir(parents=True, exist_ok=True)
         (self.corpus / manifest.NAME).unlink(missing_ok=True)
-        if tokens is not None:
+        known = _facts_of(tokenizer)
+        if write_tokens is not None:
             with atomic.replacing(self.corpus / "tokens.npy") as file:
-                write_npy(file, tokens)
+                write_tokens(facts := manifest.Facts(file))
+            known["tokens.npy"] = facts.result()
         self.write(self.corpus / "sources.json", json.dumps(list(sources), indent=2) + "\n")
         vocabulary = self.corpus / "vocabulary.json"
         self.write(vocabulary, _vocabulary_json(tokenizer))
         self._read[vocabulary] = file_version(vocabulary), tokenizer
-        manifest.seal(self.corpus, _facts_of(tokenizer, tokens))
+        manifest.seal(self.corpus, known)
 
     def check_corpus(self, tokenizer: CharTokenizer, tokens: np.ndarray) -> None:
         """Compare the corpus, and these parts of it that were read, with its manifest.
@@ -205,7 +234,10 @@ class Workdir:
         if not os.path.lexists(self.corpus / manifest.NAME):
             return
         try:
-            manifest.verify(self.corpus, extra_files=True, known=_facts_of(tokenizer, tokens))
+            array = manifest.Facts()
+            write_npy(array, tokens)
+            known = _facts_of(tokenizer) | {"tokens.npy": array.result()}
+            manifest.verify(self.corpus, extra_files=True, known=known)
         except manifest.Damaged as error:
             unread = isinstance(error.__cause__, OSError)
             fix = remedy(error.__cause__, f"restore the files in {self.corpus}, or use a new --workdir")
@@ -222,7 +254,7 @@ class Workdir:
         return self._read_once(path, lambda: self._parsed(path, CharTokenizer.from_saved))
 
     def load_tokens(self) -> np.ndarray:
-        """Read the corpus, int32 [N]. Its header is checked against the file size before memory is allocated.
+        """Map the corpus, integers [N] as they were saved, into memory. Its header is checked against the file size.
 
         Raises:
             UserError: if it is missing or damaged.
@@ -236,7 +268,7 @@ class Workdir:
                 "again with --text_file."
             )
         try:
-            tokens = read_tokens(path, saved_json.MAX_CORPUS)
+            tokens = map_tokens(path, saved_json.MAX_CORPUS)
         except MemoryError:
             raise
         except Exception as error:  # NumPy raises many types for a malformed header
@@ -244,7 +276,7 @@ class Workdir:
             fix = remedy(error, "run --mode=prepare in a new --workdir")
             raise UserError(f"{path} cannot be read ({what}): {fix}.") from error
         n_ids = self.load_tokenizer().n_ids
-        if len(tokens) and not 0 < tokens.min() <= tokens.max() < n_ids:
+        if not all(0 < piece.min() <= piece.max() < n_ids for piece in pieces_of(tokens)):
             raise UserError(f"{path} holds unused token ids: run --mode=prepare in a new --workdir.")
         return tokens
 
@@ -335,15 +367,11 @@ def check_name(path: str, flag: str) -> None:
         raise UserError(f"{flag} is {path!a}, but its name must be valid UTF-8: rename it, or give another.") from None
 
 
-def _facts_of(tokenizer: CharTokenizer, tokens: np.ndarray | None) -> dict[str, manifest.FileFacts]:
-    """Return what the manifest of a corpus states of its vocabulary and its tokens."""
+def _facts_of(tokenizer: CharTokenizer) -> dict[str, manifest.FileFacts]:
+    """Return what the manifest of a corpus states of its vocabulary."""
     vocabulary = manifest.Facts()
     vocabulary.write(_vocabulary_json(tokenizer).encode())
-    if tokens is None:
-        return {"vocabulary.json": vocabulary.result()}
-    array = manifest.Facts()
-    write_npy(array, tokens)
-    return {"vocabulary.json": vocabulary.result(), "tokens.npy": array.result()}
+    return {"vocabulary.json": vocabulary.result()}
 
 
 def _vocabulary_json(tokenizer: CharTokenizer) -> str:

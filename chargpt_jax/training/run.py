@@ -19,6 +19,7 @@ from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.devices import startup
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import Prepared
+from chargpt_jax.storage.arrays.npy_header import pieces_of
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
@@ -36,7 +37,7 @@ class Run:
     """As saved in the workdir, with the fields that depend on the corpus filled in."""
     tokenizer: CharTokenizer
     tokens: np.ndarray
-    """int32 [N], the whole corpus."""
+    """Integers [N] of the least width that holds all ids, the whole corpus: a map of the file."""
     sources: Sequence[dict[str, Any]] = ()
     """Where the text comes from; only `prepare` reads it."""
     attention: str = "blocks"
@@ -164,12 +165,14 @@ def checked_workdir(config: Config, workdir: str | Path | Workdir) -> Workdir:
 
 
 def record_of(config: Config, vocabulary: Sequence[str], tokens: np.ndarray) -> dict[str, Any]:
-    """Return the description of a run that is saved in its checkpoints, as JSON can hold it."""
-    return {
-        "config": as_dict(config),
-        "vocabulary": list(vocabulary),
-        "corpus_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
-    }
+    """Return the description of a run that is saved in its checkpoints, as JSON can hold it.
+
+    The sha256 of the corpus is that of its ids as int32, whatever width they are saved in.
+    """
+    sha256 = hashlib.sha256()
+    for piece in pieces_of(tokens):
+        sha256.update(piece.astype(np.int32).data)
+    return {"config": as_dict(config), "vocabulary": list(vocabulary), "corpus_sha256": sha256.hexdigest()}
 
 
 def check_record(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> None:

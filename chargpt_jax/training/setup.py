@@ -6,6 +6,7 @@ batch. Each is traced once, for epochs and dispatches of any length.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -75,7 +76,7 @@ def train_steps(
 
     Args:
         state: before the dispatch.
-        tokens: int32 [n], the training set.
+        tokens: integers [n] of any width, the training set.
         count: int32 scalar, at most MAX_DISPATCH_STEPS.
         optimizer_at: the optimizer of the i-th step of the dispatch.
         config: of the run.
@@ -171,7 +172,7 @@ class Setup:
 
     config: Config
     tokens: np.ndarray
-    """int32 [N], the whole corpus."""
+    """Integers [N] of any width, the whole corpus."""
     n_train: int
     vocabulary: tuple[str, ...]
     graphdef: nnx.GraphDef[Any]
@@ -183,7 +184,7 @@ class Setup:
     """Of matrix multiplications."""
     mesh: Mesh
     on_device: jax.Array
-    """int32 [n_train], the training set."""
+    """Integers [n_train] of the corpus's width, the training set."""
 
     @classmethod
     def of(cls, run: Run) -> "Setup":
@@ -195,7 +196,7 @@ class Setup:
     def on(
         cls, config: Config, tokens: np.ndarray, vocabulary: tuple[str, ...], attention: str = choose.BLOCKS
     ) -> "Setup":
-        """Build the model of a config for a corpus, int32 [N]; `attention` is that of training steps."""
+        """Build the model of a config for a corpus, integers [N]; `attention` is that of training steps."""
         mesh = training_mesh(config)
         dtype = compute_dtype(config.amp)
         train, _ = batches.split(tokens, config.data.train_split, config.model.block_size)
@@ -280,4 +281,8 @@ class Setup:
 
     def record(self) -> dict[str, Any]:
         """Return the description of the run that is saved in a checkpoint, as JSON can hold it."""
+        return dict(self._record)
+
+    @functools.cached_property
+    def _record(self) -> dict[str, Any]:
         return record_of(self.config, self.vocabulary, self.tokens)

@@ -76,7 +76,25 @@ def test_each_validation_token_is_a_target_once(n_train, n_validation, block_siz
     assert (targets != 0).any(axis=(1, 2)).all()
 
 
+def test_split_with_too_many_training_characters_is_rejected():
+    tokens = np.broadcast_to(np.uint8(1), (2**32,))
+    with pytest.raises(UserError, match=r"has 2,147,483,648 characters, but at most 2,147,483,647 .* \(now 0\.5\)"):
+        split(tokens, 0.5, 5)
+    assert len(split(tokens, 0.4, 5)[0]) == int(0.4 * 2**32)
+
+
 # Training
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
+@pytest.mark.parametrize("padding", [0.0, 0.7])
+def test_batches_are_equal_for_every_width_of_tokens(dtype, padding):
+    tokens, data = np.arange(1, 200, dtype=np.int32), DataConfig(batch_size=4, padding_chance=padding)
+    for of in (partial(batch_at, step=3), validation_crops):
+        wide, narrow = (of(jnp.asarray(x), key=KEY, block_size=7, data=data) for x in (tokens, tokens.astype(dtype)))
+        for one, other in zip(wide, narrow, strict=True):
+            assert one.dtype == other.dtype == jnp.int32
+            assert np.array_equal(one, other)
 
 
 @pytest.mark.parametrize(("n", "block_size", "batch_size"), [(100, 8, 1), (97, 8, 3), (17, 16, 1), (33, 16, 2)])

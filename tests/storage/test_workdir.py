@@ -12,6 +12,7 @@ from chargpt_jax.config import Config
 from chargpt_jax.config_io import load_config
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError
+from chargpt_jax.storage import manifest
 from chargpt_jax.storage.workdir import Workdir
 
 
@@ -59,7 +60,7 @@ def test_corpus_round_trip(folder):
     again, tokens = folder.load_tokenizer(), folder.load_tokens()
     assert folder.has_corpus()
     assert again.vocabulary == tokenizer.vocabulary
-    assert tokens.dtype == np.int32
+    assert tokens.dtype == np.uint8
     assert again.decode([tokens]) == [text]
     assert folder.load_sources() == sources
     assert sorted(os.listdir(folder.corpus)) == ["manifest.json", "sources.json", "tokens.npy", "vocabulary.json"]
@@ -82,7 +83,7 @@ def test_a_file_of_another_program_is_not_replaced(folder, name):
 
 @pytest.mark.parametrize("name", ["sources.json", "manifest.json"])
 def test_a_changed_corpus_is_refused_by_name(folder, name):
-    tokenizer, tokens = CharTokenizer("ab"), np.int32([1, 2])
+    tokenizer, tokens = CharTokenizer("ab"), np.uint8([1, 2])
     folder.save_corpus(tokenizer, tokens, [])
     content = (folder.corpus / name).read_bytes()
     (folder.corpus / name).write_bytes(content[:-2] + b"\1" + content[-1:])
@@ -92,7 +93,7 @@ def test_a_changed_corpus_is_refused_by_name(folder, name):
 
 @pytest.mark.parametrize("name", ["sources.json", "manifest.json"])
 def test_a_forbidden_file_of_the_corpus_has_not_changed(folder, monkeypatch, name):
-    tokenizer, tokens, opened = CharTokenizer("ab"), np.int32([1, 2]), Path.open
+    tokenizer, tokens, opened = CharTokenizer("ab"), np.uint8([1, 2]), Path.open
     folder.save_corpus(tokenizer, tokens, [])
 
     def forbidden(path: Path, *how: object) -> object:
@@ -112,7 +113,7 @@ def test_a_forbidden_file_of_the_corpus_has_not_changed(folder, monkeypatch, nam
 def test_tokens_and_vocabulary_are_compared_as_they_were_read(folder, characters, ids, name):
     folder.save_corpus(CharTokenizer("ab"), np.int32([1, 2]), [])
     with pytest.raises(UserError, match=f"has changed \\({name}.*restore the files"):
-        folder.check_corpus(CharTokenizer(characters), np.int32(ids))
+        folder.check_corpus(CharTokenizer(characters), np.uint8(ids))
 
 
 @pytest.mark.parametrize("name", ["tokens.npy", "vocabulary.json"])
@@ -131,8 +132,41 @@ def test_a_corpus_of_an_earlier_version_has_no_manifest(folder):
     folder.check_corpus(CharTokenizer("ab"), np.int32([2, 1]))
 
 
+@pytest.mark.parametrize(
+    ("characters", "dtype"), [(255, np.uint8), (256, np.uint16), (65_535, np.uint16), (65_536, np.uint32)]
+)
+def test_tokens_are_saved_in_the_least_width(folder, characters, dtype):
+    tokenizer = CharTokenizer(map(chr, range(characters)))
+    tokens = tokenizer.encode_text("".join(tokenizer.vocabulary) * 2)
+    folder.save_corpus(tokenizer, tokens, [])
+    again = folder.load_tokens()
+    assert again.dtype == dtype
+    assert np.array_equal(again, tokens)
+    folder.check_corpus(tokenizer, again)
+
+
+def test_tokens_in_pieces_give_the_same_file(folder):
+    other, tokenizer, ids = Workdir(folder.path.parent / "other"), CharTokenizer("abc"), np.uint8([1, 2, 3, 3, 2, 1, 1])
+    folder.save_corpus(tokenizer, ids, [])
+    other.save_corpus_in_pieces(tokenizer, len(ids), iter([ids[:3], ids[3:3], ids[3:].astype(np.int32)]), [])
+    for name in ("tokens.npy", "manifest.json"):
+        assert (folder.corpus / name).read_bytes() == (other.corpus / name).read_bytes()
+
+
+def test_tokens_of_32_bits_of_an_earlier_version_are_loaded(folder):
+    tokenizer, tokens = CharTokenizer("ab"), np.int32([1, 2, 2])
+    folder.save_corpus(tokenizer, tokens, [])
+    np.save(folder.corpus / "tokens.npy", tokens)
+    (folder.corpus / "manifest.json").unlink()
+    manifest.seal(folder.corpus)
+    again = folder.load_tokens()
+    assert again.dtype == np.int32
+    assert again.tolist() == [1, 2, 2]
+    folder.check_corpus(tokenizer, again)
+
+
 def test_tokens_are_written_as_numpy_writes_them(folder, tmp_path):
-    tokens = np.arange(1, 5, dtype=np.int32)
+    tokens = np.arange(1, 5, dtype=np.uint8)
     folder.save_corpus(CharTokenizer("abcd"), tokens, [])
     np.save(tmp_path / "x.npy", tokens)
     assert (folder.corpus / "tokens.npy").read_bytes() == (tmp_path / "x.npy").read_bytes()

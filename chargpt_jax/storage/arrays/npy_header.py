@@ -1,12 +1,20 @@
 """The header of a .npy file: shape, order and dtype of an array, read before any memory is allocated for its values.
 
-`write_npy` writes the same bytes as `np.save`, whose errors do not say why a disk refused them.
+Token ids are mapped into memory. `write_npy` writes the same bytes as `np.save`, whose errors do not say why a disk
+refused them.
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
 import numpy as np
+
+TOKEN_DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.int32))
+"""The dtypes that token ids are saved in; version 0.1.0 wrote int32."""
+
+PIECE = 1 << 20
+"""Elements of a large array that are processed together."""
 
 _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -28,8 +36,11 @@ def read_npy_header(file: IO[bytes]) -> NpyHeader:
     return NpyHeader(*_READERS[np.lib.format.read_magic(file)](file))
 
 
-def read_tokens(path: Path, max_bytes: int) -> np.ndarray:
-    """Read an int32 array with one axis. Its header is compared with the size of the file first.
+def map_tokens(path: Path, max_bytes: int) -> np.ndarray:
+    """Map token ids [N], of one of `TOKEN_DTYPES`, into memory.
+
+    The header is compared with the size of the file first. The array is read-only. A part of it is read from the file
+    when it is used.
 
     Raises:
         ValueError, KeyError, SyntaxError or others: if the file holds something else, or more than `max_bytes`.
@@ -37,12 +48,20 @@ def read_tokens(path: Path, max_bytes: int) -> np.ndarray:
     """
     with path.open("rb") as file:
         shape, _, dtype = read_npy_header(file)
-        if dtype != np.int32 or len(shape) != 1:
-            raise ValueError("it is not a one-dimensional array of 32-bit integers")
-        left = path.stat().st_size - file.tell()
-        if left != 4 * shape[0] or left > max_bytes:
-            raise ValueError(f"its header states {shape[0]:,} characters, but {left:,} bytes follow")
-        return np.fromfile(file, np.int32, shape[0])
+        if dtype not in TOKEN_DTYPES or len(shape) != 1:
+            raise ValueError("it is not a one-dimensional array of integers of 8, 16 or 32 bits")
+        offset = file.tell()
+    left = path.stat().st_size - offset
+    if left != dtype.itemsize * shape[0] or left > max_bytes:
+        raise ValueError(f"its header states {shape[0]:,} characters, but {left:,} bytes follow")
+    if not left:  # an empty part of a file cannot be mapped
+        return np.zeros(0, dtype)
+    return np.asarray(np.memmap(path, dtype, "r", offset, shape))
+
+
+def pieces_of(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield an array [N] in consecutive parts of at most `PIECE` elements."""
+    return (array[start : start + PIECE] for start in range(0, len(array), PIECE))
 
 
 class Writable(Protocol):
@@ -57,3 +76,12 @@ def write_npy(file: Writable, array: np.ndarray) -> None:
     array = np.ascontiguousarray(array)
     np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
     file.write(array.data)
+
+
+def write_npy_pieces(file: Writable, dtype: np.dtype, count: int, pieces: Iterable[np.ndarray]) -> None:
+    """Write an array [count] of a dtype that comes in pieces, converted to that dtype."""
+    whole = np.broadcast_to(np.zeros((), dtype), (count,))  # describes the array, and needs no memory for it
+    described = np.lib.format.header_data_from_array_1_0(whole) | {"fortran_order": False}
+    np.lib.format.write_array_header_1_0(file, described)
+    for piece in pieces:
+        file.write(np.ascontiguousarray(piece, dtype).data)
