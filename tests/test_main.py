@@ -565,9 +565,7 @@ def test_signal_ends_a_command_without_state(
 def test_signal_during_prepare_leaves_no_file(
     refused: Refused, monkeypatch: pytest.MonkeyPatch, name: str, code: int
 ) -> None:
-    monkeypatch.setattr(
-        run_module, "load_corpus", lambda *_, **__: os.kill(os.getpid(), getattr(signal, name)) or ("", [])
-    )
+    monkeypatch.setattr(run_module, "read_corpus", lambda *_, **__: os.kill(os.getpid(), getattr(signal, name)))
     said = refused(PREPARE, code)
     assert said == f"chargpt: Stopped by {name}: run the same command again.\n"
 

@@ -3,10 +3,10 @@
 A text is read from a file, from the download cache or from the web; if no text can be downloaded, a text that ships
 with Python is used instead, with a warning. `sources.py` finds the texts, `download.py` downloads and caches,
 `encoding.py` decodes, `gutenberg.py` removes licences, `repair.py` repairs encoding errors.
+`streams/` processes a text in pieces, so that a text of any length needs little memory.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import os
 import re
@@ -15,14 +15,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+
+import numpy as np
 
 from chargpt_jax.config import DataConfig
-from chargpt_jax.data import gutenberg
-from chargpt_jax.data.download import DownloadError, Page, default_cache, keep
+from chargpt_jax.data.download import DownloadError, default_cache, keep
 from chargpt_jax.data.encoding import UndecodableText, decode, decode_pieces, several
-from chargpt_jax.data.repair import DEFAULT, fixes_of, kinds, repair
-from chargpt_jax.data.sources import entries_of, exists, pages_of, read_file, stdlib_text, too_large
+from chargpt_jax.data.repair import fixes_of
+from chargpt_jax.data.sources import entries_of, exists, pages_of, read_file, too_large
+from chargpt_jax.data.streams.parts import STDLIB_TITLE, Parts, Source, trimmed
+from chargpt_jax.data.streams.text_file import TextFile
+from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError
 
 MAX_SCORED = 64_000_000
@@ -31,35 +34,19 @@ MAX_SCORED = 64_000_000
 SCORED_AT_ONCE = 1 << 20
 """Bytes of a larger text that are read at once."""
 
-MIN_REMAINING = 1_000
-"""Minimum number of characters that remain after a part was removed; at least 10 % of the text must remain too."""
-
 
 @dataclass(frozen=True)
-class Source:
-    """The source of a part of the corpus, and the state of that part when it was used."""
+class Corpus:
+    """The text of a corpus, in a temporary file, and where it comes from."""
 
-    title: str
-    kind: str
-    """'gutenberg', 'url', 'file' or 'stdlib'."""
-    url: str
-    """The address, the file's path as it was given, or 'python:pydoc_data.topics'."""
-    sha256: str
-    """Of the UTF-8 of this source's final text, in hexadecimal."""
-    characters: int
-    fixes: tuple[tuple[str, str], ...]
-    """Encoding errors that ftfy repaired: pairs of action and parameter, in order."""
-    stand_in_for: str | None = None
-    """The source that could not be downloaded, if this one is its stand-in."""
-    repairs: tuple[str, ...] = ()
-    """The fixes that ran: names of `repair.FIXES`."""
-    notes: tuple[str, ...] = ()
-    """What was removed, changed or found in the text, for people."""
-    file_sha256: str | None = None
-    """Of the bytes of a local file, in hexadecimal."""
+    text: TextFile
+    characters: frozenset[str]
+    """The distinct characters of the text."""
+    sources: tuple[Source, ...]
 
-
-Part = tuple[str, Source]
+    def ids(self, tokenizer: CharTokenizer) -> Iterator[np.ndarray]:
+        """Yield the token ids of the text, int32 [n] per piece."""
+        return map(tokenizer.encode_text, self.text.pieces())
 
 
 def _to_stderr(line: str) -> None:
@@ -69,7 +56,29 @@ def _to_stderr(line: str) -> None:
 def load_corpus(
     config: DataConfig, *, cache: Path | None = None, warn: Callable[[str], None] = _to_stderr
 ) -> tuple[str, tuple[Source, ...]]:
-    """Return the texts of `config.source`, joined by line breaks, and the source of each.
+    """Return the texts of `config.source`, joined by line breaks, and the source of each, in memory.
+
+    Raises:
+        UserError: as for `read_corpus`.
+    """
+    found = read_corpus(config, cache=cache, warn=warn)
+    return found.text.text(), found.sources
+
+
+def read_corpus(
+    config: DataConfig,
+    *,
+    cache: Path | None = None,
+    warn: Callable[[str], None] = _to_stderr,
+    folder: Path | None = None,
+) -> Corpus:
+    """Read the texts of `config.source` into one, joined by line breaks.
+
+    Args:
+        config: of the corpus.
+        cache: the folder of downloads; None: the user's.
+        warn: called with one line per warning.
+        folder: for temporary files, which vanish with this process; None: the system's folder for them.
 
     Raises:
         UserError: if a source is missing or invalid, or `start_at` is not a regular expression or has no match.
@@ -77,13 +86,13 @@ def load_corpus(
     start = _start_pattern(config)
     fixes_of(config.repair, from_gutenberg=False)  # rejects an unknown name before anything is downloaded
     cache = cache or default_cache()
-    parts: list[Part] = []
+    parts = Parts(TextFile(folder), start, config, folder)
     missing: dict[str, str] = {}
     undecodable: list[UndecodableText] = []
     left = config.max_megabytes * 1e6
     for entry in entries_of(config.source):
         if entry == "stdlib":
-            parts.append(_stdlib_part())
+            parts.add_stdlib()
             continue
         try:
             kind, pages, left_out = pages_of(entry, config, cache, left)
@@ -91,14 +100,12 @@ def load_corpus(
             missing[entry] = str(error)
             continue
         for page in pages:
-            left -= len(page.data)
+            left -= page.size()
             try:
-                text = decode(page.data, page.url, config.encoding, page.charset)
+                parts.add_page(kind, page, left_out)
             except UndecodableText as error:
                 undecodable.append(error)
                 continue
-            part, source = _finish(kind, page, text, start, config.repair)
-            parts.append((part, dataclasses.replace(source, notes=left_out + source.notes)))
             left_out = ()
             if page.key:  # cached only now, so that an invalid page is downloaded again
                 keep(page, cache, warn)
@@ -107,13 +114,10 @@ def load_corpus(
     if left < 0:
         raise too_large(config)
     if missing:
-        parts = [_stand_in(missing, [part for part in parts if part[1].kind != "stdlib"], config, warn)]
-    return _joined([text for text, _ in parts]), tuple(source for _, source in parts)
-
-
-def _joined(texts: Sequence[str]) -> str:
-    """Join texts by line breaks; one that ends with a line break needs no other."""
-    return "".join(text if text.endswith("\n") else text + "\n" for text in texts[:-1]) + "".join(texts[-1:])
+        names = _stand_in(missing, [source for source in parts.sources if source.kind != "stdlib"], config, warn)
+        parts = Parts(TextFile(folder), start, config, folder)
+        parts.add_stdlib(names)
+    return Corpus(parts.out, frozenset(parts.characters), tuple(parts.sources))
 
 
 def read_text(path: str | Path, config: DataConfig | None = None, warn: Callable[[str], None] = _to_stderr) -> str:
@@ -134,7 +138,7 @@ def read_text(path: str | Path, config: DataConfig | None = None, warn: Callable
     text = decode(data, str(path), config.encoding if config else "")
     if config is None:
         return text
-    text, _, notes = _trimmed(text, str(path), "file")
+    text, _, notes = trimmed(text, str(path), "file")
     match = _start_pattern(config).search(text)
     if match and match.start():
         text = text[match.start() :]
@@ -178,28 +182,15 @@ def changed_files(config: DataConfig, sources: Sequence[Mapping[str, Any]]) -> l
     for source in sources:
         path, recorded = os.path.expanduser(source.get("url") or ""), source.get("file_sha256")
         if recorded and os.path.isfile(path):
-            with contextlib.suppress(UserError):
-                data = read_file(path, round(config.max_megabytes * 1e6), "")
-                if hashlib.sha256(data).hexdigest() != recorded:
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                small = os.fstat(file.fileno()).st_size <= config.max_megabytes * 1e6
+                if small and hashlib.file_digest(file, "sha256").hexdigest() != recorded:
                     changed.append(str(source["url"]))
     return changed
 
 
-def _stdlib_part(stand_in_for: str | None = None) -> Part:
-    """Return the complete stdlib text: `start_at` is for books, and no encoding error needs repair."""
-    return _part(
-        "Python help topics",
-        "stdlib",
-        "python:pydoc_data.topics",
-        stdlib_text(),
-        (),
-        stand_in_for=stand_in_for,
-        repairs=DEFAULT,
-    )
-
-
-def _stand_in(missing: dict[str, str], found: Sequence[Part], config: DataConfig, warn: Callable[[str], None]) -> Part:
-    """Return the stand-in for all texts of the corpus: a part of it cannot be replaced by another text."""
+def _stand_in(missing: dict[str, str], found: Sequence[Source], config: DataConfig, warn: Callable[[str], None]) -> str:
+    """Return the names of the texts that the stand-in replaces: a part of the corpus cannot be replaced."""
     names = ", ".join(missing)
     reasons = "; ".join(dict.fromkeys(missing.values()))
     if found:
@@ -212,12 +203,11 @@ def _stand_in(missing: dict[str, str], found: Sequence[Part], config: DataConfig
             f"data.source names {names}, which could not be downloaded ({reasons}), and data.allow_stand_in is off: "
             "connect, give the path of a text file, or allow the stand-in."
         )
-    text, source = _stdlib_part(names)
     warn(
-        f"WARNING: {names} could not be downloaded ({reasons}). Using a STAND-IN text instead: {source.title!r}, which "
+        f"WARNING: {names} could not be downloaded ({reasons}). Using a STAND-IN text instead: {STDLIB_TITLE!r}, which "
         "ships with Python."
     )
-    return text, source
+    return names
 
 
 def _start_pattern(config: DataConfig) -> re.Pattern[str]:
@@ -227,81 +217,3 @@ def _start_pattern(config: DataConfig) -> re.Pattern[str]:
         raise UserError(
             f"data.start_at is {config.start_at!r}, but it must be a regular expression ({error}): correct or empty it."
         ) from None
-
-
-def _finish(kind: str, page: Page, text: str, start: re.Pattern[str], setting: str) -> Part:
-    """Remove from a text what is not the author's, repair its encoding errors, and describe its source."""
-    body, title, notes = _trimmed(text, page.url, kind)
-    from_gutenberg = kind == "gutenberg" or bool(notes)
-    begun = _start_at(body, start, page.url)
-    if len(begun) < len(body):
-        notes.append(f"data.start_at removed {len(body) - len(begun):,} characters")
-    begun = begun.strip() if from_gutenberg else begun
-    repaired = repair(begun, names := fixes_of(setting, from_gutenberg))
-    if not repaired.text.strip():
-        state = "has only white space" if text else "is empty"
-        raise UserError(f"{page.url} {state}, but must be a text: give another.")
-    if line := gutenberg.licence_line(repaired.text):
-        notes.append(f"line {line:,} may be part of Project Gutenberg's licence, and was kept")
-    if repaired.lines:
-        lines = "1 line" if repaired.lines == 1 else f"{repaired.lines:,} lines"
-        notes.append(f"repaired {lines} ({', '.join(kinds(repaired.fixes))})")
-    if page.cached_on:
-        notes.append(f"downloaded on {page.cached_on}")
-    if not title:
-        title = Path(page.url).stem if kind == "file" else unquote(urlsplit(page.url).path).rpartition("/")[2]
-    file_sha256 = hashlib.sha256(page.data).hexdigest() if kind == "file" else None
-    described = {"repairs": names, "notes": tuple(notes), "file_sha256": file_sha256}
-    url = _without_password(page.url)
-    return _part(title or url, kind, url, repaired.text, repaired.fixes, **described)
-
-
-def _trimmed(text: str, where: str, kind: str) -> tuple[str, str | None, list[str]]:
-    """Remove Project Gutenberg's own text.
-
-    Returns:
-        The rest, its title, and what was removed; the text unchanged if it is not from Project Gutenberg.
-    """
-    cut = gutenberg.cut(text)
-    if cut is None:
-        if kind == "gutenberg":
-            raise UserError(
-                f"{where} has no Gutenberg start or end marker, but one is needed to remove the licence text: remove "
-                "it by hand and give the file."
-            )
-        return text, None, []
-    lines = ", ".join(f"{first:,}-{last:,}" for first, last in cut.lines)
-    rest = cut.text if cut.certain and cut.text else _plausible(cut.text, text, where, "removing the licence text")
-    notes = [f"kept {len(rest):,} of {len(text):,} characters, licence removed at lines {lines}"]
-    if cut.notes:
-        notes.append(f"kept a transcriber's note at line {', '.join(f'{line:,}' for line in cut.notes)}")
-    return rest, cut.title, notes
-
-
-def _without_password(url: str) -> str:
-    """Return a URL without the name and password in front of its host; anything else as it is."""
-    scheme, mark, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return scheme + mark + host.rpartition("@")[2] + slash + path if mark else url
-
-
-def _start_at(text: str, start: re.Pattern[str], where: str) -> str:
-    match = start.search(text)
-    if not match:
-        raise UserError(f"data.start_at is {start.pattern!r}, but {where} has no match: correct or empty it.")
-    return _plausible(text[match.start() :], text, where, "data.start_at") if match.start() else text
-
-
-def _plausible(rest: str, text: str, where: str, step: str) -> str:
-    minimum = max(MIN_REMAINING, len(text) / 10)
-    if len(rest.strip()) < minimum:
-        raise UserError(
-            f"Only {len(rest.strip()):,} of {len(text):,} characters of {where} remain after {step} (at least "
-            f"{minimum:,.0f} expected): check the text, or shorten it by hand and give the file."
-        )
-    return rest
-
-
-def _part(title: str, kind: str, url: str, text: str, fixes: tuple[tuple[str, str], ...], **described: Any) -> Part:
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return text, Source(title, kind, url, sha256, len(text), fixes, **described)

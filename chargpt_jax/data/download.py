@@ -43,6 +43,9 @@ MAX_RETRY_AFTER = 30.0
 CONNECT_SECONDS = 3.0
 """Maximum wait for a connection: an offline machine should soon use the stand-in text."""
 
+BLOCK = 1 << 20
+"""Bytes of a text that are read together."""
+
 
 @dataclass(frozen=True)
 class Page:
@@ -57,6 +60,24 @@ class Page:
     """Its name in the cache, if it is not cached yet."""
     cached_on: str | None = None
     """The date of the download, if it comes from the cache."""
+    path: Path | None = None
+    """The local file, if it is large: then `data` is empty."""
+
+    def size(self) -> int:
+        """Return the number of bytes."""
+        return len(self.data) if self.path is None else self.path.stat().st_size
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield the bytes of the text, in blocks of at most `BLOCK`."""
+        if self.path is None:
+            yield from (self.data[start : start + BLOCK] for start in range(0, len(self.data), BLOCK))
+            return
+        with self.path.open("rb") as file:
+            yield from iter(lambda: file.read(BLOCK), b"")
+
+    def content(self) -> bytes:
+        """Return all bytes of the text."""
+        return b"".join(self.blocks())
 
 
 class DownloadError(Exception):

@@ -4,8 +4,9 @@ import codecs
 import contextlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from chargpt_jax.data.streams.text_file import NeedsWhole
 from chargpt_jax.errors import UserError
 
 BYTE_ORDER_MARKS = (
@@ -38,6 +39,9 @@ GUESSED_FROM = 200_000
 
 COMMON = ("cp1252", "latin_1")
 """The encodings to name first among those that give the same text."""
+
+IN_PIECES = re.compile(r"utf-8|utf-16.*|utf-32.*|ascii|iso8859.*|cp\d+|koi8.*|mac.*|gb.*|big5|euc.*|shift_jis")
+"""The encodings, by Python's names, of which large texts are decoded piece by piece."""
 
 FEW, SPARSE = 6, 0.3
 """A text with fewer different bytes above 127, and a smaller part of its bytes, tells too little about its encoding."""
@@ -131,6 +135,61 @@ def decode_pieces(blocks: Iterable[bytes], name: str, encoding: str = "") -> Ite
             yield _line_ends(text, used)
 
 
+def decode_in_pieces(
+    blocks: Callable[[], Iterable[bytes]], encoding: str = "", declared: str | None = None
+) -> Iterator[str]:
+    r"""Decode a text of any length piece by piece; together the pieces are what `decode` returns.
+
+    Args:
+        blocks: returns the bytes in order; the first block has at least `DECLARED_WITHIN` bytes, or all.
+        encoding: as for `decode`.
+        declared: as for `decode`.
+
+    Raises:
+        NeedsWhole: if `decode` must decode it, or say why that is impossible.
+    """
+    start = next(iter(blocks()), b"")
+    mark, marked = _mark(start)
+    if encoding and not is_encoding(encoding):
+        raise NeedsWhole
+    if not marked and not encoding and (kind_of_binary(start) or _wide(start)):
+        raise NeedsWhole
+    used = marked or encoding or declared
+    if not used:
+        used = _declaration(start) or "utf-8"
+        if not _is_utf8(used) and _valid_utf8_above_ascii(blocks()):
+            used = "utf-8"
+    if not is_encoding(used) or not IN_PIECES.fullmatch(codecs.lookup(used).name):
+        raise NeedsWhole
+    decoder, held = codecs.getincrementaldecoder(used)(), ""
+    for number, block in enumerate(itertools.chain(blocks(), [b""])):
+        block = block[len(mark) :] if number == 0 else block
+        try:
+            text = held + decoder.decode(block, final=not block)
+        except UnicodeError:
+            raise NeedsWhole from None
+        if "\0" in text:
+            raise NeedsWhole
+        held = "\r" if text.endswith("\r") and block else ""
+        if text := text.removesuffix(held):
+            yield _line_ends(text, used)
+
+
+def _is_utf8(name: str) -> bool:
+    return codecs.lookup(name).name == "utf-8"
+
+
+def _valid_utf8_above_ascii(blocks: Iterable[bytes]) -> bool:
+    """Return whether a text is valid UTF-8, but not ASCII."""
+    decoder, above = codecs.getincrementaldecoder("utf-8")(), False
+    try:
+        for block in itertools.chain(blocks, [b""]):
+            above |= not decoder.decode(block, final=not block).isascii()
+    except UnicodeError:
+        return False
+    return above
+
+
 def _mark(data: bytes) -> tuple[bytes, str]:
     """Return the byte order mark of a text and its encoding; both are empty without one."""
     return next(((mark, encoding) for mark, encoding in BYTE_ORDER_MARKS if data.startswith(mark)), (b"", ""))
@@ -220,11 +279,16 @@ def _binary(name: str, kind: str) -> UserError:
     return UserError(f"{name} {kind}, but must be a text: give plain text in UTF-8.")
 
 
-def _declared_in(data: bytes) -> str | None:
-    """Return the encoding that a text declares, if Python knows it, and the text is not simply UTF-8."""
+def _declaration(data: bytes) -> str | None:
+    """Return the encoding that the start of a text declares, if Python knows it."""
     match = _DECLARED.search(data[:DECLARED_WITHIN])
     name = next((group.decode("ascii", "replace") for group in match.groups() if group), "") if match else ""
-    if not name or not is_encoding(name):
+    return name if name and is_encoding(name) else None
+
+
+def _declared_in(data: bytes) -> str | None:
+    """Return the encoding that a text declares, if Python knows it, and the text is not simply UTF-8."""
+    if (name := _declaration(data)) is None:
         return None
     try:
         return name if data.decode("utf-8").isascii() else None

@@ -123,32 +123,86 @@ Span = tuple[int, int]
 """The positions of the first character of a part, and of the first one after it."""
 
 
+class Found(NamedTuple):
+    """The parts of a text that are Project Gutenberg's own."""
+
+    removed: list[Span]
+    """Heads with the credits behind them, and tails; adjacent ones are one part."""
+    titles: list[str]
+    """The titles in the heads."""
+    heads: int
+    """Number of heads."""
+    tails: int
+    """Number of tails."""
+    complete: bool
+    """Whether all of them would be the same if other text stood around this one."""
+
+
 def cut(text: str) -> Cut | None:
     """Remove heads, tails and credits; return None if the text has no marker of Project Gutenberg."""
-    heads = list(_heads(text))
-    tails = list(_tails(text, heads))
-    if not heads and not tails:
+    found = find(text)
+    if not found.removed:
         return None
+    parts = [text[slice(*span)].strip() for span in kept(found.removed, len(text))]
+    return Cut(
+        text="\n\n".join(part for part in parts if part),
+        title=title_of(found.titles),
+        lines=tuple(lines_of(text, span) for span in found.removed),
+        notes=tuple(lines_of(text, note)[0] for note in notes(text) if not inside(note[0], found.removed)),
+        certain=bool(found.heads and found.tails),
+    )
+
+
+def find(text: str, at_start: bool = True, at_end: bool = True) -> Found:
+    """Find heads, tails and credits.
+
+    Args:
+        text: a text, or a part of one between two empty lines.
+        at_start: whether the text starts here.
+        at_end: whether the text ends here.
+    """
+    heads, complete, first = [], True, len(text) - len(text.lstrip())
+    for head, reached in _heads(text, at_start):
+        heads.append(head)
+        complete &= at_start or reached > first + MAX_GAP
+    tails = []
+    for tail, settled in _tails(text, heads):
+        tails.append(tail)
+        complete &= at_end or settled
     removed: list[Span] = []
     for start, end in sorted(heads + tails):
         if (start, end) in heads:
             while credit := _CREDIT.match(text, end):
                 end = credit.end()
+            complete &= at_end or bool(text[end:].strip())
         if removed and not text[removed[-1][1] : start].strip():
             start = removed.pop()[0]
         removed.append((start, end))
+    titles = [" ".join(match[1].split()) for head in heads if (match := _TITLE.search(text, *head))]
+    return Found(removed, titles, len(heads), len(tails), complete)
+
+
+def may_have_marker(text: str) -> Iterator[int]:
+    """Yield the positions at which `find` can find a marker."""
+    for pattern in (_START, _END):
+        for match in pattern.finditer(text):
+            yield match.start()
+
+
+def notes(text: str) -> Iterator[Span]:
+    """Yield the transcriber's notes: each from the empty lines in front of it to the end of its heading."""
+    return (match.span() for match in _NOTES.finditer(text))
+
+
+def kept(removed: Sequence[Span], length: int) -> list[Span]:
+    """Return the parts of a text that remain, between those that are removed."""
     ends = [0, *(end for _, end in removed)]
-    kept = zip(ends, [*(start for start, _ in removed), len(text)], strict=True)
-    parts = [text[start:end].strip() for start, end in kept]
-    titles = [match[1] for head in heads if (match := _TITLE.search(text, *head))]
-    body = "\n\n".join(part for part in parts if part)
-    return Cut(
-        text=body,
-        title=", ".join(" ".join(title.split()) for title in titles) or None,
-        lines=tuple(_lines(text, span) for span in removed),
-        notes=tuple(_lines(text, match.span())[0] for match in _NOTES.finditer(text) if not _inside(match, removed)),
-        certain=bool(heads and tails),
-    )
+    return list(zip(ends, [*(start for start, _ in removed), length], strict=True))
+
+
+def title_of(titles: Sequence[str]) -> str | None:
+    """Return the titles of several books as one."""
+    return ", ".join(titles) or None
 
 
 def licence_line(text: str) -> int | None:
@@ -157,27 +211,29 @@ def licence_line(text: str) -> int | None:
     return text.count("\n", 0, found.start()) + 1 if found else None
 
 
-def _lines(text: str, span: Span) -> tuple[int, int]:
+def lines_of(text: str, span: Span) -> tuple[int, int]:
     """Return the first and the last line of a part, counted from 1, without the empty lines around it."""
     part = text[slice(*span)]
     first = text.count("\n", 0, span[0] + len(part) - len(part.lstrip())) + 1
     return first, first + part.strip().count("\n")
 
 
-def _inside(match: re.Match[str], spans: Sequence[Span]) -> bool:
-    return any(start <= match.start() < end for start, end in spans)
+def inside(position: int, spans: Sequence[Span]) -> bool:
+    """Return whether a position is in one of some parts."""
+    return any(start <= position < end for start, end in spans)
 
 
-def _heads(text: str) -> Iterator[Span]:
-    """Yield the heads: each from its heading to its start marker."""
+def _heads(text: str, at_start: bool) -> Iterator[tuple[Span, int]]:
+    """Yield the heads, each from its heading to its start marker, and where the search for its start ended."""
     floor = 0
     for marker in _START.finditer(text):
-        yield _head_start(text, floor, marker.start()), marker.end()
+        start, reached = _head_start(text, floor, marker.start(), at_start)
+        yield (start, marker.end()), reached
         floor = marker.end()
 
 
-def _head_start(text: str, floor: int, marker: int) -> int:
-    """Return where the head of a start marker begins, not before `floor`."""
+def _head_start(text: str, floor: int, marker: int, at_start: bool) -> tuple[int, int]:
+    """Return where the head of a start marker begins, not before `floor`, and where its first paragraph does."""
     first, reached = marker, marker
     for start, end in reversed(_paragraphs(text, floor, marker)):
         if _WORDS.search(text, start, end):
@@ -185,37 +241,41 @@ def _head_start(text: str, floor: int, marker: int) -> int:
         elif reached - start > MAX_GAP:
             break
     headings = [heading.start() for heading in _HEADING.finditer(text, floor, marker)]
-    if inside := [heading for heading in headings if heading >= first]:
-        return inside[0]
+    if later := [heading for heading in headings if heading >= first]:
+        return later[0], first
     # Without a heading, all in front of the first marker is its head, unless it is too long to be one.
-    return 0 if floor == 0 and marker <= MAX_HEAD and not headings else first
+    whole = at_start and floor == 0 and marker <= MAX_HEAD and not headings
+    return 0 if whole else first, first
 
 
-def _tails(text: str, heads: Sequence[Span]) -> Iterator[Span]:
-    """Yield the tails: each from its end marker to the end of the licence, at most to the next head."""
+def _tails(text: str, heads: Sequence[Span]) -> Iterator[tuple[Span, bool]]:
+    """Yield the tails, each from its end marker to the end of the licence, at most to the next head.
+
+    The second item tells whether the licence ends before the text does.
+    """
     reached = 0
     for marker in _END.finditer(text):
-        if marker.start() < reached or _inside(marker, heads):
+        if marker.start() < reached or inside(marker.start(), heads):
             continue
         limit = min((start for start, _ in heads if start >= marker.end()), default=len(text))
-        reached = _tail_end(text, marker, limit)
-        yield marker.start(), reached
+        reached, settled = _tail_end(text, marker, limit)
+        yield (marker.start(), reached), settled or limit < len(text)
 
 
-def _tail_end(text: str, marker: re.Match[str], limit: int) -> int:
-    """Return where the tail of an end marker ends."""
+def _tail_end(text: str, marker: re.Match[str], limit: int) -> tuple[int, bool]:
+    """Return where the tail of an end marker ends, and whether that was found before the limit."""
     reached = _line_end(text, marker.end(), limit)
     while again := _END.match(text, _next_line(text, reached)):  # often twice, in two wordings
         reached = _line_end(text, again.end(), limit)
     for start, end in _paragraphs(text, reached, limit):
         if start - reached > MAX_GAP:
-            break
+            return reached, True
         if last := _LAST.search(text, start, end):
-            return _line_end(text, last.end(), limit)
+            return _line_end(text, last.end(), limit), True
         next_one = not text[reached:start].strip()
         if (_WORDS if next_one else _LICENCE).search(text, start, end):
             reached = max(reached, end)
-    return reached
+    return reached, False
 
 
 def _line_end(text: str, position: int, limit: int) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chargpt_jax.config import DataConfig
-from chargpt_jax.data.download import Page, fetch, split_url
+from chargpt_jax.data.download import BLOCK, Page, fetch, split_url
 from chargpt_jax.data.encoding import kind_of_binary
 from chargpt_jax.errors import UserError, reason, remedy
 
@@ -89,11 +89,15 @@ def pages_of(entry: str, config: DataConfig, cache: Path, left: float) -> tuple[
     pages = []
     names, left_out = _files(entry)
     for name in names:
-        data = read_file(name, round(config.max_megabytes * 1e6), "increase data.max_megabytes, or give less text")
-        left -= len(data)
+        limit, fix = round(config.max_megabytes * 1e6), "increase data.max_megabytes, or give less text"
+        if (size := large_file(name)) and size <= limit:
+            page = Page(name, b"", path=Path(os.path.expanduser(name)))
+        else:
+            page = Page(name, read_file(name, limit, fix))
+        left -= size or len(page.data)
         if left < 0:
             raise too_large(config)
-        pages.append(Page(name, data))
+        pages.append(page)
     return "file", pages, left_out
 
 
@@ -142,6 +146,16 @@ def _is_text(path: Path) -> bool:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def large_file(name: str) -> int:
+    """Return the size of a readable file of more than one block, bytes; 0 for any other."""
+    path = os.path.expanduser(name)
+    try:
+        size = os.path.getsize(path) if os.path.isfile(path) and os.access(path, os.R_OK) else 0
+    except (OSError, ValueError):
+        return 0
+    return size if size > BLOCK else 0
 
 
 def read_file(name: str, max_bytes: int, fix: str) -> bytes:

@@ -13,7 +13,7 @@ import optax
 from chargpt_jax.config import Config, validate
 from chargpt_jax.config_io import as_dict, differences, from_dict
 from chargpt_jax.data import batches
-from chargpt_jax.data.corpus import changed_files, load_corpus
+from chargpt_jax.data.corpus import changed_files, read_corpus
 from chargpt_jax.data.sources import folders
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.devices import startup
@@ -74,13 +74,9 @@ class Run:
                 warn(
                     f"{path} has changed since this run began: the run keeps its own text; use a new --workdir for it."
                 )
-            _check_split(run)
-            _check_length(run)
+            _check_lengths(run.config, len(run.tokens), folder)
         else:
             run = cls._create(config, folder, warn, known)
-            _check_split(run)
-            _check_length(run)
-            folder.save_corpus(run.tokenizer, run.tokens, run.sources)
         folder.save_config(run.config)
         return run
 
@@ -92,14 +88,17 @@ class Run:
                     f"data.source names the folder {str(path)!r}, which holds a run or is the --workdir, and the files "
                     "of a run are no text: give another --workdir, or a folder of texts."
                 )
-        text, found = load_corpus(config.data, warn=warn)
-        tokenizer, sources = CharTokenizer({*text, *known}), [dataclasses.asdict(source) for source in found]
+        found = read_corpus(config.data, warn=warn, folder=folder.path)
+        tokenizer, sources = CharTokenizer({*found.characters, *known}), list(map(dataclasses.asdict, found.sources))
         if tokenizer.n_ids < 3:
             raise UserError(
-                f"The text of data.source has one distinct character, {text[0]!r}, but must have at least two: give "
-                "another."
+                f"The text of data.source has one distinct character, {min(found.characters)!r}, but must have at "
+                "least two: give another."
             )
-        return cls(folder, _with_vocabulary(config, tokenizer), tokenizer, tokenizer.encode_text(text), sources)
+        config = _with_vocabulary(config, tokenizer)
+        _check_lengths(config, len(found.text), folder)
+        folder.save_corpus_in_pieces(tokenizer, len(found.text), found.ids(tokenizer), sources)
+        return cls(folder, config, tokenizer, folder.load_tokens(), sources)
 
     @property
     def n_train(self) -> int:
@@ -109,8 +108,7 @@ class Run:
     @property
     def epoch_steps(self) -> int:
         """Training steps in an epoch."""
-        config = self.config
-        return batches.steps_per_epoch(self.n_train, config.model.block_size, config.data, config.ancestor.short_epochs)
+        return _epoch_steps(self.config, len(self.tokens))
 
     @property
     def total_steps(self) -> int:
@@ -218,17 +216,21 @@ def _with_vocabulary(config: Config, tokenizer: CharTokenizer) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def _check_split(run: Run) -> None:
-    batches.split(run.tokens, run.config.data.train_split, run.config.model.block_size)
+def _epoch_steps(config: Config, n_tokens: int) -> int:
+    """Return the number of training steps in an epoch of a corpus of `n_tokens`."""
+    n_train = int(config.data.train_split * n_tokens)
+    return batches.steps_per_epoch(n_train, config.model.block_size, config.data, config.ancestor.short_epochs)
 
 
-def _check_length(run: Run) -> None:
-    """Check that the schedule is not shorter than the steps already made: it may grow, but not shrink below them.
+def _check_lengths(config: Config, n_tokens: int, folder: Workdir) -> None:
+    """Check the lengths of the training and validation sets and of the schedule.
 
-    A folder beyond the schedule that is not a valid checkpoint does not count.
+    The schedule may grow, but not shrink below the steps already made. A folder beyond the schedule that is not a valid
+    checkpoint does not count.
     """
-    scheduler, total = run.config.scheduler, run.total_steps
-    with contextlib.closing(Checkpoints(run.workdir.checkpoints)) as store:
+    batches.split(np.broadcast_to(np.uint8(0), n_tokens), config.data.train_split, config.model.block_size)
+    scheduler, total = config.scheduler, optimizer.total_steps(config.scheduler, _epoch_steps(config, n_tokens))
+    with contextlib.closing(Checkpoints(folder.checkpoints)) as store:
         made = max(store.steps(), default=0)
         if made > total:
             made = max(store.valid_steps(), default=0)
@@ -236,5 +238,5 @@ def _check_length(run: Run) -> None:
         name = "epochs" if scheduler.max_steps is None else "max_steps"
         raise UserError(
             f"scheduler.{name} is {getattr(scheduler, name):g} ({total:,} training steps), but the run in "
-            f"{run.workdir.path} is already at step {made:,}: increase it, or use another --workdir."
+            f"{folder.path} is already at step {made:,}: increase it, or use another --workdir."
         )

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from chargpt_jax.config import DataConfig
 from chargpt_jax.data import corpus
-from chargpt_jax.data.corpus import Source, changed_files, load_corpus, read_text, stdlib_text, text_pieces
+from chargpt_jax.data.corpus import Source, changed_files, load_corpus, read_text, text_pieces
 from chargpt_jax.data.repair import ALL, DEFAULT
-from chargpt_jax.data.sources import entries_of
+from chargpt_jax.data.sources import entries_of, stdlib_text
 from chargpt_jax.errors import UserError
 
 STORY = "\n".join(f"CHAPTER {n}\n\nIt was day {n}, and nothing had happened yet." for n in range(1, 60))

@@ -19,8 +19,9 @@ import pytest
 
 from chargpt_jax.config import DataConfig
 from chargpt_jax.data import download
-from chargpt_jax.data.corpus import Source, load_corpus, stdlib_text
+from chargpt_jax.data.corpus import Source, load_corpus
 from chargpt_jax.data.download import Page, default_cache, fetch, keep
+from chargpt_jax.data.sources import stdlib_text
 from chargpt_jax.errors import UserError
 
 STORY = "\n".join(f"CHAPTER {n}\n\nIt was day {n}, and nothing had happened yet." for n in range(1, 60))

@@ -3,10 +3,12 @@
 import codecs
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chargpt_jax.data.encoding import UndecodableText, decode, decode_pieces, several
+from chargpt_jax.data import encoding as encodings
+from chargpt_jax.data.encoding import UndecodableText, decode, decode_in_pieces, decode_pieces, several
+from chargpt_jax.data.streams.text_file import NeedsWhole
 from chargpt_jax.errors import UserError
 
 GERMAN = "Der Käse ist größer als süß, sagte die müde Bäuerin.\n" * 5
@@ -138,3 +140,47 @@ def test_pieces_of_a_text_decode_to_the_text(text: str, encoding: str, size: int
 def test_a_bad_piece_is_refused(blocks: list[bytes], said: str) -> None:
     with pytest.raises(UserError, match=said):
         list(decode_pieces(blocks, "a"))
+
+
+# Pieces of a text of any length
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.lists(
+        st.sampled_from(["a b\n", "é", "日", "😀", "\r", "\n", "\r\n", "\x85", "charset encoding: ", "\0", "“"]),
+        max_size=30,
+    ),
+    start=st.sampled_from(["", "\ufeff", "Character set encoding: ISO-8859-1\r\n", "Character set encoding: UTF-8\n"]),
+    stored=st.sampled_from(
+        ["utf-8", "latin-1", "cp1252", "utf-16", "utf-16-le", "utf-32", "cp037", "gb18030", "shift_jis"]
+    ),
+    encoding=st.sampled_from(["", "latin-1", "cp037", "utf-8", "utf-7", "nonsense"]),
+    declared=st.sampled_from([None, "utf-8", "latin-1", "nonsense"]),
+    size=st.integers(1, 9),
+)
+def test_decode_in_pieces_equals_the_whole(text, start, stored, encoding, declared, size):
+    data = (start + "".join(text)).encode(stored, "ignore")
+    blocks = [data[:64], *(data[i : i + size] for i in range(64, len(data), size))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encodings, "DECLARED_WITHIN", 64)
+        try:
+            found = "".join(decode_in_pieces(lambda: filter(None, blocks), encoding, declared))
+        except NeedsWhole:
+            return
+        assert found == decode(data, "a.txt", encoding, declared)
+
+
+@pytest.mark.parametrize("ending", ["é", "\r", "\r\n", "日"])
+def test_decode_in_pieces_keeps_characters_at_borders_whole(ending):
+    data = ("x" * 63 + ending + "y").encode()
+    for size in (64, 65):
+        assert "".join(decode_in_pieces(lambda size=size: [data[:size], data[size:]])) == decode(data, "a.txt")
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe\xfa", b"a\0b", b"%PDF-1", b"caf\xe9 " * 20])
+def test_decode_in_pieces_leaves_errors_to_decode(data):
+    with pytest.raises(NeedsWhole):
+        list(decode_in_pieces(lambda: [data]))
+    with pytest.raises(UserError):
+        decode(data, "a.txt")

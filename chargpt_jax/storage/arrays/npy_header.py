@@ -51,12 +51,12 @@ def map_tokens(path: Path, max_bytes: int) -> np.ndarray:
         if dtype not in TOKEN_DTYPES or len(shape) != 1:
             raise ValueError("it is not a one-dimensional array of integers of 8, 16 or 32 bits")
         offset = file.tell()
-    left = path.stat().st_size - offset
-    if left != dtype.itemsize * shape[0] or left > max_bytes:
-        raise ValueError(f"its header states {shape[0]:,} characters, but {left:,} bytes follow")
-    if not left:  # an empty part of a file cannot be mapped
-        return np.zeros(0, dtype)
-    return np.asarray(np.memmap(path, dtype, "r", offset, shape))
+        left = path.stat().st_size - offset
+        if left != dtype.itemsize * shape[0] or left > max_bytes:
+            raise ValueError(f"its header states {shape[0]:,} characters, but {left:,} bytes follow")
+        if not left:  # an empty part of a file cannot be mapped
+            return np.zeros(0, dtype)
+        return np.asarray(np.memmap(file, dtype, "r", offset, shape))
 
 
 def pieces_of(array: np.ndarray) -> Iterator[np.ndarray]:
