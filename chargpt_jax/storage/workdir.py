@@ -268,7 +268,7 @@ class Workdir:
                 "again with --text_file."
             )
         try:
-            tokens = map_tokens(path, saved_json.MAX_CORPUS)
+            tokens, lowest, highest = map_tokens(path, saved_json.MAX_CORPUS)
         except MemoryError:
             raise
         except Exception as error:  # NumPy raises many types for a malformed header
@@ -276,7 +276,7 @@ class Workdir:
             fix = remedy(error, "run --mode=prepare in a new --workdir")
             raise UserError(f"{path} cannot be read ({what}): {fix}.") from error
         n_ids = self.load_tokenizer().n_ids
-        if not all(0 < piece.min() <= piece.max() < n_ids for piece in pieces_of(tokens)):
+        if len(tokens) and not 0 < lowest <= highest < n_ids:
             raise UserError(f"{path} holds unused token ids: run --mode=prepare in a new --workdir.")
         return tokens
 

@@ -36,11 +36,22 @@ def read_npy_header(file: IO[bytes]) -> NpyHeader:
     return NpyHeader(*_READERS[np.lib.format.read_magic(file)](file))
 
 
-def map_tokens(path: Path, max_bytes: int) -> np.ndarray:
+class MappedTokens(NamedTuple):
+    """Token ids in a file."""
+
+    ids: np.ndarray
+    """[N], read-only; a part of it is read from the file when it is used."""
+    lowest: int
+    """The lowest id; 0 if there is none."""
+    highest: int
+    """The highest id; 0 if there is none."""
+
+
+def map_tokens(path: Path, max_bytes: int) -> MappedTokens:
     """Map token ids [N], of one of `TOKEN_DTYPES`, into memory.
 
-    The header is compared with the size of the file first. The array is read-only. A part of it is read from the file
-    when it is used.
+    The header is compared with the size of the file first. Then the file is read once, in pieces, so that the map does
+    not occupy memory yet.
 
     Raises:
         ValueError, KeyError, SyntaxError or others: if the file holds something else, or more than `max_bytes`.
@@ -55,8 +66,11 @@ def map_tokens(path: Path, max_bytes: int) -> np.ndarray:
         if left != dtype.itemsize * shape[0] or left > max_bytes:
             raise ValueError(f"its header states {shape[0]:,} characters, but {left:,} bytes follow")
         if not left:  # an empty part of a file cannot be mapped
-            return np.zeros(0, dtype)
-        return np.asarray(np.memmap(file, dtype, "r", offset, shape))
+            return MappedTokens(np.zeros(0, dtype), 0, 0)
+        lowest, highest = np.iinfo(dtype).max, np.iinfo(dtype).min
+        while len(piece := np.fromfile(file, dtype, PIECE)):
+            lowest, highest = min(lowest, int(piece.min())), max(highest, int(piece.max()))
+        return MappedTokens(np.asarray(np.memmap(file, dtype, "r", offset, shape)), lowest, highest)
 
 
 def pieces_of(array: np.ndarray) -> Iterator[np.ndarray]:
