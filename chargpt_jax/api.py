@@ -57,7 +57,8 @@ def evaluate(workdir: str | Path | Workdir, step: str | int = "best", warn: Warn
     """Compute the loss of a trained model on the full validation set.
 
     Returns:
-        loss (nats per character), bits_per_character, bits_per_char (the same number), perplexity, tokens, split, step.
+        loss (nats per character), bits_per_character, bits_per_char (the same number), perplexity, tokens, split, step;
+        if the unit is the byte, bits_per_byte as well.
 
     Raises:
         UserError: if the workdir's config, vocabulary or corpus differs from that of the checkpoint.
@@ -79,7 +80,8 @@ def evaluate(workdir: str | Path | Workdir, step: str | int = "best", warn: Warn
         "bits_per_character": bits_per_character(loss),
         "bits_per_char": bits_per_character(loss),
         "perplexity": perplexity(loss),
-        "tokens": len(setup.tokens) - setup.n_train,
+        **({"bits_per_byte": bits_per_character(loss)} if run.config.data.unit == "byte" else {}),
+        "tokens": setup.n_validation,
         "split": "validation",
         "step": model.step,
     }
@@ -268,7 +270,7 @@ def corpus_text(workdir: str | Path | Workdir, part: str = "all") -> str:
         config = folder.load_config()
         training, validation = batches.split(tokens, config.data.train_split, config.model.block_size)
         tokens = training if part == "training" else validation
-    return folder.load_tokenizer().decode([tokens])[0]
+    return folder.load_tokenizer().text_of(tokens)
 
 
 __all__ = [

@@ -86,6 +86,11 @@ class DataConfig(Settings):
     """Source of the text, and how it is split into batches."""
 
     source: str = setting("60", "Gutenberg number, URL, text file, folder or 'stdlib'; separate several with commas")
+    unit: str = setting(
+        "character",
+        "what a token is: 'character', or 'byte' (any file, unchanged; the vocabulary is all 256 bytes)",
+        choices=("character", "byte"),
+    )
     encoding: str = setting("", "encoding of texts without a byte order mark; '': as declared, else UTF-8")
     repair: str = setting(
         "auto",
@@ -111,6 +116,9 @@ class DataConfig(Settings):
         "fraction of the corpus, from its start, used for training; the rest is the validation set",
         above=0.0,
         below=1.0,
+    )
+    test_split: float = setting(
+        0.0, "fraction of the corpus, at its end, left out of training and validation", least=0.0, below=1.0
     )
     padding_chance: float = setting(
         0.0, "probability that a training sequence starts with padding", least=0.0, most=1.0
@@ -342,6 +350,18 @@ def validate(config: Config) -> Config:
             f"optimizer.learning_rate is {rate:g}, but times muon_factor ({factor:g}) it must be at most "
             f"{MAX_FLOAT32:.1e}, the range of float32: lower it."
         )
+    if data.train_split + data.test_split >= 1.0:
+        raise UserError(
+            f"data.test_split is {data.test_split:g}, but with data.train_split ({data.train_split:g}) it must leave a "
+            "part for validation: lower one of them."
+        )
+    if data.unit == "byte":
+        for name, unset in (("repair", "auto"), ("encoding", ""), ("start_at", "")):
+            if (value := getattr(data, name)) not in (unset, "none"):
+                raise UserError(
+                    f"data.{name} is {shown(value)}, but must be {unset!r} if data.unit is 'byte', because the bytes "
+                    "stay as they are: leave it out."
+                )
     if data.batch_size % config.optimizer.accumulation_steps:
         raise UserError(
             f"optimizer.accumulation_steps is {config.optimizer.accumulation_steps}, but it must divide "

@@ -31,6 +31,8 @@ class Prepared:
     """The source that could not be downloaded, if another text is used instead of it."""
     notes: tuple[str, ...] = ()
     """What was removed from, changed or found in the texts."""
+    unit: str = "character"
+    """What is counted: 'character' or 'byte'."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ class Steps:
     """Time of training and validation so far, without interruptions."""
     seconds_left: float
     """Estimated time to the last step."""
+    unit: str = "character"
+    """What a token is: 'character' or 'byte'."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,8 @@ class Validated:
     """Whether the loss is below that of every earlier validation."""
     seconds: float
     """Time of training and validation so far, without interruptions."""
+    unit: str = "character"
+    """What a token is: 'character' or 'byte'; the loss is per token."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +210,9 @@ class Ended:
     """The number of the signal that stopped training."""
     out_of_time: bool = False
     """Whether the time limit stopped training."""
+
+    unit: str = "character"
+    """What a token is: 'character' or 'byte'."""
 
     @property
     def complete(self) -> bool:

@@ -57,6 +57,11 @@ def start_from(parent: str | Path, config: Config, workdir: str | Path | Workdir
         raise UserError(f"--from is {str(parent)!r}, the run's own --workdir: give the folder of another run.")
     model = load(parent, warn=warn)
     _check_sizes(model.config.model, config.model, parent)
+    if model.tokenizer.unit != config.data.unit:
+        raise UserError(
+            f"The tokens of the model of {parent} are {model.tokenizer.unit}s, but data.unit is {config.data.unit!r}: "
+            f"set --config.data.unit={model.tokenizer.unit}."
+        )
     with writer(folder.path):
         run = Run.prepare(config, folder, warn, known=model.tokenizer.vocabulary)
         if missing := [c for c in model.tokenizer.vocabulary if c not in run.tokenizer.vocabulary]:

@@ -53,6 +53,8 @@ def another(name: str) -> Any:
     if name in ("model.vocab_size", "model.used_ids"):
         return 64
     value, kind = FIELDS[name].default, FIELDS[name].type
+    if name == "data.test_split":  # with the default train_split, the validation set must keep a part
+        return 0.1
     if "choices" in FIELDS[name].metadata:
         return FIELDS[name].metadata["choices"][-1]
     if name in ("optimizer.accumulation_steps", "optimizer.muon_steps"):

@@ -162,7 +162,8 @@ class Session:
 def evaluate(request: Request) -> int:
     """Compute the loss on the full validation set."""
     result = api_module().evaluate(request.folder, request.step, warn)
-    text = "{loss:.4f} nats = {bits_per_character:.4f} bits per character, validation set of {tokens:,} characters"
+    unit = "byte" if "bits_per_byte" in result else "character"
+    text = f"{{loss:.4f}} nats = {{bits_per_character:.4f}} bits per {unit}, validation set of {{tokens:,}} {unit}s"
     print(as_json(result) if request.flags.json else text.format(**result) + f" (step {result['step']:,})")
     return 0
 

@@ -113,7 +113,7 @@ def sentence(event: Event) -> str | None:
             stand_in = f" (stand-in for {one_line(event.stand_in_for, MAX_TITLES)})" if event.stand_in_for else ""
             titles = one_line(", ".join(event.titles), MAX_TITLES)
             return (
-                f"corpus: {titles}{stand_in}: {event.characters:,} characters ({event.n_ids - 1} distinct); "
+                f"corpus: {titles}{stand_in}: {event.characters:,} {event.unit}s ({event.n_ids - 1} distinct); "
                 f"training set {event.n_train:,}, validation set {event.n_validation:,}{_notes(event.notes)}"
             )
         case Zoom():
@@ -143,7 +143,7 @@ def sentence(event: Event) -> str | None:
         case Validated():
             return (
                 f"validation: epoch {event.epoch:.2f}, step {event.step:,}: {event.loss:.4f} nats = "
-                f"{event.bits_per_character:.4f} bits per character{' (best)' if event.best else ''}, "
+                f"{event.bits_per_character:.4f} bits per {event.unit}{' (best)' if event.best else ''}, "
                 f"{duration(event.seconds)}"
             )
         case Sampled() if event.samples:
@@ -153,7 +153,7 @@ def sentence(event: Event) -> str | None:
         case Ended(signal=None):
             return (
                 f"done: {_steps(event.step)} in {duration(event.seconds)}, best validation loss "
-                f"{event.best_loss:.4f} nats per character"
+                f"{event.best_loss:.4f} nats per {event.unit}"
             )
         case Ended():
             return f"stopped by signal {event.signal} after step {event.step:,}; run the same command again to resume"
@@ -187,7 +187,8 @@ def numbers(event: Steps, wide: bool = True) -> str:
     if not wide:
         return f"loss {event.loss:.4f}  {speed}"
     bits = bits_per_character(event.loss)
-    return f"loss {event.loss:.4f} nats ({bits:.4f} bits/char)  rate {event.learning_rate:.2e}  {speed}"
+    unit = "char" if event.unit == "character" else event.unit
+    return f"loss {event.loss:.4f} nats ({bits:.4f} bits/{unit})  rate {event.learning_rate:.2e}  {speed}"
 
 
 class _Log:

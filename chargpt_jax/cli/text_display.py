@@ -6,6 +6,7 @@ import shutil
 from typing import TYPE_CHECKING, TextIO
 
 from chargpt_jax.cli.terminal import JOINERS, MAX_MARKS, printable, shown
+from chargpt_jax.data.tokenizer import part_reader
 from chargpt_jax.errors import UserError
 from chargpt_jax.pictures import terminal_text
 
@@ -54,6 +55,7 @@ class TextDisplay:
         self._before = ""  # the last characters that were printed: `printable` looks at them
         self._prompt = False  # whether one was added
         self._joiner: Sample | None = None  # waits for the character after it
+        self._read = part_reader()
 
     @property
     def plain(self) -> bool:
@@ -72,10 +74,16 @@ class TextDisplay:
     def add(self, part: "Sample") -> None:
         """Print the next part of a sample; rows of metrics wait until their line is complete."""
         self._prompt |= bool(part.prompt)
+        if part.unit == "byte":
+            if self.plain:
+                print(self._shown_bytes("".join(part.tokens), last=False), end="", file=self._out, flush=True)
+                return
+            part = part.spelled_out()
         self._add(part if self._joiner is None else self._joiner + part, complete=False)
 
     def end(self) -> None:
         """Print the rest of a sample whose parts were added, and a line break, if it is not plain."""
+        print(self._shown_bytes("", last=True), end="", file=self._out, flush=True)
         if self._joiner is not None:
             self._add(self._joiner, complete=True)
         self._before = ""
@@ -100,6 +108,13 @@ class TextDisplay:
         else:
             text = terminal_text.coloured(part.tokens, part.surprisal, self._look, len(part.prompt))
             print(text, end="", file=self._out, flush=True)
+
+    def _shown_bytes(self, characters: str, last: bool) -> str:
+        """Return the next bytes, given as characters, as text; a character that is not complete waits."""
+        text = self._read(characters, last)
+        if last:
+            self._read = part_reader()
+        return printable(text) if self._out.isatty() else text
 
     def _printable(self, part: "Sample", complete: bool) -> "Sample":
         """Return the next part as `printable` shows it after the text before; on a stream for files, as it is.

@@ -201,7 +201,7 @@ def score(request: Request) -> int:
         sample = model.score(noted(first), **how)
     _tell_dropped(dropped)
     if not flags.json:
-        print(_score_line(sample.loss, len(sample.tokens)) + "\n")
+        print(_score_line(sample.loss, len(sample.tokens), sample.unit) + "\n")
     _save_and_print(request, api.Samples([sample]), "scored", display)
     return 0
 
@@ -227,8 +227,8 @@ def _text_to_score(request: Request) -> Iterator[str]:
         yield request.flags.text
 
 
-def _score_line(loss: float, characters: int) -> str:
-    return f"loss {loss:.4f} nats = {bits_per_character(loss):.4f} bits per character, {characters:,} characters"
+def _score_line(loss: float, count: int, unit: str) -> str:
+    return f"loss {loss:.4f} nats = {bits_per_character(loss):.4f} bits per {unit}, {count:,} {unit}s"
 
 
 def _print_passages(request: Request, found: "Passages", display: "TextDisplay") -> None:
@@ -237,14 +237,15 @@ def _print_passages(request: Request, found: "Passages", display: "TextDisplay")
     With --subline they are printed as well.
     """
     out = sys.stderr if request.flags.json else sys.stdout
-    print(as_json(found.to_dict()) if request.flags.json else _score_line(found.loss, found.characters))
+    unit = found.samples[0].unit
+    print(as_json(found.to_dict()) if request.flags.json else _score_line(found.loss, found.characters, unit))
     paths = _saved(request, found.samples, "scored", found.to_dict())
     if not paths:
         return
-    print(f"\nThe text is long, so only passages of {len(found.samples[0].tokens):,} characters are plotted:", file=out)
+    print(f"\nThe text is long, so only passages of {len(found.samples[0].tokens):,} {unit}s are plotted:", file=out)
     for i, (start, sample, path) in enumerate(zip(found.starts, found.samples, paths, strict=True)):
         which = "surprising" if i else "first"
-        print(f"{which}, from character {start:,} ({sample.loss:.2f} nats per character): {one_line(path)}", file=out)
+        print(f"{which}, from {unit} {start:,} ({sample.loss:.2f} nats per {unit}): {one_line(path)}", file=out)
         if request.flags.subline:
             display.show(sample)
     if request.flags.subline:
@@ -281,5 +282,5 @@ def _save_and_print(
                 display.print_legend()
         if paths:
             above = name == "scored" and not request.flags.json  # the loss is printed above the text
-            loss = "" if above else f"loss {sample.loss:.4f} nats per character; "
+            loss = "" if above else f"loss {sample.loss:.4f} nats per {sample.unit}; "
             print(f"\n{loss}plot: {one_line(paths[i])}", file=sys.stderr if request.flags.json else sys.stdout)

@@ -34,34 +34,41 @@ Batch = tuple[jax.Array, jax.Array]
 """Inputs and targets, int32 [B, T] each; targets of 0 are padding and do not count."""
 
 
-def split(tokens: np.ndarray, train_split: float, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split a corpus into the training set, its leading part, and the validation set.
+def sizes(n_tokens: int, data: DataConfig) -> tuple[int, int]:
+    """Return the lengths of the training set and of the validation set, which follows it, in a corpus."""
+    n_train = int(data.train_split * n_tokens)
+    return n_train, n_tokens - n_train - int(data.test_split * n_tokens)
+
+
+def split(tokens: np.ndarray, data: DataConfig, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split a corpus into the training set, its leading part, and the validation set, which follows it.
 
     Args:
         tokens: integers [N].
-        train_split: fraction of the corpus in the training set.
+        data: train_split and test_split are used.
         block_size: T.
 
     Returns:
-        The two sets, [n] and [N - n], with n = int(train_split * N).
+        The two sets, whose lengths are those of `sizes`.
 
     Raises:
         UserError: if a set is shorter than block_size + 1 characters, or the training set is too long for an int32.
     """
-    n = int(train_split * len(tokens))
+    n, n_validation = sizes(len(tokens), data)
+    validation_set = tokens[n : n + n_validation]
     if n > MAX_TRAINING:
         raise UserError(
             f"The training part has {n:,} characters, but at most {MAX_TRAINING:,} are supported: use a shorter text, "
-            f"or a smaller data.train_split (now {train_split})."
+            f"or a smaller data.train_split (now {data.train_split})."
         )
-    for name, part in (("training", tokens[:n]), ("validation", tokens[n:])):
+    for name, part in (("training", tokens[:n]), ("validation", validation_set)):
         if len(part) < block_size + 1:
             raise UserError(
                 f"The {name} part has {len(part)} characters, but model.block_size {block_size} needs at least "
                 f"{block_size + 1}: use a longer text, a smaller block_size, or another data.train_split "
-                f"(now {train_split})."
+                f"(now {data.train_split})."
             )
-    return tokens[:n], tokens[n:]
+    return tokens[:n], validation_set
 
 
 def windows_per_pass(n_tokens: int, block_size: int) -> int:
@@ -160,7 +167,7 @@ def validation_batches(tokens: np.ndarray, n_train: int, block_size: int, batch_
     """Split the validation set into windows in which each of its characters is a target exactly once.
 
     Args:
-        tokens: integers [N], the whole corpus: the first character is predicted from the last one of the training set.
+        tokens: integers [N], training and validation set: the first character is predicted from the last one before.
         n_train: length of the training set.
         block_size: T.
         batch_size: B.

@@ -165,6 +165,13 @@ def text_pieces(path: str, config: DataConfig, warn: Callable[[str], None]) -> I
         UserError: as for `read_text`.
     """
     path = os.path.expanduser(path)
+    if config.unit == "byte":
+        read_file(path, 0, "") if not os.path.isfile(path) else None
+        with open(path, "rb") as file:
+            yield from (
+                block.decode("utf-8", "surrogateescape") for block in iter(lambda: file.read(SCORED_AT_ONCE), b"")
+            )
+        return
     size = os.path.getsize(path) if os.path.isfile(path) else 0
     if size <= MAX_SCORED:
         yield read_text(path, config, warn)

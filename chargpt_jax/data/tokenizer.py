@@ -1,11 +1,15 @@
-"""Convert characters to token ids and back, without JAX.
+"""Convert characters, or bytes, to token ids and back, without JAX.
 
 The vocabulary is the sorted set of a text's characters, after '' (padding, id 0). Sorting by code point gives each
 character the id that it has in the original.
+
+A token of a byte model is a byte. Inside the package it is written as the character of the same number, U+0000 to
+U+00FF: in vocabularies, samples and files. `from_reader` and `for_reader` convert texts from and to UTF-8.
 """
 
+import codecs
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -15,12 +19,18 @@ from chargpt_jax.errors import UserError
 PADDING = 0
 """Token id of the padding, '': it precedes short sequences, is never a target, and decodes to ''."""
 
+BYTES = tuple(map(chr, range(256)))
+"""The characters that stand for bytes. A text has no U+0000, so no vocabulary of a text has exactly these."""
+
 MAX_NAMED = 10
 """Number of characters that a message names."""
 
 
 class CharTokenizer:
     """A bijection between the characters of one vocabulary and the ids 1 to len(vocabulary) - 1."""
+
+    unit = "character"
+    """What a token is: 'character' or 'byte'."""
 
     def __init__(self, vocabulary: Iterable[str]):
         """Create a tokenizer for some characters; their order and repetitions do not matter, and '' is added."""
@@ -48,7 +58,18 @@ class CharTokenizer:
             raise ValueError("a vocabulary must be '' and then single characters")
         if any(one >= other for one, other in itertools.pairwise(names)):
             raise ValueError("its characters are not sorted and distinct")
-        return cls(names)
+        return ByteTokenizer() if tuple(names[1:]) == BYTES else cls(names)
+
+    def reader(self, missing: str = "") -> Callable[[Iterable[int], bool], str]:
+        """Return a function (ids, whether they are the last ones) -> text, for a sequence that comes in parts.
+
+        `missing` as for `decode_each`.
+        """
+        return lambda tokens, last: self.decode([tokens], missing)[0]
+
+    def text_of(self, tokens: Iterable[int]) -> str:
+        """Return the text of a sequence of ids, from which the same ids can be made."""
+        return self.decode([tokens])[0]
 
     @property
     def n_ids(self) -> int:
@@ -119,6 +140,51 @@ class CharTokenizer:
     def decode(self, tokens: Iterable[Iterable[int]], missing: str = "") -> list[str]:
         """Return one text per sequence of ids; `missing` as for `decode_each`."""
         return ["".join(strings) for strings in self.decode_each(tokens, missing)]
+
+
+class ByteTokenizer(CharTokenizer):
+    """The tokenizer of all bytes: byte b has the id b + 1."""
+
+    unit = "byte"
+
+    def __init__(self) -> None:
+        """Create the tokenizer; all of them are equal."""
+        super().__init__(BYTES)
+
+    def reader(self, missing: str = "") -> Callable[[Iterable[int], bool], str]:
+        """Return the function of `CharTokenizer.reader`; an incomplete character waits for the rest of its bytes."""
+        read = part_reader()
+        return lambda tokens, last: read(self.decode([tokens], missing)[0], last)
+
+    def text_of(self, tokens: Iterable[int]) -> str:
+        """Return the text of a sequence of ids; a byte that is not UTF-8 is a lone surrogate, as in paths."""
+        return super().text_of(tokens).encode("latin-1").decode("utf-8", "surrogateescape")
+
+
+def from_reader(text: str) -> str:
+    """Return the bytes of a text in UTF-8, as characters; a lone surrogate U+DC80 to U+DCFF stands for its last byte.
+
+    Raises:
+        UserError: if it has another lone surrogate.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("latin-1")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The text has {named(text[error.start])} at character {error.start}, which is half of a surrogate pair "
+            "and not a character: remove it."
+        ) from None
+
+
+def part_reader() -> Callable[[str, bool], str]:
+    """Return a function (bytes, whether they are the last ones) -> text like `for_reader`, for parts of a text."""
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    return lambda characters, last: decoder.decode(characters.encode("latin-1", "backslashreplace"), last)
+
+
+def for_reader(characters: str) -> str:
+    """Return the text of bytes, given as characters; bytes that are not UTF-8 are written as backslash escapes."""
+    return characters.encode("latin-1", "backslashreplace").decode("utf-8", "backslashreplace")
 
 
 def named(characters: Sequence[str]) -> str:

@@ -42,7 +42,7 @@ def check_branched(sample: Sample, at: int, alternative: str, vocab_size: int, t
             f"alternative is {named(alternative)}, which is not in the vocabulary of this model: give another "
             "character."
         )
-    unknown = [character for character in tokenizer.unknown(sample.text) if character != NO_CHARACTER]
+    unknown = [character for character in tokenizer.unknown("".join(sample.tokens)) if character != NO_CHARACTER]
     if unknown or sample.vocab_size != vocab_size:
         sizes = f"vocab_size {sample.vocab_size}, and this model has {vocab_size}"
         what = f"{named(unknown)}, not in the vocabulary of this model" if unknown else sizes

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from chargpt_jax.config import argument, shown
+from chargpt_jax.data.tokenizer import for_reader
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.alternatives import Alternatives, array_of, listed
 from chargpt_jax.generation.metrics import surprise_surprise
@@ -28,6 +29,8 @@ class Sample:
     vocab_size: int
     alternatives: Alternatives | None = None
     """What the model predicted in place of each character; None: not asked for."""
+    unit: str = "character"
+    """What a token is: 'character' or 'byte'. A byte is written as the character of the same number."""
 
     def __eq__(self, other: object) -> bool:
         """Return whether texts, metrics and alternatives are equal; NaN equals NaN."""
@@ -80,7 +83,7 @@ class Sample:
         if self.tokens != other.tokens:
             raise UserError("The samples have different texts, but a difference is of two models on one text.")
         return Difference(
-            self.tokens,
+            self.shown,
             self.surprisal - other.surprisal,
             self.entropy - other.entropy,
             self.surprise_surprise - other.surprise_surprise,
@@ -98,8 +101,29 @@ class Sample:
 
     @property
     def text(self) -> str:
-        """The complete text, prompt included."""
-        return "".join(self.tokens)
+        """The complete text, prompt included; bytes that are not UTF-8 are written as backslash escapes."""
+        text = "".join(self.tokens)
+        return for_reader(text) if self.unit == "byte" else text
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The tokens for a picture: bytes above ASCII are written as backslash escapes."""
+        if self.unit == "character":
+            return self.tokens
+        return tuple(token if token.isascii() else f"\\x{ord(token):02x}" for token in self.tokens)
+
+    def spelled_out(self) -> "Sample":
+        """Return a sample of bytes as one of characters, in which each character of `shown` has its byte's metrics."""
+        counts = list(map(len, self.shown))
+        return replace(
+            self,
+            prompt="".join(self.shown[: len(self.prompt)]),
+            tokens=tuple("".join(self.shown)),
+            surprisal=np.repeat(self.surprisal, counts),
+            entropy=np.repeat(self.entropy, counts),
+            alternatives=None,
+            unit="character",
+        )
 
     @property
     def surprise_surprise(self) -> np.ndarray:
@@ -121,6 +145,7 @@ class Sample:
             "entropy": listed(self.entropy),
             "surprise_surprise": listed(self.surprise_surprise),
             "vocab_size": self.vocab_size,
+            **({"unit": self.unit} if self.unit != "character" else {}),
             **(self.alternatives.to_dict() if self.alternatives else {}),
         }
 
@@ -140,10 +165,13 @@ class Sample:
             raise ValueError("the vocab_size of a sample must be an integer of at least 2")
         surprisal, entropy = (array_of(saved.get(name), len(tokens)) for name in ("surprisal", "entropy"))
         kept = Alternatives.from_dict(saved, len(tokens)) if "rank" in saved else None
-        return cls(saved["prompt"], tuple(tokens), surprisal, entropy, size, kept)
+        unit = saved.get("unit", "character")
+        if unit not in ("character", "byte"):
+            raise ValueError("the unit of a sample must be 'character' or 'byte'")
+        return cls(saved["prompt"], tuple(tokens), surprisal, entropy, size, kept, unit)
 
     def __repr__(self) -> str:
-        return f"Sample({self.text!r}, {self.loss:.3f} nats per character)"
+        return f"Sample({self.text!r}, {self.loss:.3f} nats per {self.unit})"
 
     def svg(self, chars_per_line: int = 80) -> str:
         """Plot the text with its entropy, surprisal and S2 below it, as SVG.
@@ -154,7 +182,7 @@ class Sample:
         columns = _checked_columns(chars_per_line)
         series = subline.metric_series(self.surprisal, self.entropy, self.surprise_surprise, self.vocab_size)
         n_prompt = len(self.prompt) if len(self.prompt) < len(self.tokens) else 0  # a scored text has no prompt
-        return subline.subline(self.tokens, series, chars_per_line=columns, n_prompt=n_prompt)
+        return subline.subline(self.shown, series, chars_per_line=columns, n_prompt=n_prompt)
 
     def _repr_html_(self) -> str:
         return live([self.svg()], [self.to_dict()])

@@ -125,6 +125,7 @@ class Model:
             for i, ids in enumerate(encoded):
                 read.append(self._read(state, i, ids))
                 on_sample(i, read[i])
+        readers = [self.tokenizer.reader(NO_CHARACTER) for _ in prompts]
         piece = STREAMED if streamed else max_new_tokens
         for done in range(0, max_new_tokens, piece):
             count = min(piece, max_new_tokens - done)
@@ -132,7 +133,7 @@ class Model:
             if on_text is not None:
                 for i, ids in enumerate(np.asarray(state.tokens)[: len(prompts)]):
                     start = lengths[i] + done
-                    on_text(i, self.tokenizer.decode([ids[start : start + count]], NO_CHARACTER)[0])
+                    on_text(i, readers[i](ids[start : start + count], done + count == max_new_tokens))
             if on_sample is not None:
                 for i, length in enumerate(lengths[: len(prompts)]):
                     on_sample(i, self._part(state, i, length + done, length + done + count))
@@ -209,7 +210,8 @@ class Model:
         if found is not None:
             likeliest = self.characters[np.asarray(found.likeliest)]
             kept = Alternatives(np.asarray(found.rank), likeliest, np.exp(found.log_p), np.asarray(found.sampled))
-        return Sample(prompt, characters, metrics.surprisal, metrics.entropy, self.config.model.vocab_size, kept)
+        size, unit = self.config.model.vocab_size, self.tokenizer.unit
+        return Sample(prompt, characters, metrics.surprisal, metrics.entropy, size, kept, unit)
 
     @functools.cached_property
     def characters(self) -> np.ndarray:

@@ -142,6 +142,11 @@ def export(
         UserError: if the format, the path or the model is invalid; no file has been written then.
     """
     path = export_place(form, out)
+    if tokenizer.unit == "byte":
+        raise UserError(
+            "The tokens of this model are bytes, but an exported model has characters: train one with "
+            "--config.data.unit=character."
+        )
     params = jax.tree.map(np.asarray, params)
     if form == "html":
         _write_page(path, html_page.page(config, tokenizer, params, about or html_page.About(path.stem)))

@@ -103,9 +103,18 @@ def _length(info: Mapping[str, Any]) -> str:
         return ""
     if characters == 0:
         return f"no text; the vocabulary has {distinct:,} characters" if distinct is not None else "no text"
-    text = f"{characters:,} characters" + (f", {distinct:,} distinct" if distinct is not None else "")
+    text = f"{characters:,} {_unit(info)}s" + (f", {distinct:,} distinct" if distinct is not None else "")
     n_train = info.get("n_train")
-    return text if n_train is None else f"{text}: {n_train:,} for training, {characters - n_train:,} for validation"
+    if n_train is None:
+        return text
+    n_validation = info.get("n_validation", characters - n_train)
+    left = characters - n_train - n_validation
+    test = f", {left:,} left out for a test" if left else ""
+    return f"{text}: {n_train:,} for training, {n_validation:,} for validation{test}"
+
+
+def _unit(info: Mapping[str, Any]) -> str:
+    return str(info.get("unit", "character"))
 
 
 def _shape(info: Mapping[str, Any]) -> str:
@@ -115,7 +124,7 @@ def _shape(info: Mapping[str, Any]) -> str:
         layers = "1 layer" if info["n_layer"] == 1 else f"{info['n_layer']:,} layers"
         parts = [f"{layers} of width {info['n_embd']:,}", f"{heads} of {info['n_head_dim']:,}"]
     if "block_size" in info:
-        parts.append(f"context {info['block_size']:,} characters")
+        parts.append(f"context {info['block_size']:,} {_unit(info)}s")
     size = f"{info['parameters']:,} parameters" if "parameters" in info else ""
     return ": ".join(filter(None, (", ".join(parts), size)))
 
@@ -142,7 +151,7 @@ def _best_loss(info: Mapping[str, Any]) -> str:
     loss, bits, step = (info.get(name) for name in ("best_loss", "best_bits_per_character", "best_step"))
     if loss is None or bits is None or step is None:
         return NOT_MEASURED
-    return f"{loss:.4f} nats = {bits:.4f} bits per character on the validation set, after step {step:,}"
+    return f"{loss:.4f} nats = {bits:.4f} bits per {_unit(info)} on the validation set, after step {step:,}"
 
 
 def _learning_rate(info: Mapping[str, Any]) -> str:
@@ -164,7 +173,7 @@ def _speed(info: Mapping[str, Any]) -> str:
         return NOT_MEASURED
     parts = [f"at best {scaled(1000 * seconds, 'ms') if seconds < 1 else scaled(seconds, 's')} per step"]
     if "characters_per_step" in info:
-        parts.append(f"{_three_digits(info['characters_per_step'] / seconds)} characters per second")
+        parts.append(f"{_three_digits(info['characters_per_step'] / seconds)} {_unit(info)}s per second")
     return ", ".join(parts) + (f"; compiled in {_three_digits(compiling)} s" if compiling is not None else "")
 
 

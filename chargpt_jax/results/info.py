@@ -26,7 +26,7 @@ from chargpt_jax.training.setup import training_mesh
 INFO = (
     *("sources", "characters", "vocabulary", "parameters", "block_size", "steps_per_epoch", "total_steps"),
     *("learning_rate", "step", "seconds", "best_step", "best_loss", "best_bits_per_character"),
-    *("devices", "dtype", "trained_on", "compile_seconds", "seconds_per_step"),
+    *("unit", "best_bits_per_byte", "devices", "dtype", "trained_on", "compile_seconds", "seconds_per_step"),
     *("flops_per_step", "flops_per_second", "mfu"),
 )
 """The facts of `info`, in this order."""
@@ -37,7 +37,8 @@ def info(workdir: str | Path | Workdir, warn: Warn = print) -> dict[str, Any]:
 
     model/flops.py defines flops_per_step. mfu is flops_per_second as a fraction of the devices' peak; None if the peak
     is not known. None before the first validation: compile_seconds, seconds_per_step, flops_per_second and mfu.
-    seconds is None if the last lines of metrics.jsonl are missing. `warn` is told which files could not be used.
+    best_bits_per_byte is None if the unit is the character. seconds is None if the last lines of metrics.jsonl are
+    missing. `warn` is told which files could not be used.
     """
     facts = all_facts(workdir, warn)
     return {name: facts[name] for name in INFO}
@@ -50,7 +51,7 @@ def all_facts(workdir: str | Path | Workdir, warn: Warn = print) -> dict[str, An
     mesh = training_mesh(config, tell=False)  # first: it also decides how many CPU devices there are
     _, like = state_shapes_of(config, compute_dtype(config.amp))
     n = int(sum(source["characters"] for source in sources))
-    n_train = int(config.data.train_split * n)
+    n_train, n_validation = batches.sizes(n, config.data)
     epoch_steps = batches.steps_per_epoch(n_train, config.model.block_size, config.data, config.ancestor.short_epochs)
     with contextlib.closing(Checkpoints(folder.checkpoints, warn=warn)) as store:
         checkpoints, best = store.valid_steps(), store.best()
@@ -61,6 +62,8 @@ def all_facts(workdir: str | Path | Workdir, warn: Warn = print) -> dict[str, An
         "source_notes": [source.get("notes", []) for source in sources],
         "characters": n,
         "n_train": n_train,
+        "n_validation": n_validation,
+        "unit": config.data.unit,
         "vocabulary": config.model.used_ids - 1,
         "parameters": count_parameters(like.params),
         **{name: getattr(config.model, name) for name in ("block_size", "n_layer", "n_embd", "n_head", "n_head_dim")},
@@ -75,6 +78,7 @@ def all_facts(workdir: str | Path | Workdir, warn: Warn = print) -> dict[str, An
         "best_step": best and best[0],
         "best_loss": best and best[1],
         "best_bits_per_character": best and bits_per_character(best[1]),
+        "best_bits_per_byte": best and bits_per_character(best[1]) if config.data.unit == "byte" else None,
         "devices": sharding.describe(mesh, jax.local_device_count()),
         "dtype": jnp.dtype(compute_dtype(config.amp)).name,
         "trained_on": speed.get("device"),

@@ -85,9 +85,9 @@ def content(folder: Workdir, warn: Warn) -> report.Content:
 
 def _lead(facts: dict[str, Any]) -> str:
     """Return what a run is, in a sentence."""
-    best, what = facts["best_loss"], f"A character-level GPT with {facts['parameters']:,} parameters."
+    best, what = facts["best_loss"], f"A {facts['unit']}-level GPT with {facts['parameters']:,} parameters."
     bits = best and bits_per_character(best)
-    return f"{what} Best validation loss: {best:.4f} nats = {bits:.4f} bits per character." if best else what
+    return f"{what} Best validation loss: {best:.4f} nats = {bits:.4f} bits per {facts['unit']}." if best else what
 
 
 def _range_test(folder: Workdir, warn: Warn) -> report.Plot | None:

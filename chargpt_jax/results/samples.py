@@ -92,6 +92,8 @@ def known_prompts(
 
     A config's prompts may be its defaults, and the text of another script: this is no reason to refuse the text.
     """
+    if tokenizer.unit == "byte":
+        return list(prompts)
     known = []
     for prompt in prompts:
         rest, dropped = without_unknown(prompt, tokenizer, repairs)

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from chargpt_jax.data import batches
 from chargpt_jax.generation.loading import load
 from chargpt_jax.generation.passages import Passages
 from chargpt_jax.storage.workdir import Workdir
@@ -43,10 +44,11 @@ def write_validation(workdir: str | Path | Workdir, warn: Warn = print) -> Valid
         if (saved := load_validation(folder)) and saved.step == model.step:
             return saved
     tokens, config = folder.load_tokens(), folder.load_config()
-    held_out = tokens[int(config.data.train_split * len(tokens)) :][:MAX_SCORED]
+    n_train, n_validation = batches.sizes(len(tokens), config.data)
+    held_out = tokens[n_train:][: min(n_validation, MAX_SCORED)]
     if len(held_out) < 2:
         return None
-    found = model.score_long([folder.load_tokenizer().decode([held_out])[0]], skip_unknown=True)
+    found = model.score_long([folder.load_tokenizer().text_of(held_out)], skip_unknown=True)
     folder.write(path_of(folder), json.dumps({"step": model.step, **found.to_dict()}) + "\n")
     return Validation(model.step, found)
 

@@ -104,7 +104,8 @@ class TrainingLoop:
                 yield self.save(UNVALIDATED)
         complete = self.step == self.total_steps == self.validated_step
         out_of_time = self.condition.out_of_time and not complete
-        yield Ended(self.step, self.seconds, self.best_loss, self.condition.signal, out_of_time)
+        unit = self.run.config.data.unit
+        yield Ended(self.step, self.seconds, self.best_loss, self.condition.signal, out_of_time, unit)
 
     def started(self) -> TrainStarted:
         """Return the event that describes the model, the schedule and the losses logged so far."""
@@ -161,12 +162,14 @@ class TrainingLoop:
             bits_per_character(loss),
             loss < self.best_loss,
             self.seconds,
+            self.run.config.data.unit,
         )
         self.best_loss, self.validated_step = min(self.best_loss, loss), self.step
         with excused(str(self.run.workdir.speed), self.warn):
             if math.isfinite(self.size.seconds_per_step):
                 self.run.workdir.save_speed(speed(self.compiled, self.size, self.setup))
-        self.log.add([{"event": "validation", **dataclasses.asdict(found)}], durably=True)
+        facts = {name: value for name, value in dataclasses.asdict(found).items() if name != "unit"}
+        self.log.add([{"event": "validation", **facts}], durably=True)
         return found
 
     def save(self, loss: float) -> Saved:
@@ -253,6 +256,7 @@ class TrainingLoop:
             tokens_per_second=config.data.batch_size * config.model.block_size / self.size.seconds_per_step,
             seconds=self.seconds,
             seconds_left=(self.total_steps - self.step) * self.size.seconds_per_step,
+            unit=config.data.unit,
         )
 
 

@@ -15,7 +15,7 @@ from chargpt_jax.config_io import as_dict, differences, from_dict
 from chargpt_jax.data import batches
 from chargpt_jax.data.corpus import changed_files, read_corpus
 from chargpt_jax.data.sources import folders
-from chargpt_jax.data.tokenizer import CharTokenizer
+from chargpt_jax.data.tokenizer import ByteTokenizer, CharTokenizer
 from chargpt_jax.devices import startup
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import Prepared
@@ -89,7 +89,8 @@ class Run:
                     "of a run are no text: give another --workdir, or a folder of texts."
                 )
         found = read_corpus(config.data, warn=warn, folder=folder.path)
-        tokenizer, sources = CharTokenizer({*found.characters, *known}), list(map(dataclasses.asdict, found.sources))
+        tokenizer = ByteTokenizer() if config.data.unit == "byte" else CharTokenizer({*found.characters, *known})
+        sources = list(map(dataclasses.asdict, found.sources))
         if tokenizer.n_ids < 3:
             raise UserError(
                 f"The text of data.source has one distinct character, {min(found.characters)!r}, but must have at "
@@ -103,7 +104,7 @@ class Run:
     @property
     def n_train(self) -> int:
         """Characters in the training set."""
-        return int(self.config.data.train_split * len(self.tokens))
+        return batches.sizes(len(self.tokens), self.config.data)[0]
 
     @property
     def epoch_steps(self) -> int:
@@ -139,11 +140,12 @@ class Run:
             titles=tuple(source["title"] for source in self.sources),
             characters=len(self.tokens),
             n_train=self.n_train,
-            n_validation=len(self.tokens) - self.n_train,
+            n_validation=batches.sizes(len(self.tokens), self.config.data)[1],
             n_ids=self.tokenizer.n_ids,
             vocab_size=self.config.model.vocab_size,
             stand_in_for=next((source["stand_in_for"] for source in self.sources if source["stand_in_for"]), None),
             notes=_notes(self.sources),
+            unit=self.config.data.unit,
         )
 
 
@@ -218,7 +220,7 @@ def _with_vocabulary(config: Config, tokenizer: CharTokenizer) -> Config:
 
 def _epoch_steps(config: Config, n_tokens: int) -> int:
     """Return the number of training steps in an epoch of a corpus of `n_tokens`."""
-    n_train = int(config.data.train_split * n_tokens)
+    n_train, _ = batches.sizes(n_tokens, config.data)
     return batches.steps_per_epoch(n_train, config.model.block_size, config.data, config.ancestor.short_epochs)
 
 
@@ -228,7 +230,7 @@ def _check_lengths(config: Config, n_tokens: int, folder: Workdir) -> None:
     The schedule may grow, but not shrink below the steps already made. A folder beyond the schedule that is not a valid
     checkpoint does not count.
     """
-    batches.split(np.broadcast_to(np.uint8(0), n_tokens), config.data.train_split, config.model.block_size)
+    batches.split(np.broadcast_to(np.uint8(0), n_tokens), config.data, config.model.block_size)
     scheduler, total = config.scheduler, optimizer.total_steps(config.scheduler, _epoch_steps(config, n_tokens))
     with contextlib.closing(Checkpoints(folder.checkpoints)) as store:
         made = max(store.steps(), default=0)

@@ -174,6 +174,7 @@ class Setup:
     tokens: np.ndarray
     """Integers [N] of any width, the whole corpus."""
     n_train: int
+    n_validation: int
     vocabulary: tuple[str, ...]
     graphdef: nnx.GraphDef[Any]
     shapes: Params
@@ -199,7 +200,7 @@ class Setup:
         """Build the model of a config for a corpus, integers [N]; `attention` is that of training steps."""
         mesh = training_mesh(config)
         dtype = compute_dtype(config.amp)
-        train, _ = batches.split(tokens, config.data.train_split, config.model.block_size)
+        train, validation = batches.split(tokens, config.data, config.model.block_size)
         on_device = jax.device_put(train, sharding.replicated(mesh))
         graphdef, shapes, initial_params = plan(
             config.model,
@@ -207,7 +208,8 @@ class Setup:
             choose.ops_for(dtype, config.model.attention_block, attention=attention),
             compiler_options=compiler_options(mesh),
         )
-        return cls(config, tokens, len(train), vocabulary, graphdef, shapes, initial_params, dtype, mesh, on_device)
+        lengths = len(train), len(validation)
+        return cls(config, tokens, *lengths, vocabulary, graphdef, shapes, initial_params, dtype, mesh, on_device)
 
     def params_of(self, checkpoints: Path, step: int) -> Params:
         """Read the parameters of a checkpoint, on one device.
@@ -267,16 +269,17 @@ class Setup:
         """Return the function from a step to its validation inputs and targets, int32 [batches, B, T]."""
         block_size, batch_size = self.config.model.block_size, self.config.data.batch_size
         # Short batches are merged: validation stores no activations, and each dispatch has a fixed cost.
-        characters = min(VALIDATED_AT_ONCE, len(self.tokens) - self.n_train)
+        characters = min(VALIDATED_AT_ONCE, self.n_validation)
         batch_size *= max(1, characters // (batch_size * block_size))
-        windows = batches.validation_batches(self.tokens, self.n_train, block_size, batch_size)
+        tokens = self.tokens[: self.n_train + self.n_validation]
+        windows = batches.validation_batches(tokens, self.n_train, block_size, batch_size)
         return lambda step: windows
 
     def _crops(self) -> Callable[[int], tuple[np.ndarray, ...]]:
         """Return the same function for validation like the original's: new random crops at each step."""
         data = self.config.data
         draw = jax.jit(partial(batches.validation_crops, block_size=self.config.model.block_size, data=data))
-        validation_set, key = self.tokens[self.n_train :], jax.random.key(self.config.seed)
+        validation_set, key = self.tokens[self.n_train :][: self.n_validation], jax.random.key(self.config.seed)
         return lambda step: jax.device_get(draw(validation_set, validation_key(key, step)))
 
     def record(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from chargpt_jax.config import DataConfig
 from chargpt_jax.data.batches import (
     batch_at,
     shuffled,
+    sizes,
     split,
     steps_per_epoch,
     validation_batches,
@@ -47,9 +48,9 @@ def test_the_split_is_contiguous_and_complete(n, share, block_size):
     cut = int(share * n)
     if min(cut, n - cut) < block_size + 1:
         with pytest.raises(UserError):
-            split(tokens, share, block_size)
+            split(tokens, DataConfig(train_split=share), block_size)
         return
-    train, validation_set = split(tokens, share, block_size)
+    train, validation_set = split(tokens, DataConfig(train_split=share), block_size)
     assert len(train) == cut
     assert np.concatenate([train, validation_set]).tolist() == tokens.tolist()
 
@@ -57,10 +58,10 @@ def test_the_split_is_contiguous_and_complete(n, share, block_size):
 @pytest.mark.parametrize(("share", "name", "length"), [(0.05, "training", 5), (0.95, "validation", 5)])
 def test_split_shorter_than_a_window_is_rejected(share, name, length):
     with pytest.raises(UserError) as error:
-        split(np.arange(100), share, 5)
+        split(np.arange(100), DataConfig(train_split=share), 5)
     for words in (f"The {name} part has {length} characters", "block_size 5", "at least 6", str(share)):
         assert words in str(error.value)
-    split(np.arange(100), share, 4)
+    split(np.arange(100), DataConfig(train_split=share), 4)
 
 
 @settings(max_examples=100, deadline=None)
@@ -76,11 +77,20 @@ def test_each_validation_token_is_a_target_once(n_train, n_validation, block_siz
     assert (targets != 0).any(axis=(1, 2)).all()
 
 
+@settings(deadline=None)
+@given(st.integers(60, 500), st.floats(0.3, 0.6), st.floats(0.0, 0.3))
+def test_split_leaves_the_end_for_a_test(n, share, test):
+    data = DataConfig(train_split=share, test_split=test)
+    train, validation_set = split(np.arange(n), data, 2)
+    assert (len(train), len(validation_set)) == sizes(n, data)
+    assert np.concatenate([train, validation_set]).tolist() == list(range(n - int(test * n)))
+
+
 def test_split_with_too_many_training_characters_is_rejected():
     tokens = np.broadcast_to(np.uint8(1), (2**32,))
     with pytest.raises(UserError, match=r"has 2,147,483,648 characters, but at most 2,147,483,647 .* \(now 0\.5\)"):
-        split(tokens, 0.5, 5)
-    assert len(split(tokens, 0.4, 5)[0]) == int(0.4 * 2**32)
+        split(tokens, DataConfig(train_split=0.5), 5)
+    assert len(split(tokens, DataConfig(train_split=0.4), 5)[0]) == int(0.4 * 2**32)
 
 
 # Training

@@ -1,11 +1,14 @@
 """Properties of the tokenizer, over all of Unicode."""
 
+import contextlib
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from chargpt_jax.data.tokenizer import PADDING, CharTokenizer
+from chargpt_jax.data.tokenizer import PADDING, ByteTokenizer, CharTokenizer, for_reader, from_reader
 from chargpt_jax.errors import UserError
 
 ODD = st.sampled_from("\0\ud800\udfff\ud83d\ude00\U0001f600\U0010ffff\r\né")
@@ -99,3 +102,43 @@ def test_vocab_size_is_a_multiple_of_64(characters, rows):
     tokenizer = CharTokenizer(map(chr, range(1000, 1000 + characters)))
     assert tokenizer.n_ids == characters + 1
     assert tokenizer.vocab_size == rows
+
+
+# Bytes
+
+
+@few
+@given(st.binary(min_size=1))
+def test_bytes_survive_the_way_to_a_reader_and_back(data):
+    tokenizer, characters = ByteTokenizer(), data.decode("latin-1")
+    ids = tokenizer.encode_text(characters)
+    assert ids.tolist() == [byte + 1 for byte in data]
+    assert from_reader(tokenizer.text_of(ids)) == characters
+    with contextlib.suppress(UnicodeDecodeError):
+        assert for_reader(characters) == tokenizer.text_of(ids) == data.decode()
+
+
+@few
+@given(st.binary(), st.lists(st.integers(0, 40)))
+def test_bytes_in_parts_read_like_the_whole(data, borders):
+    characters = data.decode("latin-1")
+    read, at = ByteTokenizer().reader(), [0, *sorted(min(border, len(data)) for border in borders), len(data)]
+    parts = [ByteTokenizer().encode_text(characters[i:j]) for i, j in itertools.pairwise(at)]
+    assert "".join(read(part, number == len(parts) - 1) for number, part in enumerate(parts)) == for_reader(characters)
+
+
+def test_bytes_that_are_not_utf8_are_read_as_escapes():
+    assert for_reader("caf\xe9 \xc3\xa9 \xe2\x82") == r"caf\xe9 é \xe2\x82"
+    assert "\ufffd" not in for_reader("".join(map(chr, range(256))))
+
+
+def test_saved_vocabulary_of_all_bytes_is_that_of_bytes():
+    assert CharTokenizer.from_saved(["", *map(chr, range(256))]).unit == "byte"
+    assert CharTokenizer.from_saved(["", *map(chr, range(1, 257))]).unit == "character"
+    assert ByteTokenizer().vocabulary == CharTokenizer(map(chr, range(256))).vocabulary
+
+
+def test_a_lone_surrogate_that_is_no_byte_is_refused():
+    assert from_reader("a\udcff") == "a\xff"
+    with pytest.raises(UserError, match=r"U\+D800.* at character 1, .* remove it"):
+        from_reader("a\ud800")

@@ -41,8 +41,9 @@ class Source:
     url: str
     """The address, the file's path as it was given, or 'python:pydoc_data.topics'."""
     sha256: str
-    """Of the UTF-8 of this source's final text, in hexadecimal."""
+    """Of the UTF-8 of this source's final text, or of its bytes if these are the tokens, in hexadecimal."""
     characters: int
+    """Number of characters, or of bytes."""
     fixes: tuple[tuple[str, str], ...]
     """Encoding errors that ftfy repaired: pairs of action and parameter, in order."""
     stand_in_for: str | None = None
@@ -77,6 +78,9 @@ class Parts:
             page: the text.
             notes: on its source.
         """
+        if self._config.unit == "byte":
+            self._add_bytes(kind, page, notes)
+            return
         length = len(self.out)
         try:
             if self._start.pattern:
@@ -89,6 +93,16 @@ class Parts:
             self.out.truncate(length)
             text = decode(page.content(), page.url, self._config.encoding, page.charset)
             self._finish(kind, page, self._begun(kind, page, text), notes)
+
+    def _add_bytes(self, kind: str, page: Page, notes: Sequence[str]) -> None:
+        """Add the bytes of a text as they are."""
+        written = self._write(block.decode("latin-1") for block in page.blocks())
+        if not written.characters:
+            raise UserError(f"{page.url} is empty, but must be a text: give another.")
+        title = Path(page.url).stem if kind == "file" else unquote(urlsplit(page.url).path).rpartition("/")[2]
+        url, digest = _without_password(page.url), _sha256(page.blocks())
+        file_sha256 = digest if kind == "file" else None
+        self._describe(written, title or url, kind, url, (), sha256=digest, notes=tuple(notes), file_sha256=file_sha256)
 
     def _begun(self, kind: str, page: Page, text: str) -> "Trimmed":
         """Return a text in memory from the match of `start_at` on, without what belongs to Project Gutenberg."""
@@ -142,8 +156,8 @@ class Parts:
     def _describe(self, written: "_Written", *about: Any, **further: Any) -> None:
         title, kind, url, fixes = about
         self.characters |= written.distinct | ({"\n"} if self.sources else set())
-        digest = written.sha256.hexdigest()
-        self.sources.append(Source(title, kind, url, digest, written.characters, fixes, **further))
+        facts: dict[str, Any] = {"sha256": written.sha256.hexdigest(), "characters": written.characters} | further
+        self.sources.append(Source(title, kind, url, fixes=fixes, **facts))
 
 
 class _Written:
