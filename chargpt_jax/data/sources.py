@@ -13,6 +13,9 @@ from chargpt_jax.data.download import BLOCK, Page, fetch, split_url
 from chargpt_jax.data.encoding import kind_of_binary
 from chargpt_jax.errors import UserError, reason, remedy
 
+PLACES = {name: f"https://mattmahoney.net/dc/{name}.zip" for name in ("enwik8", "enwik9", "text8")}
+"""Where to get the files of well-known benchmarks."""
+
 
 def stdlib_text() -> str:
     """Return the help texts that ship with Python, in printable ASCII: every version needs equally many embeddings."""
@@ -105,6 +108,11 @@ def _files(entry: str) -> tuple[list[str], tuple[str, ...]]:
     """Return the path of a file, or the paths of the texts in a folder, by name, and a note on the other items."""
     path = Path(os.path.expanduser(entry))
     if not exists(entry):
+        if place := PLACES.get(path.name):
+            raise UserError(
+                f"data.source names the file {entry!r}, but it does not exist: download {place}, unpack it, and set "
+                "--config.data.source to its path."
+            )
         raise UserError(
             f"data.source names the path {entry!r}, but it does not exist: correct it, or give a Gutenberg number, a "
             "URL or 'stdlib'."

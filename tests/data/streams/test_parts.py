@@ -9,7 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chargpt_jax.config import DataConfig
+from chargpt_jax.config_io import load_config
 from chargpt_jax.data import download, gutenberg, sources
+from chargpt_jax.data.batches import sizes
 from chargpt_jax.data.corpus import Corpus, load_corpus, read_corpus
 from chargpt_jax.data.repair import may_be_bad
 from chargpt_jax.data.streams import licences, text_file
@@ -100,3 +102,19 @@ def test_bytes_of_an_empty_file_are_refused(tmp_path):
     path.touch()
     with pytest.raises(UserError, match="is empty, but must be a text: give another"):
         corpus(path, unit="byte")
+
+
+@pytest.mark.parametrize("name", ["enwik8", "text8"])
+def test_missing_benchmark_file_is_answered_with_its_address(tmp_path, name):
+    with pytest.raises(
+        UserError, match=rf"does not exist: download https://mattmahoney\.net/dc/{name}\.zip, unpack it"
+    ):
+        corpus(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["enwik8", "text8"])
+def test_benchmark_config_has_the_split_of_the_literature(name):
+    data = load_config(name).data
+    assert sizes(100_000_000, data) == (90_000_000, 5_000_000)
+    assert data.max_megabytes * 1e6 >= 100_000_000
+    assert (data.unit == "byte") == (name == "enwik8")
