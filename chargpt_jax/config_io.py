@@ -189,7 +189,8 @@ def find_config(name: str | os.PathLike[str]) -> Path:
     name = os.fsdecode(name)
     try:
         path = Path(name).expanduser()
-        if path.is_file():
+        is_file = path.is_file()
+        if is_file and path.suffix:  # without one it may be a text, such as enwik8
             return path
         exists, saved = path.exists(), path / "config.json"
         run = saved if saved.is_file() else None
@@ -202,6 +203,8 @@ def find_config(name: str | os.PathLike[str]) -> Path:
     shipped = {p.stem: p for p in sorted(folder.glob("*.py")) if not p.stem.startswith("_") and folder != here}
     if path.parent == Path() and path.suffix in ("", ".py") and path.stem in shipped:
         return shipped[path.stem]
+    if is_file:
+        return path
     if run is not None:
         return run
     fault = "there is no such file"

@@ -524,3 +524,9 @@ def test_folder_of_a_run_is_a_config_unless_a_shipped_one_has_its_name(tmp_path,
 def test_something_else_than_a_config_is_refused(given):
     with pytest.raises(UserError, match="The config is .*, but it must be a Config: use chargpt_jax.load_config"):
         validate(given)
+
+
+def test_a_text_with_the_name_of_a_shipped_config_is_not_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "enwik8").write_text("<mediawiki>")
+    assert load_config("enwik8").data.unit == "byte"
