@@ -66,6 +66,16 @@ def test_same_text_starts_with_the_parents_loss(parent, tmp_path):
     assert started == trained
 
 
+def test_parent_with_another_unit_is_refused(parent, tmp_path):
+    config = config_for(parent)
+    config.data.unit = "byte"
+    with pytest.raises(
+        UserError, match=r"are characters, but data\.unit is 'byte': set --config\.data\.unit=character"
+    ):
+        start_from(parent / "run", config, tmp_path / "run", quiet)
+    assert not (tmp_path / "run").exists()
+
+
 def test_new_characters_get_initial_embeddings_and_old_ones_stay(parent, tmp_path):
     config = config_for(parent, "ab ba xyz zyx " * 300)
     start_from(parent / "run", config, tmp_path / "run", quiet)

@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-MAX_CORPUS = 4 << 30
-"""Maximum size of the values in tokens.npy, bytes: 4e9 characters if the vocabulary has at most 255."""
-
+MAX_CORPUS = 16 << 30
+"""Maximum size of the values in tokens.npy, bytes: 17e9 characters if the vocabulary has at most 255."""
 
 LISTS = ("repairs", "notes")
 """Fields of a source that earlier versions did not write."""
