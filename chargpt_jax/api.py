@@ -268,7 +268,7 @@ def corpus_text(workdir: str | Path | Workdir, part: str = "all") -> str:
         raise UserError(f"part is {shown(part)}, but it must be 'all', 'training' or 'validation': choose one.")
     if part != "all":
         config = folder.load_config()
-        training, validation = batches.split(tokens, config.data.train_split, config.model.block_size)
+        training, validation = batches.split(tokens, config.data, config.model.block_size)
         tokens = training if part == "training" else validation
     return folder.load_tokenizer().text_of(tokens)
 
