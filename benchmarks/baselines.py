@@ -45,12 +45,22 @@ UNITS = {
 TIMEOUT_SECONDS = 1200.0
 """A sample that takes longer fails."""
 
+MEASURED = tuple(name for name, (_, variant) in IMPLEMENTATIONS.items() if "nondeterministic" not in variant)
+"""The implementations to measure by default; benchmarks/accelerator.py measures the others."""
+
 Row = dict[str, Any]
 """implementation, config, round, and the figures of the sample or an `error`."""
 
 
-def child(task: dict[str, Any], environment: dict[str, str] | None = None) -> tuple[dict[str, float], float]:
+def child(
+    task: dict[str, Any], environment: dict[str, str] | None = None, timeout: float = TIMEOUT_SECONDS
+) -> tuple[dict[str, Any], float]:
     """Take a sample in a new process; return its figures and the seconds until it printed them.
+
+    Args:
+        task: for `sample` of implementations.py.
+        environment: further environment variables.
+        timeout: seconds after which the process is ended.
 
     Raises:
         RuntimeError: if the process fails, with the last line of its standard error.
@@ -63,11 +73,11 @@ def child(task: dict[str, Any], environment: dict[str, str] | None = None) -> tu
             command, text=True, env={**os.environ, **(environment or {})}, **{**pipes, "stderr": errors}
         )
         try:
-            out, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+            out, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            raise RuntimeError(f"no result within {TIMEOUT_SECONDS:g} s") from None
+            raise RuntimeError(f"no result within {timeout:g} s") from None
         seconds = time.perf_counter() - began
         if process.returncode:
             errors.seek(0)
@@ -75,15 +85,20 @@ def child(task: dict[str, Any], environment: dict[str, str] | None = None) -> tu
     return json.loads(out.strip().splitlines()[-1]), seconds
 
 
+def caching(folder: str) -> dict[str, str]:
+    """Return the environment variables with which JAX and PyTorch cache all their compiled programs in a folder."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": folder,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "TORCHINDUCTOR_CACHE_DIR": folder,
+    }
+
+
 def starts(task: dict[str, Any]) -> dict[str, float]:
     """Start twice with one compilation cache: cold, then warm."""
     with tempfile.TemporaryDirectory() as cache:
-        environment = {
-            "JAX_COMPILATION_CACHE_DIR": cache,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "TORCHINDUCTOR_CACHE_DIR": cache,
-        }
+        environment = caching(cache)
         found = {state: child(task, environment) for state in ("cold", "warm")}
     return {
         **{f"{state}_seconds": seconds for state, (_, seconds) in found.items()},
@@ -228,7 +243,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for kind in NOTES:
         parser.add_argument(f"--{kind}", default="", metavar="DIR")
-    parser.add_argument("--implementations", default=";".join(IMPLEMENTATIONS), help="separate several with ;")
+    parser.add_argument("--implementations", default=";".join(MEASURED), help="separate several with ;")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--configs", default=",".join(BATCH_SIZES))
     parser.add_argument("--measures", default="training,start,generation")

@@ -8,12 +8,14 @@ clipping of the config, for all implementations. NOTES lists what a baseline doe
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ BATCH_SIZES = {"small": 4, "nanogpt_baby": 8, "nanogpt_cpu": 12}
 IMPLEMENTATIONS = {
     "chargpt_jax": ("chargpt_jax", ""),
     "chargpt_jax, bfloat16": ("chargpt_jax", "bfloat16"),
+    "chargpt_jax, bfloat16, nondeterministic": ("chargpt_jax", "bfloat16 nondeterministic"),
     "nanoGPT": ("nanogpt", ""),
     "nanoGPT, compiled": ("nanogpt", "compiled"),
     "nanoGPT, bfloat16": ("nanogpt", "bfloat16"),
@@ -42,7 +45,8 @@ IMPLEMENTATIONS = {
 }
 """By name in the tables: the code, and the variant; '' is float32 without torch.compile.
 
-On a GPU, PyTorch's float32 is TF32, as in nanoGPT's train.py; float32 of chargpt_jax stays float32."""
+On a GPU, PyTorch's float32 is TF32, as in nanoGPT's train.py; float32 of chargpt_jax stays float32. "nondeterministic"
+trains without XLA's deterministic kernels, which changes the programs for a GPU only."""
 
 NOTES = {
     "nanogpt": "learned positions; heads of n_embd / n_head: in small they are 4 wide, half of the attention's work",
@@ -71,6 +75,15 @@ def config_for(name: str, accelerated: bool = False) -> Config:
     return config
 
 
+def config_of(task: dict[str, Any]) -> Config:
+    """Return the config of a task: a shipped one, with the task's `fields`, {"section.field": value}."""
+    config = config_for(task["config"], task.get("accelerated", False))
+    for name, value in task.get("fields", {}).items():
+        section, field = name.split(".")
+        setattr(getattr(config, section), field, value)
+    return config
+
+
 def corpus(config: Config) -> np.ndarray:
     """Return random token ids, int32 [TRAINED_ON]: their values do not change the time."""
     return np.random.default_rng(0).integers(1, config.model.used_ids, TRAINED_ON, dtype=np.int32)
@@ -85,12 +98,15 @@ class ChargptJax:
 
         startup.use_every_core()
         self.config = config
-        config.amp.enabled, config.amp.dtype = True, variant or "float32"
+        config.amp.enabled, config.amp.dtype = True, "bfloat16" if "bfloat16" in variant else "float32"
+        if "nondeterministic" in variant:
+            from chargpt_jax.devices import platform
 
-    def trainer(self) -> TrainSteps:
-        """Compile training; each call is one dispatch, with as many steps as in a real training."""
+            platform.ON_GPU["xla_gpu_deterministic_ops"] = False
+
+    def compiled(self) -> tuple[Any, Any, Any]:
+        """Compile training; return the function of a dispatch, the first state and the training set on the device."""
         from chargpt_jax.training import optimizer
-        from chargpt_jax.training.pacing import DispatchSize
         from chargpt_jax.training.setup import Setup, jit_train_steps
 
         config = self.config
@@ -101,18 +117,36 @@ class ChargptJax:
         lowered = jit_train_steps(config, setup.graphdef, tx, setup.mesh, shapes).lower(
             shapes, setup.on_device, np.int32(1)
         )
-        state = initial_state.result()
-        dispatch, pace = lowered.compile(), DispatchSize(config)
+        return lowered.compile(), initial_state.result(), setup.on_device
+
+    def trainer(self) -> TrainSteps:
+        """Compile training; each call is one dispatch, with as many steps as in a real training."""
+        from chargpt_jax.training.pacing import DispatchSize
+
+        dispatch, state, tokens = self.compiled()
+        pace = DispatchSize(self.config)
 
         def train_steps() -> int:
             nonlocal state
             began, count = time.perf_counter(), pace.steps
-            state, history = dispatch(state, setup.on_device, np.int32(count))
+            state, history = dispatch(state, tokens, np.int32(count))
             np.asarray(history["loss"])
             pace.record(time.perf_counter() - began, count)
             return count
 
         return train_steps
+
+    def digest(self, dispatches: Sequence[int]) -> str:
+        """Train in dispatches of these numbers of steps; return the sha256 of the parameters and optimizer state."""
+        import jax
+
+        dispatch, state, tokens = self.compiled()
+        for count in dispatches:
+            state, _ = jax.block_until_ready(dispatch(state, tokens, np.int32(count)))
+        found = hashlib.sha256()
+        for array in jax.tree.leaves(jax.device_get((state.params, state.opt_state))):
+            found.update(np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()
 
     def generator(self, prompt: int, count: int, batch: int) -> Callable[[int], None]:
         """Return a function that generates up to `count` tokens, with metrics, after equal prompts."""
@@ -409,33 +443,51 @@ def training(implementation: Any, config: Config, seconds: float) -> dict[str, f
     return {"tokens_per_second": rate, "peak_mib": peak_mib(), "own_mib": peak_mib() - before, **device()}
 
 
-def generation(implementation: Any, prompt: int, count: int, batch: int) -> dict[str, float]:
-    """Generate a few tokens, which compiles, then time the full generation.
+def generation(implementation: Any, prompt: int, count: int, batch: int, repeats: int = 1) -> dict[str, Any]:
+    """Generate a few tokens, which compiles, then time the full generation `repeats` times.
 
-    Returns tokens/s over all sequences of the batch, and the seconds of both together.
+    Returns tokens/s over all sequences of the batch (the median), the seconds up to the end of the first full
+    generation, and the name and peak memory of a GPU.
     """
     generate = implementation.generator(prompt, count, batch)
     start = time.perf_counter()
     generate(min(count, WARM_UP))
-    began = time.perf_counter()
-    generate(count)
-    ended = time.perf_counter()
-    return {"tokens_per_second": batch * count / (ended - began), "first_seconds": ended - start}
+    times = [time.perf_counter()]
+    for _ in range(repeats):
+        generate(count)
+        times.append(time.perf_counter())
+    seconds = statistics.median(ended - began for began, ended in pairwise(times))
+    return {"tokens_per_second": batch * count / seconds, "first_seconds": times[1] - start, **device()}
 
 
-def sample(task: dict[str, Any]) -> dict[str, float]:
+def found_devices() -> dict[str, str]:
+    """Return the device that JAX computes on, and the one of PyTorch: its name, 'cpu' or 'absent'."""
+    import jax
+
+    try:
+        import torch
+    except ImportError:
+        other = "absent"
+    else:
+        other = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"jax": jax.local_devices()[0].device_kind, "torch": other}
+
+
+def sample(task: dict[str, Any]) -> dict[str, Any]:
     """Measure what a task describes."""
+    if task["measure"] == "devices":
+        return found_devices()
     kind, variant = IMPLEMENTATIONS[task["implementation"]]
-    config = config_for(task["config"], task.get("accelerated", False))
-    for name, value in task.get("model", {}).items():
-        setattr(config.model, name, value)
+    config = config_of(task)
     implementation = CLASSES[kind](config, variant, Path(task["folder"]) if task.get("folder") else None)
     if task["measure"] == "training":
         return training(implementation, config, task["seconds"])
     if task["measure"] == "start":
         implementation.trainer()()
         return {"mib": peak_mib()}
-    return generation(implementation, task["prompt"], task["count"], task["batch"])
+    if task["measure"] == "digest":
+        return {"digest": implementation.digest(task["dispatches"])}
+    return generation(implementation, task["prompt"], task["count"], task["batch"], task.get("repeats", 1))
 
 
 if __name__ == "__main__":
