@@ -53,13 +53,18 @@ def test_every_config_is_in_the_table_and_opens_with_its_command(name):
     assert load_config(name)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "docs/look.md", "docs/export.md", "docs/texts.md"])
+WITH_COMMANDS = [
+    "README.md",
+    *("docs/recipes.md", "docs/look.md", "docs/export.md", "docs/texts.md", "docs/scaling.md", "docs/devices.md"),
+]
+OTHER_PROGRAMS = ("pip install ", "tensorboard ", "modal ", "`python -m bench", "python -m bench")
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS)
 def test_flags_and_fields_in_commands_exist(page):
     flags, fields = set(define_flags()) | {"config"}, set(flatten(load_config("small")))
     lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
-    own = "\n".join(
-        line for line in lines if not line.startswith(("pip install -e", "tensorboard ", "modal ", "`python -m bench"))
-    )
+    own = "\n".join(line for line in lines if not line.startswith(OTHER_PROGRAMS))
     for word in re.findall(r"--([\w.]+)", own):
         name = word.rstrip(".")
         if name.startswith("config."):
