@@ -359,7 +359,7 @@ class Session:
         except RuntimeError as error:
             seconds = time.monotonic() - began
             return key | {"error": str(error), "measure": task["measure"], "size": self.size, "seconds": seconds}
-        kept = {name: figures[name] for name in ("device", "device_mib") if name in figures}
+        kept: Row = {name: figures[name] for name in ("device", "device_mib") if name in figures}
         seconds = time.monotonic() - began
         return key | {"size": self.size, "seconds": seconds, part.figure: figures["tokens_per_second"], **kept}
 
