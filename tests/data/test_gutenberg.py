@@ -174,6 +174,13 @@ PIECES = st.sampled_from(
 )
 
 
+def test_text_directly_behind_a_second_end_marker_is_kept() -> None:
+    end = "*** END OF THIS PROJECT GUTENBERG EBOOK A ***\n"
+    found = cut(end + "The Project Gutenberg EBook of A\n\nTitle: A\n\n" + end + DIARY)
+    assert found is not None
+    assert found.text == DIARY.strip()
+
+
 @given(st.lists(PIECES, max_size=8))
 def test_what_is_not_gutenbergs_is_never_removed(pieces: list[str]) -> None:
     """Without a marker in front, or with a heading in between, no diary is lost."""
