@@ -118,6 +118,7 @@ def test_every_step_and_validation_is_logged_once(whole):
     lines = Workdir(workdir).load_metrics()
     assert [line["step"] for line in lines if line["event"] == "step"] == list(range(1, 31))
     validations = [dataclasses.asdict(event) for event in events if isinstance(event, Validated)]
+    assert {event.pop("unit") for event in validations} == {"character"}  # the config says so too
     assert [{k: v for k, v in line.items() if k != "event"} for line in lines if line["event"] == "validation"] == (
         validations
     )
