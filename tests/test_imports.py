@@ -80,7 +80,7 @@ MAY_IMPORT = {
     "results": "config data devices errors events generation model pictures storage training",
     "trackers": "config config_io errors events",
     "fine_tuning": "config data errors generation storage training",
-    "api": "analysis config devices errors events fine_tuning generation interop results storage training",
+    "api": "analysis config data devices errors events fine_tuning generation interop results storage training",
     "selftest": "config config_io data errors storage training",
     "compile": "config devices errors generation model ops training",
     "cli": "api compile config config_io data devices errors events generation pictures results selftest storage "
