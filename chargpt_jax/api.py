@@ -12,15 +12,13 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from chargpt_jax import fine_tuning
 from chargpt_jax.analysis.comparison import Comparison
 from chargpt_jax.analysis.inspection import Inspection, inspect
 from chargpt_jax.analysis.words import LettersOfWords, by_letter
 from chargpt_jax.config import Config, shown
 from chargpt_jax.data import batches
-from chargpt_jax.devices import sharding
+from chargpt_jax.devices import processes, sharding
 from chargpt_jax.errors import UserError, excused, reason
 from chargpt_jax.events import (
     Ended,
@@ -64,7 +62,10 @@ def evaluate(workdir: str | Path | Workdir, step: str | int = "best", warn: Warn
         UserError: if the workdir's config, vocabulary or corpus differs from that of the checkpoint.
     """
     folder = Workdir(workdir)
-    model, record = load_with_record(folder, step, warn)
+    processes.check()
+    found = processes.on_first(lambda: load_with_record(folder, step, warn))
+    chosen = processes.agreed(found and found[0].step)
+    model, record = found or load_with_record(folder, chosen or step, warn)
     run = Run.load(folder)
     if run.tokenizer.vocabulary != model.tokenizer.vocabulary:
         raise UserError(
@@ -73,7 +74,7 @@ def evaluate(workdir: str | Path | Workdir, step: str | int = "best", warn: Warn
         )
     setup = Setup.of(run)
     check_record(record, setup.record(), folder.checkpoints)
-    loss = setup.validator(whole=True)(jax.device_put(model.params, sharding.replicated(setup.mesh)), model.step)
+    loss = setup.validator(whole=True)(sharding.put(model.params, sharding.replicated(setup.mesh)), model.step)
     assert loss is not None
     return {
         "loss": loss,
@@ -130,7 +131,8 @@ def run(
     """Run all stages: prepare, find_lr if no learning rate is set, train, generate samples, write the report.
 
     The arguments are those of `train`. Samples are generated after each validation too, unless the config turns
-    this off. If `stop` or `max_minutes` ends training, the last samples and the report are left to the next call.
+    this off. If `stop` or `max_minutes` ends training, the last samples and the report are left to the next call. With
+    several processes, process 0 alone generates samples and writes the report.
     """
     complete, folder = True, Workdir(workdir)  # its path is absolute, whatever folder the caller changes to
     warn = stages.without_repeats(warn)
@@ -138,15 +140,16 @@ def run(
     if start_from is not None:
         fine_tuning.start_from(start_from, config, folder, warn)
     for event in stages.train(config, folder, warn, stop, max_minutes):
-        if isinstance(event, Prepared):
+        if isinstance(event, Prepared) and processes.is_first():
             known_prompts(config.sample.prompts, folder.load_tokenizer(), repairs_of(folder), warn)
         _plot_range_test(event, folder, warn)
         complete = not isinstance(event, Ended) or event.complete
         yield event
         validated = event.step if isinstance(event, Validated) else validated
-        if isinstance(event, Saved) and event.step == validated and config.sample.at_validation and stop() is None:
-            yield from time_for.sampled(folder, event.step, warn)
-    if complete:
+        due = isinstance(event, Saved) and event.step == validated and config.sample.at_validation
+        if due and processes.is_first() and stop() is None:
+            yield from time_for.sampled(folder, validated, warn)
+    if complete and processes.is_first():
         yield from sampled(folder, "best", warn)
         with excused(f"the scores of the validation set in {folder.samples}", warn):
             write_validation(folder, warn)
@@ -215,7 +218,7 @@ def backed_up(
 
 def _plot_range_test(event: Event, folder: Workdir, warn: Warn) -> None:
     """Write lr_finder.svg if an event is the result of the range test."""
-    if isinstance(event, LRFinderResult):
+    if isinstance(event, LRFinderResult) and processes.is_first():
         path = folder.lr_finder.with_suffix(".svg")
         with excused(str(path), warn):
             folder.write(path, range_test_plot(event))

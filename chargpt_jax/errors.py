@@ -37,6 +37,12 @@ class SaveFailed(ExpectedError):
     exit_code = 5
 
 
+class ProcessLost(ExpectedError):
+    """Another process of a training with several processes has ended, or cannot be reached."""
+
+    exit_code = 6
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether Python, NumPy or JAX raised an exception because no memory was left, on the host or a device."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:1000]

@@ -17,13 +17,13 @@ import numpy as np
 
 from chargpt_jax.config import Config, ModelConfig
 from chargpt_jax.data.tokenizer import CharTokenizer
+from chargpt_jax.devices import processes
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.loading import load
 from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
-from chargpt_jax.storage.lock import writer
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
-from chargpt_jax.training.run import Run, Warn, checked_workdir
+from chargpt_jax.training.run import Run, Warn, checked_workdir, locked
 from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.step import create_state
 
@@ -51,7 +51,7 @@ def start_from(parent: str | Path, config: Config, workdir: str | Path | Workdir
         NoCheckpoint: if the other run has no usable checkpoint.
     """
     folder = checked_workdir(config, workdir)
-    if folder.has_checkpoints():
+    if processes.agreed(folder.has_checkpoints()):
         return
     if Workdir(parent).path.resolve() == folder.path.resolve():
         raise UserError(f"--from is {str(parent)!r}, the run's own --workdir: give the folder of another run.")
@@ -62,7 +62,7 @@ def start_from(parent: str | Path, config: Config, workdir: str | Path | Workdir
             f"The tokens of the model of {parent} are {model.tokenizer.unit}s, but data.unit is {config.data.unit!r}: "
             f"set --config.data.unit={model.tokenizer.unit}."
         )
-    with writer(folder.path):
+    with locked(folder):
         run = Run.prepare(config, folder, warn, known=model.tokenizer.vocabulary)
         if missing := [c for c in model.tokenizer.vocabulary if c not in run.tokenizer.vocabulary]:
             raise UserError(
@@ -78,7 +78,7 @@ def start_from(parent: str | Path, config: Config, workdir: str | Path | Workdir
             run = run.with_learning_rate(RATE * rate)
             warn(f"learning rate: {RATE * rate:.2e}, {RATE:g} times that of {parent}; optimizer.learning_rate sets it")
         with contextlib.closing(Checkpoints(folder.checkpoints, warn=warn)) as store:
-            store.save(state, setup.record(), UNVALIDATED)
+            processes.on_first(lambda: store.save(state, setup.record(), UNVALIDATED))
 
 
 def inherited(initial: Any, parent: Any, own: CharTokenizer, theirs: CharTokenizer) -> Any:

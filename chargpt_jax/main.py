@@ -104,7 +104,15 @@ def _complain(message: object, code: int) -> int:
 
 def console() -> None:
     """Run `main` as the `chargpt` command of a shell."""
-    sys.exit(main(last=True))
+    from chargpt_jax.devices import processes
+
+    try:
+        code = main(last=True)
+    except Exception:
+        processes.leave(1)
+        raise
+    processes.leave(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

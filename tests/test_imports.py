@@ -79,13 +79,13 @@ MAY_IMPORT = {
     "analysis": "config errors generation model ops pictures",
     "results": "config data devices errors events generation model pictures storage training",
     "trackers": "config config_io errors events",
-    "fine_tuning": "config data errors generation storage training",
+    "fine_tuning": "config data devices errors generation storage training",
     "api": "analysis config data devices errors events fine_tuning generation interop results storage training",
     "selftest": "config config_io data errors storage training",
     "compile": "config devices errors generation model ops training",
     "cli": "api compile config config_io data devices errors events generation pictures results selftest storage "
     "trackers training",
-    "main": "cli errors",
+    "main": "cli devices errors",
     "__init__": "api cli config config_io devices errors",
 }
 """The folders, or files at the top, that a folder may import, at any time: docs/architecture.md explains the order."""

@@ -33,7 +33,7 @@ from chargpt_jax.config_io import (
     optional_fields,
     texts_of,
 )
-from chargpt_jax.devices import startup
+from chargpt_jax.devices import native_output, processes, startup
 from chargpt_jax.errors import UserError, reason, remedy
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Config | None, str | N
     Raises:
         UserError: if a flag, a field or a value is invalid.
     """
+    argv = [f"--distributed={processes.AUTO}" if word.lstrip("-") == "distributed" else word for word in argv]
     _check_repeats(argv)
     argv, name = _without_config(_texts_in_utf8(argv))
     name = _own_config(argv) if name is None else name
@@ -272,6 +273,7 @@ def read(argv: Sequence[str], signals: Signals) -> Request:
     if not flags.help:
         startup.check_environment()
         startup.check_open_files()
+        processes.parsed(flags.distributed)
         if mode in NEEDS_CONFIG:
             if config is None:
                 raise UserError(f"--mode={mode} needs a config: give --config=small, or the path of a config file.")
@@ -299,11 +301,21 @@ def _working_directory() -> str:
         return ""
 
 
-def api_module() -> ModuleType:
-    """Import the API, and with it JAX; compiled programs are cached on disk."""
+def api_module(distributed: str | None = None) -> ModuleType:
+    """Import the API, and with it JAX; compiled programs are cached on disk.
+
+    Args:
+        distributed: the value of --distributed, to connect this process with others.
+
+    Raises:
+        UserError: if a setting of JAX is unsupported, or the processes cannot be connected.
+    """
     with startup.gc_paused():
         from chargpt_jax import api
         from chargpt_jax.data import download
     startup.check_settings()
     startup.use_compilation_cache(download.default_cache() / "xla")
+    if distributed is not None:
+        native_output.divert()
+        processes.start(distributed)
     return api

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from chargpt_jax.cli.command_line import Request, api_module
-from chargpt_jax.cli.signals import ResilientStream
+from chargpt_jax.cli.signals import ResilientStream, code_of
 from chargpt_jax.cli.terminal import as_json, one_line, shown, warn
 from chargpt_jax.cli.text_modes import generate, score
+from chargpt_jax.devices import processes
 from chargpt_jax.errors import UserError
 from chargpt_jax.results.facts import facts_in_words
 
@@ -27,11 +28,15 @@ RESUMED = ("run", "train")
 """The modes that continue from a checkpoint."""
 
 
+def silent(text: str) -> None:
+    """Ignore a message that process 0 prints."""
+
+
 def run(request: Request) -> int:
     """Do all stages: prepare the text, find a learning rate, train, generate samples, write the report."""
     with Session(request) as session:
         events = session.api.run(
-            request.config, request.folder, warn, request.signals.received, request.minutes_left, request.parent
+            request.config, request.folder, session.warn, request.signals.received, request.minutes_left, request.parent
         )
         for event in session.profiled(events):
             if session.show(event):
@@ -43,7 +48,7 @@ def train(request: Request) -> int:
     """Train, or resume training."""
     with Session(request) as session:
         events = session.api.train(
-            request.config, request.folder, warn, request.signals.received, request.minutes_left, request.parent
+            request.config, request.folder, session.warn, request.signals.received, request.minutes_left, request.parent
         )
         for event in session.profiled(events):
             if session.show(event):
@@ -64,9 +69,9 @@ def find_lr(request: Request) -> int:
     from chargpt_jax.events import LRFinderResult
 
     with Session(request) as session:
-        for event in session.api.find_lr(request.config, request.folder, warn):
+        for event in session.api.find_lr(request.config, request.folder, session.warn):
             session.show(event)
-    if request.flags.json and isinstance(session.last, LRFinderResult):
+    if request.flags.json and session.first and isinstance(session.last, LRFinderResult):
         print(as_json(dataclasses.asdict(session.last)))
     return session.finish()
 
@@ -84,14 +89,20 @@ class Session:
         self.samples: Sampled | None = None
         self._track: Callable[[Event], None] = lambda event: None
         self._advise(request.folder.has_checkpoints())
-        # A ResilientStream has all that its stream has.
+        self.api, self._open = api_module(request.flags.distributed), contextlib.ExitStack()
+        self.first = request.flags.distributed is None or processes.is_first()
+        self.warn = warn if self.first else silent
+        # A ResilientStream has all that its stream has. (--distributed has replaced the standard streams.)
         self.out = cast(TextIO, ResilientStream(sys.stderr if request.flags.json else sys.stdout))
-        self.api, self._open = api_module(), contextlib.ExitStack()
 
     def __enter__(self) -> "Session":
-        """Begin to display events."""
+        """Begin to display events; of several processes, process 0 does that alone."""
         from chargpt_jax.cli import progress
 
+        self._open.enter_context(processes.loss_named())
+        if not self.first:
+            self._display = lambda event: None
+            return self
         self._display = self._open.enter_context(progress.display(self.out))
         if self.request.flags.track:
             from chargpt_jax import trackers
@@ -103,9 +114,9 @@ class Session:
             )
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
         """Stop displaying events."""
-        self._open.close()
+        self._open.__exit__(*exception)
 
     def _advise(self, saved: bool) -> None:
         """Set what a stopped command says, by whether there is a checkpoint to continue from."""
@@ -134,7 +145,7 @@ class Session:
 
     def profiled(self, events: "Iterator[Event]") -> "Iterator[Event]":
         """Return the events, with a profiler trace of a few dispatches if --profile is set."""
-        if not self.request.flags.profile:
+        if not self.request.flags.profile or not self.first:
             return events
         from chargpt_jax.cli import profiler
 
@@ -145,8 +156,15 @@ class Session:
         from chargpt_jax.events import Ended
 
         signals, folder = self.request.signals, self.request.folder
+        if self.request.flags.distributed is not None:
+            with processes.loss_named():
+                processes.finish()
         if signals.received() is not None:
             return signals.code
+        if isinstance(self.last, Ended) and self.last.signal:  # it arrived at another process
+            return code_of(self.last.signal)
+        if not self.first:
+            return 0
         if samples and isinstance(self.last, Ended) and self.last.complete:
             for text in self.samples.samples if self.samples else ():
                 print(f"\n{shown(text, self.out)}", file=self.out)
@@ -161,7 +179,13 @@ class Session:
 
 def evaluate(request: Request) -> int:
     """Compute the loss on the full validation set."""
-    result = api_module().evaluate(request.folder, request.step, warn)
+    api = api_module(request.flags.distributed)
+    with processes.loss_named():
+        first = processes.is_first()
+        result = api.evaluate(request.folder, request.step, warn if first else silent)
+        processes.finish()
+    if not first:
+        return 0
     unit = "byte" if "bits_per_byte" in result else "character"
     text = f"{{loss:.4f}} nats = {{bits_per_character:.4f}} bits per {unit}, validation set of {{tokens:,}} {unit}s"
     print(as_json(result) if request.flags.json else text.format(**result) + f" (step {result['step']:,})")

@@ -30,6 +30,7 @@ EXIT_CODES = {
     3: "no usable checkpoint",
     4: "non-finite loss (NaN or infinity)",
     5: "checkpoint could not be written",
+    6: "another process of --distributed was lost (134 if JAX notices it first)",
     130: "stopped by SIGINT (during training: after saving a checkpoint)",
     143: "stopped by SIGTERM or SIGHUP (during training: after saving a checkpoint)",
 }
@@ -39,6 +40,7 @@ NEEDS_CONFIG = ("run", "prepare", "find_lr", "train", "compile")
 FLAG_MODES = {
     **dict.fromkeys(("profile", "max_minutes"), ("run", "train")),
     "track": ("run", "find_lr", "train"),
+    "distributed": ("run", "train", "find_lr", "eval"),
     **dict.fromkeys(("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "stream"), ("generate",)),
     **dict.fromkeys(("branch", "sample"), ("generate",)),
     **dict.fromkeys(("skip_unknown", "alternatives", "subline"), ("generate", "score")),
@@ -77,6 +79,9 @@ def define_flags() -> flags.FlagValues:
         "original PyTorch code, .pt, .safetensors or .npz",
         "out": "output folder, new or empty; with --format=html: output file, which must not exist",
         "track": "trackers that get the run's numbers: tensorboard, wandb, trackio, or several, separated by commas",
+        "distributed": "train with several processes, each started with this command; without a value on Cloud TPU, "
+        "GKE, Slurm and Open MPI; elsewhere HOST:PORT,INDEX,COUNT: the address of process 0, the index of this process "
+        "from 0, and the number of processes",
         "topology": "what to compile for: h100, h200, a100, l4 or t4, or several, as in h100:8; or a TPU slice, as in "
         "v5e:2x4; default: v5e:2x4",
     }

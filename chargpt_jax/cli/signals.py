@@ -100,7 +100,7 @@ class Signals:
     @property
     def code(self) -> int:
         """The exit code: 0 for the time limit, 130 for SIGINT, 143 for the others."""
-        return 0 if self.out_of_time else 130 if self._number in (None, signal.SIGINT) else 143
+        return 0 if self.out_of_time else code_of(self._number or signal.SIGINT)
 
     @property
     def message(self) -> str:
@@ -169,6 +169,11 @@ class Signals:
                 os._exit(130)
             count += number[0] in stopping
         arrived.close()
+
+
+def code_of(number: int) -> int:
+    """Return the exit code for a signal: 130 for SIGINT, 143 for the others."""
+    return 130 if number == signal.SIGINT else 143
 
 
 def _set_alarm(seconds: float) -> None:

@@ -57,6 +57,14 @@ def constrained(mesh: Mesh, tree: Any) -> Any:
     )
 
 
+def from_each_process(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
+    """Return the first `count` devices, of which every process has the same number; in their order."""
+    hosts: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        hosts.setdefault(device.process_index, []).append(device)
+    return [device for host in hosts.values() for device in host[: count // len(hosts)]]
+
+
 def device_mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
     """Return the mesh of a config that names one.
 
@@ -82,9 +90,17 @@ def device_mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
         )
     _check("fsdp", wanted.fsdp, {"model.n_embd": model.n_embd})
     _check("tensor", wanted.tensor, {"model.n_head": model.n_head, "model.n_ff": model.n_ff})
+    hosts = len({device.process_index for device in devices})
+    if data * each % hosts:
+        raise UserError(
+            f"mesh is {data} x {wanted.fsdp} x {wanted.tensor} (data x fsdp x tensor), but its product must be a "
+            f"multiple of {hosts}, the number of processes: change a number."
+        )
     count = 1 if each == 1 else len(AXES)  # with a single axis, every device holds all parameters
     shape, axes = (data, wanted.fsdp, wanted.tensor)[:count], AXES[:count]
-    return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * count, devices=devices[: data * each])
+    return jax.make_mesh(
+        shape, axes, axis_types=(AxisType.Auto,) * count, devices=from_each_process(devices, data * each)
+    )
 
 
 def _check(axis: str, devices: int, sizes: dict[str, int]) -> None:

@@ -19,10 +19,12 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from chargpt_jax.devices import layout
+from chargpt_jax.errors import UserError
 
 MIN_SHARDED_SIZE = 2**17
 """Arrays with fewer elements are replicated: gathering the shards takes time too."""
@@ -49,26 +51,37 @@ class Shaped(Protocol):
 
 
 def data_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None, tell: bool = True) -> Mesh:
-    """Return the mesh that splits a batch: as many local devices as divide it evenly, on one axis named 'data'.
+    """Return the mesh that splits a batch: as many devices as divide it evenly, on one axis named 'data'.
 
-    On accelerators the number of devices in the mesh also divides the number of all devices, which a TPU's all-reduce
-    requires.
+    Every process has the same number of devices in the mesh. On accelerators the number of devices in the mesh also
+    divides the number of all devices, which a TPU's all-reduce requires.
 
     Args:
         batch_size: number of sequences.
-        devices: to choose from; None: all local devices.
+        devices: to choose from; None: all devices of all processes.
         tell: log a warning if some devices stay idle.
+
+    Raises:
+        UserError: if the number of processes does not divide the batch.
     """
-    devices = jax.local_devices() if devices is None else devices
+    devices = jax.devices() if devices is None else devices
+    hosts = len({device.process_index for device in devices})
+    if batch_size % hosts:
+        raise UserError(
+            f"data.batch_size / optimizer.accumulation_steps is {batch_size}, but it must be a multiple of the number "
+            f"of processes, {hosts}: change one of them."
+        )
     if devices[0].platform == "cpu":
-        count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
+        local = len(devices) // hosts
+        count = hosts * max(n for n in range(1, local + 1) if batch_size // hosts % n == 0)
     else:
-        count = math.gcd(batch_size, len(devices))
+        count = hosts * math.gcd(batch_size // hosts, len(devices) // hosts)
     if tell and count < len(devices) and devices[0].platform != "cpu":
         logging.getLogger(__name__).warning(
             "batch of %d is split over %d of %d devices; the others are idle", batch_size, count, len(devices)
         )
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
+    used = layout.from_each_process(devices, count)
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=used)
 
 
 def describe(mesh: Mesh, available: int = 0) -> str:
@@ -96,6 +109,26 @@ def sharded(mesh: Mesh, x: Shaped) -> NamedSharding:
     if mesh.size == 1 or x.size < MIN_SHARDED_SIZE or not axes:
         return replicated(mesh)
     return NamedSharding(mesh, PartitionSpec(*[None] * axes[0], "data"))
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Put a tree of arrays on devices: one sharding for all, or a tree of them.
+
+    Each process holds the same values, and puts only those parts on its devices that belong there.
+    """
+    if isinstance(shardings, Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    if all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings)):
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(place, tree, shardings)
+
+
+def place(x: jax.Array | np.ndarray, to: Sharding) -> jax.Array:
+    """Put an array, or a random key, that every process holds on devices of several processes."""
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(place(jax.random.key_data(x), to), impl=jax.random.key_impl(x))
+    values = np.asarray(x)
+    return jax.make_array_from_callback(values.shape, to, lambda part: values[part])
 
 
 def shard(mesh: Mesh | None, tree: Tree) -> Tree:

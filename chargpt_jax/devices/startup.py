@@ -138,22 +138,6 @@ def use_every_core() -> None:
         jax.config.update("jax_num_cpu_devices", min(cores, MAX_CORES))
 
 
-def check_single_process() -> None:
-    """Check that this is the only process of a JAX program: no code here exchanges data between processes.
-
-    Raises:
-        UserError: if there are others, a setting of JAX is unsupported, or JAX finds no device.
-    """
-    import jax
-
-    check_settings()
-    start()
-    if (count := jax.process_count()) > 1:
-        raise UserError(
-            f"jax.process_count() is {count}, but it must be 1: start one process, without jax.distributed.initialize."
-        )
-
-
 def use_compilation_cache(folder: Path) -> None:
     """Cache compiled programs in a folder, for a faster next start; JAX_COMPILATION_CACHE_DIR has precedence."""
     import jax

@@ -10,7 +10,7 @@ from chargpt_jax.config import Config
 from chargpt_jax.config_io import from_dict
 from chargpt_jax.data.repair import ALL, DEFAULT
 from chargpt_jax.data.tokenizer import CharTokenizer
-from chargpt_jax.devices import startup
+from chargpt_jax.devices import processes
 from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.errors import NoCheckpoint, UserError
 from chargpt_jax.generation.arguments import checked_step
@@ -39,7 +39,7 @@ def load_with_record(
 ) -> tuple[Model, dict[str, Any]]:
     """Load a trained model as `load` does; return the record of its checkpoint as well."""
     step = checked_step(step)
-    startup.check_single_process()
+    processes.check()
     folder = Workdir(workdir)
     folder.load_config()  # raises if this is not a run
     if not folder.checkpoints.is_dir():

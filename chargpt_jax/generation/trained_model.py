@@ -113,7 +113,9 @@ class Model:
         prompts = [self._known(prompt, skip_unknown, repair) for prompt in prompts]
         encoded = [self.tokenizer.encode_text(prompt) for prompt in prompts]
         tokens, lengths, wanted = padded(encoded, max_new_tokens)
-        mesh, streamed = sharding.data_mesh(len(tokens), tell=False), on_text is not None or on_sample is not None
+        # Each process generates by itself, on its own devices.
+        mesh = sharding.data_mesh(len(tokens), jax.local_devices(), tell=False)
+        streamed = on_text is not None or on_sample is not None
         how: dict[str, Any] = {"graphdef": self.graphdef, "mesh": mesh, "final": not streamed}
         k = self._alternatives(alternatives)
         params = jax.device_put(self.params, sharding.replicated(mesh))

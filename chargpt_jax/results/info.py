@@ -79,7 +79,7 @@ def all_facts(workdir: str | Path | Workdir, warn: Warn = print) -> dict[str, An
         "best_loss": best and best[1],
         "best_bits_per_character": best and bits_per_character(best[1]),
         "best_bits_per_byte": best and bits_per_character(best[1]) if config.data.unit == "byte" else None,
-        "devices": sharding.describe(mesh, jax.local_device_count()),
+        "devices": sharding.describe(mesh, jax.device_count()),
         "dtype": jnp.dtype(compute_dtype(config.amp)).name,
         "trained_on": speed.get("device"),
         "compile_seconds": speed.get("compile_seconds"),

@@ -95,6 +95,19 @@ class Lock:
                 self.path.unlink(missing_ok=True)
 
 
+class NoLock(Lock):
+    """What a process has while another one holds the lock of a workdir for both."""
+
+    def __init__(self) -> None:
+        """Hold nothing."""
+
+    def alive(self) -> None:
+        """Do nothing: the other process updates and checks the file."""
+
+    def release(self) -> None:
+        """Do nothing."""
+
+
 _held: dict[Path, Lock] = {}
 """The locks of this process. A training interrupted in a notebook may hold one; the next training takes it over."""
 
@@ -117,6 +130,14 @@ def writer(folder: Path) -> Iterator[Lock]:
         for path in missing:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def holder(path: Path) -> str:
+    """Return the content of a lock file, which names the process that holds the lock; '' if there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")[:2000]
+    except OSError:
+        return ""
 
 
 def _acquire(path: Path) -> Lock:

@@ -79,7 +79,14 @@ class Log:
     Lines that the disk refuses stay in memory until it accepts them; a line that was written in part is truncated.
     """
 
-    def __init__(self, path: Path, step: int, warn: Callable[[str], None], expected: Expected | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        step: int,
+        warn: Callable[[str], None],
+        expected: Expected | None = None,
+        writes: bool = True,
+    ) -> None:
         """Open the log of a run that resumes after a step; lines of later steps are dropped.
 
         Args:
@@ -87,7 +94,9 @@ class Log:
             step: number of training steps done.
             warn: called once if lines are missing or out of order, and once when a write fails for the first time.
             expected: what the file must hold; None: it may lack its last lines.
+            writes: whether to write the file at all; False: another process does.
         """
+        self._writes = writes
         found = [line for line in read_metrics(path) if line["step"] <= step]
         self.lines = list({(line["step"], line["event"]): line for line in sorted(found, key=_position)}.values())
         """The lines that were in the file, by step, without the dropped and the repeated ones."""
@@ -101,6 +110,8 @@ class Log:
 
     def add(self, lines: Sequence[dict[str, Any]], durably: bool = False) -> None:
         """Append lines, one JSON object each; `durably`: call fsync, so that they survive a power failure."""
+        if not self._writes:
+            return
         self._pending += _json_lines(lines)
         with self._forgiving():
             if self._size is None:

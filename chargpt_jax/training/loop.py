@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from chargpt_jax.config import OptimizerConfig
-from chargpt_jax.devices import sharding
+from chargpt_jax.devices import processes, sharding
 from chargpt_jax.errors import NonFiniteLoss, excused
 from chargpt_jax.events import (
     Compiled,
@@ -67,9 +67,10 @@ class TrainingLoop:
         self.epoch_steps, self.total_steps = run.epoch_steps, run.total_steps
         self.validate_every = max(1, round(run.config.train.validate_every * self.epoch_steps))
         self.step = self.saved_step = int(state.step)
-        self.validated_step: int = self.step if self.step and store.loss_of(self.step) < UNVALIDATED else 0
+        validated = self.step > 0 and processes.agreed(store.loss_of(self.step) < UNVALIDATED)
+        self.validated_step: int = self.step if validated else 0
         expected = Expected(self.step, self.validated_step > 0, run.config.train.log_every)
-        self.log = Log(run.workdir.metrics, self.step, warn, expected)
+        self.log = Log(run.workdir.metrics, self.step, warn, expected, writes=processes.is_first())
         self.seconds: float = max((line.get("seconds", 0.0) for line in self.log.lines), default=0.0)
         """Of training and validation, without interruptions of the run."""
         best = store.best()
@@ -119,7 +120,7 @@ class TrainingLoop:
             epochs=self.total_steps / self.epoch_steps,
             learning_rate=config.optimizer.learning_rate,
             warmup_steps=self.run.warmup_steps,
-            device=sharding.describe(self.setup.mesh, jax.local_device_count()),
+            device=sharding.describe(self.setup.mesh, jax.device_count()),
             dtype=jnp.dtype(self.setup.dtype).name,
             training=self._logged_losses("step"),
             validation=self._logged_losses("validation"),
@@ -166,7 +167,7 @@ class TrainingLoop:
         )
         self.best_loss, self.validated_step = min(self.best_loss, loss), self.step
         with excused(str(self.run.workdir.speed), self.warn):
-            if math.isfinite(self.size.seconds_per_step):
+            if math.isfinite(self.size.seconds_per_step) and processes.is_first():
                 self.run.workdir.save_speed(speed(self.compiled, self.size, self.setup))
         facts = {name: value for name, value in dataclasses.asdict(found).items() if name != "unit"}
         self.log.add([{"event": "validation", **facts}], durably=True)
@@ -176,10 +177,11 @@ class TrainingLoop:
         """Save a checkpoint with a validation loss, or UNVALIDATED; record how long that takes."""
         self.lock.alive()
         began = time.perf_counter()
-        path = self.store.save(self.state, self.setup.record(), loss)
+        state, record = processes.on_host(self.state), self.setup.record()
+        processes.on_first(lambda: self.store.save(state, record, loss))
         self.condition.record_save(time.perf_counter() - began)
         self.saved_step = self.step
-        return Saved(self.step, str(path))
+        return Saved(self.step, str(self.store.folder / str(self.step)))
 
     def is_finished(self) -> bool:
         """Return whether the schedule has ended, or no time is left for another step."""
@@ -193,6 +195,7 @@ class TrainingLoop:
             self.total_steps - self.step,
             self.size.steps_within(self.condition.seconds_left()),
         )
+        count = processes.agreed(count)
         began = time.perf_counter()
         self.state, history = self._dispatch(self.state, self.setup.on_device, np.int32(count))
         # Wait for the result: with several CPU devices, two dispatches in flight can deadlock.
@@ -272,7 +275,7 @@ def speed(compiled: Compiled, size: DispatchSize, setup: Setup) -> dict[str, Any
     device, dtype = setup.mesh.devices.flat[0], jnp.dtype(setup.dtype).name
     achieved, peak = compiled.flops_per_step / size.seconds_per_step, peak_flops(device, dtype)
     return {
-        "device": sharding.describe(setup.mesh, jax.local_device_count()),
+        "device": sharding.describe(setup.mesh, jax.device_count()),
         "compile_seconds": compiled.seconds,
         "seconds_per_step": size.seconds_per_step,
         "flops_per_step": compiled.flops_per_step,

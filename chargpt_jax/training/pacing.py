@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from chargpt_jax.config import MAX_INT, Config, argument, shown
+from chargpt_jax.devices import processes
 from chargpt_jax.errors import UserError
 
 MAX_DISPATCH_STEPS = 256
@@ -53,7 +54,10 @@ class DispatchSize:
 
 
 class StopCondition:
-    """Whether training has to stop: a signal arrived, or the time limit is near. Once true, it stays true."""
+    """Whether training has to stop: a signal arrived, or the time limit is near. Once true, it stays true.
+
+    With several processes, a signal to any of them counts, and the time of process 0.
+    """
 
     def __init__(self, stop: Stop, max_minutes: float | None = None):
         """Start the clock of the time limit, if there is one."""
@@ -73,8 +77,9 @@ class StopCondition:
     def reached(self, seconds: float = 0.0) -> bool:
         """Return whether to stop: at a signal, or if `seconds` more work would leave no time for a checkpoint."""
         if self.signal is None and not self.out_of_time:
-            self.signal = self._stop()
-            self.out_of_time = self.signal is None and self.seconds_left() <= seconds
+            found = processes.gathered((self._stop(), self.seconds_left() <= seconds))
+            self.signal = next((signal for signal, _ in found if signal is not None), None)
+            self.out_of_time = self.signal is None and found[0][1]
         return self.signal is not None or self.out_of_time
 
     def seconds_left(self) -> float:

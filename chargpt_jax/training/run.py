@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ from chargpt_jax.data import batches
 from chargpt_jax.data.corpus import changed_files, read_corpus
 from chargpt_jax.data.sources import folders
 from chargpt_jax.data.tokenizer import ByteTokenizer, CharTokenizer
-from chargpt_jax.devices import startup
+from chargpt_jax.devices import processes
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import Prepared
 from chargpt_jax.storage.arrays.npy_header import pieces_of
 from chargpt_jax.storage.checkpoint import Checkpoints
+from chargpt_jax.storage.lock import NAME, Lock, NoLock, holder, writer
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
+
+SEEN_SECONDS, SEEN_TRIES = 0.5, 20
+"""How often, and how many times, to look for the lock file of process 0."""
 
 Warn = Callable[[str], None]
 """Receives a message for the user."""
@@ -59,11 +64,18 @@ class Run:
     def prepare(cls, config: Config, folder: Workdir, warn: Warn, known: Iterable[str] = ()) -> "Run":
         """Resume a run, or create it: load the text, encode it and write it to the workdir with the config.
 
-        The caller holds the workdir's lock. The vocabulary of a new run has the characters of `known` as well.
+        The caller holds the workdir's lock. The vocabulary of a new run has the characters of `known` as well. With
+        several processes, process 0 does this, and the others read what it has written.
 
         Raises:
             UserError: if the config, the workdir or the text is invalid; nothing has been written then.
         """
+        run = processes.on_first(lambda: cls._prepare(config, folder, warn, known)) or cls.load(folder)
+        processes.check_same("The text or config in --workdir", processes.several() and run.record())
+        return run
+
+    @classmethod
+    def _prepare(cls, config: Config, folder: Workdir, warn: Warn, known: Iterable[str]) -> "Run":
         folder.check_config(config)
         folder.sweep()
         if folder.has_corpus() and folder.config.exists():
@@ -131,8 +143,12 @@ class Run:
         """Return this run with a learning rate, which is written to its config file as well."""
         found = dataclasses.replace(self.config.optimizer, learning_rate=learning_rate)
         run = dataclasses.replace(self, config=dataclasses.replace(self.config, optimizer=found))
-        self.workdir.save_config(run.config)
+        processes.on_first(lambda: self.workdir.save_config(run.config))
         return run
+
+    def record(self) -> dict[str, Any]:
+        """Return the description of this run that its checkpoints hold."""
+        return record_of(self.config, self.tokenizer.vocabulary, self.tokens)
 
     def prepared(self) -> Prepared:
         """Return the event that describes the corpus."""
@@ -158,10 +174,34 @@ def _notes(sources: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 def checked_workdir(config: Config, workdir: str | Path | Workdir) -> Workdir:
     """Return the workdir, after checking the config, the number of processes and that the folder can hold a run."""
     validate(config)
-    startup.check_single_process()
+    processes.check()
+    processes.check_same("The config", as_dict(config))
     folder = Workdir(workdir)
     folder.check_writable()
     return folder
+
+
+@contextlib.contextmanager
+def locked(folder: Workdir) -> Iterator[Lock]:
+    """Hold the lock of a workdir; with several processes, process 0 holds it for all.
+
+    Raises:
+        UserError: if another training holds it, or a process does not see the folder of process 0.
+    """
+    with contextlib.ExitStack() as held:
+        lock = processes.on_first(lambda: held.enter_context(writer(folder.path))) or NoLock()
+        if processes.several():
+            processes.check_sees(folder.path, _sees(folder.path / NAME, processes.agreed(holder(folder.path / NAME))))
+        yield lock
+
+
+def _sees(path: Path, expected: str) -> bool:
+    """Return whether a lock file has the expected content, or gets it soon: a network disk may be slow."""
+    for _ in range(SEEN_TRIES):
+        if holder(path) == expected:
+            return True
+        time.sleep(SEEN_SECONDS)
+    return False
 
 
 def record_of(config: Config, vocabulary: Sequence[str], tokens: np.ndarray) -> dict[str, Any]:

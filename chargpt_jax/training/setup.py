@@ -58,7 +58,7 @@ def training_mesh(config: Config, tell: bool = True) -> Mesh:
     """
     startup.start()
     if config.mesh != MeshConfig():
-        return layout.device_mesh(config, jax.local_devices())
+        return layout.device_mesh(config, jax.devices())
     return sharding.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps, tell=tell)
 
 
@@ -201,7 +201,7 @@ class Setup:
         mesh = training_mesh(config)
         dtype = compute_dtype(config.amp)
         train, validation = batches.split(tokens, config.data, config.model.block_size)
-        on_device = jax.device_put(train, sharding.replicated(mesh))
+        on_device = sharding.put(train, sharding.replicated(mesh))
         graphdef, shapes, initial_params = plan(
             config.model,
             config.seed,
@@ -227,7 +227,7 @@ class Setup:
         """Return the state before the first step, with its shardings, in memory of its own (steps reuse it)."""
         create = partial(create_state, tx=tx, seed=self.config.seed, dtype=self.dtype)
         state = jax.jit(create, compiler_options=compiler_options(self.mesh))(self.initial_params())
-        return jax.device_put(state, state_sharding(state, self.mesh))
+        return sharding.put(state, state_sharding(state, self.mesh))
 
     def initial_state_in_background(self, tx: optax.GradientTransformation) -> Future[TrainState]:
         """Compute the state before the first step in a thread: tracing the training step keeps one core busy."""

@@ -17,11 +17,11 @@ import jax
 import numpy as np
 
 from chargpt_jax.config import Config
-from chargpt_jax.devices import startup
+from chargpt_jax.devices import processes, startup
 from chargpt_jax.errors import excused
 from chargpt_jax.events import Ended, Event, LRFinderResult
 from chargpt_jax.storage.checkpoint import Checkpoints
-from chargpt_jax.storage.lock import Lock, writer
+from chargpt_jax.storage.lock import Lock
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import attention, optimizer
 from chargpt_jax.training.loop import TrainingLoop
@@ -34,7 +34,7 @@ from chargpt_jax.training.lr_finder import (
     unclear,
 )
 from chargpt_jax.training.pacing import MAX_DISPATCH_STEPS, DispatchSize, Stop, StopCondition
-from chargpt_jax.training.run import Run, Warn, check_record, checked_workdir
+from chargpt_jax.training.run import Run, Warn, check_record, checked_workdir, locked
 from chargpt_jax.training.setup import Setup, jit_range_test_steps, jit_train_steps
 from chargpt_jax.training.step import TrainState
 
@@ -47,7 +47,7 @@ def prepare(config: Config, workdir: str | Path | Workdir, warn: Warn = print) -
             has been written then.
     """
     folder = checked_workdir(config, workdir)
-    with writer(folder.path):
+    with locked(folder):
         yield Run.prepare(config, folder, warn).prepared()
 
 
@@ -58,7 +58,7 @@ def find_lr(config: Config, workdir: str | Path | Workdir, warn: Warn = print) -
     """
     folder = checked_workdir(config, workdir)
     attention.check(config)
-    with writer(folder.path) as lock:
+    with locked(folder) as lock:
         run = Run.prepare(config, folder, warn)
         yield run.prepared()
         run = yield from attention.chosen(run, warn)
@@ -89,7 +89,7 @@ def train(
     """
     condition, folder, warn = StopCondition(stop, max_minutes), checked_workdir(config, workdir), without_repeats(warn)
     attention.check(config)
-    with writer(folder.path) as lock:
+    with locked(folder) as lock:
         run = Run.prepare(config, folder, warn)
         yield run.prepared()
         run = yield from attention.chosen(run, warn)
@@ -103,7 +103,8 @@ def train(
         with contextlib.closing(
             Checkpoints(folder.checkpoints, keep_last=run.config.train.keep_last, warn=warn)
         ) as store:
-            store.sweep()
+            if processes.is_first():
+                store.sweep()
             began = time.perf_counter()
             with startup.gc_paused():
                 initial_state, shapes = setup.initial_state_in_background(tx), setup.state_shapes(tx)
@@ -144,8 +145,9 @@ def _range_test(
                     f"The loss is lowest at the highest learning rate of the range test, {finder.end_lr:g}: raise "
                     "lr_finder.end_lr, since a higher one may be better."
                 )
-            with excused(str(run.workdir.lr_finder), warn):
-                run.workdir.save_lr_finder(dataclasses.asdict(event))
+            if processes.is_first():
+                with excused(str(run.workdir.lr_finder), warn):
+                    run.workdir.save_lr_finder(dataclasses.asdict(event))
             if given is None:
                 run = run.with_learning_rate(event.learning_rate)
             elif given != event.learning_rate:
@@ -163,7 +165,7 @@ def _range_test_losses(run: Run, condition: StopCondition) -> LossesOf:
     A fine-tuned or imported run starts from its checkpoint of step 0, so its range test does too.
     """
     setup, finder, checkpoints = Setup.of(run), run.config.lr_finder, run.workdir.checkpoints
-    if (checkpoints / "0").is_dir():
+    if processes.agreed((checkpoints / "0").is_dir()):
         setup.initial_params = functools.partial(setup.params_of, checkpoints, 0)
     tx = optimizer.make_optimizer(run.config.optimizer, 0.0)
     steps = jit_range_test_steps(run.config, setup.graphdef, setup.mesh, setup.state_shapes(tx))
@@ -174,7 +176,7 @@ def _range_test_losses(run: Run, condition: StopCondition) -> LossesOf:
         return dataclasses.replace(state, step=state.step + zoom * finder.steps_per_zoom)
 
     def dispatch(state: TrainState, rates: Sequence[float]) -> tuple[TrainState, np.ndarray]:
-        count = min(size.steps, len(rates), size.steps_within(condition.seconds_left()))
+        count = processes.agreed(min(size.steps, len(rates), size.steps_within(condition.seconds_left())))
         began, padded = time.perf_counter(), np.zeros(MAX_DISPATCH_STEPS, np.float32)
         padded[:count] = rates[:count]
         state, losses = steps(state, setup.on_device, padded, np.int32(count))
@@ -197,14 +199,24 @@ def restored(setup: Setup, initial: TrainState, checkpoints: Path, warn: Warn) -
 
 
 def _restore(setup: Setup, store: Checkpoints, initial: TrainState) -> TrainState:
-    """Return the state of the newest usable checkpoint, or the initial state if there is no checkpoint."""
+    """Return the state of the newest usable checkpoint, or the initial state if there is no checkpoint.
+
+    With several processes, process 0 chooses the checkpoint, and all of them read it.
+    """
     own = setup.record()
 
     def like_of(saved: dict[str, Any]) -> TrainState:
         check_record(saved, own, store.folder)
         return initial
 
-    return store.load("latest", like_of)[2] if store.steps() else initial
+    def choose() -> tuple[int, TrainState] | None:
+        return store.load("latest", like_of)[::2] if store.steps() else None
+
+    chosen = processes.on_first(choose)
+    step = processes.agreed(chosen and chosen[0])
+    if step is None:
+        return initial
+    return chosen[1] if chosen else store.load(step, like_of)[2]
 
 
 def without_repeats(warn: Warn) -> Warn:

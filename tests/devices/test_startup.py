@@ -3,7 +3,7 @@ import gc
 import jax
 import pytest
 
-from chargpt_jax.devices import startup
+from chargpt_jax.devices import processes, startup
 from chargpt_jax.errors import UserError
 
 
@@ -65,7 +65,7 @@ def test_garbage_is_collected_later():
 
 
 @pytest.mark.parametrize("name", ["jax_enable_x64", "jax_disable_jit"])
-@pytest.mark.parametrize("check", [startup.check_settings, startup.check_single_process])
+@pytest.mark.parametrize("check", [startup.check_settings, processes.check])
 def test_a_setting_under_which_programs_fail_is_named(monkeypatch, name, check):
     check()
     before = getattr(jax.config, name)

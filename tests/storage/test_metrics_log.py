@@ -197,3 +197,13 @@ def test_a_log_that_becomes_a_link_is_not_followed(path, tmp_path):
     log.add([{"event": "step", "step": 1}])
     assert victim.read_text() == "mine"
     assert len(warnings) == 1
+
+
+def test_log_of_another_process_is_read_and_never_written(path):
+    lines = [{"event": "step", "step": n, "loss": 4 / n} for n in (1, 2, 3)]
+    log_at(path, 0).add(lines)
+    before = path.read_bytes()
+    log = Log(path, 2, print, writes=False)
+    assert log.lines == lines[:2]
+    log.add([{"event": "step", "step": 3, "loss": 1.0}], durably=True)
+    assert path.read_bytes() == before

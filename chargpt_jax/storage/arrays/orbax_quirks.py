@@ -44,7 +44,11 @@ class ArrayStore:
     @functools.cached_property
     def _orbax(self) -> ocp.Checkpointer:
         # Created on first use: it initialises JAX's devices, and their number can be set only before that.
-        return ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        if jax.process_count() == 1:
+            return ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        # By itself, orbax would wait for all processes in each call, and here only one of them saves.
+        own = ocp.options.MultiprocessingOptions(jax.process_index(), {jax.process_index()})
+        return ocp.Checkpointer(ocp.StandardCheckpointHandler(multiprocessing_options=own), multiprocessing_options=own)
 
     def save(self, folder: Path, arrays: Arrays) -> None:
         """Write arrays to a new folder, and check what was written.

@@ -63,8 +63,14 @@ def on_host(state: State) -> Arrays:
 
 
 def placed(array: np.ndarray, leaf: jax.Array) -> jax.Array:
-    """Put an array on the devices of `leaf`, with its sharding; if `leaf` is a key, as a key."""
-    return jax.device_put(jax.random.wrap_key_data(jnp.asarray(array)) if _is_key(leaf) else array, leaf.sharding)
+    """Put an array on the devices of `leaf`, with its sharding; if `leaf` is a key, as a key.
+
+    The devices may belong to several processes, each of which holds the array.
+    """
+    if leaf.sharding.is_fully_addressable:
+        return jax.device_put(jax.random.wrap_key_data(jnp.asarray(array)) if _is_key(leaf) else array, leaf.sharding)
+    there = jax.make_array_from_callback(array.shape, leaf.sharding, lambda part: array[part])
+    return jax.random.wrap_key_data(there) if _is_key(leaf) else there
 
 
 def described(arrays: Mapping[str, Shaped]) -> Description:
