@@ -6,11 +6,13 @@ signals or files is made once and sent to all, since each process must run the s
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -77,6 +79,8 @@ def start(value: str = AUTO) -> None:
     address = parsed(value)
     startup.use_every_core()
     if not jax.distributed.is_initialized():
+        if address and address[1] == 0:
+            _check_port(address[0])
         given = dict(zip(("coordinator_address", "process_id", "num_processes"), address or (), strict=False))
         try:
             jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)  # type: ignore[arg-type]
@@ -95,6 +99,24 @@ def start(value: str = AUTO) -> None:
             # JAX has installed a handler of its own, of which Python does not know.
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
     _started = True
+
+
+def _check_port(address: str) -> None:
+    """Check that process 0 can listen on the port of an address; if it cannot, JAX ends with a segmentation fault.
+
+    Raises:
+        UserError: if another program listens on it.
+    """
+    port, both = int(address.rpartition(":")[2]), socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise UserError(
+                f"--distributed names the port {port}, but process 0 cannot use it ({error.strerror}): choose another "
+                "port."
+            ) from None
 
 
 def check() -> None:

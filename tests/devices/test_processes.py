@@ -1,3 +1,5 @@
+import socket
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,14 @@ def test_start_without_a_cluster_names_the_explicit_form(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(UserError, match=r"--distributed=auto finds no cluster .*: give --distributed=HOST:PORT,INDEX"):
         processes.start()
+
+
+def test_start_names_a_port_that_is_in_use(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("JAX was started"))
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"names the port {port}, but process 0 cannot use it .*: choose another"):
+            processes.start(f"localhost:{port},0,2")
 
 
 def test_several_processes_are_rejected_until_asked_for(monkeypatch):
