@@ -152,7 +152,8 @@ def killed_and_resumed(folder: Path, config: Path, count: int, kills: int, rng: 
         training.wait_for(CONNECTED)
         if number < kills:
             victim = rng.randrange(count)
-            time.sleep(rng.uniform(0, seconds))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                training.processes[victim].wait(rng.uniform(0, seconds))
             training.send(victim, signal.SIGKILL)
             killed, codes = time.monotonic(), training.codes(LIMIT)
             others = codes[:victim] + codes[victim + 1 :]
