@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from chargpt_jax.config import Config
-from chargpt_jax.devices import layout, sharding
+from chargpt_jax.devices import layout, processes, sharding
 from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.errors import UserError, excused
 from chargpt_jax.events import AttentionChosen, AttentionTried, Event
@@ -55,7 +55,8 @@ def _attentions(config: Config, mesh: Mesh) -> tuple[str, ...]:
 def chosen(run: Run, warn: Warn) -> Generator[Event, None, Run]:
     """Return the run with the attention of its training steps: as set, as saved in the run, or found by a trial.
 
-    A run that has made training steps without a choice used blocks, and keeps its bits.
+    A run that has made training steps without a choice used blocks, and keeps its bits. With several processes,
+    process 0 decides.
     """
     asked, mesh = run.config.train.attention, training_mesh(run.config, tell=False)
     names = _attentions(run.config, mesh)
@@ -64,16 +65,22 @@ def chosen(run: Run, warn: Warn) -> Generator[Event, None, Run]:
     if asked != AUTO:
         result = AttentionChosen(asked, "config")
     else:
-        conditions, saved = _conditions(run.config, mesh), run.workdir.load_attention(warn)
-        with contextlib.closing(Checkpoints(run.workdir.checkpoints)) as store:
-            has_trained = max(store.steps(), default=0) > 0
-        kept = saved.get("attention", choose.BLOCKS if has_trained else "")
-        if kept in names and saved.get("conditions", conditions) == conditions:
-            result = AttentionChosen(kept, "run")
-        else:
-            result = _fastest(run, names, conditions, mesh, warn)
+        found = processes.on_first(lambda: _automatic(run, names, mesh, warn))
+        name = processes.agreed(found and found.name)
+        result = found or AttentionChosen(str(name), "run")
     yield result
     return dataclasses.replace(run, attention=result.name)
+
+
+def _automatic(run: Run, names: tuple[str, ...], mesh: Mesh, warn: Warn) -> AttentionChosen:
+    """Return the attention that the run has used before; without one, or under other conditions, the fastest."""
+    conditions, saved = _conditions(run.config, mesh), run.workdir.load_attention(warn)
+    with contextlib.closing(Checkpoints(run.workdir.checkpoints)) as store:
+        has_trained = max(store.steps(), default=0) > 0
+    kept = saved.get("attention", choose.BLOCKS if has_trained else "")
+    if kept in names and saved.get("conditions", conditions) == conditions:
+        return AttentionChosen(kept, "run")
+    return _fastest(run, names, conditions, mesh, warn)
 
 
 def _conditions(config: Config, mesh: Mesh) -> dict[str, Any]:
