@@ -55,6 +55,7 @@ try:
 except chargpt_jax.UserError as error:  # an imported model may have no text
     print(error)
     unseen = "The quick brown fox jumps over the lazy dog. "
+shape = model.config.model
 print(f"{run}: step {model.step}, {shape.n_layer} layers, {len(model.tokenizer.vocabulary) - 1} characters")
 
 # %% [markdown]

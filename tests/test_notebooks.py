@@ -277,7 +277,7 @@ def output_of(notebook: nbformat.NotebookNode, contains: str) -> str:
 @pytest.mark.slow
 def test_exploring_shows_every_picture_of_its_model(explored):
     assert "runs/tiny: step 40, 3 layers, " in output_of(explored, "chargpt_jax.run(")
-    assert len(pictures(explored, "model.score(yours")) == 1
+    assert len(pictures(explored, "model.score(own")) == 1
     assert output_of(explored, "alternatives.at(i)").count("; expected '") == 10
     assert len(pictures(explored, "model.branch(")) == 4
     assert len(pictures(explored, "ways = {")) == 4

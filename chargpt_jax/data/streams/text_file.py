@@ -36,6 +36,7 @@ class TextFile:
     def __init__(self, folder: Path | None = None) -> None:
         """Begin an empty text, in a folder; None: in the system's folder for temporary files."""
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._name = f"a temporary file in {folder or tempfile.gettempdir()}"
         self._ends = [Extent(0, 0, 0)]
         self._kept: tuple[Extent, Extent, str] = (self._ends[0], self._ends[0], "")
 
@@ -43,8 +44,12 @@ class TextFile:
         """Write a piece of the text, and return its UTF-8."""
         data, end = text.encode("utf-8", "surrogatepass"), self._ends[-1]
         if text:
-            self._file.seek(end.bytes)
-            self._file.write(data)
+            try:
+                self._file.seek(end.bytes)
+                self._file.write(data)
+            except OSError as error:  # of a file without a name
+                error.filename = self._name
+                raise
             counts = len(text), len(data), text.count("\n")
             self._ends.append(Extent(*(one + more for one, more in zip(end, counts, strict=True))))
         return data
