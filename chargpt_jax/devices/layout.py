@@ -77,8 +77,8 @@ def device_mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
     if data * each > len(devices):
         more = ", or set JAX_NUM_CPU_DEVICES" if devices[0].platform == "cpu" else ""
         raise UserError(
-            f"mesh.data x mesh.fsdp x mesh.tensor is {wanted.data or 1} x {wanted.fsdp} x {wanted.tensor}, but there "
-            f"are {len(devices)} devices: lower one of them{more}."
+            f"mesh.data x mesh.fsdp x mesh.tensor is {wanted.data or 1} x {wanted.fsdp} x {wanted.tensor}, but the "
+            f"number of devices is {len(devices)}: lower one of them{more}."
         )
     sequences = config.data.batch_size // config.optimizer.accumulation_steps
     if sequences % (data * wanted.fsdp):

@@ -25,15 +25,14 @@ AUTO = "auto"
 
 
 def check(config: Config) -> None:
-    """Check that the device can train with the attention that the config sets, before anything is written.
+    """Check that the devices have the config's mesh, and can train with its attention, before anything is written.
 
     Raises:
         UserError: if it cannot.
     """
-    asked = config.train.attention
+    asked, mesh, model = config.train.attention, training_mesh(config, tell=False), config.model
     if asked in (AUTO, choose.BLOCKS):
         return
-    mesh, model = training_mesh(config, tell=False), config.model
     names = _attentions(config, mesh)
     if asked not in names:
         raise UserError(

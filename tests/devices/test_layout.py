@@ -23,7 +23,7 @@ from chargpt_jax.devices import layout, sharding
 from chargpt_jax.errors import UserError
 from chargpt_jax.model.init import abstract_model
 from chargpt_jax.ops.plain import Ops
-from chargpt_jax.training import optimizer
+from chargpt_jax.training import optimizer, stages
 from chargpt_jax.training import setup as training_setup
 from chargpt_jax.training.run import Run
 from chargpt_jax.training.setup import Setup, jit_train_steps, state_shapes
@@ -76,9 +76,9 @@ def test_mesh_of_data_alone_keeps_the_parameters_whole():
     [
         (
             config_of(4, 2, 2),
-            "tensor is 4 x 2 x 2, but there are 8 devices: lower one of them.",
+            "tensor is 4 x 2 x 2, but the number of devices is 8: lower one of them.",
         ),
-        (config_of(0, 16, 1, 64), "mesh.data x mesh.fsdp x mesh.tensor is 1 x 16 x 1, but there are 8 devices"),
+        (config_of(0, 16, 1, 64), "mesh.data x mesh.fsdp x mesh.tensor is 1 x 16 x 1, but the number of devices is 8"),
         (config_of(4, 2, 1, 12), "data.batch_size is 12, but it must be a multiple of 8 (mesh.data x mesh.fsdp x"),
         (config_of(4, 2, 1, 12), "try 8 or 16."),
         (config_of(4, 2, 1, 4), "try 8."),
@@ -91,6 +91,14 @@ def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest_that_does(config, 
     with pytest.raises(UserError) as error:
         layout.device_mesh(config, EIGHT)
     assert sentence in str(error.value)
+
+
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
+    config = small_config(write_words(tmp_path / "words.txt", 300))
+    config.mesh.fsdp = 4
+    with pytest.raises(UserError, match="the number of devices is 1"):
+        list(stages.train(config, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def shapes_of(config: Config, kind: str = "adamw") -> Any:
