@@ -270,8 +270,8 @@ def _tail_end(text: str, marker: re.Match[str], limit: int) -> tuple[int, bool]:
     for start, end in _paragraphs(text, reached, limit):
         if start - reached > MAX_GAP:
             return reached, True
-        if again := _END.match(text, start):  # a text can follow it without an empty line
-            line_end = _line_end(text, again.end(), end)
+        if markers := list(_END.finditer(text, start, end)):  # a text can follow the last one without an empty line
+            line_end = _line_end(text, markers[-1].end(), end)
             end = end if _WORDS.search(text, line_end, end) else line_end
         if last := _LAST.search(text, start, end):
             return _line_end(text, last.end(), limit), True

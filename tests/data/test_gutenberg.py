@@ -174,9 +174,11 @@ PIECES = st.sampled_from(
 )
 
 
-def test_text_directly_behind_a_second_end_marker_is_kept() -> None:
+@pytest.mark.parametrize("before", ["The Project Gutenberg EBook of A\n\nTitle: A\n\n", "x\n"])
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_text_directly_behind_further_end_markers_is_kept(times: int, before: str) -> None:
     end = "*** END OF THIS PROJECT GUTENBERG EBOOK A ***\n"
-    found = cut(end + "The Project Gutenberg EBook of A\n\nTitle: A\n\n" + end + DIARY)
+    found = cut(end + before + times * end + DIARY)
     assert found is not None
     assert found.text == DIARY.strip()
 
