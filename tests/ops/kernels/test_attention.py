@@ -116,7 +116,12 @@ def lowered(compiler, platform, sizes, dtype, rate):
         attend = attention_in_kernels(compiler)
         return jax.grad(lambda *x: jnp.sum(attend(*x, seeds, Dropout(rate)).astype(jnp.float32)), (0, 1, 2))(q, k, v)
 
-    return jax.jit(gradients).trace(x, x, x, seeds).lower(lowering_platforms=(platform,))
+    try:
+        return jax.jit(gradients).trace(x, x, x, seeds).lower(lowering_platforms=(platform,))
+    except RuntimeError as error:  # since JAX 0.12
+        if "No supported GPU devices" not in str(error):
+            raise
+        pytest.skip("this version of JAX lowers a kernel for a GPU only where it has one")
 
 
 @pytest.mark.parametrize(
