@@ -19,6 +19,7 @@ from chargpt_jax.errors import UserError
 from chargpt_jax.generation.arguments import check_scored
 from chargpt_jax.generation.generate import bucket
 from chargpt_jax.generation.metrics import surprisal_and_entropy
+from chargpt_jax.generation.sample import checked_columns
 from chargpt_jax.generation.trained_model import Model
 from chargpt_jax.model.gpt import GPT, Block
 from chargpt_jax.model.init import Params
@@ -61,9 +62,7 @@ class Inspection:
 
     def by_layer(self, chars_per_line: int = 80) -> Picture:
         """Plot the text with the entropy and the surprisal after each layer below it; a notebook shows the result."""
-        columns = argument("chars_per_line", chars_per_line, int, "try 80")
-        if columns < 1:
-            raise UserError(f"chars_per_line is {shown(columns)}, but it must be at least 1: try 80.")
+        columns = checked_columns(chars_per_line)
         return Picture(layers(self.tokens, self.entropy, self.surprisal, self.settled, self.vocab_size, columns))
 
     def attention_maps(self, layer: int | None = None, head: int | None = None) -> Picture:

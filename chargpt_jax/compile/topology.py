@@ -13,6 +13,7 @@ import jax
 from jax.experimental import topologies
 
 from chargpt_jax.compile.accelerators import GPUS, TPUS, Accelerator, usable_memory
+from chargpt_jax.devices.platform import WITHOUT_GPU
 from chargpt_jax.errors import UserError
 
 OFFLINE = "TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v4-8"
@@ -31,9 +32,6 @@ TOPOLOGIES: dict[str, dict[str, Any]] = {
 
 MAX_GPUS = 16
 """Largest number of GPUs on one host."""
-
-GPU_OPTIONS = {"xla_gpu_autotune_level": 0}
-"""XLA compiler options without a GPU: autotuning would run kernels to compare them."""
 
 
 class Topology(NamedTuple):
@@ -91,7 +89,7 @@ def _gpus(name: str, gpu: str, count: str) -> Topology:
     shape = f"1x1x{count or 1}"
     target = GPUS[gpu].target()
     devices = topologies.get_topology_desc(gpu, "cuda", topology=shape, target_config=target).devices
-    return Topology(name, devices, "cuda", GPU_OPTIONS, GPUS[gpu])
+    return Topology(name, devices, "cuda", WITHOUT_GPU, GPUS[gpu])
 
 
 def _tpus(name: str) -> Topology:

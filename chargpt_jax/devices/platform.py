@@ -12,13 +12,11 @@ from chargpt_jax.errors import UserError
 
 DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
-
 Options = dict[str, str | int | bool]
 """XLA compiler options, as jax.jit takes them."""
 
 GPUS = ("gpu", "cuda", "rocm")
 """JAX's names for the platform of a GPU."""
-
 
 BFLOAT16_ON_CPU = (0, 9, 0)
 """The first JAX version that was found to multiply bfloat16 into float32 on a CPU; 0.8.0 fails at run time."""
@@ -85,6 +83,9 @@ ON_GPU: Options = {"xla_gpu_deterministic_ops": True}
 """The same for a GPU: deterministic kernels, chosen without autotuning, so that a resumed run, which is compiled again,
 is bit-identical to an uninterrupted one."""
 
+
+WITHOUT_GPU: Options = {"xla_gpu_autotune_level": 0}
+"""For compiling for a GPU that is not there: autotuning would run kernels to compare them."""
 
 WRITING_ON_CPU: Options = {"xla_cpu_prefer_vector_width": 512, "xla_backend_optimization_level": 1}
 """XLA compiler options for generation on a CPU; other platforms have none.

@@ -179,7 +179,7 @@ class Sample:
         Raises:
             UserError: if the number of characters per line is not an integer of at least 1.
         """
-        columns = _checked_columns(chars_per_line)
+        columns = checked_columns(chars_per_line)
         series = subline.metric_series(self.surprisal, self.entropy, self.surprise_surprise, self.vocab_size)
         n_prompt = len(self.prompt) if len(self.prompt) < len(self.tokens) else 0  # a scored text has no prompt
         return subline.subline(self.shown, series, chars_per_line=columns, n_prompt=n_prompt)
@@ -223,7 +223,7 @@ class Difference:
                 f"Difference of surprisal (height: {top:.3g} nats)", np.asarray(self.surprisal, float) / top
             ),
         ]
-        return subline.subline(self.tokens, series, chars_per_line=_checked_columns(chars_per_line))
+        return subline.subline(self.tokens, series, chars_per_line=checked_columns(chars_per_line))
 
     def _repr_html_(self) -> str:
         return self.svg()
@@ -287,7 +287,12 @@ def with_metrics(branch: Sample, sample: Sample, at: int) -> Sample:
     )
 
 
-def _checked_columns(chars_per_line: int) -> int:
+def checked_columns(chars_per_line: int) -> int:
+    """Return a number of characters per line.
+
+    Raises:
+        UserError: if it is not an integer of at least 1.
+    """
     columns: int = argument("chars_per_line", chars_per_line, int, "try 80")
     if columns < 1:
         raise UserError(f"chars_per_line is {shown(columns)}, but it must be at least 1: try 80.")

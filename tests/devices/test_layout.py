@@ -4,8 +4,6 @@ The eight devices are virtual, in another process: run as a script, this file tr
 """
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +27,7 @@ from chargpt_jax.training.run import Run
 from chargpt_jax.training.setup import Setup, jit_train_steps, state_shapes
 from chargpt_jax.training.stages import prepare
 from tests.corpus_text import small_config, write_words
+from tests.devices.eight_devices import run_on_eight
 
 LAYOUTS = [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 4, 1), (2, 2, 2), (2, 1, 4), (1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8)]
 """All of eight devices: data x fsdp x tensor."""
@@ -185,18 +184,9 @@ def found(tmp_path_factory):
     config.model.n_embd, config.model.n_head, config.model.n_ff = 32, 8, 64
     config.data.batch_size, config.data.padding_chance = 16, 0.5
     list(prepare(config, folder / "run"))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # halves the compile time
-    }
-    command = [sys.executable, __file__, str(folder / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "rematerialization" not in done.stderr, "XLA warns that it replicates an array"
-    return json.loads(done.stdout)
+    results, printed = run_on_eight(__file__, folder / "run")
+    assert "rematerialization" not in printed, "XLA warns that it replicates an array"
+    return results
 
 
 def alone(name: str) -> str:

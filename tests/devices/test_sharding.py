@@ -32,6 +32,7 @@ from chargpt_jax.training.run import Run
 from chargpt_jax.training.setup import Setup, jit_train_steps
 from chargpt_jax.training.stages import prepare
 from tests.corpus_text import write_words
+from tests.devices.eight_devices import run_on_eight
 from tests.pairing import built
 
 
@@ -304,18 +305,7 @@ def found(tmp_path_factory):
     config = small_config(write_words(folder / "words.txt", 6000), dropout=0.2, n_layer=2)
     config.data.batch_size, config.data.padding_chance, config.data.train_split = 16, 0.5, 0.5
     list(prepare(config, folder / "run"))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_ENABLE_X64": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # halves the compile time
-    }
-    command = [sys.executable, __file__, str(folder / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return run_on_eight(__file__, folder / "run", JAX_ENABLE_X64="1")[0]
 
 
 SHARED = [pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in ALONE.values()]

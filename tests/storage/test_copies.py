@@ -310,7 +310,7 @@ def test_new_copy_appears_complete_or_not_at_all(states, target, monkeypatch, ki
 # What is refused
 
 
-def refused(source: Path, target: Path, match: str) -> None:
+def assert_refused(source: Path, target: Path, match: str) -> None:
     """Check that a copy is refused in one sentence, and that nothing changes."""
     before = tree(target)
     with pytest.raises(UserError, match=match) as error:
@@ -324,7 +324,9 @@ def test_another_config_is_refused(states, target):
     saved = Workdir(target).load_config()
     saved.model.n_layer = 3
     Workdir(target).save_config(saved)
-    refused(states[1], target, r"holds another run than .* \(model.n_layer: saved 3, given 2\): choose another folder")
+    assert_refused(
+        states[1], target, r"holds another run than .* \(model.n_layer: saved 3, given 2\): choose another folder"
+    )
 
 
 def test_longer_schedule_is_the_same_run(states, target):
@@ -340,18 +342,22 @@ def test_another_text_is_refused(states, target):
     copy_run(states[0], target)
     folder, tokens = Workdir(target), Workdir(target).load_tokens()
     folder.save_corpus(folder.load_tokenizer(), tokens[:-1], folder.load_sources())
-    refused(states[1], target, r"holds another run than .* \(the text differs\): choose another folder for the copy")
+    assert_refused(
+        states[1], target, r"holds another run than .* \(the text differs\): choose another folder for the copy"
+    )
 
 
 def test_newer_copy_is_not_replaced_by_an_older_run(states, target):
     copy_run(states[2], target)
-    refused(states[1], target, r"is at step 30, but the one in .*, which must not replace it, is at step 20: copy the")
+    assert_refused(
+        states[1], target, r"is at step 30, but the one in .*, which must not replace it, is at step 20: copy the"
+    )
 
 
 def test_folder_of_other_files_is_refused(states, target):
     target.mkdir(parents=True)
     (target / "holiday.jpg").write_text("")
-    refused(
+    assert_refused(
         states[0], target, r"cannot hold a copy of .*, because it holds other files: choose a new or an empty folder"
     )
 
@@ -367,7 +373,7 @@ def test_file_is_refused_as_a_folder(states, tmp_path):
 def test_copy_inside_its_run_is_refused(states, tmp_path, inner):
     run = tmp_path / "run"
     shutil.copytree(states[0], run)
-    refused(run, run / inner, "must be outside of it, but is .*: choose another folder")
+    assert_refused(run, run / inner, "must be outside of it, but is .*: choose another folder")
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path, target):
