@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from chargpt_jax.cli.signals import ResilientStream, Signals, open_standard_streams
-from chargpt_jax.errors import ExpectedError, UserError, is_out_of_memory
+from chargpt_jax.devices import ending
+from chargpt_jax.errors import ExpectedError, ProcessLost, UserError, is_out_of_memory
 
 DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),  # full, limited, read-only or broken
@@ -68,6 +69,8 @@ def _reported(error: Exception | KeyboardInterrupt, signals: Signals) -> int:
     if isinstance(error, BrokenPipeError):
         ResilientStream(sys.stdout).mute()
         return 0
+    if isinstance(error, ProcessLost) and (number := ending.announced()) is not None:
+        signals.stopped_with(number)
     # A library may have replaced the KeyboardInterrupt by an error of its own.
     if signals.interrupted or isinstance(error, KeyboardInterrupt):
         return _complain(signals.message, signals.code)
@@ -104,14 +107,12 @@ def _complain(message: object, code: int) -> int:
 
 def console() -> None:
     """Run `main` as the `chargpt` command of a shell."""
-    from chargpt_jax.devices import processes
-
     try:
         code = main(last=True)
     except Exception:
-        processes.leave(1)
+        ending.leave(1)
         raise
-    processes.leave(code)
+    ending.leave(code)
     sys.exit(code)
 
 

@@ -301,11 +301,12 @@ def _working_directory() -> str:
         return ""
 
 
-def api_module(distributed: str | None = None) -> ModuleType:
+def api_module(distributed: str | None = None, signals: Signals | None = None) -> ModuleType:
     """Import the API, and with it JAX; compiled programs are cached on disk.
 
     Args:
         distributed: the value of --distributed, to connect this process with others.
+        signals: of the command, which then stop all processes.
 
     Raises:
         UserError: if a setting of JAX is unsupported, or the processes cannot be connected.
@@ -317,5 +318,9 @@ def api_module(distributed: str | None = None) -> ModuleType:
     startup.use_compilation_cache(download.default_cache() / "xla")
     if distributed is not None:
         native_output.divert()
+        if signals is not None:
+            signals.shared = True
         processes.start(distributed)
+        if signals is not None:
+            signals.hear()
     return api

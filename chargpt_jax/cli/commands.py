@@ -15,7 +15,7 @@ from chargpt_jax.cli.command_line import Request, api_module
 from chargpt_jax.cli.signals import ResilientStream, code_of
 from chargpt_jax.cli.terminal import as_json, one_line, shown, warn
 from chargpt_jax.cli.text_modes import generate, score
-from chargpt_jax.devices import processes
+from chargpt_jax.devices import ending, processes
 from chargpt_jax.errors import UserError
 from chargpt_jax.results.facts import facts_in_words
 
@@ -89,7 +89,7 @@ class Session:
         self.samples: Sampled | None = None
         self._track: Callable[[Event], None] = lambda event: None
         self._advise(request.folder.has_checkpoints())
-        self.api, self._open = api_module(request.flags.distributed), contextlib.ExitStack()
+        self.api, self._open = api_module(request.flags.distributed, request.signals), contextlib.ExitStack()
         self.first = request.flags.distributed is None or processes.is_first()
         self.warn = warn if self.first else silent
         # A ResilientStream has all that its stream has. (--distributed has replaced the standard streams.)
@@ -99,7 +99,7 @@ class Session:
         """Begin to display events; of several processes, process 0 does that alone."""
         from chargpt_jax.cli import progress
 
-        self._open.enter_context(processes.loss_named())
+        self._open.enter_context(ending.loss_named())
         if not self.first:
             self._display = lambda event: None
             return self
@@ -157,7 +157,7 @@ class Session:
 
         signals, folder = self.request.signals, self.request.folder
         if self.request.flags.distributed is not None:
-            with processes.loss_named():
+            with ending.loss_named():
                 processes.finish()
         if signals.received() is not None:
             return signals.code
@@ -179,8 +179,8 @@ class Session:
 
 def evaluate(request: Request) -> int:
     """Compute the loss on the full validation set."""
-    api = api_module(request.flags.distributed)
-    with processes.loss_named():
+    api = api_module(request.flags.distributed, request.signals)
+    with ending.loss_named():
         first = processes.is_first()
         result = api.evaluate(request.folder, request.step, warn if first else silent)
         processes.finish()

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TextIO, cast
 
+from chargpt_jax.devices import ending
+
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 """Signals that stop a command; Windows has no SIGHUP."""
 
@@ -25,6 +27,9 @@ AGAIN_SECONDS = 1.0
 WAITED_FOR = ("<frozen importlib", f"{os.sep}asyncio{os.sep}")
 """Parts of file names of code that a signal waits for: imports, because compiled modules may abort if they are
 interrupted, and event loops, in which checkpoints are read, because other threads report to them."""
+
+LEAVING_SECONDS = 2.0
+"""Time in which one of several processes stops by itself; then a thread ends it, since it waits for another one."""
 
 RETRY_SECONDS, MAX_RETRIES = 0.05, 200
 """How often, and how many times, to check whether such code has ended before a signal raises KeyboardInterrupt."""
@@ -47,8 +52,11 @@ class Signals:
         """Whether a signal or the time limit has raised KeyboardInterrupt."""
         self.advice = ""
         """Added to the message "Stopped by SIGNAL"."""
+        self.shared = False
+        """Whether this is one of several processes, which a signal to one of them stops."""
         self._last, self._number = last, cast("int | None", None)
         self._deadline, self._raised, self._retries = math.inf, -math.inf, 0
+        self._stopping = threading.Lock()
         self._outermost: FrameType | None = None
         """The frame of the command."""
         self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
@@ -75,10 +83,7 @@ class Signals:
         """
         self.finished, self._outermost = True, None
         if self._last and self.interrupted:
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError):
-                    stream.flush()
-            os._exit(self.code)
+            self._leave()
         if self._before:
             _set_alarm(0.0)
             sys.unraisablehook = self._hook_before
@@ -106,6 +111,22 @@ class Signals:
     def message(self) -> str:
         """The message that reports the signal or the time limit."""
         return f"{'Time limit reached' if self.out_of_time else f'Stopped by {self.name}'}{self.advice}."
+
+    def stopped_with(self, number: int) -> None:
+        """Stop because of a signal to another process, 0 for its time limit, as if it had arrived here."""
+        self._number = self._number or number or None
+        if self._number is None:
+            self._deadline = -math.inf
+        self.interrupted = True
+
+    def hear(self) -> None:
+        """Stop when another of several processes, which are connected now, does so."""
+
+        def stop(number: int) -> None:
+            self.stopped_with(number)
+            self._stop_soon()
+
+        ending.listen(stop)
 
     def received(self) -> int | None:
         """Return the number of the first signal that arrived, or None."""
@@ -167,8 +188,32 @@ class Signals:
             if count and number[0] == signal.SIGINT:
                 os.write(2, b"\nchargpt: Exited immediately; files saved earlier are intact.\n")
                 os._exit(130)
+            if not count and number[0] in stopping and self.shared and not (self.deferred or self.finished):
+                self.stopped_with(number[0])
+                threading.Thread(target=self._stop_soon, daemon=True).start()
             count += number[0] in stopping
         arrived.close()
+
+    def _stop_soon(self) -> None:
+        """End this process and the others within a few seconds, even if it waits for one of them in compiled code."""
+        if not self._stopping.acquire(blocking=False):
+            return  # another thread does so: a process hears its own announcement
+        ending.announce(self._number or 0)
+        _set_alarm(RETRY_SECONDS)  # raises KeyboardInterrupt in the main thread, when it runs Python's code
+        time.sleep(LEAVING_SECONDS)
+        if not self.finished:
+            print(f"chargpt: {self.message}", file=sys.stderr, flush=True)
+            self._leave()
+
+    def _leave(self) -> None:
+        """Exit at once, without Python's own clean-up."""
+        if self.shared:
+            ending.announce(self._number or 0)
+            ending.leave_together(self.code)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(self.code)
 
 
 def code_of(number: int) -> int:

@@ -1,25 +1,22 @@
-"""Several processes that train one model: how they start, agree and end.
+"""Several processes that train one model: how they start and agree; ending.py says how they end.
 
 Every process runs the same code on the same corpus, and JAX exchanges the gradients. A decision that depends on time,
 signals or files is made once and sent to all, since each process must run the same programs in the same order. Process
 0 alone writes files. With one process, every function here returns its argument at once.
 """
 
-import contextlib
 import errno
 import functools
 import json
-import os
 import re
 import signal
 import socket
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from chargpt_jax.devices import startup
-from chargpt_jax.errors import ExpectedError, NoCheckpoint, NonFiniteLoss, ProcessLost, SaveFailed, UserError
+from chargpt_jax.errors import NoCheckpoint, NonFiniteLoss, SaveFailed, UserError
 
 AUTO = "auto"
 """The value of --distributed that lets JAX find the processes: on Cloud TPU, GKE, Slurm and Open MPI."""
@@ -27,16 +24,8 @@ AUTO = "auto"
 HEARTBEAT_SECONDS = 20
 """Time without a heartbeat after which a process counts as lost."""
 
-LEAVING_SECONDS = 5.0
-"""Time that a process with an error waits for the others, which may have the same error."""
-
 SLOT = 512
 """Bytes of a message of `gathered`; a longer one takes a second exchange."""
-
-LOST = re.compile(
-    r"Gloo|NCCL|[Cc]oordination|heartbeat|Connection (closed|reset)|Socket closed|DEADLINE_EXCEEDED|UNAVAILABLE"
-)
-"""Parts of JAX's errors if another process has ended or cannot be reached."""
 
 KINDS = {kind.__name__: kind for kind in (UserError, NoCheckpoint, NonFiniteLoss, SaveFailed)}
 """The errors of process 0 that its other processes raise too."""
@@ -45,6 +34,11 @@ T = TypeVar("T")
 
 _started = False
 """Whether `start` was called: several processes are refused until then."""
+
+
+def started() -> bool:
+    """Return whether `start` was called."""
+    return _started
 
 
 def parsed(value: str | None) -> tuple[str, int, int] | None:
@@ -95,6 +89,8 @@ def start(value: str = AUTO) -> None:
                 f"--distributed={value} cannot connect the processes ({reason}): check the address of process 0, and "
                 "start all processes."
             ) from error
+        finally:  # also if a signal has interrupted it
+            _started = jax.distributed.is_initialized()
         if threading.current_thread() is threading.main_thread():
             # JAX has installed a handler of its own, of which Python does not know.
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
@@ -285,25 +281,6 @@ def _replicating(sharding: Any) -> Callable[[Any], Any]:
     return jax.jit(lambda x: x, out_shardings=sharding)
 
 
-@contextlib.contextmanager
-def loss_named() -> Iterator[None]:
-    """Turn JAX's error that another process has ended into one sentence.
-
-    Raises:
-        ProcessLost: instead of that error.
-    """
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        if not _started or isinstance(error, ExpectedError) or count() == 1 or not LOST.search(str(error)):
-            raise
-        raise ProcessLost(
-            f"Process {index()} of {count()} has stopped, because another process has ended or cannot be reached: see "
-            "the messages of the others, then run the same commands again; training continues from the newest "
-            "checkpoint."
-        ) from error
-
-
 def finish() -> None:
     """Wait until every process has finished, and disconnect them; an error in one of them then disturbs none."""
     import jax
@@ -311,23 +288,3 @@ def finish() -> None:
     if count() > 1:
         gathered(None)
         jax.distributed.shutdown()
-
-
-def leave(code: int) -> None:
-    """Exit, after an error, without Python's clean-up, in which JAX would wait for processes that have ended.
-
-    Processes with the same error disconnect first. With one process, or with exit code 0, this does nothing.
-    """
-    jax = sys.modules.get("jax")
-    if not code or jax is None or not jax.distributed.is_initialized():
-        return
-    if sys.exc_info()[0] is not None:
-        sys.excepthook(*sys.exc_info())
-    if code != ProcessLost.exit_code:
-        thread = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-        thread.start()
-        thread.join(LEAVING_SECONDS)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from chargpt_jax.cli.command_line import parse
 from chargpt_jax.cli.flags import EXIT_CODES
 from chargpt_jax.config import Config, MeshConfig
-from chargpt_jax.devices import layout, processes, sharding
+from chargpt_jax.devices import ending, layout, processes, sharding
 from chargpt_jax.errors import NoCheckpoint, NonFiniteLoss, ProcessLost, SaveFailed, UserError
 from tests.devices.test_sharding import Device
 from tests.process_group import Group
@@ -174,7 +174,7 @@ def test_loss_named_turns_an_error_of_jax_into_a_sentence(monkeypatch, message, 
     monkeypatch.setattr(processes, "count", lambda: 2)
     with (
         pytest.raises(ProcessLost, match="Process 0 of 2 has stopped, because another process"),
-        processes.loss_named(),
+        ending.loss_named(),
     ):
         raise kind(message)
 
@@ -191,7 +191,7 @@ def test_loss_named_turns_an_error_of_jax_into_a_sentence(monkeypatch, message, 
 def test_loss_named_leaves_other_errors(monkeypatch, error, started, count):
     monkeypatch.setattr(processes, "_started", started)
     monkeypatch.setattr(processes, "count", lambda: count)
-    with pytest.raises(type(error)) as found, processes.loss_named():
+    with pytest.raises(type(error)) as found, ending.loss_named():
         raise error
     assert found.value is error
 
