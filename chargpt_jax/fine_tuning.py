@@ -20,6 +20,7 @@ from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.devices import processes
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.loading import load
+from chargpt_jax.generation.trained_model import Model
 from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import optimizer
@@ -46,6 +47,8 @@ def start_from(parent: str | Path, config: Config, workdir: str | Path | Workdir
         workdir: of the new run.
         warn: receives messages for the user.
 
+    With several processes, process 0 alone reads the other run.
+
     Raises:
         UserError: if the models differ in a size, the runs are the same one, or the new run's text was prepared before.
         NoCheckpoint: if the other run has no usable checkpoint.
@@ -53,6 +56,19 @@ def start_from(parent: str | Path, config: Config, workdir: str | Path | Workdir
     folder = checked_workdir(config, workdir)
     if processes.agreed(folder.has_checkpoints()):
         return
+    model = processes.on_first(lambda: _fitting_model(parent, config, folder, warn))  # None in the other processes
+    with locked(folder):
+        run = Run.prepare(config, folder, warn, known=model.tokenizer.vocabulary if model else ())
+        processes.on_first(lambda: _check_vocabulary(run, model, parent))
+        rate = processes.agreed(model.config.optimizer.learning_rate if model else None)
+        if run.config.optimizer.learning_rate is None and rate is not None:
+            run = run.with_learning_rate(RATE * rate)
+            warn(f"learning rate: {RATE * rate:.2e}, {RATE:g} times that of {parent}; optimizer.learning_rate sets it")
+        processes.on_first(lambda: _save_inherited(run, model, warn))
+
+
+def _fitting_model(parent: str | Path, config: Config, folder: Workdir, warn: Warn) -> Model:
+    """Return the model of another run, after checking that a run with this config can start from it."""
     if Workdir(parent).path.resolve() == folder.path.resolve():
         raise UserError(f"--from is {str(parent)!r}, the run's own --workdir: give the folder of another run.")
     model = load(parent, warn=warn)
@@ -62,23 +78,28 @@ def start_from(parent: str | Path, config: Config, workdir: str | Path | Workdir
             f"The tokens of the model of {parent} are {model.tokenizer.unit}s, but data.unit is {config.data.unit!r}: "
             f"set --config.data.unit={model.tokenizer.unit}."
         )
-    with locked(folder):
-        run = Run.prepare(config, folder, warn, known=model.tokenizer.vocabulary)
-        if missing := [c for c in model.tokenizer.vocabulary if c not in run.tokenizer.vocabulary]:
-            raise UserError(
-                f"The text in {folder.path} was prepared without {missing[0]!r}, which the vocabulary of {parent} has: "
-                "use a new --workdir."
-            )
-        setup = Setup.of(run)
-        initial = jax.tree.map(np.asarray, setup.initial_params())
-        params = inherited(initial, jax.tree.map(np.asarray, model.params), run.tokenizer, model.tokenizer)
-        tx = optimizer.empty(run.config.optimizer)
-        state = create_state(jax.device_put(params), tx, run.config.seed, setup.dtype)
-        if run.config.optimizer.learning_rate is None and (rate := model.config.optimizer.learning_rate) is not None:
-            run = run.with_learning_rate(RATE * rate)
-            warn(f"learning rate: {RATE * rate:.2e}, {RATE:g} times that of {parent}; optimizer.learning_rate sets it")
-        with contextlib.closing(Checkpoints(folder.checkpoints, warn=warn)) as store:
-            processes.on_first(lambda: store.save(state, setup.record(), UNVALIDATED))
+    return model
+
+
+def _check_vocabulary(run: Run, model: Model | None, parent: str | Path) -> None:
+    """Check that the vocabulary of a prepared run has the characters of a model."""
+    assert model is not None  # in process 0
+    if missing := [c for c in model.tokenizer.vocabulary if c not in run.tokenizer.vocabulary]:
+        raise UserError(
+            f"The text in {run.workdir.path} was prepared without {missing[0]!r}, which the vocabulary of {parent} "
+            "has: use a new --workdir."
+        )
+
+
+def _save_inherited(run: Run, model: Model | None, warn: Warn) -> None:
+    """Save the parameters of a model as the checkpoint of step 0 of a run."""
+    assert model is not None  # in process 0
+    setup = Setup.of(run)
+    initial = jax.tree.map(np.asarray, setup.initial_params())
+    params = inherited(initial, jax.tree.map(np.asarray, model.params), run.tokenizer, model.tokenizer)
+    state = create_state(jax.device_put(params), optimizer.empty(run.config.optimizer), run.config.seed, setup.dtype)
+    with contextlib.closing(Checkpoints(run.workdir.checkpoints, warn=warn)) as store:
+        store.save(state, setup.record(), UNVALIDATED)
 
 
 def inherited(initial: Any, parent: Any, own: CharTokenizer, theirs: CharTokenizer) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import chargpt_jax
+from benchmarks.processes import Training, prepared, result
 from chargpt_jax import fine_tuning
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import NoCheckpoint, UserError
@@ -184,3 +185,34 @@ def test_command_fine_tunes_a_run(parent, tmp_path, capsys):
     new = [flags[0], f"--workdir={tmp_path / 'new'}", "--mode=train"]
     assert main(["chargpt", *new, f"--from={tmp_path / 'nothing'}"]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_a_run_as_one_does(tmp_path):
+    config = prepared(tmp_path, 12)
+    parent = Training(config, tmp_path / "parent", 1)
+    assert parent.codes() == [0], parent.said(0)
+    words = [f"--from={tmp_path / 'parent'}", "--config.optimizer.learning_rate=None"]
+    for count in (1, 2):
+        training = Training(config, tmp_path / f"tuned-{count}", count, words)
+        assert training.codes() == [0] * count, training.said(0)
+        assert "learning rate: 5.00e-03, 0.5 times that of " in training.said(0)
+        assert count == 1 or training.said(1) == ""
+    one, two = (result(tmp_path / f"tuned-{count}") for count in (1, 2))
+    assert one["step"] == two["step"] == 12
+    for line, other in zip(one["log"], two["log"], strict=True):
+        assert other["loss"] == pytest.approx(line["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_report_a_parent_that_does_not_fit(tmp_path):
+    config = prepared(tmp_path, 4)
+    parent = Training(config, tmp_path / "parent", 1)
+    assert parent.codes() == [0], parent.said(0)
+    words = [f"--from={tmp_path / 'parent'}", "--config.model.n_layer=3"]
+    training = Training(config, tmp_path / "tuned", 2, words)
+    assert training.codes(60.0) == [2, 2]
+    for index in range(2):
+        assert "has other sizes than n_layer=3: set --config.model.n_layer=2." in training.said(index)
+        assert training.said(index).count("\n") == 1
+    assert not (tmp_path / "tuned").exists()
