@@ -37,7 +37,11 @@ def facts_in_words(info: Mapping[str, Any]) -> list[Group]:
             ("best loss", _best_loss(info)),
             ("learning rate", _learning_rate(info)),
         ],
-        "Speed": [("training", _speed(info)), ("arithmetic", _arithmetic(info))],
+        "Speed": [
+            ("training", _speed(info)),
+            ("arithmetic", _arithmetic(info)),
+            ("attention", _attention(info)),
+        ],
         "Devices": [("used", _devices(info))],
         "Files": [("checkpoints", _checkpoints(info)), ("report", _report(info))],
     }
@@ -186,6 +190,32 @@ def _arithmetic(info: Mapping[str, Any]) -> str:
     used = _number(info.get("mfu"))
     peak = "the device's peak is not known" if used is None else f"{100 * used:.2g} % of the device's peak"
     return f"{per_step} per step, {scaled(per_second, 'FLOP')} per second; {peak}"
+
+
+def _attention(info: Mapping[str, Any]) -> str:
+    """Return the attention of the training steps and why it is used."""
+    if "attention" not in info:
+        return ""
+    if info["attention"] is None:
+        return "not chosen yet: a trial before training chooses it"
+    reasons = {
+        "config": "set in the config",
+        "device": "the only one of these devices",
+        "run": "as since the run began",
+        "trial": f"the fastest in a trial on {info.get('attention_device') or 'a device that is not known'}",
+    }
+    trial = info.get("attention_trial")
+    tried = ", ".join(filter(None, map(_tried, trial if isinstance(trial, list) else [])))
+    named = ", ".join(filter(None, (str(info["attention"]), reasons.get(info.get("attention_source", "")))))
+    return f"{named}: {tried}" if tried else named
+
+
+def _tried(one: Any) -> str:
+    """Return the result of one attention in a trial; '' if it is malformed: attention.json is untrusted input."""
+    if not isinstance(one, dict) or not isinstance(one.get("name"), str):
+        return ""
+    seconds = _number(one.get("seconds"))
+    return f"{one['name']} {f'{1000 * seconds:.3g} ms per layer' if seconds else one.get('fault') or NOT_MEASURED}"
 
 
 def _devices(info: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from chargpt_jax.model.init import count_parameters
 from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.storage.metrics_log import Expected, seconds_at
 from chargpt_jax.storage.workdir import Workdir
-from chargpt_jax.training import optimizer
+from chargpt_jax.training import attention, optimizer
 from chargpt_jax.training.lr_finder import result_from
 from chargpt_jax.training.run import Warn
 from chargpt_jax.training.setup import training_mesh
@@ -28,6 +28,7 @@ INFO = (
     *("learning_rate", "step", "seconds", "best_step", "best_loss", "best_bits_per_character"),
     *("unit", "best_bits_per_byte", "devices", "dtype", "trained_on", "compile_seconds", "seconds_per_step"),
     *("flops_per_step", "flops_per_second", "mfu"),
+    *("attention", "attention_source", "attention_device", "attention_trial"),
 )
 """The facts of `info`, in this order."""
 
@@ -38,7 +39,7 @@ def info(workdir: str | Path | Workdir, warn: Warn = print) -> dict[str, Any]:
     model/flops.py defines flops_per_step. mfu is flops_per_second as a fraction of the devices' peak; None if the peak
     is not known. None before the first validation: compile_seconds, seconds_per_step, flops_per_second and mfu.
     best_bits_per_byte is None if the unit is the character. seconds is None if the last lines of metrics.jsonl are
-    missing. `warn` is told which files could not be used.
+    missing. `training.attention.facts` defines those of the attention. `warn` is told which files could not be used.
     """
     facts = all_facts(workdir, warn)
     return {name: facts[name] for name in INFO}
@@ -87,6 +88,7 @@ def all_facts(workdir: str | Path | Workdir, warn: Warn = print) -> dict[str, An
         "flops_per_step": training_flops(config.model, config.data.batch_size),
         "flops_per_second": speed.get("flops_per_second"),
         "mfu": speed.get("mfu"),
+        **attention.facts(config, mesh, folder.load_attention(warn), step > 0),
         "report": str(folder.report) if folder.report.is_file() else None,
     }
 

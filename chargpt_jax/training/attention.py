@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -115,6 +115,35 @@ def _fastest(run: Run, names: tuple[str, ...], conditions: dict[str, Any], mesh:
     name, tried = fastest(results), [dataclasses.asdict(one) for one in results]
     save(name, tried)
     return AttentionChosen(name, "trial", tuple(AttentionTried(**one) for one in tried))
+
+
+def facts(config: Config, mesh: Mesh, saved: Mapping[str, Any], has_trained: bool) -> dict[str, Any]:
+    """Return which attention the training steps of a run use and why, as JSON can hold it.
+
+    Args:
+        config: of the run.
+        mesh: the devices here.
+        saved: the content of attention.json, {} without one: untrusted input.
+        has_trained: whether the run has made training steps.
+
+    Returns:
+        attention: its name; None: a trial will choose it.
+        attention_source: 'config', 'trial', 'device' (the devices here have no other one) or 'run' (the run began
+            without a choice).
+        attention_device: the kind of device of the trial, or None.
+        attention_trial: the results of the trial, as in attention.json.
+    """
+    name: str | None = config.train.attention
+    source: str | None = "config"
+    device, trial = None, []
+    if name == AUTO and saved.get("attention") in choose.ATTENTIONS:
+        name, source, trial = saved["attention"], "trial", saved.get("tried", [])
+        device = saved["conditions"].get("device")
+    elif name == AUTO and len(_attentions(config, mesh)) == 1:
+        name, source = choose.BLOCKS, "device"
+    elif name == AUTO:
+        name, source = (choose.BLOCKS, "run") if has_trained else (None, None)
+    return {"attention": name, "attention_source": source, "attention_device": device, "attention_trial": trial}
 
 
 def shape_of(config: Config, mesh: Mesh) -> Shape:

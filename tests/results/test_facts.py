@@ -38,6 +38,10 @@ TRAINED = {
     "flops_per_step": 2516582400.0,
     "flops_per_second": 28_040_000_000.0,
     "mfu": None,
+    "attention": "blocks",
+    "attention_source": "device",
+    "attention_device": None,
+    "attention_trial": [],
     "checkpoints": [408, 816, 1020],
     "report": "runs/tiny/report.html",
 }
@@ -45,6 +49,7 @@ NEW = {
     **TRAINED,
     **dict.fromkeys(("learning_rate", "learning_rate_method", "seconds", "best_step", "best_loss"), None),
     **dict.fromkeys(("best_bits_per_character", "trained_on", "compile_seconds", "seconds_per_step"), None),
+    **dict.fromkeys(("attention", "attention_source"), None),
     **{"flops_per_second": None, "step": 0, "checkpoints": [], "report": None},
 }
 
@@ -65,6 +70,7 @@ def test_facts_of_a_trained_run_are_sentences_with_units():
         "Training learning rate": "0.0167, found by the range test (balanced)",
         "Speed training": "at best 33.6 ms per step, 60,900 characters per second; compiled in 2.78 s",
         "Speed arithmetic": "2.52 GFLOP per step, 28 GFLOP per second; the device's peak is not known",
+        "Speed attention": "blocks, the only one of these devices",
         "Devices used": "2 x cpu in float32",
         "Files checkpoints": "steps 408, 816 and 1,020; best: 816",
         "Files report": "runs/tiny/report.html",
@@ -101,6 +107,38 @@ def test_facts_name_a_set_rate_the_peak_and_other_devices():
     assert found["Training learning rate"] == "0.0167, set in the config"
     assert found["Speed arithmetic"].endswith("28 GFLOP per second; 31 % of the device's peak")
     assert found["Devices used"] == "2 x cpu in float32; trained on 8 x TPU v5 lite"
+
+
+TRIED = [
+    {"name": "blocks", "error": 1e-7, "seconds": 1.25e-3},
+    {"name": "kernel", "error": 2e-7, "seconds": 4e-4, "fault": ""},
+    {"name": "cudnn", "error": None, "seconds": None, "fault": "it does not compile"},
+]
+
+
+@pytest.mark.parametrize(
+    ("facts", "text"),
+    [
+        ({"attention": None, "attention_source": None}, "not chosen yet: a trial before training chooses it"),
+        ({"attention": "kernel", "attention_source": "config"}, "kernel, set in the config"),
+        ({"attention_source": "run"}, "blocks, as since the run began"),
+        (
+            {"attention": "kernel", "attention_source": "trial", "attention_device": "L4", "attention_trial": TRIED},
+            "kernel, the fastest in a trial on L4: blocks 1.25 ms per layer, kernel 0.4 ms per layer, "
+            "cudnn it does not compile",
+        ),
+        (
+            {"attention_source": "trial", "attention_trial": [1, {}, {"name": "blocks", "seconds": "fast"}]},
+            "blocks, the fastest in a trial on a device that is not known: blocks not measured yet",
+        ),
+        (
+            {"attention_source": "trial", "attention_trial": 3},
+            "blocks, the fastest in a trial on a device that is not known",
+        ),
+    ],
+)
+def test_facts_say_which_attention_trains_and_why(facts, text):
+    assert words({**TRAINED, **facts})["Speed attention"] == text
 
 
 def test_long_lists_of_titles_and_notes_are_counted():

@@ -17,6 +17,7 @@ from chargpt_jax.errors import UserError
 from chargpt_jax.events import AttentionChosen, Prepared, Steps
 from chargpt_jax.ops import choose
 from chargpt_jax.ops.kernels.trial import Shape, Tried
+from chargpt_jax.results import info
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import attention, stages
 from chargpt_jax.training.setup import training_mesh
@@ -231,3 +232,37 @@ def test_devices_that_split_parameters_train_with_blocks(config, trials, monkeyp
     config.train.attention = "kernel"
     with pytest.raises(UserError, match=r"it must be blocks: set one of"):
         attention.check(config)
+
+
+# Facts, for people and scripts
+
+
+@pytest.mark.parametrize(
+    ("asked", "names", "has_trained", "expected"),
+    [
+        ("auto", ("blocks",), True, ("blocks", "device")),
+        ("auto", ("blocks", "kernel"), True, ("blocks", "run")),
+        ("auto", ("blocks", "kernel"), False, (None, None)),
+        ("kernel", ("blocks", "kernel"), False, ("kernel", "config")),
+    ],
+)
+def test_facts_without_a_trial(config, monkeypatch, asked, names, has_trained, expected):
+    monkeypatch.setattr(choose, "attentions_for", lambda *given: names)
+    config.train.attention = asked
+    facts = attention.facts(config, training_mesh(config), {}, has_trained)
+    assert (facts["attention"], facts["attention_source"]) == expected
+    assert (facts["attention_device"], facts["attention_trial"]) == (None, [])
+
+
+def test_facts_of_a_trial_are_those_of_its_file(config, trials, built, tmp_path):
+    with pytest.raises(Built):
+        list(stages.train(config, tmp_path / "run", pytest.fail))
+    facts = info.info(tmp_path / "run", pytest.fail)
+    assert (facts["attention"], facts["attention_source"]) == ("kernel", "trial")
+    assert facts["attention_device"] == jax.devices()[0].device_kind
+    assert [(one["name"], one["seconds"]) for one in facts["attention_trial"]] == [("blocks", 2e-3), ("kernel", 1e-3)]
+
+
+def test_facts_of_an_unknown_attention_are_those_of_a_run_without_a_trial(config):
+    saved = {"attention": "other", "conditions": {}}
+    assert attention.facts(config, training_mesh(config), saved, False)["attention_source"] == "device"
