@@ -33,7 +33,7 @@ from chargpt_jax.config_io import (
     optional_fields,
     texts_of,
 )
-from chargpt_jax.devices import native_output, processes, startup
+from chargpt_jax.devices import connecting, native_output, processes, startup
 from chargpt_jax.errors import UserError, reason, remedy
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Config | None, str | N
     Raises:
         UserError: if a flag, a field or a value is invalid.
     """
-    argv = [f"--distributed={processes.AUTO}" if word.lstrip("-") == "distributed" else word for word in argv]
+    argv = [f"--distributed={connecting.AUTO}" if word.lstrip("-") == "distributed" else word for word in argv]
     _check_repeats(argv)
     argv, name = _without_config(_texts_in_utf8(argv))
     name = _own_config(argv) if name is None else name
@@ -273,7 +273,8 @@ def read(argv: Sequence[str], signals: Signals) -> Request:
     if not flags.help:
         startup.check_environment()
         startup.check_open_files()
-        processes.parsed(flags.distributed)
+        connecting.parsed(flags.distributed)
+        connecting.check_seconds(flags.connect_seconds)
         if mode in NEEDS_CONFIG:
             if config is None:
                 raise UserError(f"--mode={mode} needs a config: give --config=small, or the path of a config file.")
@@ -301,12 +302,10 @@ def _working_directory() -> str:
         return ""
 
 
-def api_module(distributed: str | None = None, signals: Signals | None = None) -> ModuleType:
+def api_module(request: Request | None = None) -> ModuleType:
     """Import the API, and with it JAX; compiled programs are cached on disk.
 
-    Args:
-        distributed: the value of --distributed, to connect this process with others.
-        signals: of the command, which then stop all processes.
+    With --distributed in the request, this process is connected with the others, and signals then stop all of them.
 
     Raises:
         UserError: if a setting of JAX is unsupported, or the processes cannot be connected.
@@ -316,11 +315,15 @@ def api_module(distributed: str | None = None, signals: Signals | None = None) -
         from chargpt_jax.data import download
     startup.check_settings()
     startup.use_compilation_cache(download.default_cache() / "xla")
-    if distributed is not None:
+    if request is not None and request.flags.distributed is not None:
         native_output.divert()
-        if signals is not None:
-            signals.shared = True
-        processes.start(distributed)
-        if signals is not None:
-            signals.hear()
+        flags, request.signals.shared = request.flags, True
+        processes.start(flags.distributed, flags.connect_seconds, _alike(request), request.signals.hear)
     return api
+
+
+def _alike(request: Request) -> dict[str, object]:
+    """Return what decides which programs a command runs, by name, besides its config."""
+    given = {name: request.flags[name].value is not None for name in ("from", "max_minutes")}
+    presence = {f"--{name}": "given" if is_given else "not given" for name, is_given in given.items()}
+    return {"--mode": request.mode, "--step": str(request.step), **presence}

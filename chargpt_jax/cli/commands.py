@@ -89,7 +89,7 @@ class Session:
         self.samples: Sampled | None = None
         self._track: Callable[[Event], None] = lambda event: None
         self._advise(request.folder.has_checkpoints())
-        self.api, self._open = api_module(request.flags.distributed, request.signals), contextlib.ExitStack()
+        self.api, self._open = api_module(request), contextlib.ExitStack()
         self.first = request.flags.distributed is None or processes.is_first()
         self.warn = warn if self.first else silent
         # A ResilientStream has all that its stream has. (--distributed has replaced the standard streams.)
@@ -179,7 +179,7 @@ class Session:
 
 def evaluate(request: Request) -> int:
     """Compute the loss on the full validation set."""
-    api = api_module(request.flags.distributed, request.signals)
+    api = api_module(request)
     with ending.loss_named():
         first = processes.is_first()
         result = api.evaluate(request.folder, request.step, warn if first else silent)

@@ -3,6 +3,7 @@
 from absl import flags
 
 from chargpt_jax.config_io import help_lines
+from chargpt_jax.devices.connecting import CONNECT_SECONDS
 
 MODES = {
     "run": "all stages: prepare the text, find a learning rate if none is set, train, generate samples, write a report",
@@ -40,7 +41,7 @@ NEEDS_CONFIG = ("run", "prepare", "find_lr", "train", "compile")
 FLAG_MODES = {
     **dict.fromkeys(("profile", "max_minutes"), ("run", "train")),
     "track": ("run", "find_lr", "train"),
-    "distributed": ("run", "train", "find_lr", "eval"),
+    **dict.fromkeys(("distributed", "connect_seconds"), ("run", "train", "find_lr", "eval")),
     **dict.fromkeys(("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "stream"), ("generate",)),
     **dict.fromkeys(("branch", "sample"), ("generate",)),
     **dict.fromkeys(("skip_unknown", "alternatives", "subline"), ("generate", "score")),
@@ -104,6 +105,9 @@ def define_flags() -> flags.FlagValues:
         "top_p": "nucleus sampling from the fewest most likely characters whose total probability is at least p",
         "max_minutes": "save a checkpoint and exit within this many minutes; run the command again to resume",
     }
+    about = "time in which all processes of --distributed must have started"
+    about += f"; default: {CONNECT_SECONDS:g}"
+    flags.DEFINE_float("connect_seconds", CONNECT_SECONDS, about, flag_values=values)
     booleans = {
         "stream": "print characters as they are generated",
         "subline": "draw surprisal and entropy under each line, in block characters",

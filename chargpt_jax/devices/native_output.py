@@ -19,6 +19,9 @@ FATAL = re.compile(r"Terminating process because the JAX distributed service det
 NOT_CONNECTED = re.compile(r"RPC: \S*/RegisterTask")
 """What follows that if the processes have not found each other."""
 
+STARTED_TWICE = re.compile(r"different incarnation")
+"""What the fatal line contains if a second process has the index of another one."""
+
 IGNORED = re.compile(r"\[Gloo\]|connected peer ranks|WARNING: All log messages before absl")
 """Lines that say nothing to a user."""
 
@@ -37,8 +40,13 @@ LOST = (
 )
 
 NOT_FOUND = (
-    f"{PREFIX}The processes of --distributed have not found each other in time: check the address of process 0, and "
-    "start all processes.\n"
+    f"{PREFIX}The processes of --distributed have not found each other in time: check the address of process 0, the "
+    "INDEX and COUNT of each process, and that all have the same version of jax; start all of them.\n"
+)
+
+TWICE = (
+    f"{PREFIX}Two processes were started with the same INDEX of --distributed, which ends all of them: start each "
+    "INDEX once; training continues from the newest checkpoint.\n"
 )
 
 
@@ -51,6 +59,7 @@ def filtered(lines: Iterable[str]) -> Iterator[str]:
     for line in rest:
         if FATAL.search(line):
             sentence = NOT_FOUND if NOT_CONNECTED.search("".join(rest)) else LOST
+            sentence = TWICE if STARTED_TWICE.search(line) else sentence
             yield from [] if explained else [sentence]
             return
         explained = explained or line.startswith(PREFIX)

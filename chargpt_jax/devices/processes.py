@@ -1,28 +1,18 @@
-"""Several processes that train one model: how they start and agree; ending.py says how they end.
+"""Several processes that train one model: how they agree. connecting.py starts them, and ending.py ends them.
 
 Every process runs the same code on the same corpus, and JAX exchanges the gradients. A decision that depends on time,
 signals or files is made once and sent to all, since each process must run the same programs in the same order. Process
 0 alone writes files. With one process, every function here returns its argument at once.
 """
 
-import errno
 import functools
 import json
-import re
-import signal
-import socket
-import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from chargpt_jax.devices import startup
+from chargpt_jax.devices import connecting, startup
 from chargpt_jax.errors import NoCheckpoint, NonFiniteLoss, SaveFailed, UserError
-
-AUTO = "auto"
-"""The value of --distributed that lets JAX find the processes: on Cloud TPU, GKE, Slurm and Open MPI."""
-
-HEARTBEAT_SECONDS = 20
-"""Time without a heartbeat after which a process counts as lost."""
 
 SLOT = 512
 """Bytes of a message of `gathered`; a longer one takes a second exchange."""
@@ -41,78 +31,51 @@ def started() -> bool:
     return _started
 
 
-def parsed(value: str | None) -> tuple[str, int, int] | None:
-    """Return the address of process 0, the index of this process and their number; None for AUTO, or no value.
-
-    Raises:
-        UserError: if the value is neither AUTO nor HOST:PORT,INDEX,COUNT.
-    """
-    if value in (None, AUTO):
-        return None
-    match = re.fullmatch(r"([^\s,]+:\d{1,5}),(\d{1,6}),(\d{1,6})", value or "", re.ASCII)
-    if match and 0 < int(match[1].rpartition(":")[2]) < 2**16 and int(match[2]) < int(match[3]):
-        return match[1], int(match[2]), int(match[3])
-    raise UserError(
-        f"--distributed is {str(value)[:80]!r}, but it must be {AUTO} or HOST:PORT,INDEX,COUNT with an INDEX from 0 to "
-        "COUNT - 1: give --distributed=10.0.0.1:1234,0,2 to the first of two processes, for example."
-    )
-
-
-def start(value: str = AUTO) -> None:
+def start(
+    value: str = connecting.AUTO,
+    seconds: float = connecting.CONNECT_SECONDS,
+    alike: Mapping[str, object] | None = None,
+    connected: Callable[[], None] = lambda: None,
+) -> None:
     """Connect this process with the others; call it in every process, before JAX finds its devices.
 
     Args:
-        value: as `parsed` accepts it.
+        value: as `connecting.parsed` accepts it.
+        seconds: time in which all processes must have started.
+        alike: facts that must be the same in all processes, by name.
+        connected: called when they are connected, before this process waits for the devices of the others.
 
     Raises:
-        UserError: if the value is invalid, JAX finds no cluster, or cannot connect.
+        UserError: if the value is invalid, JAX finds no cluster, no device or cannot connect, or the processes differ.
     """
     global _started
     import jax
 
-    address = parsed(value)
     startup.use_every_core()
     if not jax.distributed.is_initialized():
-        if address and address[1] == 0:
-            _check_port(address[0])
-        given = dict(zip(("coordinator_address", "process_id", "num_processes"), address or (), strict=False))
         try:
-            jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise UserError(
-                f"--distributed={value} finds no cluster ({error}): give --distributed=HOST:PORT,INDEX,COUNT, with the "
-                "address of process 0, the index of this process, and the number of processes."
-            ) from error
-        except RuntimeError as error:
-            reason = (str(error).splitlines() or [""])[0][:200]
-            raise UserError(
-                f"--distributed={value} cannot connect the processes ({reason}): check the address of process 0, and "
-                "start all processes."
-            ) from error
+            connecting.connect(value, seconds, alike or {})
         finally:  # also if a signal has interrupted it
             _started = jax.distributed.is_initialized()
-        if threading.current_thread() is threading.main_thread():
-            # JAX has installed a handler of its own, of which Python does not know.
-            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
     _started = True
+    connected()
+    startup.start()
+    _check_devices(jax.devices())
 
 
-def _check_port(address: str) -> None:
-    """Check that process 0 can listen on the port of an address; if it cannot, JAX ends with a segmentation fault.
+def _check_devices(devices: Sequence[Any]) -> None:
+    """Check that all processes have the same number of devices, without which JAX cannot exchange their values.
 
     Raises:
-        UserError: if another program listens on it.
+        UserError: in every process, naming two of them.
     """
-    port, both = int(address.rpartition(":")[2]), socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    try:
-        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
-    except OSError as error:
-        if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            raise UserError(
-                f"--distributed names the port {port}, but process 0 cannot use it ({error.strerror}): choose another "
-                "port."
-            ) from None
+    counts = Counter(device.process_index for device in devices)
+    index, number = max(counts.items(), key=lambda item: abs(item[1] - counts[0]))
+    if number != counts[0]:
+        raise UserError(
+            f"The number of devices is {number} in process {index}, but {counts[0]} in process 0, and all processes "
+            "must have as many: set JAX_NUM_CPU_DEVICES, or use machines with the same accelerators."
+        )
 
 
 def check() -> None:

@@ -248,6 +248,7 @@ def test_signal_while_process_0_reads_the_text_stops_all_processes(folder, index
 @pytest.mark.slow
 def test_signal_while_samples_are_generated_stops_all_processes(folder):
     words = [f"--config={folder / 'config.json'}", "--config.sample.max_new_tokens=20000"]
+    words += ["--config.sample.at_validation=false"]
     training = Training(folder / "config.json", folder / "samples", 2, words, mode="run")
     assert training.wait_for("done: "), training.said(0)
     training.send(1, signal.SIGTERM)

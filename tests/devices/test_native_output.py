@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from chargpt_jax.devices.native_output import LOST, NOT_FOUND, filtered
+from chargpt_jax.devices.native_output import LOST, NOT_FOUND, TWICE, filtered
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +28,12 @@ def test_filtered_gives_one_sentence_for_a_lost_process():
 def test_filtered_gives_one_sentence_for_a_failed_connection(service):
     after = ["\n", f"RPC: /{service}.CoordinationService/RegisterTask\n"]
     assert list(filtered([FATAL, *after, *TRACE])) == [NOT_FOUND]
+
+
+def test_filtered_names_an_index_that_was_started_twice():
+    reason = "absl::Status: ABORTED: 1 unexpectedly tried to connect with a different incarnation.\n"
+    after = ["\n", "RPC: /xla.coordination.CoordinationService/PollForError\n"]
+    assert list(filtered([*BEFORE, f"{FATAL.rstrip()} {reason}", *after, *TRACE])) == [TWICE]
 
 
 def test_filtered_drops_messages_of_several_lines_before_the_fatal_one():

@@ -1,5 +1,3 @@
-import socket
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,29 +14,6 @@ from tests.devices.test_sharding import Device
 from tests.process_group import Group
 
 # The flag
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (None, None),
-        ("auto", None),
-        ("10.0.0.1:1234,0,2", ("10.0.0.1:1234", 0, 2)),
-        ("host-1.local:65535,3,4", ("host-1.local:65535", 3, 4)),
-        ("[::1]:1,0,1", ("[::1]:1", 0, 1)),
-    ],
-)
-def test_parsed_returns_address_index_and_count(value, expected):
-    assert processes.parsed(value) == expected
-
-
-@pytest.mark.parametrize(
-    "value",
-    ["", "yes", "host,0,2", "host:1234", "host:1234,2,2", "host:0,0,2", "host:65536,0,2", "host:1,-1,2", "a b:1,0,2"],
-)
-def test_parsed_rejects_a_value_in_a_sentence(value):
-    with pytest.raises(UserError, match=r"--distributed is .*, but it must be auto or HOST:PORT,INDEX,COUNT.*: give"):
-        processes.parsed(value)
 
 
 @pytest.mark.parametrize(
@@ -61,23 +36,6 @@ def test_a_lost_process_has_an_exit_code_of_its_own():
     assert set(codes) <= set(EXIT_CODES)
 
 
-def test_start_without_a_cluster_names_the_explicit_form(monkeypatch):
-    def fail(**_: object) -> None:
-        raise ValueError("coordinator_address should be defined.")
-
-    monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(UserError, match=r"--distributed=auto finds no cluster .*: give --distributed=HOST:PORT,INDEX"):
-        processes.start()
-
-
-def test_start_names_a_port_that_is_in_use(monkeypatch):
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("JAX was started"))
-    with socket.create_server(("", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"names the port {port}, but process 0 cannot use it .*: choose another"):
-            processes.start(f"localhost:{port},0,2")
-
-
 def test_several_processes_are_rejected_until_asked_for(monkeypatch):
     processes.check()
     monkeypatch.setattr(processes, "count", lambda: 2)
@@ -85,6 +43,16 @@ def test_several_processes_are_rejected_until_asked_for(monkeypatch):
         processes.check()
     monkeypatch.setattr(processes, "_started", True)
     processes.check()
+
+
+@pytest.mark.parametrize("counts", [(2, 2, 1), (1, 1, 4), (3, 2)])
+def test_processes_with_other_numbers_of_devices_are_rejected(counts):
+    devices = [Device("cpu", process_index=index) for index, count in enumerate(counts) for _ in range(count)]
+    odd = next(index for index, count in enumerate(counts) if count != counts[0])
+    said = f"The number of devices is {counts[odd]} in process {odd}, but {counts[0]} in process 0, and all"
+    with pytest.raises(UserError, match=said):
+        processes._check_devices(devices)
+    processes._check_devices([Device("cpu", process_index=index) for index in range(3) for _ in range(2)])
 
 
 # Agreement

@@ -115,3 +115,23 @@ def test_checkpoint_is_the_same_on_every_layout(whole):
     assert [size for size, *_ in found] == [4, 4, 4]
     assert all(split > 0 for _, split, _ in found)
     assert {digest for *_, digest in found} == {result(whole)["digest"]}
+
+
+LAYOUTS = [["--config.mesh.fsdp=2"], ["--config.mesh.tensor=2"], ["--config.mesh.fsdp=4"], []]
+"""Of two processes with two devices each; each process holds a part of an array with the third."""
+
+
+def test_run_continues_on_other_layouts_and_on_one_process(folder, whole, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    for index, mesh in enumerate(LAYOUTS):
+        training = Training(folder / "config.json", folder / "layouts", 2, mesh)
+        assert training.wait_for("step " if index == 0 else "resuming after step "), training.said(0)
+        training.wait_for("validation: ")
+        training.send(index % 2, signal.SIGKILL)
+        assert reasons(training, index % 2, training.codes(30.0)) == []
+    alone = Training(folder / "config.json", folder / "layouts", 1, ["--config.mesh.fsdp=2"])
+    assert alone.codes() == [0], alone.said(0)
+    found, expected = result(folder / "layouts"), result(whole)
+    assert found["step"] == expected["step"]
+    for line, other in zip(found["log"], expected["log"], strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-6)
