@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,3 +136,29 @@ def test_run_continues_on_other_layouts_and_on_one_process(folder, whole, monkey
     assert found["step"] == expected["step"]
     for line, other in zip(found["log"], expected["log"], strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-6)
+
+
+def test_calls_of_the_documentation_train_and_evaluate(folder, tmp_path):
+    page = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "processes.start(" in block)
+    for word, own in (
+        ("10.0.0.1:1234", f"localhost:{free_port()}"),
+        ('load_config("small")', f"load_config({str(folder / 'config.json')!r})"),
+        ("/shared/small", str(tmp_path / "run")),
+    ):
+        assert word in code
+        code = code.replace(word, own)
+    code += "print('loss', loss)"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code.replace(",0,2", f",{i},2")], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0].splitlines() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert f"Ended(step={STEPS}, " in outputs[0][-2]
+    assert outputs[0][-1] == outputs[1][-1]
+    assert len(outputs[1]) == 1  # process 0 alone prints the events
+    assert float(outputs[0][-1].removeprefix("loss ")) < 4
