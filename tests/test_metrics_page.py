@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from chargpt_jax.events import bits_per_character
 from chargpt_jax.generation.metrics import predictions, surprisal_and_entropy, surprise_surprise
 from chargpt_jax.generation.sampler import Sampler
+from tests.generation.samplers.calls import adjusted
 
 PAGE = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8").replace("−", "-")
 ROWS = [
@@ -40,5 +42,5 @@ def test_entropy_of_the_example_is_that_of_the_page():
 
 def test_temperature_of_the_example_gives_the_probability_of_the_page():
     (expected,) = re.findall(r"\+ 0.015625\) = ([\d.]+)\.", PAGE)
-    adjusted = np.asarray(Sampler(temperature=0.5).with_key(None).adjusted(LOGITS[None]))[0]
-    assert np.exp(adjusted[0]) / np.exp(adjusted).sum() == pytest.approx(float(expected), abs=5e-4)
+    scaled = np.asarray(adjusted(Sampler(temperature=0.5).with_key(jax.random.key(0)), LOGITS[None]))[0]
+    assert np.exp(scaled[0]) / np.exp(scaled).sum() == pytest.approx(float(expected), abs=5e-4)

@@ -105,7 +105,7 @@ def _check_repeats(argv: Sequence[str]) -> None:
         if word == "--":
             return
         name, equals, value = word.lstrip("-").partition("=")
-        if not word.startswith("-") or name == "prompt":
+        if not word.startswith("-") or name in ("prompt", "stop"):
             continue
         no = name.removeprefix("no")
         if no in flags and flags[no].boolean and not equals:

@@ -43,6 +43,7 @@ FLAG_MODES = {
     "track": ("run", "find_lr", "train"),
     **dict.fromkeys(("distributed", "connect_seconds"), ("run", "train", "find_lr", "eval")),
     **dict.fromkeys(("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "stream"), ("generate",)),
+    **dict.fromkeys(("sampler", "stop", "samples"), ("generate",)),
     **dict.fromkeys(("branch", "sample"), ("generate",)),
     **dict.fromkeys(("skip_unknown", "alternatives", "subline"), ("generate", "score")),
     **dict.fromkeys(("text", "stride"), ("score",)),
@@ -59,7 +60,7 @@ FLAG_MODES = {
 """The modes that a flag applies to; other flags apply to every mode."""
 
 
-TEXTS = ("prompt", "text", "branch", "config.data.start_at", "config.sample.prompts")
+TEXTS = ("prompt", "text", "branch", "stop", "config.data.start_at", "config.sample.prompts")
 """The flags whose values are texts: they are read as UTF-8, whatever encoding the system uses for file names."""
 
 
@@ -71,6 +72,9 @@ def define_flags() -> flags.FlagValues:
         "text": "text to score",
         "text_file": "score: UTF-8 file to score; import: the model's training text",
         "step": "checkpoint to use: 'best' by validation loss, 'latest', or a step number; default: best",
+        "sampler": "chain of samplers in place of temperature, top_k and top_p, applied in this order, as in "
+        "min_p=0.05,temperature=0.8 (docs/samplers.md): temperature, top_k, top_p, min_p, typical, eta, top_n_sigma, "
+        "p_less, xtc, dynatemp, edt, budget, word_start, mirostat, adaptive_p, repetition, presence, frequency, dry",
         "branch": "POSITION:CHARACTER, as in 57:e: continue the first sample of samples/generated.json (of the last "
         "generate without --branch) with another character at this position, counted from 0; the report's and the "
         "notebook's panel show positions; temperature and seed are the config's, or those of the flags",
@@ -92,6 +96,7 @@ def define_flags() -> flags.FlagValues:
             "characters to generate; default: as in the config; with --branch, as many as the sample has after this "
             "position",
         ),
+        "samples": (1, "number of samples per prompt; default: 1"),
         "top_k": (None, "sample from the k most likely characters"),
         "seed": (None, "random seed; default: the config's seed (generate), 0 (selftest)"),
         "alternatives": (5, "number of most likely characters to save per character; 0: none, which is faster"),
@@ -131,6 +136,8 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_enum("format", "hf", ("original", "hf", "html"), about, flag_values=values)
     about = "text to continue; default: the config's prompts"
     flags.DEFINE_multi_string("prompt", None, about, flag_values=values)
+    about = "end a text as soon as it ends with this string, in which \\n is a line break; may be repeated"
+    flags.DEFINE_multi_string("stop", None, about, flag_values=values)
     about = "open the report in the browser; --open=false: only write it"
     flags.DEFINE_bool("open", True, about, flag_values=values)
     about = "find the largest batch size that fits; --largest_batch=false: leave out these compilations"

@@ -54,6 +54,7 @@ class TextDisplay:
         self._waiting: Sample | None = None
         self._before = ""  # the last characters that were printed: `printable` looks at them
         self._prompt = False  # whether one was added
+        self._others: dict[str, float] = {}  # labels of other series than the metrics, with their tops
         self._joiner: Sample | None = None  # waits for the character after it
         self._read = part_reader()
 
@@ -96,7 +97,10 @@ class TextDisplay:
     def print_legend(self) -> None:
         """Print what colours and rows mean, below a blank line."""
         if not self.plain:
-            print(f"\n{terminal_text.legend(self._look, self._rows, self._prompt)}", file=self._out)
+            print(
+                f"\n{terminal_text.legend(self._look, self._rows, self._prompt, list(self._others.items()))}",
+                file=self._out,
+            )
 
     def _add(self, part: "Sample", complete: bool) -> None:
         part = self._printable(part, complete)
@@ -135,8 +139,10 @@ class TextDisplay:
         text = self._waiting
         if text is None:
             return
+        self._others |= {own.label: own.top for own in text.series.values()}
         found = terminal_text.lines(text.tokens, self._look.width)
         for line in found if complete else found[:-1]:
-            rows = terminal_text.sublined(line, text.surprisal, text.entropy, self._look, len(text.prompt))
+            heights = [own.height for own in text.series.values()]
+            rows = terminal_text.sublined(line, text.surprisal, text.entropy, self._look, len(text.prompt), heights)
             print(rows, end="", file=self._out, flush=True)
         self._waiting = text[found[-1][0].position :] if found else text

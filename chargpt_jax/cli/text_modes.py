@@ -25,6 +25,9 @@ MAX_SHORT = 4_000
 BRANCH = {"at": "the position of --branch", "alternative": "the character of --branch"}
 """The parts of --branch by the names of the arguments of `Model.branch`."""
 
+ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
+"""What a shell cannot easily write in --stop."""
+
 T = TypeVar("T")
 
 
@@ -40,11 +43,18 @@ def generate(request: Request) -> int:
     prompts = tuple(_given(flags.prompt, how.prompts))
     if streaming and len(prompts) > 1:
         raise UserError(f"--stream prints one sequence, but there are {len(prompts)} prompts: give one --prompt.")
+    if streaming and flags.samples > 1:
+        raise UserError(f"--stream prints one sequence, but --samples is {flags.samples}: leave one of them out.")
     model = api_module().load(request.folder, request.step, warn)
     display = _display(request, model.config.model.vocab_size)
     streams = {"on_sample": lambda _, part: display.add(part)} if streaming else {}
     count = _given(flags.max_new_tokens, how.max_new_tokens)
-    options = {"skip_unknown": flags.skip_unknown, **_sampling(request, model.config.seed), **streams}
+    options = {
+        "skip_unknown": flags.skip_unknown,
+        "n": flags.samples,
+        **_sampling(request, model.config.seed),
+        **streams,
+    }
     with _naming_flags(request):
         samples = model.generate(prompts, count, **options)
     if flags.skip_unknown:
@@ -60,6 +70,7 @@ def _naming_flags(request: Request) -> Iterator[None]:
         yield
     except UserError as error:
         name, verb, rest = str(error).partition(" is ")
+        name = "samples" if name == "n" else name
         given = name in request.flags and request.flags[name].present
         flag = f"--{name}" if given else BRANCH.get(name)
         if not verb or flag is None:
@@ -85,21 +96,26 @@ def _display(request: Request, vocab_size: int) -> "TextDisplay":
 def _sampling(request: Request, seed: int) -> dict[str, Any]:
     """Return the options of `generate` and `branch` that flags and config set; `seed` is the config's."""
     flags, how = request.flags, request.folder.load_config().sample
-    return {
-        "temperature": _given(flags.temperature, how.temperature),
-        "top_k": _given(flags.top_k, how.top_k),
-        "top_p": _given(flags.top_p, how.top_p),
-        "seed": _given(flags.seed, seed),
-        "alternatives": flags.alternatives,
-    }
+    options = {"seed": _given(flags.seed, seed), "alternatives": flags.alternatives}
+    options["stop"] = [re.sub(r"\\[nt\\]", lambda found: ESCAPES[found[0]], one) for one in flags.stop or ()]
+    names = ("temperature", "top_k", "top_p")
+    if flags.sampler is None:
+        return options | {name: _given(flags[name].value, getattr(how, name)) for name in names}
+    if given := [name for name in names if flags[name].present]:
+        raise UserError(
+            f"--sampler and --{given[0]} are both given, but a chain of samplers has its own settings: write "
+            f"{given[0]} into the chain, or leave one of them out."
+        )
+    return options | {"sampler": flags.sampler}
 
 
 def _branch(request: Request, streaming: bool) -> int:
     """Continue a sample of `_chosen` from another character, and save it as samples/branch.json."""
     flags, (at, alternative) = request.flags, _position_and_character(request.flags.branch)
     name, index = _chosen(_given(flags.sample, "0"))
-    if flags.prompt is not None or flags.skip_unknown:
-        given = "--prompt" if flags.prompt is not None else "--skip_unknown"
+    others = {"prompt": flags.prompt is not None, "skip_unknown": flags.skip_unknown, "samples": flags.samples != 1}
+    if any(others.values()):
+        given = "--" + next(name for name, wrong in others.items() if wrong)
         raise UserError(
             f"{given} does not apply to --branch, which continues a generated sample: leave one of them out."
         )

@@ -22,6 +22,9 @@ MAX_CHARACTERS = 32 * MAX_TEXT
 MAX_SEED = 2**31
 """Seeds are below this."""
 
+MAX_STOP, MAX_STOPS = 256, 64
+"""Maximum length of a stop string, characters, and maximum number of stop strings."""
+
 MAX_ALTERNATIVES = 64
 """Maximum number of alternatives that are given for every character."""
 
@@ -73,6 +76,27 @@ def checked_count(max_new_tokens: int) -> int:
     if not 1 <= count <= MAX_TEXT:
         raise UserError(f"max_new_tokens is {shown(count)}, but it must be between 1 and {MAX_TEXT:,}: try 500.")
     return count
+
+
+def checked_samples(n: int) -> int:
+    """Return a number of samples per prompt."""
+    n = argument("n", n, int, "try 4")
+    if not 1 <= n <= MAX_CHARACTERS:
+        raise UserError(f"n is {shown(n)}, but it must be at least 1 and at most {MAX_CHARACTERS:,}: try 4.")
+    return n
+
+
+def checked_stop(stop: str | Sequence[str]) -> list[str]:
+    """Return stop strings as a list of strings of 1 to `MAX_STOP` characters."""
+    if isinstance(stop, bytes) or not isinstance(stop, Iterable):
+        raise UserError(f"stop is {shown(stop)}, but it must be a string, or a list of strings: try '\\n\\n'.")
+    found = [argument("stop", one, str, "try '\\n\\n'") for one in ([stop] if isinstance(stop, str) else stop)]
+    for one in found:
+        if not 1 <= len(one) <= MAX_STOP:
+            raise UserError(f"stop is {shown(one)}, but it must have 1 to {MAX_STOP} characters: try '\\n\\n'.")
+    if len(found) > MAX_STOPS:
+        raise UserError(f"stop has {len(found)} strings, but at most {MAX_STOPS} are possible: leave some out.")
+    return found
 
 
 def checked_alternatives(alternatives: int) -> int:

@@ -29,6 +29,7 @@ from chargpt_jax.generation.metrics import (
     token_predictions,
 )
 from chargpt_jax.generation.sampler import SamplerState
+from chargpt_jax.generation.samplers.contract import State
 from chargpt_jax.model.gpt import GPT, Block
 from chargpt_jax.model.init import Params, count_parameters
 from chargpt_jax.ops.choose import jit_for_generation
@@ -60,6 +61,10 @@ class DecodeState:
     """float32 [B, N], nats; NaN if undefined."""
     predictions: Predictions | None = None
     """[B, N]; None: not asked for."""
+    memory: Any = ()
+    """Of the chain of samplers, a tree of arrays [B, ...]."""
+    series: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+    """What the samplers show, by name: float32 [B, N]; NaN for the prompt."""
 
 
 Carry = tuple[jax.Array, DecodeState]
@@ -168,7 +173,8 @@ def decode(
 
     Decoding beyond the context is a second program, compiled when it is first needed: most texts end inside.
     """
-    cache, carry = state.cache, (np.full(len(state.length), count, np.int32), replace(state, cache=None))
+    cache, state = state.cache, with_memory(replace(state, cache=None), sampler)
+    carry = np.full(len(state.length), count, np.int32), state
     assert cache is not None
     generate, final = type(cache).generate, final and cache.one_by_one
     inside = decoding_program(inside_context, graphdef, mesh, generate, final)
@@ -177,6 +183,14 @@ def decode(
         beyond = decoding_program(beyond_context, graphdef, mesh, generate, False)
         (left, state), _ = beyond(params, (left, state), None, sampler)
     return replace(state, cache=cache)
+
+
+def with_memory(state: DecodeState, sampler: SamplerState) -> DecodeState:
+    """Return sequences with the samplers' memory before their first tokens, if there is none yet."""
+    if jax.tree.leaves((state.memory, state.series)):
+        return state
+    memory, series = sampler.first(state.tokens, state.logits.shape[-1])
+    return replace(state, memory=memory, series=series)
 
 
 @cache
@@ -216,7 +230,7 @@ def _generation(
         loop_of=partial(loop_of, model, sampler),
         capacity=min(model.config.block_size, N),
         vocab_size=model.config.vocab_size,
-        sorts=sampler.filters,
+        sorts=sampler.sorts,
     )
 
 
@@ -275,9 +289,10 @@ def generation_loop(
 
         def one_token(counted: Any) -> Any:
             i, ((left, state), cache) = counted
-            token, p = sampler.sample(state.logits, gumbel[i])
-            state, cache = predict(appended(state, token, p), cache)
-            return i + 1, ((left - 1, state), cache)
+            before = sampler.states(indices, state.tokens, state.length, state.memory)
+            after, token, p = sampler.sample(before, state.logits, gumbel[i])
+            state, cache = predict(appended(state, token, p, after), cache)
+            return i + 1, ((remaining(left, state, sampler), state), cache)
 
         def some_left(counted: Any) -> jax.Array:
             i, (carry, _) = counted
@@ -288,10 +303,18 @@ def generation_loop(
     return partial(jax.lax.while_loop, lambda carry: unfinished(*carry[0]), some_tokens)
 
 
-def appended(state: DecodeState, token: jax.Array, p: jax.Array) -> DecodeState:
+def remaining(left: jax.Array, state: DecodeState, sampler: SamplerState) -> jax.Array:
+    """Return how many tokens each sequence still lacks after one more: none behind a stop string."""
+    left = left - 1
+    if sampler.stop is None:
+        return left
+    return jnp.where(sampler.stop.end(state.tokens, state.length), jnp.minimum(left, 0), left)
+
+
+def appended(state: DecodeState, token: jax.Array, p: jax.Array, sampled: State) -> DecodeState:
     """Append a token, int32 [B], its metrics, and its predictions if they are asked for, to every sequence.
 
-    `p` is the probability with which the sampler gave the token, float32 [B].
+    `p` is the probability with which the sampler gave the token, float32 [B]; `sampled` what the samplers returned.
     """
     batch = jnp.arange(len(token))
     surprisal, entropy = surprisal_and_entropy(state.logits, token)
@@ -306,6 +329,8 @@ def appended(state: DecodeState, token: jax.Array, p: jax.Array) -> DecodeState:
         entropy=state.entropy.at[batch, state.length].set(entropy),
         length=state.length + 1,
         predictions=kept,
+        memory=sampled.memory,
+        series={name: all_of.at[batch, state.length].set(sampled.shown[name]) for name, all_of in state.series.items()},
     )
 
 

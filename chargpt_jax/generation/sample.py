@@ -1,7 +1,7 @@
 """A text with its metrics per character, and its forms: JSON, SVG, notebook output."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from chargpt_jax.data.tokenizer import for_reader
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.alternatives import Alternatives, array_of, listed
 from chargpt_jax.generation.metrics import surprise_surprise
+from chargpt_jax.generation.samplers import series as samplers
 from chargpt_jax.pictures import subline
 from chargpt_jax.pictures.page_assets import live
 
@@ -31,6 +32,8 @@ class Sample:
     """What the model predicted in place of each character; None: not asked for."""
     unit: str = "character"
     """What a token is: 'character' or 'byte'. A byte is written as the character of the same number."""
+    series: samplers.Series = field(default_factory=dict)
+    """What the samplers showed at each character, by their names; empty for a sampler without a state."""
 
     def __eq__(self, other: object) -> bool:
         """Return whether texts, metrics and alternatives are equal; NaN equals NaN."""
@@ -39,7 +42,7 @@ class Sample:
         names = (self.prompt, self.tokens, self.vocab_size) == (other.prompt, other.tokens, other.vocab_size)
         metrics = ((self.surprisal, other.surprisal), (self.entropy, other.entropy))
         same = names and all(np.array_equal(mine, theirs, equal_nan=True) for mine, theirs in metrics)
-        return same and self.alternatives == other.alternatives
+        return same and self.alternatives == other.alternatives and self.series == other.series
 
     def __hash__(self) -> int:
         return hash((self.prompt, self.tokens, self.vocab_size))
@@ -60,6 +63,7 @@ class Sample:
             surprisal=self.surprisal[part],
             entropy=self.entropy[part],
             alternatives=self.alternatives and self.alternatives[part],
+            series=samplers.sliced(self.series, part),
         )
 
     def __add__(self, other: "Sample") -> "Sample":
@@ -74,6 +78,7 @@ class Sample:
             surprisal=np.concatenate([self.surprisal, other.surprisal]),
             entropy=np.concatenate([self.entropy, other.entropy]),
             alternatives=both or None,
+            series=samplers.joined(self.series, other.series, (len(self), len(other))),
         )
 
     def __sub__(self, other: "Sample") -> "Difference":
@@ -123,6 +128,7 @@ class Sample:
             entropy=np.repeat(self.entropy, counts),
             alternatives=None,
             unit="character",
+            series={k: replace(own, values=np.repeat(own.values, counts)) for k, own in self.series.items()},
         )
 
     @property
@@ -147,6 +153,7 @@ class Sample:
             "vocab_size": self.vocab_size,
             **({"unit": self.unit} if self.unit != "character" else {}),
             **(self.alternatives.to_dict() if self.alternatives else {}),
+            **({"series": samplers.to_dict(self.series)} if self.series else {}),
         }
 
     @classmethod
@@ -168,7 +175,8 @@ class Sample:
         unit = saved.get("unit", "character")
         if unit not in ("character", "byte"):
             raise ValueError("the unit of a sample must be 'character' or 'byte'")
-        return cls(saved["prompt"], tuple(tokens), surprisal, entropy, size, kept, unit)
+        series = samplers.from_dict(saved.get("series", {}), len(tokens))
+        return cls(saved["prompt"], tuple(tokens), surprisal, entropy, size, kept, unit, series)
 
     def __repr__(self) -> str:
         return f"Sample({self.text!r}, {self.loss:.3f} nats per {self.unit})"
@@ -181,6 +189,7 @@ class Sample:
         """
         columns = checked_columns(chars_per_line)
         series = subline.metric_series(self.surprisal, self.entropy, self.surprise_surprise, self.vocab_size)
+        series += [subline.Series(f"{own.label} (height: {own.top:.3g})", own.height) for own in self.series.values()]
         n_prompt = len(self.prompt) if len(self.prompt) < len(self.tokens) else 0  # a scored text has no prompt
         return subline.subline(self.shown, series, chars_per_line=columns, n_prompt=n_prompt)
 

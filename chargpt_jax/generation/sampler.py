@@ -1,6 +1,11 @@
-"""How the next character is sampled from the model's distribution: temperature, then top_k, then top_p."""
+"""How the next character is sampled: a chain of samplers adjusts the model's logits, Gumbel noise chooses a token.
 
+Without a chain of the user's own: temperature, then top_k, then top_p. `samplers/` has the samplers.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import flax.struct
 import jax
@@ -9,27 +14,30 @@ import numpy as np
 
 from chargpt_jax.config import MAX_TEMPERATURE, argument, shown
 from chargpt_jax.errors import UserError
+from chargpt_jax.generation.samplers.chain import Chain, Given, chain_of
+from chargpt_jax.generation.samplers.contract import SamplerBase, State
+from chargpt_jax.generation.samplers.filters import TopK, TopP
+from chargpt_jax.generation.samplers.stop import StopStrings
+from chargpt_jax.generation.samplers.temperatures import Temperature
 
-MIN_TEMPERATURE = 1e-6
-"""Below it the most likely character is certain in float32, and is chosen: a division by less would overflow."""
+OF_SAMPLERS = 2**32 - 1
+"""Random keys of samplers are derived from this number, those of the Gumbel noise from a sequence's index."""
 
 
 @flax.struct.dataclass
 class SamplerState:
-    """A Sampler with a key, as arrays: one compiled program serves all temperatures, values of k and values of p."""
+    """A Sampler with a key, as arrays: one compiled program serves all values of a chain's settings."""
 
     key: jax.Array
     """The token at position t of sequence b is sampled with fold_in(fold_in(key, b), t)."""
-    temperature: np.float32
-    top_k: np.int32
-    top_p: np.float32
-    use_top_k: bool = flax.struct.field(pytree_node=False)
-    use_top_p: bool = flax.struct.field(pytree_node=False)
+    chain: Chain
+    stop: StopStrings | None = None
+    """Where a text ends; None: at its length."""
 
     @property
-    def filters(self) -> bool:
-        """Whether some tokens may be excluded. Both filters sort the logits, which a fused kernel cannot do."""
-        return self.use_top_k or self.use_top_p
+    def sorts(self) -> bool:
+        """Whether the chain needs operations that one fused kernel cannot contain."""
+        return self.chain.sorts
 
     def gumbel(self, indices: jax.Array, positions: jax.Array, logits: jax.Array) -> jax.Array:
         """Return Gumbel noise for n positions of B sequences: [n, B, V].
@@ -46,38 +54,51 @@ class SamplerState:
 
         return jax.vmap(jax.vmap(one), (None, 0))(indices, positions)
 
-    def sample(self, logits: jax.Array, gumbel: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Sample from the softmax of logits [B, V] with Gumbel noise of the same shape.
+    def states(self, indices: jax.Array, tokens: jax.Array, length: jax.Array, memory: Any = ()) -> State:
+        """Return the states of B sequences before their next tokens.
+
+        Args:
+            indices: int32 [B], of the sequences.
+            tokens: int32 [B, N].
+            length: int32 [B].
+            memory: of the chain, a tree of arrays [B, ...].
+        """
+        own = jax.random.fold_in(self.key, OF_SAMPLERS)
+        keys = jax.vmap(lambda b, t: jax.random.fold_in(jax.random.fold_in(own, b), t))(indices, length)
+        return State(tokens, length, keys, memory)
+
+    def sample(self, states: State, logits: jax.Array, gumbel: jax.Array) -> tuple[State, jax.Array, jax.Array]:
+        """Sample from the softmax of the logits [B, V] that the chain returns, with Gumbel noise of the same shape.
 
         The largest sum of a logit and its Gumbel noise is such a sample: the one of jax.random.categorical.
 
         Returns:
-            The tokens, int32 [B], and the probability with which each was sampled, float32 [B].
+            The states, the tokens, int32 [B], and the probability with which each was sampled, float32 [B].
         """
-        adjusted = self.adjusted(logits)
+        states, adjusted = jax.vmap(self.chain)(states, logits)
+        random = self.chain.random()
         noisy = gumbel + adjusted
-        tokens = jnp.argmax(jnp.where(self.temperature > 0, noisy, logits), axis=-1).astype(jnp.int32)
+        tokens = jnp.argmax(jnp.where(random, noisy, adjusted), axis=-1).astype(jnp.int32)
         p = jnp.take_along_axis(jax.nn.softmax(adjusted, axis=-1), tokens[:, None], axis=-1)[:, 0]
-        return tokens, jnp.where(self.temperature > 0, p, 1.0)
+        return states, tokens, jnp.where(random, p, 1.0)
 
-    def adjusted(self, logits: jax.Array) -> jax.Array:
-        """Return logits [B, V] whose softmax is sampled from: at the temperature, without excluded tokens."""
-        scaled = logits / jnp.where(self.temperature > 0, self.temperature, 1)
-        return self.filtered(scaled) if self.filters else scaled
+    def first(self, tokens: jax.Array, vocab_size: int) -> tuple[Any, dict[str, jax.Array]]:
+        """Return the memory of B sequences before their first tokens, and an empty series of what the chain shows.
 
-    def filtered(self, logits: jax.Array) -> jax.Array:
-        """Set the logits [B, V] of all tokens that top_k and top_p exclude to -inf."""
-        if self.use_top_k:
-            ranked = jnp.sort(logits, axis=-1)
-            smallest = ranked[:, jnp.maximum(logits.shape[-1] - self.top_k, 0)]
-            logits = jnp.where(logits < smallest[:, None], -jnp.inf, logits)
-        if self.use_top_p:
-            ranked = -jnp.sort(-logits, axis=-1)
-            p = jax.nn.softmax(ranked, axis=-1)
-            before = jnp.cumsum(p, axis=-1) - p  # 0 for the most likely token, which therefore always stays
-            smallest = jnp.min(jnp.where(before < self.top_p, ranked, jnp.inf), axis=-1, keepdims=True)
-            logits = jnp.where(logits < smallest, -jnp.inf, logits)
-        return logits
+        Args:
+            tokens: int32 [B, N].
+            vocab_size: V.
+
+        Returns:
+            A tree of arrays [B, ...]; and by name float32 [B, N], NaN.
+        """
+        B, N = tokens.shape
+        memory = self.chain.first(vocab_size)
+        scalar, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(jax.random.fold_in, self.key, 0)
+        text, logits = jax.ShapeDtypeStruct((N,), jnp.int32), jax.ShapeDtypeStruct((vocab_size,), jnp.float32)
+        after, _ = jax.eval_shape(lambda x, *parts: self.chain(State(*parts), x), logits, text, scalar, key, memory)
+        series = {name: jnp.full((B, N), jnp.nan) for name in after.shown}
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (B, *jnp.shape(x))), memory), series
 
 
 KINDS: dict[str, tuple[type, str]] = {
@@ -90,7 +111,7 @@ KINDS: dict[str, tuple[type, str]] = {
 
 @dataclass(frozen=True)
 class Sampler:
-    """The sampling settings that a user gives."""
+    """The sampling settings that a user gives: a chain of samplers, or the three settings before it."""
 
     temperature: float = 1.0
     """0: greedy, the most likely character."""
@@ -98,6 +119,9 @@ class Sampler:
     """Sample from the k most likely characters; None: from all."""
     top_p: float | None = None
     """Nucleus sampling: from the fewest most likely characters with total probability of at least p; None: all."""
+
+    chain: Given | Iterable[Given] | None = None
+    """Samplers in their order, as `chain_of` reads them; None: temperature, then top_k, then top_p."""
 
     def __post_init__(self) -> None:
         """Reject invalid values, in one sentence each; NumPy scalars become Python's numbers."""
@@ -117,14 +141,34 @@ class Sampler:
             raise UserError(
                 f"top_p is {shown(self.top_p)}, but it must be above 0 and at most 1: leave it out to sample from all."
             )
+        if self.chain is not None:
+            given = [name for name in KINDS if getattr(self, name) != getattr(type(self), name)]
+            if given:
+                raise UserError(
+                    f"sampler and {given[0]} are both given, but a chain of samplers has its own settings: write "
+                    f"{given[0]} into the chain, or leave one of them out."
+                )
+            object.__setattr__(self, "chain", chain_of(self.chain))
 
-    def with_key(self, key: jax.Array) -> SamplerState:
-        """Return the sampler's state for generation with a JAX key."""
-        return SamplerState(
-            key,
-            np.float32(self.temperature if self.temperature >= MIN_TEMPERATURE else 0.0),
-            np.int32(min(self.top_k or 0, np.iinfo(np.int32).max)),
-            np.float32(max(self.top_p or 1.0, 1e-30)),  # a smaller p would be 0 in float32, which excludes all
-            use_top_k=self.top_k is not None,
-            use_top_p=self.top_p is not None,
-        )
+    @property
+    def samplers(self) -> Chain:
+        """The chain of samplers."""
+        if isinstance(self.chain, Chain):
+            return self.chain
+        found: list[SamplerBase] = [Temperature(self.temperature)]
+        found += [] if self.top_k is None else [TopK(self.top_k)]
+        found += [] if self.top_p is None else [TopP(self.top_p)]
+        return Chain(tuple(found))
+
+    def with_key(
+        self, key: jax.Array, characters: Sequence[str] = (), vocab_size: int = 0, stop: Sequence[np.ndarray] = ()
+    ) -> SamplerState:
+        """Return the sampler's state for generation.
+
+        Args:
+            key: of JAX.
+            characters: of the token ids, which some samplers need; '' for an id without one.
+            vocab_size: V, if `characters` are given.
+            stop: token ids of the stop strings, int32 [M] each.
+        """
+        return SamplerState(key, self.samplers.bound(characters, vocab_size), StopStrings.of(stop) if stop else None)

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from chargpt_jax.config import MAX_TEXT, Config, argument
+from chargpt_jax.config import MAX_TEXT, Config, argument, shown
 from chargpt_jax.data.given_text import like_corpus, without_unknown
 from chargpt_jax.data.repair import DEFAULT
-from chargpt_jax.data.tokenizer import CharTokenizer
+from chargpt_jax.data.tokenizer import CharTokenizer, named
 from chargpt_jax.devices import sharding
 from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.errors import UserError
@@ -26,8 +26,10 @@ from chargpt_jax.generation.arguments import (
     checked_count,
     checked_prompts,
     checked_repair,
+    checked_samples,
     checked_seed,
     checked_skip,
+    checked_stop,
     checked_stride,
     padded,
     text_pieces,
@@ -36,6 +38,8 @@ from chargpt_jax.generation.generate import DecodeState, bucket, decode, prefill
 from chargpt_jax.generation.passages import Passages, passages
 from chargpt_jax.generation.sample import Sample, Samples, branched, with_metrics
 from chargpt_jax.generation.sampler import Sampler
+from chargpt_jax.generation.samplers.chain import Chain, Given
+from chargpt_jax.generation.samplers.stop import Ends
 from chargpt_jax.generation.score import Scored, score_pieces, score_tokens
 from chargpt_jax.model.init import Params, abstract_model
 from chargpt_jax.ops.choose import ops_for
@@ -77,6 +81,9 @@ class Model:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        sampler: Given | Iterable[Given] | None = None,
+        stop: str | Sequence[str] = (),
+        n: int = 1,
         seed: int = 0,
         skip_unknown: bool = False,
         alternatives: int = 5,
@@ -94,6 +101,10 @@ class Model:
             temperature: sampling temperature; 0: greedy.
             top_k: sample from the k most likely characters; None: from all.
             top_p: nucleus sampling: from the fewest most likely characters with total probability of at least p.
+            sampler: a chain of samplers in place of these three, as in "min_p=0.05,temperature=0.8", applied in the
+                written order; also a function from (state, logits) to both, or a list of these (docs/samplers.md).
+            stop: strings; a text ends as soon as it ends with one of them. Prompts count as text.
+            n: samples per prompt; those of the first prompt are the first.
             seed: 0 or more, below 2**31; the same seed and prompts give the same text.
             skip_unknown: drop characters that are not in the vocabulary, instead of rejecting them.
             alternatives: number of the likeliest characters that a sample gives for every position, with the ranks and
@@ -106,11 +117,12 @@ class Model:
         Raises:
             UserError: if an argument is invalid.
         """
-        sampler, on_text = Sampler(temperature, top_k, top_p), checked_callback("on_text", on_text)
+        how_to_sample, on_text = Sampler(temperature, top_k, top_p, sampler), checked_callback("on_text", on_text)
         prompts, skip_unknown = checked_prompts(prompts), checked_skip(skip_unknown)
         max_new_tokens, seed = checked_count(max_new_tokens), checked_seed(seed)
         on_sample, repair = checked_callback("on_sample", on_sample), checked_repair(repair)
-        prompts = [self._known(prompt, skip_unknown, repair) for prompt in prompts]
+        stop_ids = [self._stop_ids(string, repair) for string in checked_stop(stop)]
+        prompts = [self._known(prompt, skip_unknown, repair) for prompt in prompts for _ in range(checked_samples(n))]
         encoded = [self.tokenizer.encode_text(prompt) for prompt in prompts]
         tokens, lengths, wanted = padded(encoded, max_new_tokens)
         # Each process generates by itself, on its own devices.
@@ -121,27 +133,34 @@ class Model:
         params = jax.device_put(self.params, sharding.replicated(mesh))
         width = min(self.config.model.block_size, bucket(int(lengths.max())), tokens.shape[1])
         state = prefill(params, tokens, lengths, width=width, alternatives=k, **how)
-        sampling = sampler.with_key(jax.random.key(seed))
+        size = self.config.model.vocab_size
+        sampling = how_to_sample.with_key(jax.random.key(seed), self.tokenizer.vocabulary, size, stop_ids)
+        part = functools.partial(self._part, chain=sampling.chain)
         read: list[Sample] = []
         if on_sample is not None:
             for i, ids in enumerate(encoded):
                 read.append(self._read(state, i, ids))
                 on_sample(i, read[i])
         readers = [self.tokenizer.reader(NO_CHARACTER) for _ in prompts]
-        piece = STREAMED if streamed else max_new_tokens
+        piece, ends = STREAMED if streamed else max_new_tokens, Ends([len(ids) for ids in encoded], stop_ids)
         for done in range(0, max_new_tokens, piece):
             count = min(piece, max_new_tokens - done)
+            wanted[ends.found] = 0
+            if not wanted.any():
+                break
             state = decode(params, state, count * wanted, sampling, **how)
-            if on_text is not None:
-                for i, ids in enumerate(np.asarray(state.tokens)[: len(prompts)]):
-                    start = lengths[i] + done
-                    on_text(i, readers[i](ids[start : start + count], done + count == max_new_tokens))
-            if on_sample is not None:
-                for i, length in enumerate(lengths[: len(prompts)]):
-                    on_sample(i, self._part(state, i, length + done, length + done + count))
+            ongoing = np.flatnonzero(wanted).tolist()
+            ends.update(np.asarray(state.tokens), done + count)
+            for i in ongoing:
+                start, end = ends.part(i, done, done + count)
+                if on_text is not None:
+                    last = i in ends.found or done + count == max_new_tokens
+                    on_text(i, readers[i](np.asarray(state.tokens)[i, start:end], last))
+                if on_sample is not None:
+                    on_sample(i, part(state, i, start, end))
         read = read or [self._read(state, i, ids) for i, ids in enumerate(encoded)]
-        new = (self._part(state, i, len(ids), len(ids) + max_new_tokens) for i, ids in enumerate(encoded))
-        return Samples(sample + part for sample, part in zip(read, new, strict=True))
+        new = (part(state, i, *ends.part(i, 0, max_new_tokens)) for i in range(len(encoded)))
+        return Samples(sample + rest for sample, rest in zip(read, new, strict=True))
 
     def branch(
         self,
@@ -153,6 +172,8 @@ class Model:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        sampler: Given | Iterable[Given] | None = None,
+        stop: str | Sequence[str] = (),
         seed: int = 0,
         alternatives: int = 5,
         on_text: Callable[[int, str], None] | None = None,
@@ -168,6 +189,8 @@ class Model:
             temperature: as for `generate`, and so are the following ones.
             top_k: as for `generate`.
             top_p: as for `generate`.
+            sampler: as for `generate`; a sampler's memory begins at the branch.
+            stop: as for `generate`.
             seed: as for `generate`.
             alternatives: as for `generate`.
             on_text: as for `generate`; the index is 0.
@@ -188,6 +211,7 @@ class Model:
                 on_sample(i, with_metrics(part, sample, at) if part.prompt else part)
 
         how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        how |= {"sampler": sampler, "stop": stop}
         how |= {"alternatives": alternatives, "on_text": on_text, "on_sample": on_part if on_sample else None}
         return with_metrics(self.generate(prompt, count, repair=False, **how)[0], sample, at)
 
@@ -199,12 +223,24 @@ class Model:
         k = 0 if state.predictions is None else state.predictions.likeliest.shape[-1]
         return self._sample(prompt, tuple(prompt), self._measure(ids, alternatives=k))  # only its last window was read
 
-    def _part(self, state: DecodeState, i: int, start: int, stop: int) -> Sample:
+    def _stop_ids(self, string: str, repair: bool) -> np.ndarray:
+        """Return the token ids of a stop string, which is repaired like a prompt."""
+        text = like_corpus(string, self.tokenizer, self.repairs) if repair else string
+        if unknown := self.tokenizer.unknown(text):
+            raise UserError(
+                f"stop is {shown(string)}, but {named(unknown)} is not in the vocabulary of this model, so no text "
+                "ends with it: leave it out."
+            )
+        return self.tokenizer.encode_text(text)
+
+    def _part(self, state: DecodeState, i: int, start: int, stop: int, chain: Chain | None = None) -> Sample:
         """Return characters of sequence i with their metrics, copied: `decode` uses the state's memory again."""
         metrics = Scored(state.surprisal, state.entropy, state.predictions)  # type: ignore[arg-type]
         found = jax.tree.map(lambda x: np.array(np.asarray(x)[i, start:stop]), metrics)
         tokens = np.asarray(state.tokens)[i, start:stop]
-        return self._sample("", tuple(self.tokenizer.decode_each([tokens], NO_CHARACTER)[0]), found)
+        sample = self._sample("", tuple(self.tokenizer.decode_each([tokens], NO_CHARACTER)[0]), found)
+        values = {name: np.array(np.asarray(x)[i, start:stop]) for name, x in state.series.items()}
+        return replace(sample, series=chain.shown(values)) if chain is not None else sample
 
     def _sample(self, prompt: str, characters: tuple[str, ...], metrics: Scored) -> Sample:
         """Return a sample; `metrics` are of its characters."""

@@ -140,4 +140,9 @@ def compact(sample: dict[str, Any]) -> dict[str, Any]:
     if "alternatives" in sample:
         pairs = [found and [[text, round(p, 4)] for text, p in found] for found in sample["alternatives"]]
         kept["alternatives"] = pairs
+    if "series" in sample:
+        kept["series"] = {
+            name: own | {"values": [None if value is None else round(value, 4) for value in own["values"]]}
+            for name, own in sample["series"].items()
+        }
     return {**kept, **rounded}

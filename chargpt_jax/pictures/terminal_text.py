@@ -113,8 +113,15 @@ def lines(characters: Sequence[str], width: int) -> list[list[Cell]]:
     return found
 
 
-def sublined(line: Sequence[Cell], surprisal: np.ndarray, entropy: np.ndarray, look: Look, n_prompt: int = 0) -> str:
-    """Return one line of `lines` with a row of its surprisal and a row of its entropy below it, and line breaks.
+def sublined(
+    line: Sequence[Cell],
+    surprisal: np.ndarray,
+    entropy: np.ndarray,
+    look: Look,
+    n_prompt: int = 0,
+    heights: Sequence[np.ndarray] = (),
+) -> str:
+    """Return one line of `lines` with rows of its surprisal, its entropy and other series below it, and line breaks.
 
     Args:
         line: cells.
@@ -122,17 +129,22 @@ def sublined(line: Sequence[Cell], surprisal: np.ndarray, entropy: np.ndarray, l
         entropy: float [N], nats.
         look: how to draw.
         n_prompt: number of characters of the prompt, at the start, which are bold.
+        heights: float [N] each, the other series, from 0 to 1 at full height; NaN where undefined.
     """
     text = _painted((cell.text, _style(look, surprisal, cell.position, n_prompt)) for cell in line)
     grey = GREY[look.colours]
     values = [(cell.width, surprisal[cell.position], entropy[cell.position]) for cell in line]
     upper = _painted((look.block(value) * width, look.colour(value) or grey) for width, value, _ in values)
     lower = _painted((look.block(value) * width, grey) for width, _, value in values)
-    return "".join(f"{row}\n" for row in (text, upper, lower))
+    others = [_painted((look.block(x[cell.position] * look.top) * cell.width, grey) for cell in line) for x in heights]
+    return "".join(f"{row}\n" for row in (text, upper, lower, *others))
 
 
-def legend(look: Look, rows: bool, prompt: bool = False) -> str:
-    """Return what the colours mean, and what a prompt and the rows look like if there are any, as lines."""
+def legend(look: Look, rows: bool, prompt: bool = False, others: Sequence[tuple[str, float]] = ()) -> str:
+    """Return what the colours mean, and what a prompt and the rows look like if there are any, as lines.
+
+    `others` are the labels of other series, and their values at full height.
+    """
     found = []
     if look.colours:
         steps = len(COLOURS[look.colours])
@@ -144,6 +156,7 @@ def legend(look: Look, rows: bool, prompt: bool = False) -> str:
         found.append(f"colour: surprisal in nats, {', '.join(named)}{bold}")
     if rows:
         found.append(f"rows: surprisal, entropy, from {BLOCKS[0]} 0 to {BLOCKS[-1]} {look.top:.1f} nats")
+        found += [f"further row: {label}, from {BLOCKS[0]} 0 to {BLOCKS[-1]} {top:.3g}" for label, top in others]
     return "\n".join(found)
 
 

@@ -48,7 +48,9 @@ def test_ranks_and_the_likeliest_tokens(k: int) -> None:
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 def test_the_samplers_probability_is_of_the_distribution_it_samples_from(sampler: dict) -> None:
     state = Sampler(**sampler).with_key(KEY)
-    tokens, p = state.sample(LOGITS, jax.random.gumbel(KEY, LOGITS.shape))
+    ones = np.ones(len(LOGITS), np.int32)
+    states = state.states(ones, ones[:, None], ones)
+    _, tokens, p = state.sample(states, LOGITS, jax.random.gumbel(KEY, LOGITS.shape))
     expected = sampled_from(LOGITS, **sampler)[np.arange(200), tokens]
     np.testing.assert_allclose(p, expected, rtol=1e-4, atol=1e-7)
     np.testing.assert_array_equal(predictions(LOGITS, tokens, 3, p).sampled, p)

@@ -9,6 +9,7 @@ from chargpt_jax.errors import UserError
 from chargpt_jax.generation.sampler import Sampler
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
+ONE = jnp.ones(1, jnp.int32)
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,8 @@ LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
 )
 def test_filters_keep_the_most_likely(top_k, top_p, n_kept):
     """Probabilities are normalised again after top_k: of 0.5 and 0.25, the first alone has 2/3."""
-    out = Sampler(top_k=top_k, top_p=top_p).with_key(jax.random.key(0)).filtered(LOGITS)
+    state = Sampler(top_k=top_k, top_p=top_p).with_key(jax.random.key(0))
+    _, out = jax.vmap(state.chain)(state.states(ONE, ONE[:, None], ONE), LOGITS)
     assert np.isfinite(out[0]).tolist() == [True] * n_kept + [False] * (4 - n_kept)
 
 
@@ -33,7 +35,7 @@ def test_samples_equal_those_of_jax_random_categorical(temperature):
         jnp.array([[7, 7, 9], [8, 8, 10]]),
     )
     for noise, at in zip(drawing.gumbel(numbers, places, logits), places, strict=True):
-        tokens, _ = drawing.sample(logits, noise)
+        _, tokens, _ = drawing.sample(drawing.states(numbers, numbers[:, None], at), logits, noise)
         for row, (number, place) in enumerate(zip(numbers, at, strict=True)):
             own = jax.random.fold_in(jax.random.fold_in(key, number), place)
             assert tokens[row] == jax.random.categorical(own, logits[row] / temperature)
@@ -42,7 +44,8 @@ def test_samples_equal_those_of_jax_random_categorical(temperature):
 @pytest.mark.parametrize("temperature", [0.0, 1e-9])
 def test_temperature_0_ignores_the_noise(temperature):
     logits, noise = jnp.array([[0.0, 1e-3, -1.0]]), jnp.array([[9.0, 0.0, 99.0]])
-    assert Sampler(temperature, top_k=3).with_key(jax.random.key(0)).sample(logits, noise)[0].tolist() == [1]
+    state = Sampler(temperature, top_k=3).with_key(jax.random.key(0))
+    assert state.sample(state.states(ONE, ONE[:, None], ONE), logits, noise)[1].tolist() == [1]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.interop.html_page import About
 from chargpt_jax.pictures import page_assets
 from tests import reference
+from tests.generation.samplers.calls import adjusted
 from tests.interop.page_models import SIZES, arrays_of, block, page, random_model
 
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -228,7 +229,7 @@ def test_metrics_equal_pythons_at_extreme_logits(scripts):
 def test_sampler_has_pythons_probabilities(scripts, temperature, top_k):
     logits = np.float32([0.1, 2, -1e9, 1.5, 1.5, -1])
     state = Sampler(temperature, top_k).with_key(jax.random.key(0))
-    expected = np.asarray(jax.nn.softmax(state.adjusted(logits[None])))[0] if temperature else np.eye(6)[1]
+    expected = np.asarray(jax.nn.softmax(adjusted(state, logits[None])))[0] if temperature else np.eye(6)[1]
     sampler = json.dumps({"temperature": temperature, "topK": top_k})
     given = f"Float32Array.from({logits.tolist()}), {sampler}"
     drawn = scripts.eval(f"[...Array(2000).keys()].map((i) => sampleToken({given}, i / 2000))")

@@ -6,5 +6,5 @@ for (const place of document.querySelectorAll(".cg-notebook[data-sample]")) {
   const panel = group && (group.querySelector(":scope > .cg-details") ?? group.appendChild(detailsPanel()));
   place.removeAttribute("data-sample");
   place.replaceChildren();
-  subline(place, { vocabSize: sample.vocab_size, panel }).append(tokensOf(sample));
+  subline(place, { vocabSize: sample.vocab_size, series: seriesOf(sample), panel }).append(tokensOf(sample));
 }

@@ -12,7 +12,7 @@ for (const place of document.querySelectorAll("[data-text]")) {
   const sample = dataOf(place.dataset.text), live = element("div");
   place.classList.add("has-live"); // hides the picture, which print shows
   place.append(live);
-  subline(live, { vocabSize: sample.vocab_size, label: place.dataset.label, panel }).append(tokensOf(sample));
+  subline(live, { vocabSize: sample.vocab_size, series: seriesOf(sample), label: place.dataset.label, panel }).append(tokensOf(sample));
 }
 if (document.getElementById("cursor")) {
   cursor(document.getElementById("cursor"), [...document.querySelectorAll(".curve svg")], dataOf("data-curves"));

@@ -16,6 +16,14 @@ const METRICS = [
   { key: "s2", label: "S₂ (surprise-surprise)", scale: () => 1 },
 ];
 
+// Return the curves of a sample: the metrics, and what its samplers show.
+function seriesOf(sample) {
+  const own = Object.entries(sample.series ?? {}).map(([name, { label, top }]) => ({
+    key: `sampler ${name}`, label: `${label} (height: ${Number(top.toPrecision(3))})`, sampler: label, scale: () => 1 / top,
+  }));
+  return [...METRICS, ...own];
+}
+
 // Return the visible form of a character; symbols stand for controls.
 function glyph(text) {
   if (text in SYMBOLS) return SYMBOLS[text];
@@ -48,6 +56,7 @@ function tokensOf(sample) {
     rank: sample.rank?.[i] ?? null,
     sampled: sample.sampled_probability?.[i] ?? null,
     alternatives: sample.alternatives?.[i] ?? [],
+    ...Object.fromEntries(Object.entries(sample.series ?? {}).map(([name, own]) => [`sampler ${name}`, own.values[i]])),
   }));
 }
 
@@ -95,8 +104,8 @@ const percent = (p) => (p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : p >= 0.00095
 const nats = (value) => `${value.toFixed(2)} nats`;
 const codePoint = (text) => [...text].map((c) => `U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`).join(" ");
 
-// Say what the model predicted at a character, in words.
-function facts(token, vocabSize) {
+// Say what the model predicted at a character, and what the samplers show there, in words.
+function facts(token, series) {
   const said = [];
   if (token.surprisal != null) said.push(["probability", percent(Math.exp(-token.surprisal))]);
   if (token.rank) said.push(["rank", `${token.rank}`]);
@@ -104,14 +113,15 @@ function facts(token, vocabSize) {
   if (token.surprisal != null) said.push(["surprisal", nats(token.surprisal)]);
   if (token.entropy != null) said.push(["entropy", nats(token.entropy)]);
   if (token.s2 != null) said.push(["S₂", token.s2.toFixed(2).replace("-", "−")]);
+  for (const { key, sampler } of series) if (sampler && token[key] != null) said.push([sampler, token[key].toFixed(2)]);
   return said.length ? said : [["", token.prompt ? "part of the prompt, without a prediction" : "no prediction: it has no context"]];
 }
 
 // Draw the details of a character: what it is, the facts, and the alternatives as bars.
-function details(panel, token, index, { vocabSize, onBranch }) {
+function details(panel, token, index, { series, onBranch }) {
   const name = element("p", { class: "cg-name" }, element("b", {}, visible(token.text)), ` ${codePoint(token.text)}`);
   const list = element("dl", {});
-  const told = [["position", `${index}`], ...facts(token, vocabSize)];
+  const told = [["position", `${index}`], ...facts(token, series)];
   for (const [term, value] of told) {
     list.append(element("div", {}, element("dt", {}, term), element("dd", {}, value)));
   }
@@ -143,7 +153,7 @@ let active = null; // the view that has the selected character; a page has at mo
 
 // Show a text with its metrics in an empty element; return the view, to which tokens can be appended.
 //
-// series: of METRICS; vocabSize: number of characters that the model knows; onBranch(index, text): called when the
+// series: METRICS, or those of `seriesOf`; vocabSize: number of characters that the model knows; onBranch(index, text): called when the
 // reader picks another character, without it the alternatives are not buttons; panel: an element for the details, which
 // several texts may share, without it the text has its own.
 function subline(parent, { series = METRICS, vocabSize, onBranch = null, panel = null, label = "Text with its metrics" }) {
@@ -170,7 +180,7 @@ function subline(parent, { series = METRICS, vocabSize, onBranch = null, panel =
   else parent.append((panel = detailsPanel(hint)));
 
   function toggle(s, i) {
-    const button = element("button", { type: "button", "aria-pressed": "true", class: `cg-key cg-k${i + 1}` }, s.label);
+    const button = element("button", { type: "button", "aria-pressed": "true", class: `cg-key cg-k${(i % 5) + 1}` }, s.label);
     button.addEventListener("click", () => {
       if (!hidden.delete(s.key)) hidden.add(s.key);
       button.setAttribute("aria-pressed", String(!hidden.has(s.key)));
@@ -242,7 +252,7 @@ function subline(parent, { series = METRICS, vocabSize, onBranch = null, panel =
       if (hidden.has(s.key)) return;
       const factor = s.scale(vocabSize);
       const values = own.map(({ x, tokens }) => ({ x, value: highest(tokens.map((token) => token[s.key])) * factor }));
-      line.group.append(svgElement("path", { class: `${s.filled ? "cg-area" : "cg-line"} cg-s${i + 1}`, d: curve(values, s.filled) }));
+      line.group.append(svgElement("path", { class: `${s.filled ? "cg-area" : "cg-line"} cg-s${(i % 5) + 1}`, d: curve(values, s.filled) }));
     });
     line.group.append(svgElement("path", { class: "cg-mark", d: dots }));
     overlay.insertBefore(line.group, cursor);
@@ -256,7 +266,7 @@ function subline(parent, { series = METRICS, vocabSize, onBranch = null, panel =
     panel.classList.toggle("cg-open", current >= 0);
     if (current >= 0) {
       spans[current].classList.add("cg-current");
-      details(panel, tokens[current], current, { vocabSize, onBranch });
+      details(panel, tokens[current], current, { series, onBranch });
     } else {
       panel.replaceChildren(...(shared ? [panel.said] : [hint, panel.said]));
       panel.said.textContent = "";

@@ -1,0 +1,1 @@
+"""Samplers: pure functions from (state, logits) to (state, logits), and chains of them."""
