@@ -121,7 +121,7 @@ class ChargptJax:
 
     def trainer(self) -> TrainSteps:
         """Compile training; each call is one dispatch, with as many steps as in a real training."""
-        from chargpt_jax.training.pacing import DispatchSize
+        from chargpt_jax.training.dispatch.pacing import DispatchSize
 
         dispatch, state, tokens = self.compiled()
         pace = DispatchSize(self.config)

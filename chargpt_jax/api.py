@@ -45,7 +45,7 @@ from chargpt_jax.storage.checkpoint import UNVALIDATED
 from chargpt_jax.storage.copies import check_copy, copy_run
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import stages
-from chargpt_jax.training.pacing import Stop
+from chargpt_jax.training.dispatch.pacing import Stop
 from chargpt_jax.training.run import Run, Warn, check_record
 from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.stages import prepare

@@ -212,6 +212,12 @@ class TrainConfig(Settings):
         "attention in training steps: 'blocks', 'kernel' (Pallas), 'cudnn', or 'auto' (a trial on the device decides)",
         choices=("auto", "blocks", "kernel", "cudnn"),
     )
+    stream: str = setting(
+        "auto",
+        "read batches from the file during training, so that the training set need not fit on the device: 'always', "
+        "'never', or 'auto' (if it takes more than 25 % of the device's free memory)",
+        choices=("auto", "always", "never"),
+    )
     log_every: int = setting(10, "training steps between lines in metrics.jsonl", least=1)
     validate_every: float = setting(1.0, "epochs between validations; a checkpoint follows each", above=0.0, most=1e6)
     keep_last: int = setting(

@@ -18,9 +18,9 @@ MODULES = {
 """{package: its module, if the names differ}."""
 
 TRACKERS = {"tensorboardX", "trackio", "wandb"}
-OPTIONAL = {"IPython", "jax_plugins", *TRACKERS}
-"""Packages that only a notebook imports, where they are always installed, or that are extras: JAX's CUDA plugin, and
-trackers."""
+OPTIONAL = {"IPython", "jax_plugins", "grain", *TRACKERS}
+"""Packages that only a notebook imports, where they are always installed, or that are extras: JAX's CUDA plugin, Grain,
+and trackers."""
 
 
 def declared() -> set[str]:
@@ -52,8 +52,8 @@ def test_every_import_is_declared_and_every_dependency_imported():
     assert found - OPTIONAL == declared()
 
 
-@pytest.mark.parametrize("module", sorted(TRACKERS))
-def test_every_tracker_is_an_extra(module):
+@pytest.mark.parametrize("module", ["grain", *sorted(TRACKERS)])
+def test_every_optional_package_is_an_extra(module):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert any(line.startswith(f"{module}>=") for lines in project["optional-dependencies"].values() for line in lines)
 

@@ -34,7 +34,7 @@ from chargpt_jax.main import DISK_ERRORS, main
 from chargpt_jax.selftest import bench
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import run as run_module
-from chargpt_jax.training.pacing import StopCondition
+from chargpt_jax.training.dispatch.pacing import StopCondition
 
 PREPARE = "--mode=prepare --config=tiny --config.data.source=text.txt --workdir=run"
 SENTENCE = "The quick brown fox jumps over the lazy dog.\n"

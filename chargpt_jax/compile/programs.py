@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from chargpt_jax.compile import least_bytes
 from chargpt_jax.config import Config, MeshConfig
@@ -21,6 +22,7 @@ from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.init import abstract_model
 from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.training import optimizer
+from chargpt_jax.training.dispatch.feed import Feed
 from chargpt_jax.training.setup import jit_train_steps, state_shapes, state_sharding, validation_step
 
 N_TRAIN = 400_000
@@ -72,7 +74,7 @@ def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, para
         mesh = layout.device_mesh(config, list(on))
     else:
         mesh = sharding.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps, list(on))
-    everywhere, used = sharding.replicated(mesh), sharding.describe(mesh)
+    used = sharding.describe(mesh)
     # A run determines the learning rate and the length of an epoch; neither changes the shapes of the program.
     schedule = optimizer.warmup_cosine(config.scheduler, peak=1e-3, epoch_steps=100)
     tx = optimizer.make_optimizer(config.optimizer, schedule, mesh)
@@ -82,7 +84,7 @@ def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, para
     yield Program(
         "training",
         jit_train_steps(config, graphdef, tx, mesh, state),
-        (state, sharding.with_sharding(everywhere, _ints(N_TRAIN)), _ints()),
+        (state, Feed(N_TRAIN, np.dtype(np.uint8), config, mesh).shape, _ints()),
         {},
         used,
         n,

@@ -1,7 +1,8 @@
 """The training batch of a step, and the batches of a validation.
 
-There is no iterator. A training batch is a pure function of (tokens, key, step), computed inside jit from the corpus on
-the device, so a resumed run gets exactly the batches of an uninterrupted run. B is the batch size, T the block size.
+There is no iterator. A training batch is a pure function of (text, key, step), so a resumed run gets exactly the
+batches of an uninterrupted run. Its windows are cut from the training set, by `windows_at` on the device, or from the
+file by `streams/windows.py`, which gives the same ones. B is the batch size, T the block size.
 
 Each pass over the training set splits it into consecutive windows, starting at a random offset, and visits the windows
 in a random order. A pass therefore covers each character once, except for less than two windows at the ends; the next
@@ -18,6 +19,8 @@ pass has another offset. Three consequences matter for short texts:
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +30,24 @@ from chargpt_jax.config import DataConfig
 from chargpt_jax.errors import UserError
 from chargpt_jax.hash_rng import derive, random_bits, seeds_of, unit
 
-MAX_TRAINING = 2**31 - 1
-"""Maximum number of characters in the training set: their positions are int32."""
+MAX_ON_DEVICE = 2**31 - 1
+"""Maximum number of characters in a training set on the device: their positions are int32."""
 
 Batch = tuple[jax.Array, jax.Array]
 """Inputs and targets, int32 [B, T] each; targets of 0 are padding and do not count."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Windows:
+    """The windows of consecutive steps, cut from the training set."""
+
+    ids: jax.Array
+    """Integers [steps, B, T + 1] of any width."""
+    first: jax.Array
+    """The first of the steps, int32 scalar."""
+    n_tokens: int = field(metadata={"static": True})
+    """Length of the training set."""
 
 
 def sizes(n_tokens: int, data: DataConfig) -> tuple[int, int]:
@@ -52,15 +68,10 @@ def split(tokens: np.ndarray, data: DataConfig, block_size: int) -> tuple[np.nda
         The two sets, whose lengths are those of `sizes`.
 
     Raises:
-        UserError: if a set is shorter than block_size + 1 characters, or the training set is too long for an int32.
+        UserError: if a set is shorter than block_size + 1 characters.
     """
     n, n_validation = sizes(len(tokens), data)
     validation_set = tokens[n : n + n_validation]
-    if n > MAX_TRAINING:
-        raise UserError(
-            f"The training part has {n:,} characters, but at most {MAX_TRAINING:,} are supported: use a shorter text, "
-            f"or a smaller data.train_split (now {data.train_split})."
-        )
     for name, part in (("training", tokens[:n]), ("validation", validation_set)):
         if len(part) < block_size + 1:
             raise UserError(
@@ -91,11 +102,11 @@ def _crops_per_epoch(n_tokens: int, block_size: int, batch_size: int, oversample
     return max(1, math.ceil((n_tokens - block_size - 1) * oversample / batch_size / block_size))
 
 
-def batch_at(tokens: jax.Array, key: jax.Array, step: jax.Array, block_size: int, data: DataConfig) -> Batch:
+def batch_at(text: jax.Array | Windows, key: jax.Array, step: jax.Array, block_size: int, data: DataConfig) -> Batch:
     """Return the training batch of a step; call it inside jit.
 
     Args:
-        tokens: integers [n] of any width, the training set.
+        text: the training set, integers [n] of any width; or the windows of some steps, this one among them.
         key: the run's data key.
         step: int32 scalar, counted from 0.
         block_size: T.
@@ -104,17 +115,48 @@ def batch_at(tokens: jax.Array, key: jax.Array, step: jax.Array, block_size: int
     Returns:
         Inputs and targets, int32 [B, T]: the same windows, one character apart.
     """
+    if isinstance(text, Windows):
+        n, windows = text.n_tokens, jax.lax.dynamic_index_in_dim(text.ids, step - text.first, keepdims=False)
+    else:
+        n, windows = text.shape[0], windows_at(text, key, step, block_size, data.batch_size)
+    count = windows_per_pass(n, block_size)
+
+    def row(number: jax.Array, window: jax.Array) -> Batch:
+        seeds = derive(derive(seeds_of(key), number // count), 2)
+        return _padded(window.astype(jnp.int32), derive(seeds, number % count), data.padding_chance)
+
+    return jax.vmap(row)(_numbers(step, data.batch_size), windows)
+
+
+def windows_at(tokens: jax.Array, key: jax.Array, step: jax.Array, block_size: int, batch_size: int) -> jax.Array:
+    """Return the windows of a step, [B, T + 1], in the width of the training set; the arguments are as above."""
     count = windows_per_pass(tokens.shape[0], block_size)
     slack = tokens.shape[0] - 1 - count * block_size
 
-    def row(number: jax.Array) -> Batch:
+    def window(number: jax.Array) -> jax.Array:
         seeds = derive(seeds_of(key), number // count)
         phase = below(slack + 1, random_bits(seeds, 0))
-        window = shuffled(number % count, count, derive(seeds, 1))
-        text = jax.lax.dynamic_slice(tokens, (phase + window * block_size,), (block_size + 1,)).astype(jnp.int32)
-        return _padded(text, derive(derive(seeds, 2), number % count), data.padding_chance)
+        position = shuffled(number % count, count, derive(seeds, 1))
+        return jax.lax.dynamic_slice(tokens, (phase + position * block_size,), (block_size + 1,))
 
-    return jax.vmap(row)(step * data.batch_size + jnp.arange(data.batch_size))
+    return jax.vmap(window)(_numbers(step, batch_size))
+
+
+def windows_of_steps(
+    tokens: jax.Array, key: jax.Array, first: jax.Array, count: jax.Array, block_size: int, batch_size: int, most: int
+) -> Windows:
+    """Return the windows of `count` steps from `first` on, int32 scalars, and zeros for the others of `most` steps."""
+
+    def cut(i: jax.Array, ids: jax.Array) -> jax.Array:
+        return ids.at[i].set(windows_at(tokens, key, first + i, block_size, batch_size))
+
+    ids = jnp.zeros((most, batch_size, block_size + 1), tokens.dtype)
+    return Windows(jax.lax.fori_loop(0, count, cut, ids), first, tokens.shape[0])
+
+
+def _numbers(step: jax.Array, batch_size: int) -> jax.Array:
+    """Return the numbers of a step's sequences, counted from the start of training; int32 [B]."""
+    return step * batch_size + jnp.arange(batch_size)
 
 
 def below(limit: int, bits: jax.Array) -> jax.Array:
@@ -163,7 +205,7 @@ def shuffled(index: jax.Array, size: int, seeds: jax.Array) -> jax.Array:
     return image.astype(jnp.int32)
 
 
-def validation_batches(tokens: np.ndarray, n_train: int, block_size: int, batch_size: int) -> tuple[np.ndarray, ...]:
+def validation_batches(tokens: np.ndarray, n_train: int, block_size: int, batch_size: int) -> Iterator[np.ndarray]:
     """Split the validation set into windows in which each of its characters is a target exactly once.
 
     Args:
@@ -172,16 +214,15 @@ def validation_batches(tokens: np.ndarray, n_train: int, block_size: int, batch_
         block_size: T.
         batch_size: B.
 
-    Returns:
-        Inputs and targets, int32 [batches, B, T]; the last batch is filled with padding.
+    Yields:
+        Inputs and targets, int32 [2, B, T]; the last batch is filled with padding.
     """
     per_batch = batch_size * block_size
-    steps = -(-(len(tokens) - n_train) // per_batch)
-    inputs, targets = np.zeros((2, steps * per_batch), dtype=np.int32)
-    inputs[: len(tokens) - n_train] = tokens[n_train - 1 : -1]
-    targets[: len(tokens) - n_train] = tokens[n_train:]
-    shape = (steps, batch_size, block_size)
-    return inputs.reshape(shape), targets.reshape(shape)
+    for start in range(n_train, len(tokens), per_batch):
+        part = tokens[start - 1 : start + per_batch]
+        batch = np.zeros((2, per_batch), dtype=np.int32)
+        batch[:, : len(part) - 1] = part[:-1], part[1:]
+        yield batch.reshape(2, batch_size, block_size)
 
 
 def validation_crops(tokens: jax.Array, key: jax.Array, block_size: int, data: DataConfig) -> Batch:

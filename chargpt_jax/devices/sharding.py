@@ -158,6 +158,19 @@ def shard_batch(mesh: Mesh, batch: Tree) -> Tree:
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, rows))
 
 
+def batches_of_steps(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of the batches of several steps, [steps, B, ...]: their sequences are split over the mesh."""
+    rows = layout.BATCH if layout.splits_parameters(mesh) else PartitionSpec("data")
+    return NamedSharding(mesh, PartitionSpec(None, *rows))
+
+
+def own_part(to: Sharding, shape: Sequence[int]) -> tuple[slice, ...]:
+    """Return the part of an array that the devices of this process hold, the smallest one with all of their shards."""
+    parts = list(to.addressable_devices_indices_map(tuple(shape)).values())
+    bounds = [[part[axis].indices(length)[:2] for part in parts if part] for axis, length in enumerate(shape)]
+    return tuple(slice(min(start for start, _ in axis), max(stop for _, stop in axis)) for axis in bounds)
+
+
 def with_sharding(shardings: Any, tree: Tree) -> Tree:
     """Return the shapes of a tree of arrays or shapes, with shardings: one for all, or a tree of them."""
     if isinstance(shardings, Sharding):

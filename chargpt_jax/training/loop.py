@@ -28,7 +28,8 @@ from chargpt_jax.model.init import count_parameters
 from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.storage.lock import Lock
 from chargpt_jax.storage.metrics_log import Expected, Log
-from chargpt_jax.training.pacing import DispatchSize, StopCondition
+from chargpt_jax.training.dispatch.feed import Feed
+from chargpt_jax.training.dispatch.pacing import DispatchSize, StopCondition
 from chargpt_jax.training.run import Run, Warn
 from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.step import TrainState
@@ -53,6 +54,7 @@ class TrainingLoop:
         self,
         run: Run,
         setup: Setup,
+        feed: Feed,
         state: TrainState,
         learning_rate_at: Callable[[int], jax.Array],
         store: Checkpoints,
@@ -62,6 +64,7 @@ class TrainingLoop:
     ) -> None:
         """Continue the log of the run after the step of `state`."""
         self.run, self.setup, self.state, self.learning_rate_at = run, setup, state, learning_rate_at
+        self.feed = feed
         self.store, self.lock, self.condition, self.warn = store, lock, condition, warn
         self.size = DispatchSize(run.config)
         self.epoch_steps, self.total_steps = run.epoch_steps, run.total_steps
@@ -194,10 +197,11 @@ class TrainingLoop:
             self.validate_every - self.step % self.validate_every,
             self.total_steps - self.step,
             self.size.steps_within(self.condition.seconds_left()),
+            self.feed.max_steps,
         )
         count = processes.agreed(count)
         began = time.perf_counter()
-        self.state, history = self._dispatch(self.state, self.setup.on_device, np.int32(count))
+        self.state, history = self._dispatch(self.state, self.feed.text_for(self.step, count), np.int32(count))
         # Wait for the result: with several CPU devices, two dispatches in flight can deadlock.
         losses, norms = (np.asarray(history[name])[:count] for name in ("loss", "grad_norm"))
         elapsed = time.perf_counter() - began

@@ -271,6 +271,12 @@ def _check_lengths(config: Config, n_tokens: int, folder: Workdir) -> None:
     checkpoint does not count.
     """
     batches.split(np.broadcast_to(np.uint8(0), n_tokens), config.data, config.model.block_size)
+    n_train = batches.sizes(n_tokens, config.data)[0]
+    if config.train.stream == "never" and n_train > batches.MAX_ON_DEVICE:
+        raise UserError(
+            f"train.stream is 'never', but the training part has {n_train:,} characters, and a device can hold at most "
+            f"{batches.MAX_ON_DEVICE:,}: leave it out."
+        )
     scheduler, total = config.scheduler, optimizer.total_steps(config.scheduler, _epoch_steps(config, n_tokens))
     with contextlib.closing(Checkpoints(folder.checkpoints)) as store:
         made = max(store.steps(), default=0)

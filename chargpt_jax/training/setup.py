@@ -7,7 +7,7 @@ batch. Each is traced once, for epochs and dispatches of any length.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from chargpt_jax.model.init import Params, plan
 from chargpt_jax.ops import choose
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.training import optimizer
-from chargpt_jax.training.pacing import MAX_DISPATCH_STEPS
+from chargpt_jax.training.dispatch.pacing import MAX_DISPATCH_STEPS
 from chargpt_jax.training.run import Run, record_of
 from chargpt_jax.training.step import (
     TrainState,
@@ -64,7 +64,7 @@ def training_mesh(config: Config, tell: bool = True) -> Mesh:
 
 def train_steps(
     state: TrainState,
-    tokens: jax.Array,
+    text: jax.Array | batches.Windows,
     count: jax.Array,
     *,
     optimizer_at: Callable[[jax.Array], optax.GradientTransformation],
@@ -76,7 +76,7 @@ def train_steps(
 
     Args:
         state: before the dispatch.
-        tokens: integers [n] of any width, the training set.
+        text: the training set, integers [n] of any width; or the windows of these steps.
         count: int32 scalar, at most MAX_DISPATCH_STEPS.
         optimizer_at: the optimizer of the i-th step of the dispatch.
         config: of the run.
@@ -90,7 +90,7 @@ def train_steps(
 
     def body(i: jax.Array, carry: tuple[TrainState, History]) -> tuple[TrainState, History]:
         state, history = carry
-        batch = batches.batch_at(tokens, data_key(state.key), state.step, config.model.block_size, config.data)
+        batch = batches.batch_at(text, data_key(state.key), state.step, config.model.block_size, config.data)
         # The batch is replicated, and each device uses its part of it. If it were sharded from the start, the devices
         # would wait for each other in the loops that make it, and to count its targets.
         batch = jax.lax.with_sharding_constraint(batch, sharding.replicated(mesh))
@@ -103,7 +103,7 @@ def train_steps(
 
 def range_test_steps(
     state: TrainState,
-    tokens: jax.Array,
+    text: jax.Array | batches.Windows,
     rates: jax.Array,
     count: jax.Array,
     *,
@@ -121,7 +121,7 @@ def range_test_steps(
         return optimizer.make_optimizer(config.optimizer, rates[i], mesh)
 
     state, history = train_steps(
-        state, tokens, count, optimizer_at=optimizer_at, config=config, graphdef=graphdef, mesh=mesh
+        state, text, count, optimizer_at=optimizer_at, config=config, graphdef=graphdef, mesh=mesh
     )
     return state, history["loss"]
 
@@ -136,7 +136,7 @@ def validation_step(
 def jit_train_steps(
     config: Config, graphdef: nnx.GraphDef[Any], tx: optax.GradientTransformation, mesh: Mesh, state: TrainState
 ) -> jax.stages.Wrapped:
-    """Return `train_steps(state, tokens, count)` under jit, for states like the given one of arrays or shapes."""
+    """Return `train_steps(state, text, count)` under jit, for states like the given one of arrays or shapes."""
     f = partial(train_steps, optimizer_at=lambda i: tx, config=config, graphdef=graphdef, mesh=mesh)
     return _jit_in_place(f, mesh, state)
 
@@ -144,7 +144,7 @@ def jit_train_steps(
 def jit_range_test_steps(
     config: Config, graphdef: nnx.GraphDef[Any], mesh: Mesh, state: TrainState
 ) -> jax.stages.Wrapped:
-    """Return `range_test_steps(state, tokens, rates, count)` under jit, for states like the given one."""
+    """Return `range_test_steps(state, text, rates, count)` under jit, for states like the given one."""
     return _jit_in_place(partial(range_test_steps, config=config, graphdef=graphdef, mesh=mesh), mesh, state)
 
 
@@ -184,8 +184,6 @@ class Setup:
     dtype: DTypeLike
     """Of matrix multiplications."""
     mesh: Mesh
-    on_device: jax.Array
-    """Integers [n_train] of the corpus's width, the training set."""
 
     @classmethod
     def of(cls, run: Run) -> "Setup":
@@ -201,7 +199,6 @@ class Setup:
         mesh = training_mesh(config)
         dtype = compute_dtype(config.amp)
         train, validation = batches.split(tokens, config.data, config.model.block_size)
-        on_device = sharding.put(train, sharding.replicated(mesh))
         graphdef, shapes, initial_params = plan(
             config.model,
             config.seed,
@@ -209,7 +206,12 @@ class Setup:
             compiler_options=compiler_options(mesh),
         )
         lengths = len(train), len(validation)
-        return cls(config, tokens, *lengths, vocabulary, graphdef, shapes, initial_params, dtype, mesh, on_device)
+        return cls(config, tokens, *lengths, vocabulary, graphdef, shapes, initial_params, dtype, mesh)
+
+    @functools.cached_property
+    def on_device(self) -> jax.Array:
+        """Integers [n_train] of the corpus's width, the training set, on every device."""
+        return sharding.put(self.tokens[: self.n_train], sharding.replicated(self.mesh))
 
     def params_of(self, checkpoints: Path, step: int) -> Params:
         """Read the parameters of a checkpoint, on one device.
@@ -254,7 +256,7 @@ class Setup:
 
         def loss(params: Params, step: int, stop: Callable[[], bool] = lambda: False) -> float | None:
             pairs = []
-            for inputs, targets in zip(*windows_at(step), strict=True):
+            for inputs, targets in windows_at(step):
                 if stop():
                     return None
                 # Wait for each result: with several CPU devices, two dispatches in flight can deadlock.
@@ -265,22 +267,21 @@ class Setup:
 
         return loss
 
-    def _windows(self) -> Callable[[int], tuple[np.ndarray, ...]]:
-        """Return the function from a step to its validation inputs and targets, int32 [batches, B, T]."""
+    def _windows(self) -> Callable[[int], Iterable[np.ndarray]]:
+        """Return the function from a step to its validation batches: inputs and targets, int32 [2, B, T]."""
         block_size, batch_size = self.config.model.block_size, self.config.data.batch_size
         # Short batches are merged: validation stores no activations, and each dispatch has a fixed cost.
         characters = min(VALIDATED_AT_ONCE, self.n_validation)
         batch_size *= max(1, characters // (batch_size * block_size))
         tokens = self.tokens[: self.n_train + self.n_validation]
-        windows = batches.validation_batches(tokens, self.n_train, block_size, batch_size)
-        return lambda step: windows
+        return lambda step: batches.validation_batches(tokens, self.n_train, block_size, batch_size)
 
-    def _crops(self) -> Callable[[int], tuple[np.ndarray, ...]]:
+    def _crops(self) -> Callable[[int], Iterable[tuple[np.ndarray, ...]]]:
         """Return the same function for validation like the original's: new random crops at each step."""
         data = self.config.data
         draw = jax.jit(partial(batches.validation_crops, block_size=self.config.model.block_size, data=data))
         validation_set, key = self.tokens[self.n_train :][: self.n_validation], jax.random.key(self.config.seed)
-        return lambda step: jax.device_get(draw(validation_set, validation_key(key, step)))
+        return lambda step: zip(*jax.device_get(draw(validation_set, validation_key(key, step))), strict=True)
 
     def record(self) -> dict[str, Any]:
         """Return the description of the run that is saved in a checkpoint, as JSON can hold it."""

@@ -24,6 +24,8 @@ from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.lock import Lock
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import attention, optimizer
+from chargpt_jax.training.dispatch.feed import Feed, feed_of
+from chargpt_jax.training.dispatch.pacing import MAX_DISPATCH_STEPS, DispatchSize, Stop, StopCondition
 from chargpt_jax.training.loop import TrainingLoop
 from chargpt_jax.training.lr_finder import (
     LossesOf,
@@ -33,7 +35,6 @@ from chargpt_jax.training.lr_finder import (
     trainer_losses,
     unclear,
 )
-from chargpt_jax.training.pacing import MAX_DISPATCH_STEPS, DispatchSize, Stop, StopCondition
 from chargpt_jax.training.run import Run, Warn, check_record, checked_workdir, locked
 from chargpt_jax.training.setup import Setup, jit_range_test_steps, jit_train_steps
 from chargpt_jax.training.step import TrainState
@@ -100,20 +101,23 @@ def train(
                 return
         setup, schedule = Setup.of(run), run.schedule()
         tx = optimizer.make_optimizer(run.config.optimizer, schedule, setup.mesh)
-        with contextlib.closing(
-            Checkpoints(folder.checkpoints, keep_last=run.config.train.keep_last, warn=warn)
-        ) as store:
+        with (
+            contextlib.closing(
+                Checkpoints(folder.checkpoints, keep_last=run.config.train.keep_last, warn=warn)
+            ) as store,
+            contextlib.closing(feed_of(setup, warn)) as feed,
+        ):
             if processes.is_first():
                 store.sweep()
             began = time.perf_counter()
             with startup.gc_paused():
                 initial_state, shapes = setup.initial_state_in_background(tx), setup.state_shapes(tx)
                 dispatch = jit_train_steps(run.config, setup.graphdef, tx, setup.mesh, shapes)
-                lowered = dispatch.lower(shapes, setup.on_device, np.int32(1))
+                lowered = dispatch.lower(shapes, feed.shape, np.int32(1))
                 state = initial_state.result()
             tracing = time.perf_counter() - began
             state = _restore(setup, store, state)
-            loop = TrainingLoop(run, setup, state, jax.jit(schedule), store, lock, condition, warn)
+            loop = TrainingLoop(run, setup, feed, state, jax.jit(schedule), store, lock, condition, warn)
             yield from loop.events(lowered, tracing)
 
 
@@ -121,7 +125,17 @@ def _range_test(
     run: Run, warn: Warn, lock: Lock, condition: StopCondition, given: float | None = None
 ) -> Generator[Event, None, Run]:
     """Run the range test; return the run with the learning rate, unchanged if one is given or the test was stopped."""
-    finder, losses_of = run.config.lr_finder, _range_test_losses(run, condition)
+    setup = Setup.of(run)
+    with contextlib.closing(feed_of(setup, warn)) as feed:
+        losses_of = _range_test_losses(run, setup, feed, condition)
+        return (yield from _search(run, losses_of, warn, lock, condition, given))
+
+
+def _search(
+    run: Run, losses_of: LossesOf, warn: Warn, lock: Lock, condition: StopCondition, given: float | None
+) -> Generator[Event, None, Run]:
+    """Search for the learning rate with the losses of a model."""
+    finder = run.config.lr_finder
 
     def untrained(zoom: int) -> Iterator[float]:
         for loss in losses_of(zoom, [0.0] * finder.steps_per_zoom):
@@ -159,12 +173,12 @@ def _range_test(
     return run
 
 
-def _range_test_losses(run: Run, condition: StopCondition) -> LossesOf:
+def _range_test_losses(run: Run, setup: Setup, feed: Feed, condition: StopCondition) -> LossesOf:
     """Return the function that trains the run's model with the learning rates of a zoom.
 
     A fine-tuned or imported run starts from its checkpoint of step 0, so its range test does too.
     """
-    setup, finder, checkpoints = Setup.of(run), run.config.lr_finder, run.workdir.checkpoints
+    finder, checkpoints = run.config.lr_finder, run.workdir.checkpoints
     if processes.agreed((checkpoints / "0").is_dir()):
         setup.initial_params = functools.partial(setup.params_of, checkpoints, 0)
     tx = optimizer.make_optimizer(run.config.optimizer, 0.0)
@@ -176,10 +190,11 @@ def _range_test_losses(run: Run, condition: StopCondition) -> LossesOf:
         return dataclasses.replace(state, step=state.step + zoom * finder.steps_per_zoom)
 
     def dispatch(state: TrainState, rates: Sequence[float]) -> tuple[TrainState, np.ndarray]:
-        count = processes.agreed(min(size.steps, len(rates), size.steps_within(condition.seconds_left())))
+        count = min(size.steps, len(rates), size.steps_within(condition.seconds_left()), feed.max_steps)
+        count = processes.agreed(count)
         began, padded = time.perf_counter(), np.zeros(MAX_DISPATCH_STEPS, np.float32)
         padded[:count] = rates[:count]
-        state, losses = steps(state, setup.on_device, padded, np.int32(count))
+        state, losses = steps(state, feed.text_for(int(state.step), count), padded, np.int32(count))
         losses = np.asarray(losses)[:count]
         size.record(time.perf_counter() - began, count)
         return state, losses

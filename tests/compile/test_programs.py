@@ -15,6 +15,7 @@ from chargpt_jax.config import Config
 from chargpt_jax.devices import platform as device_platform
 from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.training import optimizer
+from chargpt_jax.training.dispatch.feed import feed_of
 from chargpt_jax.training.run import Run
 from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.stages import prepare
@@ -69,7 +70,8 @@ def test_programs_have_the_shapes_of_a_real_run(tmp_path):
     training, validation, *_ = ahead.programs(setup.config, jax.local_devices())
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)  # noqa: E731
     assert shapes(training.args[0]) == shapes(setup.initial_state(tx))
-    assert training.args[1].sharding == setup.on_device.sharding
+    given, used = jax.tree.leaves(training.args[1]), jax.tree.leaves(feed_of(setup, print).text_for(0, 1))
+    assert shapes(given) == shapes(used)
     assert shapes(validation.args[0]) == shapes(setup.initial_state(tx).params)
 
 

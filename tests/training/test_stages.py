@@ -35,7 +35,8 @@ from chargpt_jax.storage.arrays.state_arrays import on_host
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.metrics_log import Log
 from chargpt_jax.storage.workdir import Workdir
-from chargpt_jax.training import loop, optimizer, pacing, setup, stages
+from chargpt_jax.training import loop, optimizer, setup, stages
+from chargpt_jax.training.dispatch import pacing
 from chargpt_jax.training.run import Run
 from chargpt_jax.training.setup import Setup
 from tests.corpus_text import FLOOR, small_config, write_words

@@ -2,7 +2,7 @@ import signal
 
 import pytest
 
-from chargpt_jax.training.pacing import StopCondition
+from chargpt_jax.training.dispatch.pacing import StopCondition
 from tests.process_group import Group
 
 
