@@ -9,7 +9,7 @@ import jax
 
 from chargpt_jax.compile.accelerators import usable_memory
 from chargpt_jax.compile.hlo import NOTHING, Work, work_per_unit
-from chargpt_jax.compile.largest_batch import Found, Need, largest_batch
+from chargpt_jax.compile.largest_batch import Found, Need, largest_batch, predicted_batch
 from chargpt_jax.compile.matmul_flop import matmul_flop
 from chargpt_jax.compile.programs import Program, programs
 from chargpt_jax.compile.topology import Topology
@@ -153,7 +153,7 @@ def _check_all_devices(program: Program, topology: Topology) -> None:
 def largest_training_batch(
     config: Config, topology: Topology, first: Compiled, tell: Callable[[Compiled], None]
 ) -> Found:
-    """Find the largest batch size whose training fits, with all devices in use.
+    """Find the largest batch size whose training fits, with all devices in use; for a TPU one that is just below it.
 
     Args:
         config: its batch size is the first that is tried.
@@ -174,4 +174,5 @@ def largest_training_batch(
         return Need(tried[batch_size].needed, tried[batch_size].fits)
 
     unit = config.optimizer.accumulation_steps * len(topology.devices)
-    return largest_batch(need_at, first.limit, config.data.batch_size, unit, MAX_BATCH)
+    search = predicted_batch if first.compiler_decides else largest_batch
+    return search(need_at, first.limit, config.data.batch_size, unit, MAX_BATCH)

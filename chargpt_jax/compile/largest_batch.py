@@ -3,6 +3,9 @@
 Memory is close to linear in the batch size, so each guess is the crossing of a line through the two measurements that
 are nearest to the limit. Near the limit a compiler may save memory by recomputing; then the search continues in growing
 steps, and by halving. The answer is verified: it and a batch size at most 1.6 % larger have been compiled.
+
+A TPU's compiler takes minutes near the limit. For it, `predicted_batch` compiles one size far below the limit and one
+just below the crossing: it is verified that the answer fits, but not that a larger one does not.
 """
 
 from collections.abc import Callable
@@ -13,6 +16,17 @@ RESOLUTION = 64
 
 MAX_COMPILES = 24
 """After so many compilations the search ends, even if the two batch sizes are further apart."""
+
+
+FAR_BELOW = 0.125
+"""The part of the predicted crossing that `predicted_batch` compiles first: arrays do not fit on the chip there."""
+
+JUST_BELOW = (0.97, 0.9, 0.75, 0.5)
+"""The parts of the predicted crossing that it compiles then, until one fits."""
+
+
+CLOSE = 1.1
+"""It compiles one more if the crossing, with all sizes that are known, has moved up by more than this factor."""
 
 
 class Need(NamedTuple):
@@ -33,6 +47,41 @@ class Found(NamedTuple):
     next_size: int
     """The smallest batch size that was found not to fit; 0: all that were tried fit."""
     compiles: int
+    predicted: int = 0
+    """Where the memory reaches the limit by prediction, which was not compiled; 0: the answer is verified."""
+
+
+def predicted_batch(need_at: Callable[[int], Need], limit: float, start: int, unit: int, most: int) -> Found:
+    """Find a batch size just below the one at which memory is predicted to reach the limit, with few compilations.
+
+    The arguments are those of `largest_batch`.
+    """
+    top = most // unit
+    guess = min(max(1, start // unit), top)
+    known = {guess: need_at(guess * unit)}
+
+    def guessed(part: float) -> int:
+        line = _crossing(known, limit)
+        end = min(known) if line is None else line  # the compiler refused all and named no size
+        count = max(1, min(int(part * end), top))
+        return count // _step(count) * _step(count)
+
+    for _ in range(2):  # the first guess is by proportion alone, so it may be much too small
+        guess = guessed(FAR_BELOW)
+        if len(known) == 1 and guess <= max(known):
+            guess = max(known) // 2 or 2
+        if guess not in known and (len(known) == 1 or guess > 2 * max(known)):
+            known[guess] = need_at(guess * unit)
+    for part in JUST_BELOW:
+        guess = guessed(part)
+        if guess not in known:
+            known[guess] = need_at(guess * unit)
+        if known[guess].fits and guessed(part) <= CLOSE * guess:  # otherwise memory grows more slowly than it did
+            break
+    low = max((count for count, need in known.items() if need.fits), default=0)
+    high = min((count for count, need in known.items() if not need.fits), default=0)
+    end = min(_crossing(known, limit) or 0, top)
+    return Found(low * unit, known.get(low), high * unit, len(known), predicted=max(low, end) * unit if low else 0)
 
 
 def largest_batch(need_at: Callable[[int], Need], limit: float, start: int, unit: int, most: int) -> Found:

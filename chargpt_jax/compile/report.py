@@ -114,6 +114,11 @@ def largest_in_words(found: Found, limit: int) -> str:
         return f"largest batch that fits: none; data.batch_size={found.next_size} does not fit"
     need = found.need.bytes if found.need else None
     used = "" if need is None else f", {_size(need)} of {_size(limit)} per device"
+    if found.predicted:
+        return (
+            f"largest batch that fits: data.batch_size={found.batch_size}{used}, which was compiled; the limit is at "
+            f"about {found.predicted} by a line through the compiled sizes, which was not compiled"
+        )
     if not found.next_size:
         return f"largest batch that fits: at least data.batch_size={found.batch_size}, the largest that is tried{used}"
     return (
@@ -171,6 +176,7 @@ def _found_dict(found: Found) -> dict[str, Any]:
         "batch_size": found.batch_size,
         "bytes": found.need.bytes if found.need else None,
         "next_batch_size": found.next_size or None,
+        "predicted_batch_size": found.predicted or None,
         "compilations": found.compiles,
     }
 

@@ -34,6 +34,10 @@ def test_slices_of_several_hosts_are_named(cpu):
     [
         (Found(96, Need(1.5e9, True), 97, 4), "data.batch_size=96, 1.50 GB of 2.00 GB per device; 97 does not"),
         (Found(96, Need(1.5e9, True), 0, 4), "at least data.batch_size=96, the largest that is tried, 1.50 GB"),
+        (
+            Found(96, Need(1.5e9, True), 0, 3, predicted=99),
+            "data.batch_size=96, 1.50 GB of 2.00 GB per device, which was compiled; the limit is at about 99 by a line",
+        ),
         (Found(0, None, 8, 1), "none; data.batch_size=8 does not fit"),
     ],
 )
