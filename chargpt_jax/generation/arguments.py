@@ -25,6 +25,9 @@ MAX_SEED = 2**31
 MAX_STOP, MAX_STOPS = 256, 64
 """Maximum length of a stop string, characters, and maximum number of stop strings."""
 
+MAX_SAMPLES = 4096
+"""Maximum number of samples per prompt."""
+
 MAX_ALTERNATIVES = 64
 """Maximum number of alternatives that are given for every character."""
 
@@ -81,8 +84,8 @@ def checked_count(max_new_tokens: int) -> int:
 def checked_samples(n: int) -> int:
     """Return a number of samples per prompt."""
     n = argument("n", n, int, "try 4")
-    if not 1 <= n <= MAX_CHARACTERS:
-        raise UserError(f"n is {shown(n)}, but it must be at least 1 and at most {MAX_CHARACTERS:,}: try 4.")
+    if not 1 <= n <= MAX_SAMPLES:
+        raise UserError(f"n is {shown(n)}, but it must be at least 1 and at most {MAX_SAMPLES:,}: try 4.")
     return n
 
 

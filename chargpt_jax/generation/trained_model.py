@@ -122,8 +122,8 @@ class Model:
         max_new_tokens, seed = checked_count(max_new_tokens), checked_seed(seed)
         on_sample, repair = checked_callback("on_sample", on_sample), checked_repair(repair)
         stop_ids = [self._stop_ids(string, repair) for string in checked_stop(stop)]
-        prompts = [self._known(prompt, skip_unknown, repair) for prompt in prompts for _ in range(checked_samples(n))]
-        encoded = [self.tokenizer.encode_text(prompt) for prompt in prompts]
+        prompts, n = [self._known(prompt, skip_unknown, repair) for prompt in prompts], checked_samples(n)
+        encoded = [ids for ids in map(self.tokenizer.encode_text, prompts) for _ in range(n)]
         tokens, lengths, wanted = padded(encoded, max_new_tokens)
         # Each process generates by itself, on its own devices.
         mesh = sharding.data_mesh(len(tokens), jax.local_devices(), tell=False)
@@ -141,7 +141,7 @@ class Model:
             for i, ids in enumerate(encoded):
                 read.append(self._read(state, i, ids))
                 on_sample(i, read[i])
-        readers = [self.tokenizer.reader(NO_CHARACTER) for _ in prompts]
+        readers = [self.tokenizer.reader(NO_CHARACTER) for _ in encoded]
         piece, ends = STREAMED if streamed else max_new_tokens, Ends([len(ids) for ids in encoded], stop_ids)
         for done in range(0, max_new_tokens, piece):
             count = min(piece, max_new_tokens - done)
