@@ -51,16 +51,29 @@ from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.stages import prepare
 
 
-def evaluate(workdir: str | Path | Workdir, step: str | int = "best", warn: Warn = print) -> dict[str, Any]:
-    """Compute the loss of a trained model on the full validation set.
+def evaluate(
+    workdir: str | Path | Workdir, step: str | int = "best", warn: Warn = print, split: str = "validation"
+) -> dict[str, Any]:
+    """Compute the loss of a trained model on the full validation set, or on the test set.
+
+    Each character is a target once. Windows do not overlap, so the first characters of a window have a short context.
+
+    Args:
+        workdir: of the run.
+        step: as in `load`.
+        warn: receives messages for the user.
+        split: 'validation', or 'test': the last `data.test_split` of the corpus.
 
     Returns:
         loss (nats per character), bits_per_character, bits_per_char (the same number), perplexity, tokens, split, step;
         if the unit is the byte, bits_per_byte as well.
 
     Raises:
-        UserError: if the workdir's config, vocabulary or corpus differs from that of the checkpoint.
+        UserError: if the workdir's config, vocabulary or corpus differs from that of the checkpoint, or the run has no
+            such set.
     """
+    if split not in ("validation", "test"):
+        raise UserError(f"split is {shown(split)}, but it must be 'validation' or 'test': choose one.")
     folder = Workdir(workdir)
     processes.check()
     found = processes.on_first(lambda: load_with_record(folder, step, warn))
@@ -74,7 +87,14 @@ def evaluate(workdir: str | Path | Workdir, step: str | int = "best", warn: Warn
         )
     setup = Setup.of(run)
     check_record(record, setup.record(), folder.checkpoints)
-    loss = setup.validator(whole=True)(sharding.put(model.params, sharding.replicated(setup.mesh)), model.step)
+    if split == "test" and not setup.n_test:
+        raise UserError(
+            f"The run in {folder.path} has no test set, because data.test_split is {run.config.data.test_split:g}: "
+            "increase it in a new run."
+        )
+    loss = setup.validator(whole=True, split=split)(
+        sharding.put(model.params, sharding.replicated(setup.mesh)), model.step
+    )
     assert loss is not None
     return {
         "loss": loss,
@@ -82,8 +102,8 @@ def evaluate(workdir: str | Path | Workdir, step: str | int = "best", warn: Warn
         "bits_per_char": bits_per_character(loss),
         "perplexity": perplexity(loss),
         **({"bits_per_byte": bits_per_character(loss)} if run.config.data.unit == "byte" else {}),
-        "tokens": setup.n_validation,
-        "split": "validation",
+        "tokens": setup.n_test if split == "test" else setup.n_validation,
+        "split": split,
         "step": model.step,
     }
 
@@ -221,7 +241,7 @@ def _plot_range_test(event: Event, folder: Workdir, warn: Warn) -> None:
     if isinstance(event, LRFinderResult) and processes.is_first():
         path = folder.lr_finder.with_suffix(".svg")
         with excused(str(path), warn):
-            folder.write(path, range_test_plot(event))
+            folder.write(path, range_test_plot(event, unit=folder.load_config().data.unit))
 
 
 def export(
@@ -260,19 +280,20 @@ def corpus_text(workdir: str | Path | Workdir, part: str = "all") -> str:
 
     Args:
         workdir: of the run.
-        part: 'all', 'training' or 'validation'.
+        part: 'all', 'training', 'validation' or 'test'.
 
     Raises:
         UserError: if there is no such part, or the run has no text.
     """
     folder = Workdir(workdir)
     tokens = folder.load_tokens()
-    if part not in ("all", "training", "validation"):
-        raise UserError(f"part is {shown(part)}, but it must be 'all', 'training' or 'validation': choose one.")
+    if part not in ("all", "training", "validation", "test"):
+        raise UserError(f"part is {shown(part)}, but it must be 'all', 'training', 'validation' or 'test': choose one.")
     if part != "all":
         config = folder.load_config()
         training, validation = batches.split(tokens, config.data, config.model.block_size)
-        tokens = training if part == "training" else validation
+        test = tokens[len(training) + len(validation) :]
+        tokens = {"training": training, "validation": validation, "test": test}[part]
     return folder.load_tokenizer().text_of(tokens)
 
 

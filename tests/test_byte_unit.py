@@ -1,9 +1,14 @@
 """A run whose tokens are bytes: every command accepts it, and reports losses per byte."""
 
 import json
+import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 import chargpt_jax
 from chargpt_jax.config import Config
@@ -11,6 +16,7 @@ from chargpt_jax.errors import UserError
 from chargpt_jax.main import main
 from chargpt_jax.results.facts import facts_in_words
 from chargpt_jax.storage.workdir import Workdir
+from chargpt_jax.training.setup import Setup
 
 CONTENT = "Prix : 3 € — «naïve» 日本\r\n".encode() + bytes([0, 255])
 
@@ -43,10 +49,44 @@ def test_byte_run_leaves_the_test_set_out(run):
     assert found["bits_per_byte"] == found["bits_per_character"]
 
 
+def test_test_set_is_evaluated_if_asked_for(run, capsys):
+    n = int(0.05 * 200 * len(CONTENT))
+    found = chargpt_jax.evaluate(run, split="test")
+    assert (found["tokens"], found["split"]) == (n, "test")
+    content = CONTENT * 200
+    assert chargpt_jax.corpus_text(run, "test") == Workdir(run).load_tokenizer().text_of(
+        np.array(list(content[-n:])) + 1
+    )
+    model = chargpt_jax.load(run)
+    ids = [byte + 1 for byte in content]
+    total, first = 0.0, len(ids) - n
+    for start in range(first, len(ids), 16):
+        target = np.array(ids[start : start + 16])
+        logits = nnx.merge(model.graphdef, model.params)(jnp.array([ids[start - 1 : start - 1 + len(target)]]))[0]
+        total -= np.asarray(jax.nn.log_softmax(logits))[np.arange(len(target)), target].sum()
+    assert found["loss"] == pytest.approx(total / n, rel=1e-5)
+    assert main(["chargpt", "--mode=eval", f"--workdir={run}", "--split=test"]) == 0
+    assert f"bits per byte, test set of {n:,} bytes" in capsys.readouterr().out
+
+
+def test_run_without_a_test_set_says_so(run, monkeypatch, capsys):
+    with pytest.raises(UserError, match="split is 'x', but it must be 'validation' or 'test'"):
+        chargpt_jax.evaluate(run, split="x")
+    monkeypatch.setattr(Setup, "n_test", 0)
+    assert main(["chargpt", "--mode=eval", f"--workdir={run}", "--split=test"]) == 2
+    assert "has no test set, because data.test_split is 0.05: increase it in a new run." in capsys.readouterr().err
+
+
 def test_byte_run_reports_losses_per_byte(run):
     facts = chargpt_jax.info(run)
     assert facts["unit"] == "byte"
     assert facts["best_bits_per_byte"] == facts["best_bits_per_character"]
+    report, plot = ((run / name).read_text(encoding="utf-8") for name in ("report.html", "loss.svg"))
+    assert "nats per byte" in plot
+    assert "bits per byte" in plot
+    assert "nats per byte" in report
+    for text in (report, plot):
+        assert not re.search(r"(nats|bits\)?) per character|[\d,]+ characters|rank of the character", text)
     words = str(facts_in_words(facts))
     assert "bits per byte" in words
     assert "character" not in words

@@ -178,16 +178,16 @@ class Session:
 
 
 def evaluate(request: Request) -> int:
-    """Compute the loss on the full validation set."""
+    """Compute the loss on the full validation set, or on the test set."""
     api = api_module(request)
     with ending.loss_named():
         first = processes.is_first()
-        result = api.evaluate(request.folder, request.step, warn if first else silent)
+        result = api.evaluate(request.folder, request.step, warn if first else silent, request.flags.split)
         processes.finish()
     if not first:
         return 0
     unit = "byte" if "bits_per_byte" in result else "character"
-    text = f"{{loss:.4f}} nats = {{bits_per_character:.4f}} bits per {unit}, validation set of {{tokens:,}} {unit}s"
+    text = f"{{loss:.4f}} nats = {{bits_per_character:.4f}} bits per {unit}, {{split}} set of {{tokens:,}} {unit}s"
     print(as_json(result) if request.flags.json else text.format(**result) + f" (step {result['step']:,})")
     return 0
 

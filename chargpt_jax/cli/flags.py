@@ -10,7 +10,7 @@ MODES = {
     "prepare": "load the text, remove the licence, repair encoding errors, encode it",
     "find_lr": "run only the learning-rate range test",
     "train": "train, or resume training",
-    "eval": "compute the loss on the full validation set",
+    "eval": "compute the loss on the full validation set, or on the test set (--split)",
     "generate": "continue --prompt (may be repeated)",
     "score": "compute the loss and the metrics of each character of --text or --text_file",
     "export": "write the model to --out: for Hugging Face transformers or the original PyTorch code, or as one HTML "
@@ -49,6 +49,7 @@ FLAG_MODES = {
     **dict.fromkeys(("text", "stride"), ("score",)),
     "text_file": ("score", "import"),
     "step": ("generate", "score", "eval", "export"),
+    "split": ("eval",),
     "seed": ("generate", "selftest"),
     **dict.fromkeys(("format", "out"), ("export",)),
     "open": ("report",),
@@ -134,6 +135,8 @@ def define_flags() -> flags.FlagValues:
     )
     about += "the model in a browser; default: hf"
     flags.DEFINE_enum("format", "hf", ("original", "hf", "html"), about, flag_values=values)
+    about = "set to evaluate: 'validation', or 'test' (the last data.test_split of the text); default: validation"
+    flags.DEFINE_enum("split", "validation", ("validation", "test"), about, flag_values=values)
     about = "text to continue; default: the config's prompts"
     flags.DEFINE_multi_string("prompt", None, about, flag_values=values)
     about = "end a text as soon as it ends with this string, in which \\n is a line break; may be repeated"

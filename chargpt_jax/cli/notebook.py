@@ -60,6 +60,7 @@ class Notebook:
         self._validation: list[tuple[float, float]] = []
         self._handle: _Handle | None = None
         self._due, self._stale = 0.0, False
+        self._unit = "character"
 
     def show(self, event: Event, text: str | None) -> None:
         """Take an event, with its line of text if it has one, and update the figure if that is due."""
@@ -79,6 +80,7 @@ class Notebook:
             case Prepared() | LRFinderResult():
                 self._facts[type(event).__name__] = text or ""
                 self._numbers = ""
+                self._unit = event.unit if isinstance(event, Prepared) else self._unit
             case LRFinderStep():
                 self._numbers = (
                     f"range test: step {event.step:,} of {event.total_steps:,}, zoom {event.zoom}, "
@@ -139,7 +141,7 @@ class Notebook:
     def _plotted(self) -> str:
         """Return the plot of the losses, before that of the range test, before that nothing."""
         if "TrainStarted" in self._facts:
-            return loss_plot(self._training, self._validation)
+            return loss_plot(self._training, self._validation, unit=self._unit)
         if not self._zooms and not self._rates:
             return ""
         curves = [(zoom.lrs, zoom.losses) for zoom in self._zooms]
@@ -147,7 +149,7 @@ class Notebook:
             rates, losses = zip(*self._rates, strict=True)
             curves.append((rates, losses))
         best, method = (self._zooms[-1].best, self._zooms[-1].method) if self._zooms else (None, "")
-        return lr_finder_plot(curves, [zoom.steepest for zoom in self._zooms], best, method)
+        return lr_finder_plot(curves, [zoom.steepest for zoom in self._zooms], best, method, unit=self._unit)
 
 
 def _preformatted(text: str, style: str) -> str:

@@ -205,12 +205,12 @@ def shuffled(index: jax.Array, size: int, seeds: jax.Array) -> jax.Array:
     return image.astype(jnp.int32)
 
 
-def validation_batches(tokens: np.ndarray, n_train: int, block_size: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Split the validation set into windows in which each of its characters is a target exactly once.
+def validation_batches(tokens: np.ndarray, first: int, block_size: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Split the validation set, or the test set, into windows in which each of its characters is a target exactly once.
 
     Args:
-        tokens: integers [N], training and validation set: the first character is predicted from the last one before.
-        n_train: length of the training set.
+        tokens: integers [N], the corpus to the end of the set: its first character is predicted from the one before.
+        first: position of the first character of the set, at least 1.
         block_size: T.
         batch_size: B.
 
@@ -218,7 +218,7 @@ def validation_batches(tokens: np.ndarray, n_train: int, block_size: int, batch_
         Inputs and targets, int32 [2, B, T]; the last batch is filled with padding.
     """
     per_batch = batch_size * block_size
-    for start in range(n_train, len(tokens), per_batch):
+    for start in range(first, len(tokens), per_batch):
         part = tokens[start - 1 : start + per_batch]
         batch = np.zeros((2, per_batch), dtype=np.int32)
         batch[:, : len(part) - 1] = part[:-1], part[1:]

@@ -10,11 +10,11 @@ from chargpt_jax.pictures.plots.curves import Curve
 from chargpt_jax.pictures.plots.losses import lr_finder_plot
 
 
-def range_test_plot(result: LRFinderResult, width: float = WIDTH) -> str:
-    """Plot the result of a range test, as SVG of a width in pixels."""
+def range_test_plot(result: LRFinderResult, width: float = WIDTH, unit: str = "character") -> str:
+    """Plot the result of a range test, as SVG of a width in pixels; unit: 'character' or 'byte'."""
     zooms = [(zoom.lrs, zoom.losses) for zoom in result.zooms]
     steepest = [zoom.steepest for zoom in result.zooms]
-    return lr_finder_plot(zooms, steepest, result.learning_rate, result.method, width=width)
+    return lr_finder_plot(zooms, steepest, result.learning_rate, result.method, width=width, unit=unit)
 
 
 def training_curves(log: Sequence[Mapping[str, Any]], tokens_per_step: int) -> list[Curve]:

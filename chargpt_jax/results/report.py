@@ -57,15 +57,16 @@ def content(folder: Workdir, warn: Warn) -> report.Content:
     facts, config, log = all_facts(folder, warn), folder.load_config(), folder.load_metrics()
     curves = training_curves(log, config.data.batch_size * config.model.block_size)
     files = _chosen(folder)
-    stages = list(_stages(folder, files, curves[1], facts["steps_per_epoch"], warn))
+    unit = facts["unit"]
+    stages = list(_stages(folder, files, curves[1], facts, warn))
     step, final = _final(folder, facts["best_step"], warn)
-    histograms, compared, passages = _compared(folder, step, final, warn)
-    losses = functools.partial(loss_plot, curves[0].points, curves[1].points, x_range=x_range(curves))
+    histograms, compared, passages = _compared(folder, step, final, unit, warn)
+    losses = functools.partial(loss_plot, curves[0].points, curves[1].points, x_range=x_range(curves), unit=unit)
     return report.Content(
         title=f"chargpt_jax run: {folder.path.name}",
         lead=_lead(facts),
         facts=[group for group in facts_in_words(facts) if group[0] != "Files"],  # a page may travel
-        search=_range_test(folder, warn),
+        search=_range_test(folder, unit, warn),
         losses=(lambda width: losses(width=width)) if log else None,
         curves=curves,
         epoch_steps=facts["steps_per_epoch"],
@@ -78,7 +79,7 @@ def content(folder: Workdir, warn: Warn) -> report.Content:
         histograms=histograms,
         compared=compared,
         passages=passages,
-        sources=[_source(source) for source in folder.load_sources()],
+        sources=[_source(source, unit) for source in folder.load_sources()],
         environment=_environment(facts),
     )
 
@@ -90,12 +91,12 @@ def _lead(facts: dict[str, Any]) -> str:
     return f"{what} Best validation loss: {best:.4f} nats = {bits:.4f} bits per {facts['unit']}." if best else what
 
 
-def _range_test(folder: Workdir, warn: Warn) -> report.Plot | None:
+def _range_test(folder: Workdir, unit: str, warn: Warn) -> report.Plot | None:
     """Return the plot of the range test from its numbers: an SVG file in the folder is untrusted input."""
     if os.path.lexists(folder.lr_finder):
         with _left_out(folder.lr_finder, warn):
             result = result_from(folder.load_json(folder.lr_finder, fix="remove it"))
-            return functools.partial(range_test_plot, result)
+            return functools.partial(range_test_plot, result, unit=unit)
     return None
 
 
@@ -130,20 +131,20 @@ def _chosen(folder: Workdir) -> dict[int, Path]:
 
 
 def _stages(
-    folder: Workdir, files: dict[int, Path], validation: Curve, epoch_steps: int, warn: Warn
+    folder: Workdir, files: dict[int, Path], validation: Curve, facts: dict[str, Any], warn: Warn
 ) -> Iterator[report.Stage]:
     """Read the samples along the training."""
-    losses = dict(validation.points)
+    losses, epoch_steps = dict(validation.points), facts["steps_per_epoch"]
     for step, path in files.items():
         with _left_out(path, warn):
             texts = [_text(_quoted(sample.prompt), sample) for sample in load_samples(folder, path)[:MAX_PROMPTS]]
-            loss = f", validation loss {losses[step]:.4f} nats per character" if step in losses else ""
+            loss = f", validation loss {losses[step]:.4f} nats per {facts['unit']}" if step in losses else ""
             if texts:
                 yield report.Stage(step, f"Step {step:,}, epoch {step / epoch_steps:.4g}{loss}", texts)
 
 
 def _compared(
-    folder: Workdir, step: int, samples: Samples, warn: Warn
+    folder: Workdir, step: int, samples: Samples, unit: str, warn: Warn
 ) -> tuple[list[report.Plot], str, list[report.Text]]:
     """Return histograms of the validation set and the samples, a sentence about them, and surprising passages.
 
@@ -161,15 +162,15 @@ def _compared(
             return [], "", []
         found = validation.passages
         own = Counts.of(map(_generated, samples))
-        rank = _histogram("Rank", "rank of the character, 1 is the most likely", RANKS, found.counts.ranks, own.ranks)
+        rank = _histogram("Rank", f"rank of the {unit}, 1 is the most likely", RANKS, found.counts.ranks, own.ranks)
         surprisal = _histogram("Surprisal", "nats", SURPRISALS, found.counts.surprisals, own.surprisals)
         sentence = (
-            f"Ranks and surprisals of {found.characters:,} characters of the validation set, and of "
-            f"{sum(own.surprisals):,} characters that the model generated. If the samples have more characters of rank "
+            f"Ranks and surprisals of {found.characters:,} {unit}s of the validation set, and of "
+            f"{sum(own.surprisals):,} {unit}s that the model generated. If the samples have more {unit}s of rank "
             "1 than the text, the sampling temperature is low for this model; if they have fewer, it is high."
         )
         passages = [
-            _text(f"From character {start:,} of the validation set: {sample.loss:.2f} nats per character", sample)
+            _text(f"From {unit} {start:,} of the validation set: {sample.loss:.2f} nats per {unit}", sample)
             for start, sample in zip(found.starts[1:], found.samples[1:], strict=True)
         ]
         return [rank, surprisal], sentence, passages
@@ -209,14 +210,14 @@ def _quoted(text: str) -> str:
     return f"“{shown}”".replace("\n", "↵")
 
 
-def _source(source: dict[str, Any]) -> tuple[str, report.Facts]:
+def _source(source: dict[str, Any], unit: str) -> tuple[str, report.Facts]:
     """Return the title of a text, and where it comes from and what was changed in it, in words."""
     found = source.get("fixes")
     fixes = [" ".join(map(str, fix)) for fix in found if isinstance(fix, list)] if isinstance(found, list) else []
     rows = [
         ("from", source.get("url") or "not known"),
         ("in place of", source.get("stand_in_for") or ""),
-        ("length", f"{source['characters']:,} characters"),
+        ("length", f"{source['characters']:,} {unit}s"),
         ("repairs enabled", ", ".join(source.get("repairs", [])).replace("_", " ") or "none"),
         ("repairs that changed the text", "; ".join(fixes).replace("_", " ") or "none"),
         ("notes", "; ".join(source.get("notes", []))),

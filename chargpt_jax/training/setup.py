@@ -243,14 +243,19 @@ class Setup:
         state = state_shapes(self.shapes, tx, self.config.seed, self.dtype)
         return sharding.with_sharding(state_sharding(state, self.mesh), state)
 
-    def validator(self, whole: bool = False) -> Validator:
-        """Return the function (parameters, step, stop) -> validation loss, nats per character.
+    @property
+    def n_test(self) -> int:
+        """Length of the test set, which follows the validation set."""
+        return len(self.tokens) - self.n_train - self.n_validation
+
+    def validator(self, whole: bool = False, split: str = "validation") -> Validator:
+        """Return the function (parameters, step, stop) -> loss on the validation set, nats per character.
 
         The step only matters if the config asks for random crops and `whole` is False. stop() is called before each
-        batch; if it returns True the loss is None.
+        batch; if it returns True the loss is None. `split` is 'test' for the loss on the test set.
         """
         crops = self.config.ancestor.random_validation and not whole
-        windows_at = self._crops() if crops else self._windows()
+        windows_at = self._crops() if crops else self._windows(split)
         step = partial(validation_step, graphdef=self.graphdef, mesh=self.mesh)
         loss_sum = jax.jit(step, compiler_options=compiler_options(self.mesh))
 
@@ -267,14 +272,16 @@ class Setup:
 
         return loss
 
-    def _windows(self) -> Callable[[int], Iterable[np.ndarray]]:
-        """Return the function from a step to its validation batches: inputs and targets, int32 [2, B, T]."""
+    def _windows(self, split: str) -> Callable[[int], Iterable[np.ndarray]]:
+        """Return the function from a step to the batches of a set: inputs and targets, int32 [2, B, T]."""
         block_size, batch_size = self.config.model.block_size, self.config.data.batch_size
         # Short batches are merged: validation stores no activations, and each dispatch has a fixed cost.
-        characters = min(VALIDATED_AT_ONCE, self.n_validation)
+        start, stop = self.n_train, self.n_train + self.n_validation
+        if split == "test":
+            start, stop = stop, len(self.tokens)
+        characters = min(VALIDATED_AT_ONCE, stop - start)
         batch_size *= max(1, characters // (batch_size * block_size))
-        tokens = self.tokens[: self.n_train + self.n_validation]
-        return lambda step: batches.validation_batches(tokens, self.n_train, block_size, batch_size)
+        return lambda step: batches.validation_batches(self.tokens[:stop], start, block_size, batch_size)
 
     def _crops(self) -> Callable[[int], Iterable[tuple[np.ndarray, ...]]]:
         """Return the same function for validation like the original's: new random crops at each step."""

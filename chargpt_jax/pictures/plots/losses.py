@@ -42,17 +42,19 @@ def lr_finder_plot(
     method: str = "steepest",
     *,
     width: float = WIDTH,
+    unit: str = "character",
 ) -> str:
     """Plot a learning-rate range test, complete or not, as a self-contained SVG.
 
     Points that are not finite are omitted. Losses far above the first ones, where training diverged, leave the frame.
 
     Args:
-        zooms: for each zoom its learning rates and losses (nats per character).
+        zooms: for each zoom its learning rates and losses (nats per unit).
         steepest: for each zoom the learning rate at the steepest descent.
         suggestion: the learning rate to use; None: not known yet.
         method: how it was chosen, for its label.
         width: in pixels.
+        unit: what a token is, 'character' or 'byte'.
     """
     for i, (lrs, losses) in enumerate(zooms):
         if len(lrs) != len(losses):
@@ -64,7 +66,7 @@ def lr_finder_plot(
     y = _loss_axis([p[1] for c in curves for p in c], top=_divergence(curves))
     clip, clipped = clip_path((curves, x, y), x.start, TOP, x.end, BOTTOM)
     parts = [
-        frame(x, y, "learning rate", "loss, nats per character", lambda ticks: list(map(power, ticks))),
+        frame(x, y, "learning rate", f"loss, nats per {unit}", lambda ticks: list(map(power, ticks))),
         clip,
         f'<g clip-path="{clipped}">',
         *(line_path(curve, x, y, "cg-zoom", _shade(i, len(curves))) for i, curve in enumerate(curves)),
@@ -86,25 +88,27 @@ def loss_plot(
     x_label: str = "step",
     x_range: tuple[float, float] | None = None,
     width: float = WIDTH,
+    unit: str = "character",
 ) -> str:
     """Plot training and validation losses as a self-contained SVG, in nats on the left and bits on the right.
 
     Points that are not finite are omitted. Many training points are plotted faintly, with their moving average on top.
 
     Args:
-        train: (x, loss) pairs, losses in nats per character.
+        train: (x, loss) pairs, losses in nats per unit.
         validation: the same for the validation set.
         x_label: name of the x axis.
         x_range: lowest and highest x of the axis; None: of the points.
         width: in pixels.
+        unit: what a token is, 'character' or 'byte'.
     """
     seen, held = (sorted(finite(points), key=lambda p: p[0]) for points in (train, validation))
     x = Axis(*(x_range or span([p[0] for p in (*seen, *held)], (0.0, 1.0))), MARGIN, width - MARGIN)
     y = _loss_axis([p[1] for p in (*seen, *held)])
     many = len(seen) > SMOOTH_FROM
     parts = [
-        frame(x, y, x_label, "loss, nats per character", decimal),
-        _bits(y, x),
+        frame(x, y, x_label, f"loss, nats per {unit}", decimal),
+        _bits(y, x, unit),
         line_path(thinned(seen), x, y, "cg-raw") if many else "",
         line_path(thinned(_smoothed(seen)) if many else seen, x, y, "cg-training"),
         line_path(held, x, y, "cg-validation"),
@@ -117,7 +121,7 @@ def loss_plot(
         bits = best / math.log(2)
         parts.append(_guide(x(at), y(best), f"{best:.3f} nats", f"= {bits:.3f} bits, best validation", width))
         parts.append(dots([(at, best)], x, y, "cg-ring", 3.6))
-        description = f"Training and validation loss; best validation {best:.3f} nats ({bits:.3f} bits) per character."
+        description = f"Training and validation loss; best validation {best:.3f} nats ({bits:.3f} bits) per {unit}."
     return figure(width, height, "".join([*parts, key]), name="Training and validation loss", description=description)
 
 
@@ -151,12 +155,12 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
     return [(x, float(m)) for (x, _), m in zip(points, mean, strict=True)]
 
 
-def _bits(y: Axis, x: Axis) -> str:
+def _bits(y: Axis, x: Axis, unit: str) -> str:
     """Return the right axis: the nats of the left one in bits."""
     bits = Axis(y.low / math.log(2), y.high / math.log(2), y.start, y.end)
     ticks = bits.ticks(7)
     labels = [label(x.end + 8, bits(t) + 4, text) for t, text in zip(ticks, decimal(ticks), strict=True)]
-    return "".join(labels) + label(x.end + MARGIN - 16, 22, "bits per character", "cg-end")
+    return "".join(labels) + label(x.end + MARGIN - 16, 22, f"bits per {unit}", "cg-end")
 
 
 def _guide(x: float, y: float, value: str, note: str, width: float) -> str:
