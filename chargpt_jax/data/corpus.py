@@ -23,6 +23,7 @@ from chargpt_jax.data.download import DownloadError, default_cache, keep
 from chargpt_jax.data.encoding import UndecodableText, decode, decode_pieces, several
 from chargpt_jax.data.repair import fixes_of
 from chargpt_jax.data.sources import entries_of, exists, pages_of, read_file, too_large
+from chargpt_jax.data.streams.journal import Journal
 from chargpt_jax.data.streams.parts import STDLIB_TITLE, Parts, Source, trimmed
 from chargpt_jax.data.streams.text_file import TextFile
 from chargpt_jax.data.tokenizer import CharTokenizer
@@ -71,6 +72,7 @@ def read_corpus(
     cache: Path | None = None,
     warn: Callable[[str], None] = _to_stderr,
     folder: Path | None = None,
+    journal: Journal | None = None,
 ) -> Corpus:
     """Read the texts of `config.source` into one, joined by line breaks.
 
@@ -79,6 +81,7 @@ def read_corpus(
         cache: the folder of downloads; None: the user's.
         warn: called with one line per warning.
         folder: for temporary files, which vanish with this process; None: the system's folder for them.
+        journal: has the texts that an interrupted preparation has finished, and records those of this one.
 
     Raises:
         UserError: if a source is missing or invalid, or `start_at` is not a regular expression or has no match.
@@ -86,7 +89,7 @@ def read_corpus(
     start = _start_pattern(config)
     fixes_of(config.repair, from_gutenberg=False)  # rejects an unknown name before anything is downloaded
     cache = cache or default_cache()
-    parts = Parts(TextFile(folder), start, config, folder)
+    parts = Parts(journal or Journal(None, config), start, config, folder)
     missing: dict[str, str] = {}
     undecodable: list[UndecodableText] = []
     left = config.max_megabytes * 1e6
@@ -115,7 +118,7 @@ def read_corpus(
         raise too_large(config)
     if missing:
         names = _stand_in(missing, [source for source in parts.sources if source.kind != "stdlib"], config, warn)
-        parts = Parts(TextFile(folder), start, config, folder)
+        parts = Parts(Journal(None, config), start, config, folder)
         parts.add_stdlib(names)
     return Corpus(parts.out, frozenset(parts.characters), tuple(parts.sources))
 

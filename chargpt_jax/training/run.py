@@ -16,6 +16,7 @@ from chargpt_jax.config_io import as_dict, differences, from_dict
 from chargpt_jax.data import batches
 from chargpt_jax.data.corpus import changed_files, read_corpus
 from chargpt_jax.data.sources import folders
+from chargpt_jax.data.streams.journal import Journal
 from chargpt_jax.data.tokenizer import ByteTokenizer, CharTokenizer
 from chargpt_jax.devices import processes
 from chargpt_jax.errors import UserError
@@ -100,7 +101,19 @@ class Run:
                     f"data.source names the folder {str(path)!r}, which holds a run or is the --workdir, and the files "
                     "of a run are no text: give another --workdir, or a folder of texts."
                 )
-        found = read_corpus(config.data, warn=warn, folder=folder.path)
+        journal = Journal(folder.path, config.data)
+        try:
+            run = cls._written(config, folder, warn, known, journal)
+        except UserError:
+            journal.remove()
+            raise
+        journal.remove()
+        return run
+
+    @classmethod
+    def _written(cls, config: Config, folder: Workdir, warn: Warn, known: Iterable[str], journal: Journal) -> "Run":
+        """Read the texts of a new run, and write its corpus."""
+        found = read_corpus(config.data, warn=warn, folder=folder.path, journal=journal)
         tokenizer = ByteTokenizer() if config.data.unit == "byte" else CharTokenizer({*found.characters, *known})
         sources = list(map(dataclasses.asdict, found.sources))
         if tokenizer.n_ids < 3:

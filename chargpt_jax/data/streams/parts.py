@@ -18,6 +18,7 @@ from chargpt_jax.data.download import Page
 from chargpt_jax.data.encoding import decode, decode_in_pieces
 from chargpt_jax.data.repair import ALL, DEFAULT, Repaired, Repairs, fixes_of, kinds, repair
 from chargpt_jax.data.sources import stdlib_text
+from chargpt_jax.data.streams.journal import Journal
 from chargpt_jax.data.streams.licences import Watch, removal
 from chargpt_jax.data.streams.text_file import NeedsWhole, TextFile, by_lines, joined
 from chargpt_jax.errors import UserError
@@ -55,13 +56,20 @@ class Source:
     file_sha256: str | None = None
     """Of the bytes of a local file, in hexadecimal."""
 
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "Source":
+        """Return a source from what JSON made of it."""
+        fixes = tuple((str(action), str(parameter)) for action, parameter in saved["fixes"])
+        return cls(**{**saved, "fixes": fixes, "repairs": tuple(saved["repairs"]), "notes": tuple(saved["notes"])})
+
 
 class Parts:
     """The texts of a corpus, as they are added one by one."""
 
-    def __init__(self, out: TextFile, start: re.Pattern[str], config: DataConfig, folder: Path | None) -> None:
-        """Begin an empty corpus in a file."""
-        self.out, self.characters, self.sources = out, set[str](), list[Source]()
+    def __init__(self, journal: Journal, start: re.Pattern[str], config: DataConfig, folder: Path | None) -> None:
+        """Begin an empty corpus in a file; `journal` has the texts that an interrupted preparation has finished."""
+        self.out, self.characters, self.sources = journal.text, set[str](), list[Source]()
+        self._journal, self._last_size = journal, 0
         self._start, self._config, self._folder = start, config, folder
 
     def add_stdlib(self, stand_in_for: str | None = None) -> None:
@@ -81,6 +89,31 @@ class Parts:
         if self._config.unit == "byte":
             self._add_bytes(kind, page, notes)
             return
+        key = self._journal.key_of(kind, page)
+        if (record := self._journal.kept(key)) and self._taken_from(record):
+            return
+        self._make(kind, page, notes)
+        self._journal.add(key, self._last_size, self.sources[-1])
+
+    def _taken_from(self, record: dict[str, Any]) -> bool:
+        """Add the text that an interrupted preparation has finished; return whether it is intact."""
+        length, known = len(self.out), len(self.sources)
+        try:
+            source = Source.from_json(record["source"])
+            written = self._write(adopted=record["bytes"])
+            if written.sha256.hexdigest() != source.sha256:
+                raise ValueError("the text has changed")
+        except (ValueError, TypeError, LookupError):
+            self.out.truncate(length)
+            self._journal.forget()
+            return False
+        self.characters |= written.distinct | ({"\n"} if known else set())
+        self.sources.append(source)
+        self._journal.use()
+        return True
+
+    def _make(self, kind: str, page: Page, notes: Sequence[str]) -> None:
+        """Add a text, as `add_page` describes."""
         length = len(self.out)
         try:
             if self._start.pattern:
@@ -144,13 +177,16 @@ class Parts:
         described = {"repairs": names, "notes": tuple(notes), "file_sha256": file_sha256}
         self._describe(written, title or url, kind, url, repairs.fixes, **described)
 
-    def _write(self, pieces: Iterable[str]) -> "_Written":
-        """Write a text behind the others; one that does not end with a line break gets one."""
+    def _write(self, pieces: Iterable[str] = (), adopted: int = 0) -> "_Written":
+        """Write a text behind the others, or adopt that many bytes; a line break ends the text before it."""
         if len(self.out) and not self.out.ends_with_line():
             self.out.append("\n")
         written = _Written()
+        for piece, data in self.out.adopt(adopted):
+            written.add(piece, data)
         for piece in pieces:
             written.add(piece, self.out.append(piece))
+        self._last_size = written.bytes
         return written
 
     def _describe(self, written: "_Written", *about: Any, **further: Any) -> None:
@@ -165,12 +201,14 @@ class _Written:
 
     def __init__(self) -> None:
         self.characters, self.distinct, self.sha256, self.blank = 0, set[str](), hashlib.sha256(), True
+        self.bytes = 0
         self.licence_line: int | None = None
         self._lines, self._end = 0, ""
 
     def add(self, piece: str, data: bytes) -> None:
         """Consider a piece and its UTF-8."""
         self.sha256.update(data)
+        self.bytes += len(data)
         self.characters += len(piece)
         self.distinct |= set(piece)
         self.blank = self.blank and not piece.strip()

@@ -1,11 +1,15 @@
-"""A text in a temporary file: it is written and read in pieces, so that a text of any length needs little memory."""
+"""A text in a file: it is written and read in pieces, so that a text of any length needs little memory."""
 
 import bisect
+import codecs
 import itertools
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
+
+from chargpt_jax import atomic
 
 PIECE = 1 << 20
 """Characters of a text that are in memory together, if its lines are shorter."""
@@ -33,10 +37,18 @@ class Extent(NamedTuple):
 class TextFile:
     """A text in an unnamed file, which vanishes with its process, as UTF-8; lone surrogates are kept."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        """Begin an empty text, in a folder; None: in the system's folder for temporary files."""
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        self._name = f"a temporary file in {folder or tempfile.gettempdir()}"
+    def __init__(self, folder: Path | None = None, path: Path | None = None) -> None:
+        """Begin an empty text, in a folder; None: in the system's folder for temporary files.
+
+        With a path, the file has this name and stays. Its old content is written over, unless `adopt` uses it.
+        """
+        self._file: IO[bytes]
+        if path is None:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        else:
+            descriptor = atomic.regular_only(str(path), os.O_RDWR | os.O_CREAT)
+            self._file = os.fdopen(descriptor, "r+b")
+        self._name = str(path or f"a temporary file in {folder or tempfile.gettempdir()}")
         self._ends = [Extent(0, 0, 0)]
         self._kept: tuple[Extent, Extent, str] = (self._ends[0], self._ends[0], "")
 
@@ -50,9 +62,34 @@ class TextFile:
             except OSError as error:  # of a file without a name
                 error.filename = self._name
                 raise
-            counts = len(text), len(data), text.count("\n")
-            self._ends.append(Extent(*(one + more for one, more in zip(end, counts, strict=True))))
+            self._extended(text, data)
         return data
+
+    def _extended(self, text: str, data: bytes) -> bytes:
+        """Count a piece that the file has behind the last one, and return its UTF-8."""
+        counts = len(text), len(data), text.count("\n")
+        self._ends.append(Extent(*(one + more for one, more in zip(self._ends[-1], counts, strict=True))))
+        return data
+
+    def adopt(self, size: int) -> Iterator[tuple[str, bytes]]:
+        """Append the next bytes of the file to the text, as they are; yield the pieces and their UTF-8.
+
+        Raises:
+            UnicodeDecodeError: if they are no text.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")
+        position = self._ends[-1].bytes
+        while size:
+            self._file.seek(position)
+            data = self._file.read(min(size, PIECE))
+            position, size = position + len(data), size - len(data) if data else 0
+            piece = decoder.decode(data, final=not size)
+            if piece:
+                yield piece, self._extended(piece, piece.encode("utf-8", "surrogatepass"))
+
+    def flush(self) -> None:
+        """Hand all that was written to the operating system, so that it outlives this process."""
+        self._file.flush()
 
     def truncate(self, length: int) -> None:
         """Remove the pieces from a character on, at which one of them starts."""
