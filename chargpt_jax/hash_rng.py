@@ -27,9 +27,13 @@ def derive(seeds: jax.Array, number: jax.Array | int) -> jax.Array:
     Returns:
         uint32 [..., 2].
     """
+    return jnp.stack(derived(seeds[..., 0], seeds[..., 1], number), axis=-1)
+
+
+def derived(first: jax.Array, second: jax.Array, number: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """Return `derive` of the two parts of a seed, as two parts: elementwise operations, for use in kernels."""
     salt = jnp.asarray(number).astype(jnp.uint32) * jnp.uint32(_GOLDEN)
-    first, second = seeds[..., 0], seeds[..., 1]
-    return jnp.stack([_rounds(first ^ salt, second), _rounds(second + salt, first)], axis=-1)
+    return _rounds(first ^ salt, second), _rounds(second + salt, first)
 
 
 def random_bits(seeds: jax.Array, number: jax.Array | int) -> jax.Array:

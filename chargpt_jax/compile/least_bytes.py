@@ -48,26 +48,28 @@ def training(
 def saved_activations(
     graphdef: nnx.GraphDef[Any], params: Params, batch_size: int, block_size: int, n_layer: int
 ) -> int:
-    """Return the bytes of the activations that the forward pass of a batch saves for the backward pass.
+    """Return the bytes of the activations that the forward pass of a batch saves in the layers for the backward pass.
 
-    Only arrays with a leading axis of L count: a loop over layers writes them and another reads them, so XLA cannot
-    avoid them. It may recompute the others, such as the softmax of the logits.
+    XLA may recompute what is saved outside the layers, such as the softmax of the logits.
     """
 
-    def saved(sequences: int) -> int:
+    def saved(layers: int, sequences: int) -> int:
+        blocks = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape[1:]), x.dtype), params["blocks"])
         tokens = jax.ShapeDtypeStruct((sequences, block_size), jnp.int32)
         seeds = jax.ShapeDtypeStruct((sequences, 2), jnp.uint32)
-        leaves = jax.tree.leaves(jax.eval_shape(partial(_pullback, graphdef), params, tokens, seeds))
-        return sum(x.size * x.dtype.itemsize for x in leaves if x.shape[:1] == (n_layer,))
+        leaves = jax.eval_shape(partial(_residuals, graphdef), {**params, "blocks": blocks}, tokens, seeds)
+        return sum(x.size * x.dtype.itemsize for x in leaves)
 
-    # Arrays that do not depend on the batch, such as the parameters, cancel. No batch axis here has length L.
-    few = n_layer + 1
-    return (saved(2 * few) - saved(few)) * batch_size // few
+    # Differences between batch sizes leave out arrays that do not depend on the batch, such as the parameters.
+    # Differences between numbers of layers leave out what is outside the layers.
+    one, two = (saved(layers, 2) - saved(layers, 1) for layers in (1, 2))
+    return (two - one) * batch_size * n_layer
 
 
-def _pullback(graphdef: nnx.GraphDef[Any], params: Params, tokens: jax.Array, seeds: jax.Array) -> Any:
-    """Return the function from the loss's gradient to the parameters' gradient; it holds what was saved."""
-    return jax.vjp(lambda params: cross_entropy_sum(nnx.merge(graphdef, params)(tokens, seeds), tokens), params)[1]
+def _residuals(graphdef: nnx.GraphDef[Any], params: Params, tokens: jax.Array, seeds: jax.Array) -> list[jax.Array]:
+    """Return the arrays that the forward pass saves for the parameters' gradient, each once."""
+    pull_back = jax.vjp(lambda params: cross_entropy_sum(nnx.merge(graphdef, params)(tokens, seeds), tokens), params)[1]
+    return list({id(x): x for x in jax.tree.leaves(pull_back)}.values())
 
 
 def bytes_per_device(tree: Any) -> int:

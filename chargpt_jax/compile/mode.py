@@ -6,10 +6,11 @@ from typing import Any
 from chargpt_jax.compile import report
 from chargpt_jax.compile.compiled import Compiled, compiled, largest_training_batch
 from chargpt_jax.compile.largest_batch import Found
-from chargpt_jax.compile.programs import with_vocabulary
+from chargpt_jax.compile.programs import training_mesh, with_vocabulary
 from chargpt_jax.compile.topology import open_topology
 from chargpt_jax.config import Config
 from chargpt_jax.errors import UserError
+from chargpt_jax.training.attention import expected
 
 
 def compile_config(
@@ -32,7 +33,8 @@ def compile_config(
         UserError: if the compiler is missing, the topology is unknown, or a program needs too much memory.
     """
     target = open_topology(topology)
-    for line in report.introduction(config, target):
+    attention = expected(config, training_mesh(config, target.devices))
+    for line in report.introduction(config, target, attention):
         tell(line)
     config = with_vocabulary(config)
     programs = []
@@ -45,7 +47,7 @@ def compile_config(
         tell("Searching the largest data.batch_size that fits; --largest_batch=false leaves this out.")
         found = largest_training_batch(config, target, first, lambda each: tell(report.tried_in_words(each)))
         tell(report.largest_in_words(found, first.limit))
-    show(report.as_dict(target, programs, found))
+    show(report.as_dict(target, attention, programs, found))
     for program in programs:
         if not program.fits:
             raise UserError(_misfit(program, topology, found))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from chargpt_jax.compile import least_bytes
 from chargpt_jax.config import Config, MeshConfig
@@ -22,6 +23,7 @@ from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.init import abstract_model
 from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.training import optimizer
+from chargpt_jax.training.attention import expected
 from chargpt_jax.training.dispatch.feed import Feed
 from chargpt_jax.training.setup import jit_train_steps, state_shapes, state_sharding, validation_step
 
@@ -55,9 +57,10 @@ class Program(NamedTuple):
 def programs(config: Config, on: Sequence[Any]) -> Iterator[Program]:
     """Yield a run's programs: training and validation on the devices that split a batch, generation on one device."""
     config = with_vocabulary(config)
-    dtype = compute_dtype(config.amp, on[0])
-    graphdef, params = abstract_model(config.model, ops_for(dtype, config.model.attention_block, on[0].platform))
-    yield from _training(config, on, dtype, graphdef, params)
+    dtype, mesh = compute_dtype(config.amp, on[0]), training_mesh(config, on)
+    ops = ops_for(dtype, config.model.attention_block, on[0].platform, expected(config, mesh))
+    graphdef, params = abstract_model(config.model, ops)
+    yield from _training(config, mesh, dtype, graphdef, params)
     yield from _generation(config, on[0], graphdef, params)
 
 
@@ -69,11 +72,14 @@ def with_vocabulary(config: Config) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def _training(config: Config, on: Sequence[Any], dtype: Any, graphdef: Any, params: Any) -> Iterator[Program]:
+def training_mesh(config: Config, on: Sequence[Any]) -> Mesh:
+    """Return those of the given devices that a training with this config uses."""
     if config.mesh != MeshConfig():
-        mesh = layout.device_mesh(config, list(on))
-    else:
-        mesh = sharding.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps, list(on))
+        return layout.device_mesh(config, list(on))
+    return sharding.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps, list(on))
+
+
+def _training(config: Config, mesh: Mesh, dtype: Any, graphdef: Any, params: Any) -> Iterator[Program]:
     used = sharding.describe(mesh)
     # A run determines the learning rate and the length of an epoch; neither changes the shapes of the program.
     schedule = optimizer.warmup_cosine(config.scheduler, peak=1e-3, epoch_steps=100)

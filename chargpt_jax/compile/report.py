@@ -10,13 +10,21 @@ from chargpt_jax.compile.largest_batch import Found
 from chargpt_jax.compile.programs import N_TRAIN, USED_IDS, VOCAB_SIZE
 from chargpt_jax.compile.topology import Topology
 from chargpt_jax.config import Config
+from chargpt_jax.ops.choose import CUDNN, KERNEL
 
 MAX_DEVICES = 8
 """More TPU chips than these belong to several hosts."""
 
 
-def introduction(config: Config, topology: Topology) -> Iterator[str]:
-    """Yield what is compiled, and what is assumed."""
+REMARKS = dict.fromkeys(
+    (KERNEL, CUDNN),
+    " A run first tries it on its device, and may find that blocks are faster: --config.train.attention=blocks.",
+)
+"""What must be known about an attention."""
+
+
+def introduction(config: Config, topology: Topology, attention: str) -> Iterator[str]:
+    """Yield what is compiled, and what is assumed; `attention` is that of training steps."""
     device = "GPU" if topology.is_gpu else "TPU"
     yield (
         f"Compiling for {topology.name} ({len(topology.devices)} x {topology.kind}) without a {device}. This proves "
@@ -24,6 +32,7 @@ def introduction(config: Config, topology: Topology) -> Iterator[str]:
     )
     on_chip = "" if topology.is_gpu else " Temporaries that stay on the chip are not counted."
     yield f"A training text of {N_TRAIN:,} characters is assumed.{on_chip}"
+    yield f"Attention of training steps: {attention}.{REMARKS.get(attention, '')}"
     yield "Least bytes and bounds assume that no array stays in a cache between its writing and its reading."
     if not config.model.vocab_size:
         yield (
@@ -127,13 +136,14 @@ def largest_in_words(found: Found, limit: int) -> str:
     )
 
 
-def as_dict(topology: Topology, programs: list[Compiled], found: Found | None) -> dict[str, Any]:
+def as_dict(topology: Topology, attention: str, programs: list[Compiled], found: Found | None) -> dict[str, Any]:
     """Return everything as JSON can hold it; sizes in bytes per device, times in seconds."""
     limit = programs[0].limit if programs else None
     return {
         "topology": topology.name,
         "device": topology.kind,
         "devices": len(topology.devices),
+        "attention": attention,
         "memory_limit_bytes": limit,
         "assumed_training_characters": N_TRAIN,
         "programs": [_program_dict(program) for program in programs],

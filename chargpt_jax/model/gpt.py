@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chargpt_jax.config import ModelConfig
-from chargpt_jax.ops.dropout import Dropout, dropout, fold_seeds
+from chargpt_jax.ops.dropout import Dropout, fold_seeds
 from chargpt_jax.ops.kv_cache import KVCache
-from chargpt_jax.ops.plain import Ops, rotary, rotate
+from chargpt_jax.ops.plain import Ops, rotary
 
 LayerCache = TypeVar("LayerCache")
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, LayerCache]]
@@ -49,9 +49,17 @@ class Linear(nnx.Module):
         return self.ops.linear(x, self.kernel[...], self.bias[...])
 
 
-def layer_norm(width: int, ops: Ops) -> nnx.LayerNorm:
-    """Make a LayerNorm as in PyTorch: Flax's defaults are eps 1e-6 and a variance computed with cancellation."""
-    return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, dtype=ops.activations, rngs=nnx.Rngs(0))
+class LayerNorm(nnx.Module):
+    """Normalisation of each position's channels, then a scale and a bias per channel."""
+
+    def __init__(self, width: int, ops: Ops):
+        self.ops = ops
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x [..., width] of the residual stream to [..., width] of `ops.activations`."""
+        return self.ops.layer_norm(x, self.scale[...], self.bias[...], self.ops.activations)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -64,7 +72,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops):
         width = config.n_head * config.n_head_dim
-        self.heads = (config.n_head, config.n_head_dim)
+        self.ops, self.heads = ops, (config.n_head, config.n_head_dim)
         self.qkv = Linear(config.n_embd, 3 * width, ops)
         self.proj = Linear(width, config.n_embd, ops)
 
@@ -77,7 +85,7 @@ class Attention(nnx.Module):
         """Return queries, keys and values of x [B, T, C], [B, H, T, D] each; queries and keys are rotated."""
         parts = jnp.split(self.qkv(x), 3, axis=-1)
         q, k, v = (part.reshape(*x.shape[:2], *self.heads).swapaxes(1, 2) for part in parts)
-        return rotate(q, *rope), rotate(k, *rope), v
+        return self.ops.rotate(q, *rope), self.ops.rotate(k, *rope), v
 
 
 class MLP(nnx.Module):
@@ -96,10 +104,10 @@ class Block(nnx.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: ModelConfig, ops: Ops):
-        self.dropout = Dropout(config.dropout)
-        self.ln_1 = layer_norm(config.n_embd, ops)
+        self.ops, self.dropout = ops, Dropout(config.dropout)
+        self.ln_1 = LayerNorm(config.n_embd, ops)
         self.attn = Attention(config, ops)
-        self.ln_2 = layer_norm(config.n_embd, ops)
+        self.ln_2 = LayerNorm(config.n_embd, ops)
         self.mlp = MLP(config, ops)
 
     def __call__(
@@ -107,9 +115,9 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, LayerCache]:
         """Map x [B, T, C] to [B, T, C]; `seeds`, uint32 [B, 2], turn dropout on. Also returns `attend`'s cache."""
         y, cache = self.attn(self.ln_1(x), rope, attend)
-        x = x + dropout(y, fold_seeds(seeds, 1), self.dropout)
+        x = x + self.ops.dropout(y, fold_seeds(seeds, 1), self.dropout)
         y = self.mlp(self.ln_2(x))
-        return x + dropout(y, fold_seeds(seeds, 2), self.dropout), cache
+        return x + self.ops.dropout(y, fold_seeds(seeds, 2), self.dropout), cache
 
 
 class Embedding(nnx.Module):
@@ -127,7 +135,7 @@ class GPT(nnx.Module):
         self.ops = ops
         self.wte = Embedding(config)
         self.blocks = nnx.vmap(lambda _: Block(config, ops))(jnp.arange(config.n_layer))
-        self.ln_f = layer_norm(config.n_embd, ops)
+        self.ln_f = LayerNorm(config.n_embd, ops)
 
     def __call__(self, tokens: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
         """Predict the token after each token.

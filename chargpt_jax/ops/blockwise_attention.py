@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from chargpt_jax.ops.dropout import NONE, Dropout, fold_seeds, keep_mask
 from chargpt_jax.ops.matmul import matmul
-from chargpt_jax.ops.plain import SAVED
+from chargpt_jax.ops.plain import INPUTS, SAVED
 
 MAX_QUERIES = 64
 """Queries per block on a CPU if no gradient is taken: the scores of more would leave its cache."""
@@ -85,6 +85,7 @@ def _forward(
     block: int,
     chunked: bool,
 ) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    q, k, v = (checkpoint_name(x, INPUTS) for x in (q, k, v))
     arrays = (q, k, v, _of_heads(seeds, q.shape))
     out, log = map_chunks(partial(_outputs, how=how, block=block), _score_bytes(q, block), arrays, chunked)
     out, log = checkpoint_name(out, SAVED), checkpoint_name(log, SAVED)

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from chargpt_jax.devices.platform import compiler_options, cuda_capability, on_cpu, writing_options
+from chargpt_jax.devices.platform import GPUS, compiler_options, cuda_capability, on_cpu, writing_options
 from chargpt_jax.ops import blockwise_attention, cpu_decode, cpu_kv_cache, kv_cache, plain, rounded_matmul
 from chargpt_jax.ops.cpu_kv_cache import BlockedKVCache, CpuKVCache
 from chargpt_jax.ops.dropout import NONE, Dropout
+from chargpt_jax.ops.gpu import layers, operations
 from chargpt_jax.ops.kernels import trial
 from chargpt_jax.ops.kv_cache import KVCache
 from chargpt_jax.ops.matmul import deterministic_lookup
@@ -50,8 +51,12 @@ def ops_for(
         attention: one of ATTENTIONS for training steps, in which seeds are given. Without seeds, as in validation and
             generation, attention is computed in blocks. A CPU interprets the kernel, which only tests need.
     """
-    ops = _ops(jnp.dtype(dtype), query_block, on_cpu(platform))
-    return ops if attention == BLOCKS else _trained_with(ops, attention, platform or jax.default_backend())
+    platform = platform or jax.default_backend()
+    if platform in GPUS:
+        ops = _gpu_ops(jnp.dtype(dtype), query_block)
+    else:
+        ops = _ops(jnp.dtype(dtype), query_block, on_cpu(platform))
+    return ops if attention == BLOCKS else _trained_with(ops, attention, platform)
 
 
 def attentions_for(device: jax.Device, dtype: DTypeLike, length: int, width: int, rate: float) -> tuple[str, ...]:
@@ -141,6 +146,18 @@ def _ops(dtype: Any, query_block: int, cpu: bool) -> Ops:
         query_attention=cpu_kv_cache.query_attention,
         decode_layers=_cpu_decode_layers if full_precision else plain.decode_layers,
         cache_type=_cpu_cache_type if full_precision else _cpu_lockstep_cache,
+    )
+
+
+@functools.cache
+def _gpu_ops(dtype: Any, query_block: int) -> Ops:
+    return dataclasses.replace(
+        _ops(dtype, query_block, cpu=False),
+        layer_norm=operations.layer_norm,
+        linear=operations.linear,
+        dropout=operations.dropout,
+        rotate=operations.rotate,
+        layers=layers.layers_in(dtype),
     )
 
 

@@ -10,8 +10,12 @@ from typing import overload
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from chargpt_jax.hash_rng import derive, random_bits
+from chargpt_jax.hash_rng import derived, random_bits
+
+SEEDS = "seeds"
+"""The name of seeds in programs, by which rematerialisation may save them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,10 @@ def fold_seeds(seeds: jax.Array, index: jax.Array | int) -> jax.Array: ...
 def fold_seeds(seeds: None, index: jax.Array | int) -> None: ...
 def fold_seeds(seeds: jax.Array | None, index: jax.Array | int) -> jax.Array | None:
     """Return new seeds for a part of the model, unrelated for every index; None (no dropout) stays None."""
-    return None if seeds is None else derive(seeds, index)
+    if seeds is None:
+        return None
+    parts = derived(seeds[..., 0], seeds[..., 1], index)
+    return jnp.stack([checkpoint_name(part, SEEDS) for part in parts], axis=-1)
 
 
 def keep_mask(seeds: jax.Array, index: jax.Array, how: Dropout) -> jax.Array:

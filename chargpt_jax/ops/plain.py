@@ -21,6 +21,12 @@ from chargpt_jax.ops.matmul import matmul
 SAVED = "attention"
 """The name of what fast attentions save for the backward pass, which rematerialisation does not recompute."""
 
+LAYER_NORM_EPSILON = 1e-5
+"""Added to the variance in LayerNorm, as in PyTorch."""
+
+INPUTS = "attention inputs"
+"""The name of the queries, keys and values that an attention kernel reads."""
+
 Layer = Callable[[Any, Any, jax.Array], tuple[Any, Any]]
 """layer(block, carry, index) -> (carry, output): one block of the stack; `index` is an int32 scalar."""
 
@@ -28,6 +34,18 @@ Layer = Callable[[Any, Any, jax.Array], tuple[Any, Any]]
 def embedding_lookup(table: jax.Array, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Look up embeddings: table [V, C] and ids int32 [...] to [..., C] of `dtype`."""
     return jnp.take(table.astype(dtype), ids, axis=0)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Normalise x [..., C], float32 or wider, to mean 0 and variance 1; apply scale and bias [C]; return `dtype`.
+
+    Ba et al. 2016, "Layer normalization". Inputs are rounded to `dtype` first; mean and variance are float32 or wider.
+    """
+    x, scale, bias = (each.astype(dtype) for each in (x, scale, bias))
+    wide = x.astype(jnp.promote_types(dtype, jnp.float32))
+    mean = jnp.mean(wide, axis=-1)[..., None]
+    variance = jnp.mean(jax.lax.square(wide - mean), axis=-1)[..., None]
+    return ((x - mean) * (jax.lax.rsqrt(variance + LAYER_NORM_EPSILON) * scale) + bias).astype(dtype)
 
 
 def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
@@ -169,8 +187,11 @@ class Ops:
     residual: DTypeLike = jnp.float32
     """Of the residual stream: float32 or wider."""
     embedding_lookup: Callable[[jax.Array, jax.Array, DTypeLike], jax.Array] = embedding_lookup
+    layer_norm: Callable[[jax.Array, jax.Array, jax.Array, DTypeLike], jax.Array] = layer_norm
     linear: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = linear
     unembed: Callable[[jax.Array, jax.Array], jax.Array] = unembed
+    dropout: Callable[[jax.Array, jax.Array | None, Dropout], jax.Array] = dropout
+    rotate: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = rotate
     attention: Callable[..., jax.Array] = attention
     query_attention: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array] = query_attention
     layers: Callable[..., Any] = layers

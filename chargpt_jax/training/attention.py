@@ -24,13 +24,18 @@ AUTO = "auto"
 """The value of train.attention that lets the run choose."""
 
 
-def check(config: Config) -> None:
-    """Check that the devices have the config's mesh, and can train with its attention, before anything is written.
+def check(config: Config, mesh: Mesh | None = None) -> None:
+    """Check that devices can train with the config's attention, before anything is written.
+
+    Args:
+        config: of the run.
+        mesh: of the devices; None: those of this process, which must have the config's mesh.
 
     Raises:
-        UserError: if it cannot.
+        UserError: if they cannot.
     """
-    asked, mesh, model = config.train.attention, training_mesh(config, tell=False), config.model
+    asked, model = config.train.attention, config.model
+    mesh = training_mesh(config, tell=False) if mesh is None else mesh
     if asked in (AUTO, choose.BLOCKS):
         return
     names = _attentions(config, mesh)
@@ -42,12 +47,26 @@ def check(config: Config) -> None:
         )
 
 
+def expected(config: Config, mesh: Mesh) -> str:
+    """Return the attention that a run on these devices uses, if its trial finds that the kernels are faster.
+
+    Raises:
+        UserError: if the devices cannot train with the config's attention.
+    """
+    check(config, mesh)
+    if config.train.attention != AUTO:
+        return config.train.attention
+    names = _attentions(config, mesh)
+    return choose.KERNEL if choose.KERNEL in names else names[-1]
+
+
 def _attentions(config: Config, mesh: Mesh) -> tuple[str, ...]:
     """Return the attentions that the devices of a mesh can train with."""
     if layout.splits_parameters(mesh):  # XLA cannot split a kernel
         return (choose.BLOCKS,)
     model = config.model
-    device, dtype = mesh.devices.flat[0], compute_dtype(config.amp)
+    device = mesh.devices.flat[0]
+    dtype = compute_dtype(config.amp, device)
     return choose.attentions_for(device, dtype, model.block_size, model.n_head_dim, model.dropout)
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax import export
@@ -46,7 +47,7 @@ def wide_products(module: str, dtype: str) -> list[str]:
 def test_programs_lower_for_accelerators_without_wide_products(platform, dtype, monkeypatch):
     # The CPU is a placeholder: the model is that of the accelerator, and no program runs.
     monkeypatch.setattr(device_platform, "BFLOAT16_ON_CPU", (0,))
-    monkeypatch.setattr(ahead, "ops_for", lambda dtype, query_block, _: ops_for(dtype, query_block, platform))
+    monkeypatch.setattr(ahead, "ops_for", lambda dtype, query_block, *_: ops_for(dtype, query_block, platform))
     names = []
     for program in ahead.programs(every_feature(dtype), jax.devices()[:1]):
         function = getattr(program.function, "fused", program.function)
@@ -76,9 +77,10 @@ def test_programs_have_the_shapes_of_a_real_run(tmp_path):
 
 
 def test_model_is_created_for_the_target_devices(monkeypatch):
-    monkeypatch.setattr(ahead, "_training", lambda config, on, dtype, *model: iter([nnx.merge(*model)]))
+    monkeypatch.setattr(ahead, "training_mesh", lambda config, on: SimpleNamespace(devices=np.array(on), axis_names=()))
+    monkeypatch.setattr(ahead, "_training", lambda config, mesh, dtype, *model: iter([nnx.merge(*model)]))
     config = small_config(Path("none.txt"))
-    programs = ahead.programs(config, [SimpleNamespace(platform="tpu")])
+    programs = ahead.programs(config, [SimpleNamespace(platform="tpu", device_kind="TPU v3")])
     assert next(programs).ops == ops_for(jnp.bfloat16, config.model.attention_block, "tpu")
 
 

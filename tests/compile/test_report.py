@@ -25,8 +25,8 @@ def test_kernels_of_a_gpu_are_listed_by_kind(training):
 
 def test_slices_of_several_hosts_are_named(cpu):
     many = cpu(devices=jax.devices()[:1] * 256)
-    assert any("several hosts" in line for line in report.introduction(Config(), many))
-    assert not any("several hosts" in line for line in report.introduction(Config(), cpu()))
+    assert any("several hosts" in line for line in report.introduction(Config(), many, "blocks"))
+    assert not any("several hosts" in line for line in report.introduction(Config(), cpu(), "blocks"))
 
 
 @pytest.mark.parametrize(

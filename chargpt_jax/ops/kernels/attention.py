@@ -10,14 +10,13 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from chargpt_jax.ops.dropout import NONE, Dropout, fold_seeds
+from chargpt_jax.ops.dropout import NONE, Dropout
 from chargpt_jax.ops.kernels.attention_backward import backward
 from chargpt_jax.ops.kernels.attention_forward import forward
 from chargpt_jax.ops.kernels.tiles import Tiles
-from chargpt_jax.ops.plain import SAVED
+from chargpt_jax.ops.plain import INPUTS, SAVED
 
 
 @functools.cache
@@ -53,25 +52,23 @@ def kernel_attention(
 def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None, how: Dropout, compiler: str
 ) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
-    tiles = Tiles(q.shape[2], q.shape[3], q.dtype, compiler, how)
-    padded, log = forward(tiles.pad(q), tiles.pad(k), tiles.pad(v), _of_heads(seeds, q.shape[1]), tiles)
-    out = checkpoint_name(tiles.unpad(padded, q.shape), SAVED)
-    return out, (q, k, v, seeds, out, checkpoint_name(log, SAVED))
+    q, k, v = (checkpoint_name(x, INPUTS) for x in (q, k, v))
+    tiles = _tiles(q, how, compiler)
+    out, log = forward(tiles.operand(q), tiles.operand(k), tiles.operand(v), tiles.seeds(seeds), tiles)
+    out, log = checkpoint_name(tiles.result(out), SAVED), checkpoint_name(log, SAVED)
+    return out, (q, k, v, seeds, out, log)
 
 
 def _backward(how: Dropout, compiler: str, saved: Any, g: jax.Array) -> tuple[jax.Array | None, ...]:
     q, k, v, seeds, out, log = saved
-    tiles = Tiles(q.shape[2], q.shape[3], q.dtype, compiler, how)
-    dot = jnp.sum(g.astype(log.dtype) * out.astype(log.dtype), axis=-1).reshape(-1, tiles.length)
-    dot = jnp.pad(dot, ((0, 0), (0, tiles.padded_length - tiles.length))).reshape(log.shape)
-    own = _of_heads(seeds, q.shape[1])
-    grads = backward(tiles.pad(q), tiles.pad(k), tiles.pad(v), tiles.pad(g), log, dot, own, tiles)
-    return *(tiles.unpad(grad, q.shape) for grad in grads), None
+    tiles = _tiles(q, how, compiler)
+    q, k, v, g, out = (tiles.operand(x) for x in (q, k, v, g, out))
+    grads = backward(q, k, v, g, out, log, tiles.seeds(seeds), tiles)
+    return *(tiles.result(grad) for grad in grads), None
 
 
 kernel_attention.defvjp(_forward, _backward)
 
 
-def _of_heads(seeds: jax.Array | None, heads: int) -> jax.Array | None:
-    """Return seeds for each head of each sequence, uint32 [B H, 1, 2]."""
-    return None if seeds is None else fold_seeds(seeds[:, None], jnp.arange(heads)).reshape(-1, 1, 2)
+def _tiles(q: jax.Array, how: Dropout, compiler: str) -> Tiles:
+    return Tiles(q.shape[2], q.shape[3], q.dtype, compiler, how, q.shape[1])

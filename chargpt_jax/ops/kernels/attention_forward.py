@@ -20,30 +20,29 @@ from chargpt_jax.ops.matmul import matmul
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None, tiles: Tiles
+    q: jax.Array, k: jax.Array, v: jax.Array, seeds: tuple[jax.Array, ...], tiles: Tiles
 ) -> tuple[jax.Array, jax.Array]:
     """Return the outputs of all heads, and the logs of their softmax's denominators.
 
     Args:
-        q, k, v: [N, padded length, padded width], one head of one sequence per index of the first axis.
-        seeds: uint32 [N, 1, 2], or None: no dropout.
+        q, k, v: operands of `tiles`.
+        seeds: from `tiles.seeds`.
         tiles: the blocks.
 
     Returns:
-        [N, padded length, padded width] of q's dtype, and float32 [N, blocks, 1, block].
+        An array of q's shape and dtype, and float32 [B H, blocks, 1, block].
     """
+    N = q.size // (q.shape[-1] * (tiles.length if tiles.masked else tiles.padded_length))
     shapes = (
         jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((q.shape[0], tiles.count, 1, tiles.block), jnp.float32),
+        jax.ShapeDtypeStruct((N, tiles.count, 1, tiles.block), jnp.float32),
     )
     of_log = pl.BlockSpec((None, None, 1, tiles.block), lambda n, i: (n, i, 0, 0))
     arrays, specs = [q, k, v], [tiles.one_block(), tiles.one_head(), tiles.one_head()]
-    if seeds is not None:
-        arrays.append(seeds)
-        specs.append(pl.BlockSpec((None, 1, 2), lambda n, i: (n, 0, 0)))
+    arrays, specs = [*arrays, *seeds], [*specs, *[tiles.one_seed()] * len(seeds)]
     call = pl.pallas_call(
         partial(_kernel, tiles=tiles),
-        grid=(q.shape[0], tiles.count),
+        grid=(N, tiles.count),
         in_specs=specs,
         out_specs=(tiles.one_block(), of_log),
         out_shape=shapes,
@@ -56,21 +55,21 @@ def forward(
 
 def _kernel(q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, tiles: Tiles) -> None:
     """Compute one block of queries of one head; `refs` are the seeds, if there is dropout, and the two results."""
-    seed, (out_ref, log_ref) = refs[0] if len(refs) > 2 else None, refs[-2:]
+    seed, (out_ref, log_ref) = tiles.head_seed(refs[:-2]), refs[-2:]
     own = pl.program_id(1)
-    q, queries = q_ref[...], tiles.positions(own, 0)
+    q, queries = tiles.read_block(q_ref, own), tiles.positions(own, 0)
 
     def add_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, sums = carry
-        rows, keys = tiles.rows_of(j), tiles.positions(j, 1)
-        scores = matmul("td,sd->ts", q, k_ref[rows, :]) * tiles.scale
+        keys = tiles.positions(j, 1)
+        scores = matmul("td,sd->ts", q, tiles.read(k_ref, j)) * tiles.scale
         scores = jnp.where(keys <= queries, scores, -jnp.inf)
         # Key 0 is in the first block and ahead of no query, so `top` is finite from there on.
         new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
         weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
         kept = tiles.drop(weights, queries, keys, seed).astype(v_ref.dtype)
         total = total * shrink + jnp.sum(weights, axis=1, keepdims=True)
-        sums = sums * shrink + matmul("ts,sd->td", kept, v_ref[rows, :])
+        sums = sums * shrink + matmul("ts,sd->td", kept, tiles.read(v_ref, j))
         return new_top, total, sums
 
     column = (tiles.block, 1)
@@ -80,5 +79,5 @@ def _kernel(q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, tiles: Tiles) -> Non
         jnp.zeros((tiles.block, tiles.padded_width), jnp.float32),
     )
     top, total, sums = jax.lax.fori_loop(0, own + 1, add_block, start)
-    out_ref[...] = (sums / total).astype(out_ref.dtype)
+    tiles.write(out_ref, own, sums / total)
     log_ref[...] = tiles.as_row(top + jnp.log(total))

@@ -5,6 +5,7 @@ length T is padded to whole blocks and the head width D to a power of two. Causa
 real queries, and the gradient of a padded query is 0, so the padding needs no mask of its own.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from chargpt_jax.hash_rng import bits_of
-from chargpt_jax.ops.dropout import NONE, Dropout, threshold
+from chargpt_jax.hash_rng import bits_of, derived
+from chargpt_jax.ops.dropout import NONE, Dropout, fold_seeds, threshold
 
 MIN_BLOCK = MIN_WIDTH = 16
 """A tensor core of a GPU multiplies matrices of at least 16 x 16."""
@@ -48,6 +49,8 @@ class Tiles:
     """One of COMPILERS."""
     how: Dropout = NONE
     """Dropout of the attention weights."""
+    heads: int = 1
+    """Heads per sequence, H."""
 
     @property
     def block(self) -> int:
@@ -104,22 +107,99 @@ class Tiles:
         warps = 8 if self.padded_width > 64 else 4
         return {"compiler_params": triton.CompilerParams(num_warps=warps, num_stages=2)}
 
-    def pad(self, x: jax.Array) -> jax.Array:
-        """Return x [B, H, T, D] as [B H, padded length, padded width], with zeros added."""
+    @property
+    def masked(self) -> bool:
+        """Whether the kernels read arrays [B, T, H, D] as they are, and mask what a block has beyond their ends.
+
+        A TPU's kernels read padded copies, because they cannot read one head of such an array.
+        """
+        return self.compiler != "mosaic"
+
+    def operand(self, x: jax.Array) -> jax.Array:
+        """Return x [B, H, T, D] as the kernels read it: [B, T, H, D], or [B H, padded length, padded width]."""
+        if self.masked:
+            return x.swapaxes(1, 2)
         x = x.reshape(-1, *x.shape[2:])
         return jnp.pad(x, ((0, 0), (0, self.padded_length - self.length), (0, self.padded_width - self.width)))
 
-    def unpad(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Return the padded x as the array [B, H, T, D] of the given shape."""
-        return x[:, : self.length, : self.width].reshape(shape)
+    def result(self, x: jax.Array) -> jax.Array:
+        """Return an array of an operand's shape as [B, H, T, D]."""
+        if self.masked:
+            return x.swapaxes(1, 2)
+        return x[:, : self.length, : self.width].reshape(-1, self.heads, self.length, self.width)
 
     def one_block(self) -> pl.BlockSpec:
-        """Return the part of a padded array that a program sees as one block, [block, padded width]."""
-        return pl.BlockSpec((None, self.block, self.padded_width), lambda n, i: (n, i, 0))
+        """Return the part of an operand that a program sees as one block, [block, padded width]."""
+        return self._part(self.block, lambda i: i)
 
     def one_head(self) -> pl.BlockSpec:
-        """Return the part of a padded array that holds all positions of a program's head."""
-        return pl.BlockSpec((None, self.padded_length, self.padded_width), lambda n, i: (n, 0, 0))
+        """Return the part of an operand that holds all positions of a program's head."""
+        return self._part(self.padded_length, lambda i: 0)
+
+    def _part(self, rows: int, index: Callable[[Any], Any]) -> pl.BlockSpec:
+        if self.masked:
+            shape = (None, rows, None, self.padded_width)
+            return pl.BlockSpec(shape, lambda n, i: (n // self.heads, index(i), n % self.heads, 0))
+        return pl.BlockSpec((None, rows, self.padded_width), lambda n, i: (n, index(i), 0))
+
+    def seeds(self, seeds: jax.Array | None) -> tuple[jax.Array, ...]:
+        """Return seeds uint32 [B, 2] as the kernels read them: both parts, [N, 1, 1] each; () without dropout.
+
+        A GPU's kernels derive the seed of a head from that of its sequence. A TPU's get the seeds of the heads.
+        """
+        if seeds is None:
+            return ()
+        if not self.masked:
+            seeds = fold_seeds(seeds[:, None], jnp.arange(self.heads)).reshape(-1, 2)
+        return seeds[:, :1, None], seeds[:, 1:, None]
+
+    def one_seed(self) -> pl.BlockSpec:
+        """Return the part of one of the arrays of `seeds` that a program sees, [1, 1]."""
+        return pl.BlockSpec((None, 1, 1), lambda n, i: (n // self.heads if self.masked else n, 0, 0))
+
+    def head_seed(self, parts: Sequence[Any]) -> tuple[jax.Array, jax.Array] | None:
+        """Return both parts of the seed of a program's head, from references to its `seeds`; None: no dropout."""
+        if not parts:
+            return None
+        first, second = parts[0][0, 0], parts[1][0, 0]
+        return derived(first, second, pl.program_id(0) % self.heads) if self.masked else (first, second)
+
+    def read(self, head: Any, index: jax.Array) -> jax.Array:
+        """Return a block [block, padded width] of a reference to all positions of a head; 0 beyond the ends."""
+        return self._read(head.at[self.rows_of(index), :], index)
+
+    def read_block(self, block: Any, index: jax.Array) -> jax.Array:
+        """Return the same from a reference to this block alone."""
+        return self._read(block, index)
+
+    def _read(self, block: Any, index: jax.Array) -> jax.Array:
+        if self._fits:
+            return block[...]
+        from jax.experimental.pallas import triton
+
+        return triton.load(block, mask=self._inside(index), other=0.0)
+
+    def write(self, block: Any, index: jax.Array, values: jax.Array) -> None:
+        """Store a block [block, padded width] in the reference to it, in the dtype of its array."""
+        values = values.astype(block.dtype)
+        if self._fits:
+            block[...] = values
+            return
+        from jax.experimental.pallas import triton
+
+        triton.store(block, values, mask=self._inside(index))
+
+    @property
+    def _fits(self) -> bool:
+        """Whether the operands have no element beyond the ends of the arrays."""
+        whole = (self.padded_length, self.padded_width) == (self.length, self.width)
+        return whole or not self.masked
+
+    def _inside(self, index: jax.Array) -> jax.Array:
+        """Return which elements of a block are inside the array, bool [block, padded width]."""
+        shape = (self.block, self.padded_width)
+        position = index * self.block + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        return (position < self.length) & (jax.lax.broadcasted_iota(jnp.int32, shape, 1) < self.width)
 
     def positions(self, index: jax.Array, axis: int) -> jax.Array:
         """Return the positions of a block's elements along an axis of its scores, int32 [block, block]."""
@@ -135,12 +215,12 @@ class Tiles:
         Args:
             weights: float32 [block, block], one axis of queries and one of keys.
             queries, keys: positions of each element, int32 of the same shape.
-            seed: reference to the head's seeds, uint32 [1, 2]; None: no dropout.
+            seed: both parts of the head's seed; None: no dropout.
         """
         if seed is None:
             return weights
         index = queries.astype(jnp.uint32) * jnp.uint32(self.length) + keys.astype(jnp.uint32)
-        kept = bits_of(index, seed[0, 0], seed[0, 1]) >= threshold(self.how)
+        kept = bits_of(index, *seed) >= threshold(self.how)
         return jnp.where(kept, weights * (1 / (1 - self.how.rate)), 0.0)
 
     def as_row(self, column: jax.Array) -> jax.Array:
