@@ -99,7 +99,7 @@ def size_of(tree: Any) -> int:
 def on_accelerator(name: str) -> tuple[Any, Params]:
     """Return a model's static description for an accelerator, and the shapes of its parameters."""
     model = config_named(name).model
-    return abstract_model(model, ops_for(DTYPE, model.attention_block, platform="gpu"))
+    return abstract_model(model, ops_for(DTYPE, model.attention_block, platform="tpu"))
 
 
 def parameters(name: str) -> Params:

@@ -25,7 +25,7 @@ SMALLEST = "small"
 
 
 def create_shapes(model):
-    return abstract_model(model, ops_for(jnp.bfloat16, model.attention_block, platform="gpu"))
+    return abstract_model(model, ops_for(jnp.bfloat16, model.attention_block, platform="tpu"))
 
 
 def test_page_has_the_tables_of_the_cost_model():
@@ -66,7 +66,7 @@ def test_state_bytes_are_those_of_real_arrays(kind):
 def test_xla_holds_the_saved_activations_and_some_more():
     """The difference between two batch sizes leaves out all arrays that do not grow with the batch."""
     model = dataclasses.replace(cost_model.config_named(SMALLEST).model, n_layer=8)
-    graphdef, params = create(model, 0, ops_for(jnp.float32, model.attention_block, platform="gpu"))
+    graphdef, params = create(model, 0, ops_for(jnp.float32, model.attention_block, platform="tpu"))
 
     def temporaries(batch):
         tokens, seeds = jnp.ones((batch, model.block_size), jnp.int32), jnp.ones((batch, 2), jnp.uint32)

@@ -36,6 +36,7 @@ def test_report_has_one_block_per_program_and_the_result(cpu, on_cpu, training):
     mode.compile_config(small(n_layer=1), "cpu", True, lines.append, results.append)
     text = "\n".join(lines)
     assert lines[0].startswith("Compiling for cpu (1 x cpu) without a TPU. This proves that the steps compile")
+    assert lines[2] == "Attention of training steps: blocks."
     for name in NAMES[:2]:
         assert re.search(rf"^{name}: compiled for 1 x cpu of cpu in [\d.]+ s; per device [\d.]+ MB of arg", text, re.M)
     for words in ("\n    fits: ", "reads and writes at least", "a bound, not a prediction"):
@@ -43,6 +44,7 @@ def test_report_has_one_block_per_program_and_the_result(cpu, on_cpu, training):
     assert text.count("\n    per training step: ") == text.count("\n    per batch: ") == 1
     (result,) = results
     assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["attention"] == "blocks"
     assert [program["name"] for program in result["programs"]] == NAMES[:2]
     largest = result["largest_batch"]
     assert lines[-1].startswith(f"largest batch that fits: data.batch_size={largest['batch_size']}, ")

@@ -29,6 +29,13 @@ def test_slices_of_several_hosts_are_named(cpu):
     assert not any("several hosts" in line for line in report.introduction(Config(), cpu(), "blocks"))
 
 
+@pytest.mark.parametrize("attention", ["blocks", "kernel", "cudnn"])
+def test_attention_that_a_trial_decides_on_is_marked(cpu, attention):
+    (line,) = [line for line in report.introduction(Config(), cpu(), attention) if line.startswith("Attention")]
+    assert line.startswith(f"Attention of training steps: {attention}.")
+    assert ("first tries it on its device" in line) == (attention != "blocks")
+
+
 @pytest.mark.parametrize(
     ("found", "words"),
     [

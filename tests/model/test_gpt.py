@@ -272,7 +272,9 @@ INTERPRETED = pytest.param("cpu", "kernel", marks=pytest.mark.slow)
 """The attention kernel, which a CPU interprets: its programs take long to compile."""
 
 
-@pytest.mark.parametrize(("platform", "attention"), [("cpu", "blocks"), ("tpu", "blocks"), INTERPRETED])
+@pytest.mark.parametrize(
+    ("platform", "attention"), [("cpu", "blocks"), ("tpu", "blocks"), ("cuda", "blocks"), INTERPRETED]
+)
 @pytest.mark.parametrize("length", [1, 7, 24])
 @pytest.mark.parametrize("rate", [0.0, 0.2])
 def test_fast_operations_give_the_plain_loss_and_gradients(platform, attention, length, rate):
@@ -297,7 +299,7 @@ def test_fast_operations_give_the_plain_loss_and_gradients(platform, attention, 
 
 
 @pytest.mark.skipif(jax.__version_info__ < BFLOAT16_ON_CPU, reason="this JAX cannot multiply bfloat16 on a CPU")
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 @pytest.mark.parametrize("rate", [0.0, 0.2])
 def test_fast_bfloat16_operations_are_near_the_plain_ones(platform, rate, tokens):
     """Within 2 % of the largest logit of the plain model with the same dtypes."""

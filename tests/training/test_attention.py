@@ -234,6 +234,18 @@ def test_devices_that_split_parameters_train_with_blocks(config, trials, monkeyp
         attention.check(config)
 
 
+def test_expected_attention_is_the_configs_or_the_kernel(config, trials, monkeypatch):
+    mesh = training_mesh(config)
+    assert attention.expected(config, mesh) == "kernel"
+    monkeypatch.setattr(choose, "attentions_for", lambda *given: ("blocks", "cudnn"))
+    assert attention.expected(config, mesh) == "cudnn"
+    config.train.attention = "blocks"
+    assert attention.expected(config, mesh) == "blocks"
+    config.train.attention = "kernel"
+    with pytest.raises(UserError, match="it must be blocks or cudnn"):
+        attention.expected(config, mesh)
+
+
 # Facts, for people and scripts
 
 
