@@ -62,7 +62,8 @@ def data_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None, tell
         tell: log a warning if some devices stay idle.
 
     Raises:
-        UserError: if the number of processes does not divide the batch.
+        UserError: if the number of processes does not divide the batch, or a TPU slice cannot run on a part of its
+            devices.
     """
     devices = jax.devices() if devices is None else devices
     hosts = len({device.process_index for device in devices})
@@ -81,7 +82,13 @@ def data_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None, tell
             "batch of %d is split over %d of %d devices; the others are idle", batch_size, count, len(devices)
         )
     used = layout.from_each_process(devices, count)
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=used)
+    try:
+        return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=used)
+    except AssertionError:
+        raise UserError(
+            f"data.batch_size / optimizer.accumulation_steps is {batch_size}, which {count} of {len(devices)} devices "
+            f"share, but these are not a rectangle of the TPU slice: make it a multiple of {len(devices)}."
+        ) from None
 
 
 def describe(mesh: Mesh, available: int = 0) -> str:

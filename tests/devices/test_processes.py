@@ -178,6 +178,18 @@ def test_data_mesh_uses_as_many_devices_of_each_process(batch_size, hosts, local
     assert counts.tolist() == [used // hosts] * hosts
 
 
+def test_data_mesh_rejects_a_part_of_a_tpu_slice_that_is_no_rectangle(monkeypatch):
+    """As jax.make_mesh does for two of the four devices of each process of v5e:2x4."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("jax_devices=[...] dims=(2, 3, 1) cores_per_chip=1")
+
+    monkeypatch.setattr(jax, "make_mesh", fail)
+    devices = [Device("tpu", id=i, process_index=i // 4) for i in range(8)]
+    with pytest.raises(UserError, match=r"is 12, which 4 of 8 devices share, .*: make it a multiple of 8\."):
+        sharding.data_mesh(12, devices)
+
+
 def test_data_mesh_rejects_a_batch_that_processes_do_not_divide():
     devices = [Device("cpu", id=host, process_index=host) for host in range(3)]
     with pytest.raises(UserError, match="is 8, but it must be a multiple of the number of processes, 3"):
