@@ -19,6 +19,10 @@ from chargpt_jax.generation.samplers.contract import SamplerBase, State
 from chargpt_jax.generation.samplers.filters import TopK, TopP
 from chargpt_jax.generation.samplers.stop import StopStrings
 from chargpt_jax.generation.samplers.temperatures import Temperature
+from chargpt_jax.model.gpt import MASKED
+
+INDIFFERENT = (Temperature, TopK, TopP)
+"""Samplers to which the model's logit of an unused id, `MASKED`, means what -inf means: it is excluded."""
 
 OF_SAMPLERS = 2**32 - 1
 """Random keys of samplers are derived from this number, those of the Gumbel noise from a sequence's index."""
@@ -75,6 +79,8 @@ class SamplerState:
         Returns:
             The states, the tokens, int32 [B], and the probability with which each was sampled, float32 [B].
         """
+        if not all(isinstance(sampler, INDIFFERENT) for sampler in self.chain.samplers):
+            logits = jnp.where(logits <= MASKED, -jnp.inf, logits)
         states, adjusted = jax.vmap(self.chain)(states, logits)
         random = self.chain.random()
         noisy = gumbel + adjusted

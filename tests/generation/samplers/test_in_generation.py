@@ -46,6 +46,7 @@ def in_python(row, count, index, chain):
     for _ in range(count):
         window = row[-CONFIG.block_size :]
         logits = WHOLE(PARAMS, np.pad(np.int32(window), (0, CONFIG.block_size - len(window)))[None])[0, len(window) - 1]
+        logits = logits.at[0].set(-jnp.inf).at[30:].set(-jnp.inf)  # ids without a character
         tokens = np.pad(np.int32(row), (0, 128 - len(row)))
         noise, key = (jax.random.fold_in(jax.random.fold_in(k, index), len(row)) for k in (KEY, own))
         state, adjusted = step(chain, tokens, jnp.int32(len(row)), key, memory, logits)
@@ -96,7 +97,7 @@ def test_greedy_chooses_the_most_likely_of_the_whole_chain():
     rows = prompts(6)
     plain, filtered = (generated(rows, 12, chain) for chain in ("temperature=0", "min_p=0.3,temperature=0,top_k=3"))
     np.testing.assert_array_equal(plain.tokens, filtered.tokens)
-    state = generated(rows, 12, "repetition=1000000,temperature=0", alternatives=3)
+    state = generated(rows, 12, "presence=100.0,temperature=0", alternatives=3)
     (text,) = texts(state, rows, 12)
     assert len(set(text[6:])) == 12  # no token twice, as long as others are left
     np.testing.assert_array_equal(np.asarray(state.predictions.sampled)[0, 6:18], 1)
@@ -157,11 +158,17 @@ def test_a_function_with_a_memory_is_compiled_into_the_loop(order):
 def test_a_function_cannot_bring_back_or_exclude_everything():
     rows = prompts(6)
     flat = generated(rows, 40, lambda state, logits: (state, jnp.zeros_like(logits)))
-    written = np.asarray(flat.tokens)[0, 6:46]
-    assert written.min() > 0
-    assert written.max() < 30
+    assert set(texts(flat, rows, 40)[0]) <= set(range(1, 30))
     none = generated(rows, 40, lambda state, logits: (state, jnp.full_like(logits, -jnp.inf)))
     np.testing.assert_array_equal(none.tokens, generated(rows, 40, "temperature=1").tokens)
+
+
+@pytest.mark.parametrize("chain", ["adaptive_p=0.0", "top_n_sigma=0.5", "dynatemp=2:high=9"])
+def test_unused_ids_are_excluded_and_not_counted(chain):
+    """The model gives them a finite logit, which is no part of a standard deviation or of a number of candidates."""
+    (row,) = prompts(6)
+    assert texts(generated([row], 18, chain), [row], 18)[0] == in_python(row, 18, 0, chain)[0]
+    assert set(texts(generated([row], 40, chain), [row], 40)[0]) <= set(range(1, 30))
 
 
 WRONG = {
