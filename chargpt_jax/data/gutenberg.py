@@ -97,6 +97,11 @@ _START, _END, _HEADING, _NOTES = map(_table, (START_MARKERS, END_MARKERS, HEADIN
 _WORDS, _LICENCE, _LICENCE_NAMES = (
     re.compile(row, re.IGNORECASE | re.MULTILINE) for row in (WORDS, LICENCE, LICENCE_NAMES)
 )
+# Each pattern of a table has one of these words, in lower case.
+_OF_MARKERS, _OF_NOTES, _OF_LICENCES = map(re.compile, ("gutenberg|e-?text|small\\s+print", "transcriber", "gutenberg"))
+_CASELESS = "\u0131\u0130\u017f\u212a"
+"""The letters besides i, s and k that patterns take for these, because they ignore case."""
+
 _LAST = re.compile("|".join(LAST_SENTENCES), re.IGNORECASE)
 _CREDIT = re.compile(rf"\s*(?:{'|'.join(CREDITS)})(?:(?!\n[ \t]*\n)[\s\S])*", re.IGNORECASE)
 _PARAGRAPH = re.compile(r"(?:[^\n]*\S[^\n]*(?:\n|\Z))+")
@@ -184,14 +189,14 @@ def find(text: str, at_start: bool = True, at_end: bool = True) -> Found:
 
 def may_have_marker(text: str) -> Iterator[int]:
     """Yield the positions at which `find` can find a marker."""
-    for pattern in (_START, _END):
+    for pattern in (_START, _END) if _has_word(text, _OF_MARKERS) else ():
         for match in pattern.finditer(text):
             yield match.start()
 
 
 def notes(text: str) -> Iterator[Span]:
     """Yield the transcriber's notes: each from the empty lines in front of it to the end of its heading."""
-    return (match.span() for match in _NOTES.finditer(text))
+    return (match.span() for match in _NOTES.finditer(text)) if _has_word(text, _OF_NOTES) else iter(())
 
 
 def kept(removed: Sequence[Span], length: int) -> list[Span]:
@@ -207,8 +212,13 @@ def title_of(titles: Sequence[str]) -> str | None:
 
 def licence_line(text: str) -> int | None:
     """Return the first line that may be part of a licence, counted from 1; None if there is none."""
-    found = _LICENCE_NAMES.search(text)
+    found = _LICENCE_NAMES.search(text) if _has_word(text, _OF_LICENCES) else None
     return text.count("\n", 0, found.start()) + 1 if found else None
+
+
+def _has_word(text: str, words: re.Pattern[str]) -> bool:
+    """Return whether a text has one of some words, in any case: much faster than a search for a table's patterns."""
+    return any(letter in text for letter in _CASELESS) or words.search(text.lower()) is not None
 
 
 def lines_of(text: str, span: Span) -> tuple[int, int]:

@@ -1,9 +1,10 @@
 """Removing Project Gutenberg's own text from one or more books; test_corpus.py has the markers of a single book."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chargpt_jax.data import gutenberg
 from chargpt_jax.data.gutenberg import MAX_GAP, cut, licence_line
 
 BOOK = "\n".join(f"It was day {n}, and nothing had happened yet." for n in range(60))
@@ -196,3 +197,25 @@ def test_what_is_not_gutenbergs_is_never_removed(pieces: list[str]) -> None:
     if alone:
         assert kept == 60
     assert all(line.strip() in text for line in found.text.split("\n"))
+
+
+WORDED = st.sampled_from(
+    [
+        *("*** START OF THIS PROJECT GUTENBERG EBOOK A ***", "End of Project Gutenberg's A", "END OF THE ETEXT OF A"),
+        *("end of this e-text.", "END*THE SMALL PRINT! x", "*END THE\u017fmall\u00a0pr\u0131nt", "Fin de Projet"),
+        *("END THE \u017fMALL PR\u0130NT", "[Tran\u017fcr\u0131ber's notes: a]", "[Transcriber's Note: b]"),
+        *("note by the transcriber", "Gutenberg-tm", "small print", "gutenberg licen\u017fe", "A line", "\u212a"),
+        *("\n", "\n", "\n", "\n\n", " ", "é日本"),
+    ]
+)
+"""Also with letters that patterns take for i, s and k, because they ignore case."""
+
+
+@settings(deadline=None)
+@given(st.lists(WORDED, max_size=8).map("".join))
+def test_search_for_words_misses_no_pattern(text):
+    patterns = gutenberg._START, gutenberg._END
+    assert list(gutenberg.may_have_marker(text)) == [m.start() for one in patterns for m in one.finditer(text)]
+    assert list(gutenberg.notes(text)) == [match.span() for match in gutenberg._NOTES.finditer(text)]
+    found = gutenberg._LICENCE_NAMES.search(text)
+    assert gutenberg.licence_line(text) == (found and text.count("\n", 0, found.start()) + 1)

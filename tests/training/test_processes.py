@@ -102,6 +102,12 @@ def test_evaluation_by_two_processes_equals_that_by_one(folder, whole):
     assert both.said(1) == ""
 
 
+def test_processes_that_stream_their_parts_train_the_same_bits(folder, whole):
+    training = Training(folder / "config.json", folder / "streamed", 2, ["--config.train.stream=always"])
+    assert training.codes() == [0, 0], training.said(0)
+    assert result(folder / "streamed") == result(whole)
+
+
 def test_checkpoint_is_the_same_on_every_layout(whole):
     address = f"localhost:{free_port()}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
