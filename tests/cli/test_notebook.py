@@ -120,7 +120,7 @@ def test_parts_keep_their_height_during_training(cell, clock):
 
 def test_plot_of_the_range_test_grows_with_every_step(cell, clock, monkeypatch):
     curves = []
-    monkeypatch.setattr(notebook, "lr_finder_plot", lambda found, *_: curves.append(list(found)) or "<svg/>")
+    monkeypatch.setattr(notebook, "lr_finder_plot", lambda found, *_, **__: curves.append(list(found)) or "<svg/>")
 
     def events():
         for event in (*(LRFinderStep(n, 9, 1, 10.0**n, 4.0 - n) for n in range(3)), LRFinderStep(4, 9, 1, 1e3, 9.0)):
@@ -138,7 +138,7 @@ def test_plot_of_the_range_test_grows_with_every_step(cell, clock, monkeypatch):
 
 def test_points_of_a_zoom_without_a_result_are_dropped(cell, clock, monkeypatch):
     curves = []
-    monkeypatch.setattr(notebook, "lr_finder_plot", lambda found, *_: curves.append(list(found)) or "<svg/>")
+    monkeypatch.setattr(notebook, "lr_finder_plot", lambda found, *_, **__: curves.append(list(found)) or "<svg/>")
     steps = [LRFinderStep(1, 4, 1, 0.1, 4.0), LRFinderStep(2, 4, 1, 1.0, float("nan")), LRFinderStep(3, 4, 2, 0.2, 5.0)]
     show(steps)
     assert curves[-1] == [((0.2,), (5.0,))]
