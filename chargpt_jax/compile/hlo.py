@@ -28,6 +28,10 @@ COLLECTIVES = (
 """Opcodes by which devices exchange data."""
 
 
+ASYNC_START = 'custom_call_target="AsyncCollectiveStart"'
+"""Marks the first of the fusions in which a TPU runs a collective in the background."""
+
+
 class Instruction:
     """One line of a computation."""
 
@@ -157,22 +161,29 @@ class Module:
         return Work(opcodes, kinds, sizes)
 
     def _fused_collectives(self, instruction: Instruction) -> list[tuple[str, int]]:
-        """Return kind and bytes of the collectives that a fusion performs as part of its kernel."""
+        """Return kind and bytes of the collectives that a fusion performs as part of its kernel.
+
+        A TPU runs a collective in the background in a chain of fusions, each of which repeats it: the first one counts.
+        """
         if instruction.opcode != "fusion":
             return []
-        return [
-            (inner.opcode, self._size(called, inner))
-            for called in instruction.called("calls")
-            for inner in self.computations.get(called, {}).values()
-            if inner.opcode in COLLECTIVES
-        ]
+        found = []
+        for called in instruction.called("calls"):
+            inside = self.computations.get(called, {})
+            starts = any(ASYNC_START in inner.attributes for inner in inside.values())
+            found += [
+                (_kind(inner, inside), self._size(called, inner))
+                for inner in inside.values()
+                if inner.opcode in COLLECTIVES and (starts or "chain_id=" not in inner.attributes)
+            ]
+        return found
 
     def _size(self, name: str, instruction: Instruction) -> int:
         """Return the bytes of the larger side of a collective."""
         computation = self.computations[name]
         known = [computation[operand].shape for operand in instruction.operand_names() if operand in computation]
         operands, results = sum(map(shape_bytes, known)), shape_bytes(instruction.shape)
-        if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+        if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
             results -= operands  # their results also hold the operands
         return max(operands, results)
 
@@ -198,6 +209,13 @@ class Module:
         first = _constant(around.get(start.operand_names()[int(index[1])]), around)
         last = _constant(end, condition)
         return None if first is None or last is None else max(0, last - first)
+
+
+def _kind(collective: Instruction, around: Computation) -> str:
+    """Return the kind of a collective in a fusion; a sum of which a device uses a slice is a reduce-scatter."""
+    (root,) = [instruction for instruction in around.values() if instruction.root]
+    sliced = root.opcode == "dynamic-slice" and root.operand_names()[0] == collective.name
+    return "reduce-scatter" if collective.opcode == "all-reduce" and sliced else collective.opcode
 
 
 def shape_bytes(shape: str) -> int:

@@ -108,6 +108,7 @@ def test_asynchronous_start_and_done_count_once():
         ("%g = f32[2]{0} reduce-scatter(%x), dimensions={0}, to_apply=%sum", 32),
         ("%g = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x)", 40),
         ("%g = f32[8]{0} all-reduce-start(%x), to_apply=%sum", 32),
+        ("%g = ((f32[8]{0}), f32[2]{0}) reduce-scatter-start(%x), dimensions={0}, to_apply=%sum", 32),
     ],
 )
 def test_bytes_of_a_collective_are_those_of_its_larger_side(line, bytes_):
@@ -129,6 +130,27 @@ def test_called_computation_counts(call, attribute):
 def test_collective_inside_a_fusion_counts_as_part_of_it():
     extra = "\n%fused (y: f32[8]) -> f32[2] {\n  %y = f32[8]{0} parameter(0)\n"
     extra += "  ROOT %r = f32[2]{0} reduce-scatter(%y), dimensions={0}, to_apply=%sum\n}\n"
+    line = "%a = f32[2]{0} fusion(%x), kind=kCustom, calls=%fused"
+    assert counted(line, extra=extra) == {"fusion": 1, "reduce-scatter bytes": 32}
+
+
+def test_collective_in_a_chain_of_fusions_counts_once():
+    """As on a TPU, which starts it in one fusion, continues it in others and ends it in a last one."""
+    gather = '%g = f32[64]{0} all-gather(%y), dimensions={0}, frontend_attributes={chain_id="0"}'
+    target = "ROOT %r = f32[64]{0} custom-call(%g), custom_call_target="
+    steps = f'{target}"AsyncCollectiveStart"', "ROOT %r = f32[64]{0} copy(%y)", f'{target}"AsyncCollectiveDone"'
+    extra = "".join(
+        f"\n%fused_{i} (y: f32[8]) -> f32[64] {{\n  %y = f32[8]{{0}} parameter(0)\n  {gather}\n  {step}\n}}\n"
+        for i, step in enumerate(steps)
+    )
+    lines = [f"%a_{i} = f32[64]{{0}} fusion(%x), kind=kCustom, calls=%fused_{i}" for i in range(len(steps))]
+    assert counted(*lines, extra=extra) == {"fusion": 3, "all-gather bytes": 256}
+
+
+def test_sum_of_which_a_slice_is_used_is_a_reduce_scatter():
+    extra = "\n%fused (y: f32[8]) -> f32[2] {\n  %y = f32[8]{0} parameter(0)\n  %i = s32[] constant(0)\n"
+    extra += "  %s = f32[8]{0} all-reduce(%y), to_apply=%sum\n"
+    extra += "  ROOT %r = f32[2]{0} dynamic-slice(%s, %i), dynamic_slice_sizes={2}\n}\n"
     line = "%a = f32[2]{0} fusion(%x), kind=kCustom, calls=%fused"
     assert counted(line, extra=extra) == {"fusion": 1, "reduce-scatter bytes": 32}
 
