@@ -58,9 +58,10 @@ def programs(config: Config, on: Sequence[Any]) -> Iterator[Program]:
     """Yield a run's programs: training and validation on the devices that split a batch, generation on one device."""
     config = with_vocabulary(config)
     dtype, mesh = compute_dtype(config.amp, on[0]), training_mesh(config, on)
-    ops = ops_for(dtype, config.model.attention_block, on[0].platform, expected(config, mesh))
-    graphdef, params = abstract_model(config.model, ops)
-    yield from _training(config, mesh, dtype, graphdef, params)
+    given = dtype, config.model.attention_block, on[0].platform, expected(config, mesh)
+    graphdef, params = abstract_model(config.model, ops_for(*given))
+    sharded, _ = abstract_model(config.model, ops_for(*given, mesh))
+    yield from _training(config, mesh, dtype, graphdef, sharded, params)
     yield from _generation(config, on[0], graphdef, params)
 
 
@@ -79,7 +80,8 @@ def training_mesh(config: Config, on: Sequence[Any]) -> Mesh:
     return sharding.data_mesh(config.data.batch_size // config.optimizer.accumulation_steps, list(on))
 
 
-def _training(config: Config, mesh: Mesh, dtype: Any, graphdef: Any, params: Any) -> Iterator[Program]:
+def _training(config: Config, mesh: Mesh, dtype: Any, graphdef: Any, sharded: Any, params: Any) -> Iterator[Program]:
+    """Yield training and validation; `sharded` is `graphdef` with the operations of one device of the mesh."""
     used = sharding.describe(mesh)
     # A run determines the learning rate and the length of an epoch; neither changes the shapes of the program.
     schedule = optimizer.warmup_cosine(config.scheduler, peak=1e-3, epoch_steps=100)
@@ -89,7 +91,7 @@ def _training(config: Config, mesh: Mesh, dtype: Any, graphdef: Any, params: Any
     B, T, n = config.data.batch_size, config.model.block_size, mesh.size
     yield Program(
         "training",
-        jit_train_steps(config, graphdef, tx, mesh, state),
+        jit_train_steps(config, sharded, tx, mesh, state),
         (state, Feed(N_TRAIN, np.dtype(np.uint8), config, mesh).shape, _ints()),
         {},
         used,
@@ -97,7 +99,7 @@ def _training(config: Config, mesh: Mesh, dtype: Any, graphdef: Any, params: Any
         "training step",
         least_bytes.training(state, graphdef, B, T, config.model.n_layer, n),
     )
-    validation = jax.jit(partial(validation_step, graphdef=graphdef, mesh=mesh))
+    validation = jax.jit(partial(validation_step, graphdef=sharded, mesh=mesh))
     moved = {"parameters": least_bytes.bytes_per_device(state.params), "batch": 2 * least_bytes.INT32 * B * T // n}
     yield Program("validation", validation, (state.params, *[_ints(B, T)] * 2), {}, used, n, "batch", moved)
 

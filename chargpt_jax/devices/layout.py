@@ -8,7 +8,8 @@ The mesh has three axes (`MeshConfig`):
 - tensor: each device computes a part of every matrix multiplication (Shoeybi et al. 2019, "Megatron-LM"): the matrices
   that widen split their columns, and those that narrow split their rows.
 
-XLA inserts the collectives (GSPMD; Xu et al. 2021).
+The model's operations (ops/sharded.py) and per_device.py contain the collectives of the forward and the backward pass;
+XLA inserts those of the optimizer update, which exchanges a few scalars (GSPMD; Xu et al. 2021).
 """
 
 from collections.abc import Sequence
@@ -42,12 +43,27 @@ def splits_parameters(mesh: Mesh | None) -> TypeGuard[Mesh]:
     return mesh is not None and mesh.axis_names == AXES
 
 
-def sharding_of(mesh: Mesh, path: Sequence[Any]) -> NamedSharding:
-    """Return the sharding of an array of the parameters or of the optimizer's state, given its path in a tree."""
+def name_of(path: Sequence[Any]) -> str:
+    """Return the name of a parameter, such as 'blocks.mlp.up.kernel', given its path in a tree; others have ''."""
     names: list[str] = []
     for key in path:
-        names = [*names, key.key] if isinstance(key, jax.tree_util.DictKey) else []
-    return NamedSharding(mesh, TABLE.get(".".join(map(str, names)), PartitionSpec()))
+        names = [*names, str(key.key)] if isinstance(key, jax.tree_util.DictKey) else []
+    return ".".join(names)
+
+
+def spec_of(path: Sequence[Any]) -> PartitionSpec:
+    """Return how an array of the parameters or of the optimizer's state is sharded, given its path in a tree."""
+    return TABLE.get(name_of(path), PartitionSpec())
+
+
+def specs_of(tree: Any) -> Any:
+    """Return how each array of a tree is sharded."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: spec_of(path), tree)
+
+
+def sharding_of(mesh: Mesh, path: Sequence[Any]) -> NamedSharding:
+    """Return the sharding of an array of the parameters or of the optimizer's state, given its path in a tree."""
+    return NamedSharding(mesh, spec_of(path))
 
 
 def constrained(mesh: Mesh, tree: Any) -> Any:

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from chargpt_jax.devices import layout
+from chargpt_jax.devices import layout, per_device
 from chargpt_jax.errors import UserError
 
 MIN_SHARDED_SIZE = 2**17
@@ -160,9 +160,8 @@ def _constrain(x: jax.Array, to: NamedSharding, mesh: Mesh) -> jax.Array:
 
 
 def shard_batch(mesh: Mesh, batch: Tree) -> Tree:
-    """Inside jit, split the leading axis of a batch's arrays over the mesh."""
-    rows = layout.BATCH if layout.splits_parameters(mesh) else PartitionSpec("data")
-    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, rows))
+    """Inside jit, split the leading axis of a batch's arrays over the axis 'data' of a mesh."""
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec("data")))
 
 
 def batches_of_steps(mesh: Mesh) -> NamedSharding:
@@ -186,7 +185,7 @@ def with_sharding(shardings: Any, tree: Tree) -> Tree:
 
 
 def psum_over_data(
-    f: Callable[[Shared, Rows], tuple[Sums, Minima]], mesh: Mesh | None
+    f: Callable[[Shared, Rows], tuple[Sums, Minima]], mesh: Mesh | None, like: Any = None
 ) -> Callable[[Shared, Rows], tuple[Sums, Minima]]:
     """Return a function that runs f(shared, rows) on every device, for its own rows, and combines the results.
 
@@ -195,12 +194,14 @@ def psum_over_data(
 
     Args:
         f: returns two trees. The first is summed over the devices; of the second the minimum is returned.
-        mesh: from `data_mesh`; `rows` are split over it and `shared` is replicated. None: one device.
+        mesh: `rows` are split over it, and `shared` is replicated, but if the mesh splits parameters, f gets a device's
+            shards of them. None: one device.
+        like: a tree with the structure of the sums, for the names of its arrays: those of parameters are sharded.
     """
+    if layout.splits_parameters(mesh):
+        return per_device.sum_over_batch(f, mesh, like)
     if mesh is None or mesh.size == 1:
         return f
-    if layout.splits_parameters(mesh):
-        return lambda shared, rows: f(shared, shard_batch(mesh, rows))
 
     def on_each_device(shared: Shared, rows: Rows) -> tuple[Sums, Minima]:
         sums, minima = f(shared, rows)
@@ -211,16 +212,33 @@ def psum_over_data(
     return jax.shard_map(on_each_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
 
 
+def scalars_over_data(
+    f: Callable[[Shared, Rows], tuple[jax.Array, jax.Array]], mesh: Mesh
+) -> Callable[[Shared, Rows], tuple[jax.Array, jax.Array]]:
+    """Return a function that computes f(shared, rows), two scalars that are sums over the sequences, on all devices."""
+    if not layout.splits_parameters(mesh):
+        return lambda shared, rows: f(shared, shard_batch(mesh, rows))
+
+    def both(shared: Shared, rows: Rows) -> tuple[tuple[jax.Array, jax.Array], tuple[()]]:
+        return f(shared, rows), ()
+
+    summed = per_device.sum_over_batch(both, mesh, like=(0, 0))
+    return lambda shared, rows: summed(shared, rows)[0]
+
+
 def map_over_data(f: Callable[[Tree], Tree], mesh: Mesh | None) -> Callable[[Tree], Tree]:
     """Return a function that splits a tree's arrays along their leading axis and runs f on each device.
 
-    A result whose leading axis the devices divide evenly stays split; other results are replicated.
+    A result whose leading axis the devices divide evenly stays split; other results are replicated. If the mesh splits
+    parameters, the results are sharded like their parameters.
 
     Args:
-        f: from a tree of arrays to one of the same lengths; it treats each index of the leading axis by itself.
+        f: from a tree of arrays to one of the same shapes; it treats each index of the leading axis by itself.
         mesh: the devices; None: one device.
     """
-    if mesh is None or mesh.size == 1 or layout.splits_parameters(mesh):
+    if layout.splits_parameters(mesh):
+        return per_device.map_over_layers(f, mesh)
+    if mesh is None or mesh.size == 1:
         return f
 
     def pad(x: jax.Array) -> jax.Array:

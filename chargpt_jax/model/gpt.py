@@ -37,16 +37,16 @@ MASKED = -1e9
 
 
 class Linear(nnx.Module):
-    """x W + b."""
+    """x W + b, by one of the two operations of `Ops`: `linear` or `linear_out`."""
 
-    def __init__(self, fan_in: int, fan_out: int, ops: Ops):
-        self.ops = ops
+    def __init__(self, fan_in: int, fan_out: int, linear: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]):
+        self.linear = linear
         self.kernel = nnx.Param(jnp.zeros((fan_in, fan_out)))
         self.bias = nnx.Param(jnp.zeros(fan_out))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x [..., fan_in] to [..., fan_out], of x's dtype."""
-        return self.ops.linear(x, self.kernel[...], self.bias[...])
+        return self.linear(x, self.kernel[...], self.bias[...])
 
 
 class LayerNorm(nnx.Module):
@@ -72,9 +72,9 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops):
         width = config.n_head * config.n_head_dim
-        self.ops, self.heads = ops, (config.n_head, config.n_head_dim)
-        self.qkv = Linear(config.n_embd, 3 * width, ops)
-        self.proj = Linear(width, config.n_embd, ops)
+        self.ops, self.n_head_dim = ops, config.n_head_dim
+        self.qkv = Linear(config.n_embd, 3 * width, ops.linear)
+        self.proj = Linear(width, config.n_embd, ops.linear_out)
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Attend[LayerCache]) -> tuple[jax.Array, LayerCache]:
         """Map x [B, T, C] to [B, T, C]; also returns `attend`'s cache."""
@@ -84,7 +84,7 @@ class Attention(nnx.Module):
     def project(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return queries, keys and values of x [B, T, C], [B, H, T, D] each; queries and keys are rotated."""
         parts = jnp.split(self.qkv(x), 3, axis=-1)
-        q, k, v = (part.reshape(*x.shape[:2], *self.heads).swapaxes(1, 2) for part in parts)
+        q, k, v = (part.reshape(*x.shape[:2], -1, self.n_head_dim).swapaxes(1, 2) for part in parts)
         return self.ops.rotate(q, *rope), self.ops.rotate(k, *rope), v
 
 
@@ -92,8 +92,8 @@ class MLP(nnx.Module):
     """Linear, GELU, Linear."""
 
     def __init__(self, config: ModelConfig, ops: Ops):
-        self.up = Linear(config.n_embd, config.n_ff, ops)
-        self.down = Linear(config.n_ff, config.n_embd, ops)
+        self.up = Linear(config.n_embd, config.n_ff, ops.linear)
+        self.down = Linear(config.n_ff, config.n_embd, ops.linear_out)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x [B, T, C] to [B, T, C]."""

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from chargpt_jax.ops.dropout import NONE, Dropout, fold_seeds, keep_mask
+from chargpt_jax.ops.dropout import NONE, Dropout, head_seeds, keep_mask
 from chargpt_jax.ops.matmul import matmul
 from chargpt_jax.ops.plain import INPUTS, SAVED
 
@@ -63,7 +63,7 @@ def causal_attention(
 
     Args:
         q, k, v: [B, H, T, D], of one floating dtype.
-        seeds: uint32 [B, 2] for dropout on the attention weights, or None.
+        seeds: uint32 [B, 2], or [B, H, 2] for each head, for dropout on the attention weights, or None.
         how: dropout's rate and source of random bits.
         block: queries whose scores are in memory together.
         chunked: compute a few heads at a time.
@@ -213,7 +213,7 @@ def _score_bytes(q: jax.Array, block: int) -> int:
 
 def _of_heads(seeds: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
     """Return seeds for each head of q [B, H, T, D], uint32 [B, H, 2]."""
-    return None if seeds is None else fold_seeds(seeds[:, None], jnp.arange(shape[1]))
+    return None if seeds is None else head_seeds(seeds, shape[1])
 
 
 def _drop(x: jax.Array, seeds: jax.Array | None, how: Dropout, start: int, length: int) -> jax.Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from chargpt_jax.devices import layout
 from chargpt_jax.devices.platform import GPUS, compiler_options, cuda_capability, on_cpu, writing_options
 from chargpt_jax.ops import blockwise_attention, cpu_decode, cpu_kv_cache, kv_cache, plain, rounded_matmul
 from chargpt_jax.ops.cpu_kv_cache import BlockedKVCache, CpuKVCache
@@ -23,6 +24,7 @@ from chargpt_jax.ops.kernels import trial
 from chargpt_jax.ops.kv_cache import KVCache
 from chargpt_jax.ops.matmul import deterministic_lookup
 from chargpt_jax.ops.plain import Ops
+from chargpt_jax.ops.sharded import sharded
 
 BLOCKS, KERNEL, CUDNN = ATTENTIONS = ("blocks", "kernel", "cudnn")
 """The attentions that training steps can use.
@@ -40,7 +42,11 @@ TPUS_WITHOUT_KERNELS = ("TPU v2", "TPU v3")
 
 
 def ops_for(
-    dtype: DTypeLike = jnp.float32, query_block: int = 64, platform: str | None = None, attention: str = BLOCKS
+    dtype: DTypeLike = jnp.float32,
+    query_block: int = 64,
+    platform: str | None = None,
+    attention: str = BLOCKS,
+    mesh: Mesh | None = None,
 ) -> Ops:
     """Return the fastest operations for a device.
 
@@ -50,13 +56,16 @@ def ops_for(
         platform: 'cpu', or that of an accelerator; None: JAX's default.
         attention: one of ATTENTIONS for training steps, in which seeds are given. Without seeds, as in validation and
             generation, attention is computed in blocks. A CPU interprets the kernel, which only tests need.
+        mesh: if it splits the parameters, the operations are those of one of its devices.
     """
     platform = platform or jax.default_backend()
-    if platform in GPUS:
+    if platform in GPUS and not layout.splits_parameters(mesh):
         ops = _gpu_ops(jnp.dtype(dtype), query_block)
     else:
         ops = _ops(jnp.dtype(dtype), query_block, on_cpu(platform))
-    return ops if attention == BLOCKS else _trained_with(ops, attention, platform)
+    if attention != BLOCKS:
+        ops = _trained_with(ops, attention, platform)
+    return sharded(ops, mesh) if layout.splits_parameters(mesh) else ops
 
 
 def attentions_for(device: jax.Device, dtype: DTypeLike, length: int, width: int, rate: float) -> tuple[str, ...]:
@@ -136,11 +145,13 @@ def _ops(dtype: Any, query_block: int, cpu: bool) -> Ops:
             query_attention=kv_cache.query_attention,
         )
     full_precision = dtype == wide
+    linear = cpu_decode.linear if full_precision else functools.partial(rounded_matmul.rounding_linear, dtype=dtype)
     return Ops(
         activations=wide,
         residual=wide,
         embedding_lookup=_lookup,
-        linear=cpu_decode.linear if full_precision else functools.partial(rounded_matmul.rounding_linear, dtype=dtype),
+        linear=linear,
+        linear_out=linear,
         unembed=plain.unembed if full_precision else functools.partial(rounded_matmul.rounding_unembed, dtype=dtype),
         attention=blockwise_attention.attention_in_blocks(query_block, chunked=True),
         query_attention=cpu_kv_cache.query_attention,

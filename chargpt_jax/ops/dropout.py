@@ -48,6 +48,11 @@ def fold_seeds(seeds: jax.Array | None, index: jax.Array | int) -> jax.Array | N
     return jnp.stack([checkpoint_name(part, SEEDS) for part in parts], axis=-1)
 
 
+def head_seeds(seeds: jax.Array, heads: int, first: jax.Array | int = 0) -> jax.Array:
+    """Return seeds for the heads from `first` on, uint32 [B, H, 2], given [B, 2]; seeds [B, H, 2] stay as they are."""
+    return fold_seeds(seeds[:, None], first + jnp.arange(heads)) if seeds.ndim == 2 else seeds
+
+
 def keep_mask(seeds: jax.Array, index: jax.Array, how: Dropout) -> jax.Array:
     """Return which elements are not dropped.
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from chargpt_jax.ops.dropout import NONE, Dropout, dropout, fold_seeds
+from chargpt_jax.ops.dropout import NONE, Dropout, dropout, head_seeds
 from chargpt_jax.ops.kv_cache import KVCache
 from chargpt_jax.ops.matmul import matmul
 
@@ -82,7 +82,7 @@ def attention(
 
     Args:
         q, k, v: [B, H, T, D], of one floating dtype.
-        seeds: uint32 [B, 2] turn dropout of the weights on; None: no dropout.
+        seeds: uint32 [B, 2], or [B, H, 2] for each head, turn dropout of the weights on; None: no dropout.
         how: dropout's rate and random bits.
 
     Returns:
@@ -91,8 +91,7 @@ def attention(
     B, H, T, _ = q.shape
     weights = attention_weights(q, k).reshape(B * H, T, T)
     if seeds is not None:
-        of_heads = fold_seeds(seeds[:, None], jnp.arange(H)).reshape(-1, 2)
-        weights = dropout(weights, of_heads, how)
+        weights = dropout(weights, head_seeds(seeds, H).reshape(-1, 2), how)
     weights = weights.reshape(B, H, T, T)
     return matmul("bhts,bhsd->bhtd", weights.astype(v.dtype), v).astype(q.dtype)
 
@@ -189,6 +188,9 @@ class Ops:
     embedding_lookup: Callable[[jax.Array, jax.Array, DTypeLike], jax.Array] = embedding_lookup
     layer_norm: Callable[[jax.Array, jax.Array, jax.Array, DTypeLike], jax.Array] = layer_norm
     linear: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = linear
+    """From the residual stream to heads or hidden units."""
+    linear_out: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = linear
+    """From heads or hidden units back to the residual stream."""
     unembed: Callable[[jax.Array, jax.Array], jax.Array] = unembed
     dropout: Callable[[jax.Array, jax.Array | None, Dropout], jax.Array] = dropout
     rotate: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = rotate

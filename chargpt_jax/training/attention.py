@@ -62,8 +62,6 @@ def expected(config: Config, mesh: Mesh) -> str:
 
 def _attentions(config: Config, mesh: Mesh) -> tuple[str, ...]:
     """Return the attentions that the devices of a mesh can train with."""
-    if layout.splits_parameters(mesh):  # XLA cannot split a kernel
-        return (choose.BLOCKS,)
     model = config.model
     device = mesh.devices.flat[0]
     dtype = compute_dtype(config.amp, device)
@@ -167,6 +165,6 @@ def facts(config: Config, mesh: Mesh, saved: Mapping[str, Any], has_trained: boo
 
 def shape_of(config: Config, mesh: Mesh) -> Shape:
     """Return the shape of one layer's attention in a training step, on each device of a mesh."""
-    model = config.model
-    sequences = config.data.batch_size // config.optimizer.accumulation_steps // mesh.size
-    return Shape(sequences, model.n_head, model.block_size, model.n_head_dim, model.dropout, model.remat)
+    model, tensor = config.model, mesh.shape["tensor"] if layout.splits_parameters(mesh) else 1
+    sequences = config.data.batch_size // config.optimizer.accumulation_steps // (mesh.size // tensor)
+    return Shape(sequences, model.n_head // tensor, model.block_size, model.n_head_dim, model.dropout, model.remat)

@@ -17,7 +17,6 @@ first polynomial needs X X^T anyway.
 The projections to queries, keys and values are three matrices in one array; each is orthogonalised by itself.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -92,8 +91,10 @@ def scale_by_muon(momentum: float, steps: int, mesh: Mesh | None = None) -> opta
 
     def update(gradient: Params, state: Momentum, params: Params | None = None) -> tuple[Params, Momentum]:
         mean = jax.tree.map(mix, state.mean, gradient)
-        directions = sharding.map_over_data(partial(jax.tree.map, direction), mesh)
-        return _join_qkv(directions(_split_qkv(jax.tree.map(mix, mean, gradient)))), Momentum(mean)
+        return sharding.map_over_data(directions, mesh)(jax.tree.map(mix, mean, gradient)), Momentum(mean)
+
+    def directions(tree: Params) -> Params:
+        return _join_qkv(jax.tree.map(direction, _split_qkv(tree)))
 
     def direction(x: jax.Array) -> jax.Array:
         return orthogonal(x, steps) * max(1, x.shape[-1] / x.shape[-2]) ** 0.5

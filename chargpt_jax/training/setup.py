@@ -130,7 +130,7 @@ def validation_step(
     params: Params, inputs: jax.Array, targets: jax.Array, *, graphdef: nnx.GraphDef[Any], mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
     """Return the sum of the losses in nats, and the number of targets, of one batch, int32 [B, T] each."""
-    return eval_step(params, sharding.shard_batch(mesh, (inputs, targets)), graphdef=graphdef)
+    return sharding.scalars_over_data(partial(eval_step, graphdef=graphdef), mesh)(params, (inputs, targets))
 
 
 def jit_train_steps(
@@ -202,7 +202,7 @@ class Setup:
         graphdef, shapes, initial_params = plan(
             config.model,
             config.seed,
-            choose.ops_for(dtype, config.model.attention_block, attention=attention),
+            choose.ops_for(dtype, config.model.attention_block, attention=attention, mesh=mesh),
             compiler_options=compiler_options(mesh),
         )
         lengths = len(train), len(validation)
@@ -228,7 +228,12 @@ class Setup:
     def initial_state(self, tx: optax.GradientTransformation) -> TrainState:
         """Return the state before the first step, with its shardings, in memory of its own (steps reuse it)."""
         create = partial(create_state, tx=tx, seed=self.config.seed, dtype=self.dtype)
-        state = jax.jit(create, compiler_options=compiler_options(self.mesh))(self.initial_params())
+        params, options = self.initial_params(), compiler_options(self.mesh)
+        if layout.splits_parameters(self.mesh):  # one device may hold the parameters, but not the whole state
+            shardings = state_sharding(jax.eval_shape(create, params), self.mesh)
+            params = sharding.put(params, shardings.params)
+            return jax.jit(create, out_shardings=shardings, compiler_options=options)(params)
+        state = jax.jit(create, compiler_options=options)(params)
         return sharding.put(state, state_sharding(state, self.mesh))
 
     def initial_state_in_background(self, tx: optax.GradientTransformation) -> Future[TrainState]:

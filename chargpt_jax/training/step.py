@@ -106,7 +106,7 @@ def train_step(
     params = sharding.replicate(mesh, state.params)
 
     gradients_of = partial(gradients, graphdef=graphdef, microbatches=microbatches)
-    (loss, grads), (scale, finite) = sharding.psum_over_data(gradients_of, mesh)(
+    (loss, grads), (scale, finite) = sharding.psum_over_data(gradients_of, mesh, like=(n_targets, params))(
         (params, n_targets, state.loss_scale), (inputs, targets, seeds)
     )
     updates, opt_state = tx.update(grads, state.opt_state, params)

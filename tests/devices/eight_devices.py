@@ -19,6 +19,6 @@ def run_on_eight(file: str, workdir: Path, **settings: str) -> tuple[Any, str]:
         **settings,
     }
     command = [sys.executable, file, str(workdir)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout), done.stderr

@@ -4,6 +4,7 @@ The eight devices are virtual, in another process: run as a script, this file tr
 """
 
 import json
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from chargpt_jax.compile.hlo import COLLECTIVES, Module, work_per_unit
 from chargpt_jax.config import Config, MeshConfig
 from chargpt_jax.config_io import load_config
 from chargpt_jax.devices import layout, sharding
@@ -155,6 +157,8 @@ def trained(workdir: Path, data: int, fsdp: int, tensor: int, kind: str = "adamw
     given = jax.tree.leaves(compiled.input_shardings[0][0])
     state, history = compiled(state, setup.on_device, np.int32(STEPS))
     found = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
+    text = compiled.as_text()
+    work = work_per_unit(text)
     arrays = jax.tree.leaves(state)
     return {
         "losses": np.asarray(history["loss"])[:STEPS].tolist(),  # waits for the result
@@ -163,8 +167,22 @@ def trained(workdir: Path, data: int, fsdp: int, tensor: int, kind: str = "adamw
         "shards": {
             jax.tree_util.keystr(path): [list(x.shape), list(x.sharding.shard_shape(x.shape))] for path, x in found
         },
+        "bytes": work.collective_bytes,
+        "exchanged": exchanged_shapes(text),
         "same": all(one.is_equivalent_to(x.sharding, x.ndim) for one, x in zip(given, arrays, strict=True)),
     }
+
+
+def exchanged_shapes(text: str) -> list[list[int]]:
+    """Return the shapes of all operands and results of a program's collectives."""
+    computations = Module(text).computations.values()
+    found = set()
+    for computation in computations:
+        for one in computation.values():
+            if one.opcode.removesuffix("-start") in COLLECTIVES:
+                known = [computation[name].shape for name in one.operand_names()]
+                found |= {shape for text in (one.shape, *known) for shape in re.findall(r"\[([\d,]*)\]", text)}
+    return sorted([int(n) for n in shape.split(",") if n] for shape in found)
 
 
 CASES = {
@@ -173,6 +191,7 @@ CASES = {
     "one, Muon": (1, 1, 1, "muon"),
     "2 x 2 x 2, Muon": (2, 2, 2, "muon"),
     "2 x 2 x 2, in two parts": (2, 2, 2, "adamw", 2),
+    "1 x 8 x 1, in two parts": (1, 8, 1, "adamw", 2),
 }
 SPLIT = [name for name in CASES if not name.startswith("one")]
 
@@ -186,7 +205,7 @@ def found(tmp_path_factory):
     list(prepare(config, folder / "run"))
     results, printed = run_on_eight(__file__, folder / "run")
     assert "rematerialization" not in printed, "XLA warns that it replicates an array"
-    return results
+    return {**results, "config": config}
 
 
 def alone(name: str) -> str:
@@ -216,6 +235,56 @@ def test_compiled_program_shards_what_the_table_shards(found, name):
         spec = layout.TABLE.get(names, PartitionSpec()) if sizes["fsdp"] * sizes["tensor"] > 1 else PartitionSpec()
         axes = [*spec, *[None] * (len(shape) - len(spec))]
         assert part == [n // sizes[axis] if axis else n for n, axis in zip(shape, axes, strict=True)], path
+
+
+def expected_bytes(config: Config, shards: dict[str, list[list[int]]], case: tuple[Any, ...]) -> dict[str, int]:
+    """Return the bytes that each kind of collective has to move per training step, in float64.
+
+    Args:
+        config: of the training.
+        shards: {path: the shape of an array, and of a device's part of it}.
+        case: data x fsdp x tensor, and perhaps the optimizer and the number of microbatches.
+    """
+    data, fsdp, tensor, kind, parts = (*case, *("adamw", 1)[len(case) - 3 :])
+    params = {path: shape for path, shape in shards.items() if path.startswith("[0]")}
+    matrices = {path: np.prod(shape[1]) for path, shape in params.items() if "kernel" in path}
+    gathered = sum(matrices.values()) * fsdp
+    replicated = sum(np.prod(part) for path, (_, part) in params.items() if path not in matrices)
+    qkv = sum(np.prod(part) for path, (_, part) in params.items() if "qkv" in path)
+    activations = config.data.batch_size // (data * fsdp) * config.model.block_size * config.model.n_embd
+    found = {
+        "all-gather": 2 * parts * gathered if fsdp > 1 else 0,
+        "reduce-scatter": parts * gathered if fsdp > 1 else 0,
+        "collective-permute": 2 * qkv if tensor > 1 else 0,
+        "all-reduce": (sum(matrices.values()) if data > 1 else 0)
+        + (replicated if data * fsdp > 1 else 0)
+        + (4 * config.model.n_layer * activations if tensor > 1 else 0),
+        "all-to-all": 0,
+    }
+    if kind == "muon":
+        padded = -(-config.model.n_layer // 8) * 8 / config.model.n_layer * sum(matrices.values())
+        found["all-to-all"] = int(2 * padded * ((fsdp > 1) + (tensor > 1)))
+        found["all-gather"] += int(padded) if data > 1 else 0
+    return {name: 8 * int(size) for name, size in found.items()}
+
+
+SCALARS = 512
+"""Bytes of the sums of scalars in one training step, at most."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SPLIT if name != "8 x 1 x 1"])
+def test_devices_exchange_each_layers_matrices_and_no_more(found, name):
+    """Per layer: two gathers and one scattered sum (fsdp), four sums of activations (tensor). No stack is gathered."""
+    expected = expected_bytes(found["config"], found[name]["shards"], CASES[name])
+    for kind in expected.keys() | found[name]["bytes"].keys():
+        extra = found[name]["bytes"].get(kind, 0) - expected.get(kind, 0)
+        assert 0 <= extra <= (SCALARS if kind == "all-reduce" else 0), kind
+    if "Muon" in name:  # which exchanges stacks of full matrices, but each device only those of its layers
+        return
+    stacks = [shape for shape, part in found[name]["shards"].values() if len(shape) == 3 and shape != part]
+    assert stacks
+    assert not [shape for shape in stacks if shape in found[name]["exchanged"]]
 
 
 if __name__ == "__main__":

@@ -225,15 +225,6 @@ def test_real_trial_measures_both_attentions(config, tmp_path, monkeypatch):
     assert np.isfinite(saved["tried"][1]["error"])
 
 
-def test_devices_that_split_parameters_train_with_blocks(config, trials, monkeypatch):
-    """XLA cannot split a kernel over devices."""
-    mesh = jax.make_mesh((1, 1, 1), layout.AXES, devices=jax.devices()[:1])
-    monkeypatch.setattr(attention, "training_mesh", lambda *given, **more: mesh)
-    config.train.attention = "kernel"
-    with pytest.raises(UserError, match=r"it must be blocks: set one of"):
-        attention.check(config)
-
-
 def test_expected_attention_is_the_configs_or_the_kernel(config, trials, monkeypatch):
     mesh = training_mesh(config)
     assert attention.expected(config, mesh) == "kernel"
@@ -244,6 +235,13 @@ def test_expected_attention_is_the_configs_or_the_kernel(config, trials, monkeyp
     config.train.attention = "kernel"
     with pytest.raises(UserError, match="it must be blocks or cudnn"):
         attention.expected(config, mesh)
+
+
+def test_devices_that_split_parameters_try_their_part_of_the_heads(config):
+    config.model.n_head, config.data.batch_size = 8, 16
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), layout.AXES)
+    shape = attention.shape_of(config, mesh)
+    assert (shape.sequences, shape.heads) == (4, 4)
 
 
 # Facts, for people and scripts

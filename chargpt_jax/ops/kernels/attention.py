@@ -39,7 +39,7 @@ def kernel_attention(
 
     Args:
         q, k, v: [B, H, T, D], of one of `tiles.DTYPES`; D is at most `tiles.MAX_WIDTH`.
-        seeds: uint32 [B, 2] for dropout on the attention weights, or None.
+        seeds: uint32 [B, 2], or [B, H, 2] for each head, for dropout on the attention weights, or None.
         how: dropout's rate; its bits must be those of the hash.
         compiler: one of `tiles.COMPILERS`.
 
@@ -53,7 +53,7 @@ def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None, how: Dropout, compiler: str
 ) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
     q, k, v = (checkpoint_name(x, INPUTS) for x in (q, k, v))
-    tiles = _tiles(q, how, compiler)
+    tiles = _tiles(q, seeds, how, compiler)
     out, log = forward(tiles.operand(q), tiles.operand(k), tiles.operand(v), tiles.seeds(seeds), tiles)
     out, log = checkpoint_name(tiles.result(out), SAVED), checkpoint_name(log, SAVED)
     return out, (q, k, v, seeds, out, log)
@@ -61,7 +61,7 @@ def _forward(
 
 def _backward(how: Dropout, compiler: str, saved: Any, g: jax.Array) -> tuple[jax.Array | None, ...]:
     q, k, v, seeds, out, log = saved
-    tiles = _tiles(q, how, compiler)
+    tiles = _tiles(q, seeds, how, compiler)
     q, k, v, g, out = (tiles.operand(x) for x in (q, k, v, g, out))
     grads = backward(q, k, v, g, out, log, tiles.seeds(seeds), tiles)
     return *(tiles.result(grad) for grad in grads), None
@@ -70,5 +70,6 @@ def _backward(how: Dropout, compiler: str, saved: Any, g: jax.Array) -> tuple[ja
 kernel_attention.defvjp(_forward, _backward)
 
 
-def _tiles(q: jax.Array, how: Dropout, compiler: str) -> Tiles:
-    return Tiles(q.shape[2], q.shape[3], q.dtype, compiler, how, q.shape[1])
+def _tiles(q: jax.Array, seeds: jax.Array | None, how: Dropout, compiler: str) -> Tiles:
+    seeds_of_heads = seeds is not None and seeds.ndim == 3
+    return Tiles(q.shape[2], q.shape[3], q.dtype, compiler, how, q.shape[1], seeds_of_heads)

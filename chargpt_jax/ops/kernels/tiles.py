@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from chargpt_jax.hash_rng import bits_of, derived
-from chargpt_jax.ops.dropout import NONE, Dropout, fold_seeds, threshold
+from chargpt_jax.ops.dropout import NONE, Dropout, head_seeds, threshold
 
 MIN_BLOCK = MIN_WIDTH = 16
 """A tensor core of a GPU multiplies matrices of at least 16 x 16."""
@@ -51,6 +51,8 @@ class Tiles:
     """Dropout of the attention weights."""
     heads: int = 1
     """Heads per sequence, H."""
+    seeds_of_heads: bool = False
+    """Whether each head is given seeds of its own, as opposed to those of its sequence."""
 
     @property
     def block(self) -> int:
@@ -142,27 +144,32 @@ class Tiles:
             return pl.BlockSpec(shape, lambda n, i: (n // self.heads, index(i), n % self.heads, 0))
         return pl.BlockSpec((None, rows, self.padded_width), lambda n, i: (n, index(i), 0))
 
-    def seeds(self, seeds: jax.Array | None) -> tuple[jax.Array, ...]:
-        """Return seeds uint32 [B, 2] as the kernels read them: both parts, [N, 1, 1] each; () without dropout.
+    @property
+    def derives_seeds(self) -> bool:
+        """Whether the kernels derive the seed of a head from that of its sequence. Those of a TPU do not."""
+        return self.masked and not self.seeds_of_heads
 
-        A GPU's kernels derive the seed of a head from that of its sequence. A TPU's get the seeds of the heads.
+    def seeds(self, seeds: jax.Array | None) -> tuple[jax.Array, ...]:
+        """Return seeds uint32 [B, 2] or [B, H, 2] as the kernels read them: both parts, [N, 1, 1] each.
+
+        () without dropout.
         """
         if seeds is None:
             return ()
-        if not self.masked:
-            seeds = fold_seeds(seeds[:, None], jnp.arange(self.heads)).reshape(-1, 2)
+        if not self.derives_seeds:
+            seeds = head_seeds(seeds, self.heads).reshape(-1, 2)
         return seeds[:, :1, None], seeds[:, 1:, None]
 
     def one_seed(self) -> pl.BlockSpec:
         """Return the part of one of the arrays of `seeds` that a program sees, [1, 1]."""
-        return pl.BlockSpec((None, 1, 1), lambda n, i: (n // self.heads if self.masked else n, 0, 0))
+        return pl.BlockSpec((None, 1, 1), lambda n, i: (n // self.heads if self.derives_seeds else n, 0, 0))
 
     def head_seed(self, parts: Sequence[Any]) -> tuple[jax.Array, jax.Array] | None:
         """Return both parts of the seed of a program's head, from references to its `seeds`; None: no dropout."""
         if not parts:
             return None
         first, second = parts[0][0, 0], parts[1][0, 0]
-        return derived(first, second, pl.program_id(0) % self.heads) if self.masked else (first, second)
+        return derived(first, second, pl.program_id(0) % self.heads) if self.derives_seeds else (first, second)
 
     def read(self, head: Any, index: jax.Array) -> jax.Array:
         """Return a block [block, padded width] of a reference to all positions of a head; 0 beyond the ends."""
