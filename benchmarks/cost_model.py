@@ -174,16 +174,17 @@ def seconds_for(flops: float, device: Device) -> float:
 
 
 def hidden_tokens(name: str, device: Device) -> float:
-    """Return the tokens per device and step for which computation takes as long as FSDP's traffic."""
+    """Return the tokens per device and microbatch for which computation takes as long as FSDP's traffic."""
     return traffic(name) / (1e9 * device.link) / seconds_for(flops_per_token(name), device)
 
 
 def traffic(name: str) -> float:
-    """Return the bytes that each device receives in a step with FSDP, at most.
+    """Return the bytes that each device exchanges per microbatch with FSDP.
 
-    The parameters are gathered for the forward and for the backward pass, and the gradient is summed: three times.
+    The parameters are gathered for the forward and for the backward pass, and the gradient is summed and scattered:
+    three times, in the dtype of matrix multiplications.
     """
-    return 3 * size_of(parameters(name))
+    return 3 * jnp.dtype(DTYPE).itemsize * count_parameters(parameters(name))
 
 
 def token_bytes() -> int:
@@ -288,6 +289,7 @@ def tables() -> dict[str, str]:
         for name, device in DEVICES.items()
     ]
     some = {name: DEVICES[name] for name in ("TPU v5e", "H100")}
+    each = [f"characters per {name} and microbatch" for name in some]
     links = [
         [name, number(traffic(name) / 1e9), *(number(hidden_tokens(name, device)) for device in some.values())]
         for name in MODELS
@@ -301,7 +303,7 @@ def tables() -> dict[str, str]:
         "sheets": table(["device", "peak in bfloat16, TFLOP/s", "memory, GB", "link, GB/s per direction"], sheets),
         "costs": costs_table(),
         "measured": table(["config", "tokens/s on one H100", "MFU"], reached),
-        "links": table(["model", "GB per step", *(f"characters per {name} and step" for name in some)], links),
+        "links": table(["model", "GB per microbatch", *each], links),
         "texts": table(["characters", "GB of token ids in each device"], texts),
         "limits": limits_table(),
     }

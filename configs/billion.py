@@ -21,7 +21,7 @@ def get_config() -> Config:
     config.data.source = "my_text.txt"
     config.data.batch_size = 64
     config.data.train_split = 0.99
-    config.optimizer.accumulation_steps = 8
+    config.optimizer.accumulation_steps = 2
     config.optimizer.learning_rate = 2e-4
     config.optimizer.weight_decay = 0.1
     config.optimizer.betas = (0.9, 0.95)

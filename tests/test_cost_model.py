@@ -110,7 +110,7 @@ def test_computation_takes_as_long_as_the_traffic_it_hides():
     device = DEVICES["H100"]
     tokens = cost_model.hidden_tokens("1.2 B", device)
     seconds = cost_model.seconds_for(tokens * cost_model.flops_per_token("1.2 B"), device)
-    assert seconds * 1e9 * device.link == pytest.approx(12 * 1.21e9, rel=0.01)
+    assert seconds * 1e9 * device.link == pytest.approx(6 * 1.21e9, rel=0.01)
 
 
 @pytest.mark.parametrize(
