@@ -231,6 +231,7 @@ def _generation(
         capacity=min(model.config.block_size, N),
         vocab_size=model.config.vocab_size,
         sorts=sampler.sorts,
+        blocks=model.blocks,
     )
 
 

@@ -19,7 +19,7 @@ from chargpt_jax.devices.platform import GPUS, compiler_options, cuda_capability
 from chargpt_jax.ops import blockwise_attention, cpu_decode, cpu_kv_cache, kv_cache, plain, rounded_matmul
 from chargpt_jax.ops.cpu_kv_cache import BlockedKVCache, CpuKVCache
 from chargpt_jax.ops.dropout import NONE, Dropout
-from chargpt_jax.ops.gpu import layers, operations
+from chargpt_jax.ops.gpu import decode, layers, operations
 from chargpt_jax.ops.kernels import trial
 from chargpt_jax.ops.kv_cache import KVCache
 from chargpt_jax.ops.matmul import deterministic_lookup
@@ -165,7 +165,10 @@ def _gpu_ops(dtype: Any, query_block: int) -> Ops:
     return dataclasses.replace(
         _ops(dtype, query_block, cpu=False),
         layer_norm=operations.layer_norm,
-        linear=operations.linear,
+        linear=decode.linear,
+        linear_out=decode.linear,
+        unembed=decode.unembed,
+        cache_type=decode.cache_type,
         dropout=operations.dropout,
         rotate=operations.rotate,
         layers=layers.layers_in(dtype),

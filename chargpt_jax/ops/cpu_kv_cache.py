@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from chargpt_jax.ops.cpu_decode import fused, is_fusible, layers_in_place, sequence_of, with_sequence
-from chargpt_jax.ops.kv_cache import Generation, KVCache, at_read_width, read_widths
+from chargpt_jax.ops.kv_cache import Generation, StackedKVCache, at_read_width, read_widths
 
 BLOCK, LANES = 32, 16
 """Positions per block, and partial sums per channel: as many as the widest vectors of a CPU hold.
@@ -23,7 +23,7 @@ With fewer positions XLA makes no vector loop; with more, most of a block is rea
 
 
 @flax.struct.dataclass
-class CpuKVCache(KVCache):
+class CpuKVCache(StackedKVCache):
     """Keys and values of a batch, read by sums that are written out."""
 
     def attend(self, q: jax.Array, layer: jax.Array, position: jax.Array) -> jax.Array:
@@ -32,7 +32,7 @@ class CpuKVCache(KVCache):
 
 
 @flax.struct.dataclass
-class BlockedKVCache(KVCache):
+class BlockedKVCache(StackedKVCache):
     """Keys and values in blocks of 32 positions, so that a query reads one contiguous range of memory.
 
     Layer l of sequence b of B is at index l B + b.
@@ -106,7 +106,7 @@ class BlockedKVCache(KVCache):
 
         Each sequence is one kernel if the sampler can be a part of it, otherwise each token's layers are.
         """
-        indices, loop_of, capacity, vocab_size, sorts = plan(params, carry, sampler)
+        indices, loop_of, capacity, vocab_size, sorts, _ = plan(params, carry, sampler)
         B, fuse = len(indices), is_fusible(vocab_size, sorts)
         if cache is None:
             room = None

@@ -1,7 +1,8 @@
 """The KV cache of a batch, and attention from one query per sequence to it.
 
-Keys and values are [L, B, H, D, S] each, S positions last. All sequences are decoded together, one token per sequence
-per step; `KVCache.generate` is that loop.
+`KVCache` says what every cache can do; each platform has its own. In `StackedKVCache`, keys and values are
+[L, B, H, D, S] each, S positions last. All sequences are decoded together, one token per sequence per step;
+`KVCache.generate` is that loop.
 """
 
 from collections.abc import Callable
@@ -30,16 +31,12 @@ class Generation(NamedTuple):
     vocab_size: int
     sorts: bool
     """Whether the sampler sorts the vocabulary."""
+    blocks: Any
+    """The model's blocks, one module with stacked parameters: a cache may prepare them outside the loop."""
 
 
-@flax.struct.dataclass
 class KVCache:
-    """Keys and values of every layer of a batch."""
-
-    keys: jax.Array
-    """[L, B, H, D, S]."""
-    values: jax.Array
-    """[L, B, H, D, S]."""
+    """Keys and values of every layer of a batch: a tree of arrays, with the batch on each array's second axis."""
 
     one_by_one: ClassVar[bool] = False
     """Whether sequences are generated one after the other, not one token per sequence per step."""
@@ -47,28 +44,23 @@ class KVCache:
     @classmethod
     def of(cls, keys: jax.Array, values: jax.Array) -> Self:
         """Make a cache of the first T positions, [L, B, H, D, T] each."""
-        return cls(keys, values)
+        raise NotImplementedError
 
     def enlarged(self, capacity: int) -> Self:
         """Return the cache with `capacity` positions, at least as many as now."""
-        room = [(0, 0)] * 4 + [(0, capacity - self.keys.shape[-1])]
-        return jax.tree.map(lambda x: jnp.pad(x, room), self)
+        raise NotImplementedError
 
     def allocated(self, capacity: int, final: bool) -> Self:
         """Return the cache as generation needs it; `final`: one call of `generate` follows and no other."""
         return self.enlarged(capacity)
 
-    def append(self, k: jax.Array, v: jax.Array, layer: jax.Array, position: jax.Array) -> Self:
+    def append(self, k: jax.Array, v: jax.Array, layer: Any, position: jax.Array) -> Self:
         """Write a new key and value per sequence, [B, H, D] each, at the positions, int32 [B], of a layer."""
-        keys, values = (
-            write_position(self.keys, k, layer, position),
-            write_position(self.values, v, layer, position),
-        )
-        return type(self)(keys, values)
+        raise NotImplementedError
 
-    def attend(self, q: jax.Array, layer: jax.Array, position: jax.Array) -> jax.Array:
+    def attend(self, q: jax.Array, layer: Any, position: jax.Array) -> jax.Array:
         """Attend from one query per sequence, [B, H, D], to the positions up to its own, int32 [B]: [B, H, D]."""
-        return cached_attention(q, self.keys, self.values, layer, position)
+        raise NotImplementedError
 
     @staticmethod
     def generate(
@@ -86,6 +78,38 @@ class KVCache:
         """
         generation = plan(params, carry, sampler)
         return generation.loop_of(generation.indices)((carry, cache))
+
+
+@flax.struct.dataclass
+class StackedKVCache(KVCache):
+    """Keys and values with the layers on the first axis."""
+
+    keys: jax.Array
+    """[L, B, H, D, S]."""
+    values: jax.Array
+    """[L, B, H, D, S]."""
+
+    @classmethod
+    def of(cls, keys: jax.Array, values: jax.Array) -> Self:
+        """Make a cache of the first T positions, [L, B, H, D, T] each."""
+        return cls(keys, values)
+
+    def enlarged(self, capacity: int) -> Self:
+        """Return the cache with `capacity` positions, at least as many as now."""
+        room = [(0, 0)] * 4 + [(0, capacity - self.keys.shape[-1])]
+        return jax.tree.map(lambda x: jnp.pad(x, room), self)
+
+    def append(self, k: jax.Array, v: jax.Array, layer: jax.Array, position: jax.Array) -> Self:
+        """Write a new key and value per sequence, [B, H, D] each, at the positions, int32 [B], of a layer."""
+        keys, values = (
+            write_position(self.keys, k, layer, position),
+            write_position(self.values, v, layer, position),
+        )
+        return type(self)(keys, values)
+
+    def attend(self, q: jax.Array, layer: jax.Array, position: jax.Array) -> jax.Array:
+        """Attend from one query per sequence, [B, H, D], to the positions up to its own, int32 [B]: [B, H, D]."""
+        return cached_attention(q, self.keys, self.values, layer, position)
 
 
 def cached_attention(

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from chargpt_jax.ops.dropout import NONE, Dropout, dropout, head_seeds
-from chargpt_jax.ops.kv_cache import KVCache
+from chargpt_jax.ops.kv_cache import KVCache, StackedKVCache
 from chargpt_jax.ops.matmul import matmul
 
 SAVED = "attention"
@@ -174,7 +174,7 @@ def cache_type(sequences: int, elements: int, parameters: int) -> type[KVCache]:
         elements: keys and values in the cache of one sequence.
         parameters: of the model.
     """
-    return KVCache
+    return StackedKVCache
 
 
 @dataclass(frozen=True)

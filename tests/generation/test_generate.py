@@ -16,7 +16,7 @@ from chargpt_jax.generation.metrics import surprisal_and_entropy
 from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.generation.score import score_pieces, score_tokens
 from chargpt_jax.ops.cpu_kv_cache import BlockedKVCache, CpuKVCache
-from chargpt_jax.ops.kv_cache import KVCache
+from chargpt_jax.ops.kv_cache import StackedKVCache
 from tests import reference
 from tests.pairing import built, from_reference
 
@@ -189,7 +189,7 @@ def test_prompt_metrics_equal_the_full_model():
 
 
 def test_one_compilation_serves_a_bucket_of_lengths():
-    kinds = (KVCache, CpuKVCache, BlockedKVCache)
+    kinds = (StackedKVCache, CpuKVCache, BlockedKVCache)
 
     def compiled() -> list[int]:
         """Return the number of compilations inside the context and beyond it."""

@@ -22,7 +22,7 @@ from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.ops.cpu_decode import layers_in_place
 from chargpt_jax.ops.cpu_kv_cache import BlockedKVCache, CpuKVCache
 from chargpt_jax.ops.dropout import Dropout, seeds_for
-from chargpt_jax.ops.kv_cache import KVCache
+from chargpt_jax.ops.kv_cache import StackedKVCache
 from chargpt_jax.ops.plain import Ops, rotary, rotate
 from chargpt_jax.training.step import cross_entropy_sum
 from tests import reference
@@ -167,7 +167,7 @@ def test_prefill_and_decode_equal_the_full_model(made, tokens):
     prefill = jax.jit(lambda p, t: nnx.merge(graphdef, p).prefill(t))
     decode = jax.jit(lambda p, t, at, cache: nnx.merge(graphdef, p).decode(t, at, cache))
     _, kept = prefill(params, tokens.at[:, 9:].set(0))  # tokens to the right of a prompt must not matter
-    cache = KVCache.of(*kept).enlarged(CONFIG.block_size)
+    cache = StackedKVCache.of(*kept).enlarged(CONFIG.block_size)
     for t in range(9, CONFIG.block_size):
         logits, cache = decode(params, tokens[:, t], jnp.array([t, t]), cache)
         np.testing.assert_allclose(logits, whole[:, t], atol=3e-6)
@@ -182,10 +182,10 @@ def test_prefill_and_decode_equal_the_full_model(made, tokens):
     ],
 )
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-@pytest.mark.parametrize("kind", [KVCache, CpuKVCache, BlockedKVCache])
+@pytest.mark.parametrize("kind", [StackedKVCache, CpuKVCache, BlockedKVCache])
 def test_batch_size_1_decodes_like_a_batch(kind, dtype, exact, platform, tokens):
     """With batch size 1 matrices are read from their stack, otherwise sliced; both equal the full model."""
-    if kind != KVCache and platform != "cpu":
+    if kind != StackedKVCache and platform != "cpu":
         pytest.skip("for a CPU")
     if dtype == jnp.bfloat16 and jax.__version_info__ < BFLOAT16_ON_CPU:
         pytest.skip("this JAX cannot multiply bfloat16 on a CPU")
@@ -194,7 +194,7 @@ def test_batch_size_1_decodes_like_a_batch(kind, dtype, exact, platform, tokens)
         params = jax.tree.map(lambda x: x.astype(jnp.promote_types(dtype, jnp.float32)), params)
         whole = run(CONFIG, params, tokens, dtype=dtype)
         _, kept = jax.jit(lambda p, t: nnx.merge(graphdef, p).prefill(t))(params, tokens)
-        batch_kind = KVCache if kind is BlockedKVCache else kind
+        batch_kind = StackedKVCache if kind is BlockedKVCache else kind
         cache, one = batch_kind.of(*kept).enlarged(CONFIG.block_size), kind.of(*kept).enlarged(CONFIG.block_size)
         in_place = (
             partial(layers_in_place, fused_kernel=True) if kind is BlockedKVCache and dtype != jnp.bfloat16 else None

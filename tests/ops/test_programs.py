@@ -26,7 +26,7 @@ from chargpt_jax.model.init import abstract_model
 from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.ops.cpu_decode import layers_in_place
 from chargpt_jax.ops.cpu_kv_cache import BlockedKVCache, CpuKVCache
-from chargpt_jax.ops.kv_cache import KVCache
+from chargpt_jax.ops.kv_cache import KVCache, StackedKVCache
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -103,7 +103,7 @@ def generation(rows: int, final: bool, top_k: int | None, part: str) -> Any:
 def programs() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield each program's name and the function that lowers it."""
     for platform in ("cpu", "tpu"):
-        batch = CpuKVCache if platform == "cpu" else KVCache
+        batch = CpuKVCache if platform == "cpu" else StackedKVCache
         for dtype in ("float32", "bfloat16"):
             for rate in (0.0, 0.2):
                 name = f"training {platform} {dtype} dropout {rate}"
