@@ -72,7 +72,7 @@ def test_sums_equal_the_linear_layer(dtype, B, T, C, F):
         found = gpu_decode.linear(x, kernel, bias)
         logits, expected = gpu_decode.unembed(x, kernel.T), plain.unembed(x, kernel.T)
     assert (found.dtype, logits.dtype) == (x.dtype, expected.dtype)
-    np.testing.assert_allclose(found.astype(float), exact, rtol=EXACT[dtype], atol=9 * EXACT[dtype])
+    np.testing.assert_allclose(np.asarray(found, float), exact, rtol=EXACT[dtype], atol=9 * EXACT[dtype])
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
