@@ -112,7 +112,7 @@ def bytes_per_parameter(kind: str, name: str = "85 M") -> dict[str, float]:
     """Return the bytes per parameter of the parameters, the optimizer state and the gradient with an optimizer."""
     config, shapes = config_named(name), parameters(name)
     config.optimizer.kind = kind
-    tx = optimizer.make_optimizer(config.optimizer, 1e-3)
+    tx = optimizer.make_optimizer(config, 1e-3)
     state, count = state_shapes(shapes, tx, 0, jnp.dtype(DTYPE)), count_parameters(shapes)
     gradient = jax.eval_shape(lambda params: jax.tree.map(jnp.zeros_like, params), shapes)  # as train_step sums it
     found = {"parameters": state.params, "optimizer state": state.opt_state, "gradient": gradient}

@@ -88,7 +88,7 @@ def learned(workdir: Path) -> dict[str, np.ndarray]:
     """
     setup, log = Setup.of(Run.load(workdir)), Workdir(workdir).load_metrics()
     store = Checkpoints(Workdir(workdir).checkpoints)
-    fresh = setup.initial_state(optimizer.empty(setup.config.optimizer))
+    fresh = setup.initial_state(optimizer.empty(setup.config))
     _, _, state = store.load("latest", lambda record: fresh)
     store.close()
     found = {

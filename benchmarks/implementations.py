@@ -112,7 +112,7 @@ class ChargptJax:
         config = self.config
         setup = Setup.on(config, corpus(config), vocabulary=())
         schedule = optimizer.warmup_cosine(config.scheduler, 1e-3, 100)
-        tx = optimizer.make_optimizer(config.optimizer, schedule, setup.mesh)
+        tx = optimizer.make_optimizer(config, schedule, setup.mesh)
         initial_state, shapes = setup.initial_state_in_background(tx), setup.state_shapes(tx)
         lowered = jit_train_steps(config, setup.graphdef, tx, setup.mesh, shapes).lower(
             shapes, setup.on_device, np.int32(1)

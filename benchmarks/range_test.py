@@ -46,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 if isinstance(event, LRFinderStep):
                     times.append(time.perf_counter())
             setup = Setup.of(Run.load(workdir))
-            tx = optimizer.make_optimizer(config.optimizer, 1e-3, setup.mesh)
+            tx = optimizer.make_optimizer(config, 1e-3, setup.mesh)
             initial_state, shapes = setup.initial_state_in_background(tx), setup.state_shapes(tx)
             lowered = jit_train_steps(config, setup.graphdef, tx, setup.mesh, shapes).lower(
                 shapes, setup.on_device, np.int32(1)

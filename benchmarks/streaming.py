@@ -42,7 +42,7 @@ def main() -> None:
 def compare(run: Run, steps: int, rounds: int) -> None:
     """Make dispatches with both feeds in turn, and print the ratios of their times."""
     setup = Setup.of(run)
-    tx = optimizer.make_optimizer(setup.config.optimizer, run.schedule(), setup.mesh)
+    tx = optimizer.make_optimizer(setup.config, run.schedule(), setup.mesh)
     feeds: dict[str, Feed] = {
         "on the device": OnDevice(setup.on_device, setup.config, setup.mesh),
         "streamed": Streamed(setup.tokens[: setup.n_train], setup.config, setup.mesh),

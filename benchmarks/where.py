@@ -72,7 +72,7 @@ def main(words: Sequence[str] | None = None) -> None:
     config = config_for(args.config)
     graphdef, params = create(config.model, 0, ops_for(query_block=config.model.attention_block))
     mesh = sharding.data_mesh(config.data.batch_size)
-    tx = optimizer.make_optimizer(config.optimizer, 1e-3, mesh)
+    tx = optimizer.make_optimizer(config, 1e-3, mesh)
     state = create_state(params, tx, 0)
     state = jax.device_put(state, state_sharding(state, mesh))
     tokens = jax.device_put(corpus(config), sharding.replicated(mesh))

@@ -63,6 +63,11 @@ class Settings:
 class ModelConfig(Settings):
     """Shape of the model. `vocab_size` and `used_ids` are set from the corpus."""
 
+    kind: str = setting(
+        "gpt",
+        "'gpt', or 'ngpt': the normalised transformer, in which all hidden states have length 1",
+        choices=("gpt", "ngpt"),
+    )
     vocab_size: int = setting(0, "size of the embedding table, a multiple of 64; 0: set from the corpus", least=0)
     used_ids: int = setting(0, "token ids in use, padding included; 0: set from the corpus", least=0)
     block_size: int = setting(512, "context length, in characters", least=1)

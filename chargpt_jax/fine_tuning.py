@@ -28,8 +28,8 @@ from chargpt_jax.training.run import Run, Warn, checked_workdir, locked
 from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.step import create_state
 
-SIZES = ("n_layer", "n_embd", "n_head", "n_head_dim", "n_ff")
-"""The fields of a model that decide the shapes of its parameters, besides the vocabulary."""
+SIZES = ("kind", "n_layer", "n_embd", "n_head", "n_head_dim", "n_ff")
+"""The fields of a model that decide its parameters and their shapes, besides the vocabulary."""
 
 
 RATE = 0.5
@@ -97,7 +97,7 @@ def _save_inherited(run: Run, model: Model | None, warn: Warn) -> None:
     setup = Setup.of(run)
     initial = jax.tree.map(np.asarray, setup.initial_params())
     params = inherited(initial, jax.tree.map(np.asarray, model.params), run.tokenizer, model.tokenizer)
-    state = create_state(jax.device_put(params), optimizer.empty(run.config.optimizer), run.config.seed, setup.dtype)
+    state = create_state(jax.device_put(params), optimizer.empty(run.config), run.config.seed, setup.dtype)
     with contextlib.closing(Checkpoints(run.workdir.checkpoints, warn=warn)) as store:
         store.save(state, setup.record(), UNVALIDATED)
 
@@ -111,11 +111,16 @@ def inherited(initial: Any, parent: Any, own: CharTokenizer, theirs: CharTokeniz
         own: the vocabulary of the new model.
         theirs: that of the other model.
     """
-    table = initial["wte"]["embedding"].copy()
     ids = {character: i for i, character in enumerate(own.vocabulary)}
     rows = [ids[character] for character in theirs.vocabulary]  # the first one is padding in both
-    table[rows] = parent["wte"]["embedding"][: len(rows)]
-    return {**parent, "wte": {"embedding": table}}
+
+    def with_own_rows(theirs: np.ndarray, initial: np.ndarray) -> np.ndarray:
+        table = initial.copy()
+        table[rows] = theirs[: len(rows)]
+        return table
+
+    by_character = [name for name in ("wte", "head", "logit_scale") if name in parent]
+    return {**parent, **{name: jax.tree.map(with_own_rows, parent[name], initial[name]) for name in by_character}}
 
 
 def _check_sizes(theirs: ModelConfig, own: ModelConfig, parent: str | Path) -> None:
@@ -123,4 +128,4 @@ def _check_sizes(theirs: ModelConfig, own: ModelConfig, parent: str | Path) -> N
     if differ:
         flags = " ".join(f"--config.model.{name}={getattr(theirs, name)}" for name in differ)
         sizes = ", ".join(f"{name}={getattr(own, name)}" for name in differ)
-        raise UserError(f"The model of {parent} has other sizes than {sizes}: set {flags}.")
+        raise UserError(f"The model of {parent} differs from {sizes}: set {flags}.")

@@ -55,7 +55,7 @@ def test_state_bytes_are_those_of_real_arrays(kind):
     config = cost_model.config_named(SMALLEST)
     config.optimizer.kind = kind
     _, params = create(config.model, 0)
-    state = create_state(params, optimizer.make_optimizer(config.optimizer, 1e-3), 0)
+    state = create_state(params, optimizer.make_optimizer(config, 1e-3), 0)
     found = cost_model.bytes_per_parameter(kind, SMALLEST)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     for name, tree in (("parameters", state.params), ("optimizer state", state.opt_state), ("gradient", params)):

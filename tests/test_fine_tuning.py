@@ -151,7 +151,7 @@ def test_damaged_start_does_not_stop_a_run_that_has_gone_on(parent, tmp_path):
 def test_other_sizes_are_refused_before_anything_is_written(parent, tmp_path):
     config = config_for(parent)
     config.model.n_layer, config.model.n_ff = 5, 24
-    with pytest.raises(UserError, match=r"has other sizes than n_layer=5, n_ff=24: set --config.model.n_layer=\d+ --"):
+    with pytest.raises(UserError, match=r"differs from n_layer=5, n_ff=24: set --config.model.n_layer=\d+ --"):
         start_from(parent / "run", config, tmp_path / "run", quiet)
     assert not (tmp_path / "run").exists()
 

@@ -85,7 +85,7 @@ def _training(config: Config, mesh: Mesh, dtype: Any, graphdef: Any, sharded: An
     used = sharding.describe(mesh)
     # A run determines the learning rate and the length of an epoch; neither changes the shapes of the program.
     schedule = optimizer.warmup_cosine(config.scheduler, peak=1e-3, epoch_steps=100)
-    tx = optimizer.make_optimizer(config.optimizer, schedule, mesh)
+    tx = optimizer.make_optimizer(config, schedule, mesh)
     state = state_shapes(params, tx, config.seed, dtype)
     state = sharding.with_sharding(state_sharding(state, mesh), state)
     B, T, n = config.data.batch_size, config.model.block_size, mesh.size

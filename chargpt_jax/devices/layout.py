@@ -88,6 +88,11 @@ def device_mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
         UserError: if the devices, the batch or the model cannot be split like this.
     """
     wanted, model = config.mesh, config.model
+    if model.kind != "gpt" and wanted.fsdp * wanted.tensor > 1:
+        raise UserError(
+            f"mesh.fsdp is {wanted.fsdp} and mesh.tensor is {wanted.tensor}, but with model.kind {model.kind!r} they "
+            "must be 1: set mesh.data, or train a 'gpt'."
+        )
     each = wanted.fsdp * wanted.tensor
     data = wanted.data or max(1, len(devices) // each)
     if data * each > len(devices):

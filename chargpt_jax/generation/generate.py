@@ -352,7 +352,7 @@ def predict_last(model: GPT, tokens: jax.Array, last: jax.Array) -> jax.Array:
     x = model.features(tokens, layers=index)
     graphdef, stacked = nnx.split(model.blocks)
     block: Block = nnx.merge(graphdef, jax.tree.map(lambda stack: stack[index], stacked))
-    _, k, v = block.attn.project(block.ln_1(x), rotary(jnp.arange(T), D))
+    _, k, v = block.project(x, rotary(jnp.arange(T), D))
     keys, values = k.swapaxes(2, 3), v.swapaxes(2, 3)
 
     def attend(q: jax.Array, *_: jax.Array) -> tuple[jax.Array, None]:

@@ -379,7 +379,7 @@ def _rebuilt(
 
 def state_shapes_of(config: Config, dtype: Any) -> tuple[nnx.GraphDef, Any]:
     """Return a model's static description, and its training state with shapes in place of arrays, on one device."""
-    tx = optimizer.empty(config.optimizer)
+    tx = optimizer.empty(config)
     graphdef, params = abstract_model(config.model, ops_for(dtype, config.model.attention_block))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return graphdef, sharding.with_sharding(here, state_shapes(params, tx, 0, dtype))

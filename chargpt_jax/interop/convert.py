@@ -90,7 +90,7 @@ def _write_run(
     folder.save_corpus(tokenizer, tokens if len(tokens) else None, sources)
     folder.save_config(config)
     record = record_of(config, tokenizer.vocabulary, tokens)
-    tx = optimizer.empty(config.optimizer)
+    tx = optimizer.empty(config)
     state = create_state(jax.device_put(params), tx, config.seed, compute_dtype(config.amp))
     store = Checkpoints(folder.checkpoints)
     try:
@@ -142,6 +142,11 @@ def export(
         UserError: if the format, the path or the model is invalid; no file has been written then.
     """
     path = export_place(form, out)
+    if config.model.kind != "gpt":
+        raise UserError(
+            f"model.kind is {config.model.kind!r}, but only a 'gpt' can be exported: train one with "
+            "--config.model.kind=gpt."
+        )
     if tokenizer.unit == "byte":
         raise UserError(
             "The tokens of this model are bytes, but an exported model has characters: train one with "

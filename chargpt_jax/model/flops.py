@@ -20,7 +20,8 @@ PEAK_TFLOPS = {
 def training_flops(model: ModelConfig, batch_size: int) -> float:
     """Return the FLOPs of one training step: 6 per weight of a matrix and token, plus those of attention."""
     width = model.n_head * model.n_head_dim
-    layer = model.n_embd * 3 * width + width * model.n_embd + 2 * model.n_embd * model.n_ff
+    mlp = 3 if model.kind == "ngpt" else 2  # matrices
+    layer = model.n_embd * 3 * width + width * model.n_embd + mlp * model.n_embd * model.n_ff
     weights = model.n_layer * layer + model.vocab_size * model.n_embd
     attention = 12 * model.n_layer * width * model.block_size
     return float(6 * weights + attention) * batch_size * model.block_size

@@ -27,6 +27,9 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, LayerCache
 The cache is None in training, new keys and values in prefill, and the whole KV cache in decoding.
 """
 
+Multiply = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""From x [..., fan_in], a kernel [fan_in, fan_out] and a bias [fan_out] to [..., fan_out]: an operation of `Ops`."""
+
 Rope = tuple[jax.Array, jax.Array]
 """cos and sin of the positions' angles, [..., D / 2] each."""
 
@@ -39,7 +42,7 @@ MASKED = -1e9
 class Linear(nnx.Module):
     """x W + b, by one of the two operations of `Ops`: `linear` or `linear_out`."""
 
-    def __init__(self, fan_in: int, fan_out: int, linear: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]):
+    def __init__(self, fan_in: int, fan_out: int, linear: Multiply):
         self.linear = linear
         self.kernel = nnx.Param(jnp.zeros((fan_in, fan_out)))
         self.bias = nnx.Param(jnp.zeros(fan_out))
@@ -109,6 +112,10 @@ class Block(nnx.Module):
         self.attn = Attention(config, ops)
         self.ln_2 = LayerNorm(config.n_embd, ops)
         self.mlp = MLP(config, ops)
+
+    def project(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the queries, keys and values of the layer's input x, as `Attention.project` does."""
+        return self.attn.project(self.ln_1(x), rope)
 
     def __call__(
         self, x: jax.Array, rope: Rope, attend: Attend[LayerCache], seeds: jax.Array | None = None
@@ -210,8 +217,12 @@ class GPT(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Map the last block's output [B, T, C] to logits, float32 [B, T, V]; those of unused ids are `MASKED`."""
-        logits = self.ops.unembed(self.ln_f(x), self.wte.embedding[...])
+        logits = self.unmasked_logits(x)
         if not self.config.mask_unused_ids:
             return logits
         ids = jnp.arange(self.config.vocab_size)
         return jnp.where((ids > 0) & (ids < self.config.used_ids), logits, MASKED)
+
+    def unmasked_logits(self, x: jax.Array) -> jax.Array:
+        """Map the last block's output [B, T, C] to logits, float32 [B, T, V], of all ids."""
+        return self.ops.unembed(self.ln_f(x), self.wte.embedding[...])

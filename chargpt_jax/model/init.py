@@ -1,7 +1,8 @@
-"""Build a model: its static description, its parameters' shapes, and their initial values as PyTorch draws them.
+"""Build a model: its static description, its parameters' shapes, and its initial parameters.
 
-Every kernel and bias is uniform in +-1 / sqrt(fan_in), PyTorch's default for Linear; the embedding table, tied to the
-head, takes the head's. LayerNorm starts at scale 1 and bias 0. The random bits are those of hash_rng.py.
+Those of the GPT are as PyTorch draws them: every kernel and bias is uniform in +-1 / sqrt(fan_in), PyTorch's default
+for Linear; the embedding table, tied to the head, takes the head's. LayerNorm starts at scale 1 and bias 0. The random
+bits are those of hash_rng.py. The initial parameters of nGPT are in ngpt.py.
 """
 
 import functools
@@ -15,6 +16,7 @@ from flax import nnx
 
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.hash_rng import random_bits, seeds_of, unit
+from chargpt_jax.model import ngpt
 from chargpt_jax.model.gpt import GPT
 from chargpt_jax.ops.plain import Ops
 
@@ -33,7 +35,8 @@ def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, dtype: type = j
 
 def abstract_model(config: ModelConfig, ops: Ops) -> tuple[nnx.GraphDef, Params]:
     """Return a model's static description and its parameters' shapes."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPT(config, ops)))
+    kind = ngpt.NGPT if config.kind == "ngpt" else GPT
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: kind(config, ops)))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(state))
     return graphdef, shapes
 
@@ -103,10 +106,13 @@ def plan(
     Returns:
         The static description, the parameters' shapes, and the function that draws the parameters.
     """
-    graphdef, shapes = abstract_model(config, ops or Ops())
+    ops = ops or Ops()
+    graphdef, shapes = abstract_model(config, ops)
     key = jax.random.key(seed)
     # One program, which the compilation cache keeps; drawing array by array would compile dozens at every start.
-    drawing = jax.jit(functools.partial(initial_params, shapes), compiler_options=compiler_options)
+    normalised = functools.partial(ngpt.initial_params, config, ops)
+    draw = normalised if config.kind == "ngpt" else functools.partial(initial_params, shapes)
+    drawing = jax.jit(draw, compiler_options=compiler_options)
     return graphdef, shapes, lambda: drawing(key)
 
 

@@ -66,6 +66,7 @@ def all_facts(workdir: str | Path | Workdir, warn: Warn = print) -> dict[str, An
         "n_validation": n_validation,
         "unit": config.data.unit,
         "vocabulary": config.model.used_ids - 1,
+        "model_kind": config.model.kind,
         "parameters": count_parameters(like.params),
         **{name: getattr(config.model, name) for name in ("block_size", "n_layer", "n_embd", "n_head", "n_head_dim")},
         "characters_per_step": config.data.batch_size * config.model.block_size,

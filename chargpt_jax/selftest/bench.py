@@ -101,7 +101,7 @@ class Bench:
     @cached_property
     def fresh(self) -> TrainState:
         """Its state before the first update."""
-        return self.setup.initial_state(optimizer.empty(self.setup.config.optimizer))
+        return self.setup.initial_state(optimizer.empty(self.setup.config))
 
     def fail(self, sentence: str) -> None:
         """Record a failed check."""

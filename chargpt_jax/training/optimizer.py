@@ -1,4 +1,4 @@
-"""The optimizer as one optax transformation: learning-rate schedule, decay mask, AdamW or Muon."""
+"""The optimizer as one optax transformation: learning-rate schedule, decay mask, AdamW or Muon, unit norms."""
 
 from functools import partial
 from typing import Any
@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from chargpt_jax.config import MAX_STEPS, OptimizerConfig, SchedulerConfig
+from chargpt_jax.config import MAX_STEPS, Config, OptimizerConfig, SchedulerConfig
 from chargpt_jax.devices.sharding import sharded_update
 from chargpt_jax.errors import UserError
+from chargpt_jax.model.ngpt import unit_norm
 from chargpt_jax.training.muon import is_layer_matrix, scale_by_muon
 
 EPS = 1e-8
@@ -62,22 +63,35 @@ def decay_mask(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_optimizer(
-    config: OptimizerConfig, learning_rate: optax.ScalarOrSchedule, mesh: Mesh | None = None
+    config: Config, learning_rate: optax.ScalarOrSchedule, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
     """Return the optimizer of a config, with gradient clipping if the config sets it.
 
     Args:
-        config: of the optimizer.
+        config: of the run.
         learning_rate: a number, or a function from the step, counted from 0, to a number.
         mesh: the devices that shard the update; None: one device.
     """
-    update = (adamw if config.kind == "adamw" else muon)(config, learning_rate, mesh)
-    if config.clip_norm is None:
-        return update
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    own = config.optimizer
+    update = (adamw if own.kind == "adamw" else muon)(own, learning_rate, mesh)
+    if own.clip_norm is not None:
+        update = optax.chain(optax.clip_by_global_norm(own.clip_norm), update)
+    return with_unit_norms(update) if config.model.kind == "ngpt" else update
 
 
-def empty(config: OptimizerConfig) -> optax.GradientTransformation:
+def with_unit_norms(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return an optimizer after whose updates the matrices of an nGPT have vectors of length 1, up to rounding."""
+
+    def update(
+        gradient: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, state = tx.update(gradient, state, params)
+        return jax.tree.map(jnp.subtract, unit_norm(optax.apply_updates(params, updates)), params), state
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def empty(config: Config) -> optax.GradientTransformation:
     """Return an optimizer whose state has the structure of a run's, for use where no learning rate is known.
 
     A run's learning rate is a schedule, which adds a step counter to the state; here the schedule is zero.

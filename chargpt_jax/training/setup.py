@@ -118,7 +118,7 @@ def range_test_steps(
     """
 
     def optimizer_at(i: jax.Array) -> optax.GradientTransformation:
-        return optimizer.make_optimizer(config.optimizer, rates[i], mesh)
+        return optimizer.make_optimizer(config, rates[i], mesh)
 
     state, history = train_steps(
         state, text, count, optimizer_at=optimizer_at, config=config, graphdef=graphdef, mesh=mesh
@@ -219,7 +219,7 @@ class Setup:
         Raises:
             NoCheckpoint: if it is damaged.
         """
-        tx, here = optimizer.empty(self.config.optimizer), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        tx, here = optimizer.empty(self.config), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = sharding.with_sharding(here, state_shapes(self.shapes, tx, self.config.seed, self.dtype))
         with contextlib.closing(Checkpoints(checkpoints)) as store:
             params: Params = store.load(step, lambda record: like)[2].params

@@ -100,7 +100,7 @@ def train(
                 yield Ended(0, 0.0, math.inf, condition.signal, condition.out_of_time)
                 return
         setup, schedule = Setup.of(run), run.schedule()
-        tx = optimizer.make_optimizer(run.config.optimizer, schedule, setup.mesh)
+        tx = optimizer.make_optimizer(run.config, schedule, setup.mesh)
         with (
             contextlib.closing(
                 Checkpoints(folder.checkpoints, keep_last=run.config.train.keep_last, warn=warn)
@@ -181,7 +181,7 @@ def _range_test_losses(run: Run, setup: Setup, feed: Feed, condition: StopCondit
     finder, checkpoints = run.config.lr_finder, run.workdir.checkpoints
     if processes.agreed((checkpoints / "0").is_dir()):
         setup.initial_params = functools.partial(setup.params_of, checkpoints, 0)
-    tx = optimizer.make_optimizer(run.config.optimizer, 0.0)
+    tx = optimizer.make_optimizer(run.config, 0.0)
     steps = jit_range_test_steps(run.config, setup.graphdef, setup.mesh, setup.state_shapes(tx))
     size = DispatchSize(run.config)
 

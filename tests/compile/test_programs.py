@@ -67,7 +67,7 @@ def test_programs_have_the_shapes_of_a_real_run(tmp_path):
     config = small_config(write_words(tmp_path / "words.txt"))
     list(prepare(config, tmp_path / "run"))
     setup = Setup.of(Run.load(tmp_path / "run"))
-    tx = optimizer.make_optimizer(setup.config.optimizer, optimizer.warmup_cosine(setup.config.scheduler, 1e-2, 10))
+    tx = optimizer.make_optimizer(setup.config, optimizer.warmup_cosine(setup.config.scheduler, 1e-2, 10))
     training, validation, *_ = ahead.programs(setup.config, jax.local_devices())
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)  # noqa: E731
     assert shapes(training.args[0]) == shapes(setup.initial_state(tx))

@@ -106,7 +106,7 @@ def shapes_of(config: Config, kind: str = "adamw") -> Any:
     """Return the training state of a config, as shapes."""
     config.model.vocab_size, config.optimizer.kind = 64, kind
     _, params = abstract_model(config.model, Ops())
-    return state_shapes(params, optimizer.empty(config.optimizer), 0, jnp.float32)
+    return state_shapes(params, optimizer.empty(config), 0, jnp.float32)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -150,7 +150,7 @@ def trained(workdir: Path, data: int, fsdp: int, tensor: int, kind: str = "adamw
     setup = Setup.of(run)
     params = setup.initial_params()
     setup = replace(setup, initial_params=lambda: jax.tree.map(lambda x: x.astype(jnp.float64), params))
-    tx = optimizer.make_optimizer(run.config.optimizer, 1e-2, setup.mesh)
+    tx = optimizer.make_optimizer(run.config, 1e-2, setup.mesh)
     state = setup.initial_state(tx)
     steps = jit_train_steps(run.config, setup.graphdef, tx, setup.mesh, state)
     compiled = steps.lower(state, setup.on_device, np.int32(STEPS)).compile()

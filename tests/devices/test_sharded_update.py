@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from chargpt_jax.config import OptimizerConfig
+from chargpt_jax.config import Config, OptimizerConfig
 from chargpt_jax.devices import sharding
 from chargpt_jax.devices.sharding import optimizer_sharding, sharded_update
 from chargpt_jax.training import optimizer
@@ -23,7 +23,7 @@ SHARE, WHOLE = ("data",), ()
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_only_adam_moments_of_large_arrays_are_sharded(kind, hidden, clip):
     mesh = sharding.data_mesh(2, [Device("gpu", id=i) for i in range(2)])
-    tx = optimizer.make_optimizer(OptimizerConfig(kind=kind, clip_norm=clip), 1e-3, mesh)
+    tx = optimizer.make_optimizer(Config(optimizer=OptimizerConfig(kind=kind, clip_norm=clip)), 1e-3, mesh)
     state = jax.eval_shape(tx.init, PARAMS)
     found = optimizer_sharding(state, mesh)
     assert jax.tree.structure(found) == jax.tree.structure(state)

@@ -259,7 +259,7 @@ def trained(workdir: Path, n_devices: int, parts: int, kind: str = "adamw", leas
     params = setup.initial_params()
     setup = replace(setup, initial_params=lambda: jax.tree.map(lambda x: x.astype(jnp.float64), params))
     config = replace(setup.config, optimizer=replace(setup.config.optimizer, accumulation_steps=parts, kind=kind))
-    tx = optimizer.make_optimizer(config.optimizer, 1e-2, setup.mesh)
+    tx = optimizer.make_optimizer(config, 1e-2, setup.mesh)
     state, count = setup.initial_state(tx), np.int32(STEPS)
     step = jit_train_steps(config, setup.graphdef, tx, setup.mesh, state)
     compiled = step.lower(state, setup.on_device, count).compile()

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from chargpt_jax.config import ModelConfig, OptimizerConfig
+from chargpt_jax.config import Config, ModelConfig, OptimizerConfig
 from chargpt_jax.training.muon import MARGIN, POLYNOMIALS, is_layer_matrix, orthogonal, scale_by_muon
 from chargpt_jax.training.optimizer import adamw, make_optimizer
 from tests.pairing import built, x64
@@ -144,7 +144,7 @@ def test_other_arrays_are_updated_by_adamw():
     config = OptimizerConfig(weight_decay=0.1, betas=(0.9, 0.95), kind="muon")
     params, gradients = model_like(9), [model_like(seed) for seed in range(3)]
     for mine, plain in zip(
-        moves(make_optimizer(config, rate), params, gradients),
+        moves(make_optimizer(Config(optimizer=config), rate), params, gradients),
         moves(adamw(config, rate), params, gradients),
         strict=True,
     ):
@@ -159,7 +159,7 @@ def test_muon_learning_rate_and_weight_decay_of_matrices():
     config = OptimizerConfig(weight_decay=0.5, kind="muon", muon_factor=4.0, muon_momentum=0.0, muon_steps=5)
     params, gradient = model_like(9), model_like(0)
     with x64(True):
-        (got,) = moves(make_optimizer(config, 0.01), params, [gradient])
+        (got,) = moves(make_optimizer(Config(optimizer=config), 0.01), params, [gradient])
     for name, keys in {"proj": ("attn", "proj"), "down": ("mlp", "down")}.items():
         x, g = (tree["blocks"][keys[0]][keys[1]]["kernel"] for tree in (params, gradient))
         expected = -0.01 * (4 * expected_direction(name, g, 5) + 0.5 * x)
@@ -170,7 +170,9 @@ def test_the_gradient_is_clipped_first():
     """Muon ignores the scale of a matrix, but not the relative scale of gradients of different steps."""
     params, short, long = model_like(9), model_like(0), jax.tree.map(lambda x: 1e3 * x, model_like(1))
     free, clipped = (
-        moves(make_optimizer(OptimizerConfig(kind="muon", clip_norm=limit), 0.01), params, [short, long])[-1]
+        moves(
+            make_optimizer(Config(optimizer=OptimizerConfig(kind="muon", clip_norm=limit)), 0.01), params, [short, long]
+        )[-1]
         for limit in (None, 1.0)
     )
     name = "['blocks']['mlp']['down']['kernel']"

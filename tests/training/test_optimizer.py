@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from chargpt_jax.config import ModelConfig, OptimizerConfig, SchedulerConfig
+from chargpt_jax.config import Config, ModelConfig, OptimizerConfig, SchedulerConfig
 from chargpt_jax.training.optimizer import adamw, decay_mask, make_optimizer, total_steps, warmup_cosine
 from tests import reference
 from tests.pairing import built, x64
@@ -190,7 +190,7 @@ def test_a_gradient_above_clip_norm_counts_as_one_of_that_norm():
     params, direction = tree(rng), tree(rng)
     norm = math.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(direction)))
     long, short, unit = (jax.tree.map(lambda x, s=s: x * s / norm, direction) for s in (10.0, 0.5, 1.0))
-    free, clipped = (make_optimizer(OptimizerConfig(clip_norm=limit), 0.01) for limit in (None, 1.0))
+    free, clipped = (make_optimizer(Config(optimizer=OptimizerConfig(clip_norm=limit)), 0.01) for limit in (None, 1.0))
     # Adam ignores a constant factor: clipping shows only if the norm changes between steps.
     for one, two in zip(
         jax.tree.leaves(updated(clipped, params, [short, long])),

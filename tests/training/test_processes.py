@@ -35,7 +35,7 @@ run, found = Run.load(workdir), []
 for mesh in (MeshConfig(), MeshConfig(fsdp=4), MeshConfig(fsdp=2, tensor=2)):
     config = dataclasses.replace(run.config, mesh=mesh)
     setup = Setup.on(config, run.tokens, run.tokenizer.vocabulary)
-    fresh = setup.initial_state(optimizer.empty(config.optimizer))
+    fresh = setup.initial_state(optimizer.empty(config))
     state = restored(setup, fresh, Path(workdir, "checkpoints"), print)
     split = sum(not x.is_fully_replicated for x in jax.tree.leaves(state))
     arrays = processes.on_host(state)

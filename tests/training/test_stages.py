@@ -62,7 +62,7 @@ def quiet(_: str) -> None:
 def final(workdir):
     """Return the arrays of the newest checkpoint of a run, by path."""
     setup = Setup.of(Run.load(workdir))
-    tx = optimizer.empty(setup.config.optimizer)
+    tx = optimizer.empty(setup.config)
     store = Checkpoints(Workdir(workdir).checkpoints)
     fresh = setup.initial_state(tx)
     _, _, state = store.load("latest", lambda record: fresh)
@@ -504,7 +504,7 @@ def test_error_of_initialisation_in_the_thread_is_raised(text, tmp_path):
         raise MemoryError
 
     setup = dataclasses.replace(Setup.of(Run.load(tmp_path)), initial_params=draw)
-    state = setup.initial_state_in_background(optimizer.make_optimizer(setup.config.optimizer, 1e-3))
+    state = setup.initial_state_in_background(optimizer.make_optimizer(setup.config, 1e-3))
     with pytest.raises(MemoryError):
         state.result()
 

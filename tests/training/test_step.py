@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from chargpt_jax.config import ModelConfig, OptimizerConfig
+from chargpt_jax.config import Config, ModelConfig, OptimizerConfig
 from chargpt_jax.training.optimizer import adamw, make_optimizer
 from chargpt_jax.training.step import create_state, cross_entropy_sum, eval_step, train_step
 from tests import reference
@@ -138,7 +138,7 @@ def test_step_is_exact_and_sums_in_a_fixed_order(kind, platform):
     """All float32 products have full precision, also backward and in the optimizer; no scatter has several indices."""
     config = dataclasses.replace(CONFIG, attention_block=5)
     graphdef, params = built(config, 0, jnp.float32, platform)
-    tx = make_optimizer(OptimizerConfig(kind=kind), 1e-3)
+    tx = make_optimizer(Config(optimizer=OptimizerConfig(kind=kind)), 1e-3)
     step = partial(train_step, graphdef=graphdef, tx=tx)
     found = list(lines(jax.make_jaxpr(step)(create_state(params, tx, 0), batch()).jaxpr))
     dots = [line for line in found if line.primitive.name == "dot_general"]

@@ -63,7 +63,7 @@ def layers(
     graphdef, state = nnx.split(blocks)
     stacked = nnx.to_pure_dict(state)
     L = len(jax.tree.leaves(stacked)[0]) if count is None else count
-    if L > MAX_UNROLLED:
+    if L > MAX_UNROLLED or "ln_1" not in stacked:  # nGPT has no LayerNorm
         return plain.layers(layer, blocks, carry, remat=remat, count=count)
     names = SAVED if remat else (*SAVED, LINEAR)
     policy = jax.checkpoint_policies.save_only_these_names(*names)

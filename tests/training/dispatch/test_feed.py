@@ -56,7 +56,7 @@ def trained(config: Config, workdir: Path) -> str:
 def state_of(workdir: Path) -> str:
     """Return the digest of the newest checkpoint."""
     setup = Setup.of(Run.load(workdir))
-    fresh = setup.initial_state(optimizer.empty(setup.config.optimizer))
+    fresh = setup.initial_state(optimizer.empty(setup.config))
     return digest(on_host(stages.restored(setup, fresh, Workdir(workdir).checkpoints, quiet)))
 
 

@@ -1,0 +1,89 @@
+"""nGPT as a run: trained, resumed, fine-tuned, sampled from, scored and inspected; it is not exported."""
+
+import jax
+import numpy as np
+import pytest
+
+import chargpt_jax
+from chargpt_jax.errors import UserError
+from chargpt_jax.main import main
+from tests.corpus_text import small_config, write_words
+
+
+def quiet(text: str) -> None:
+    """Drop a message."""
+
+
+def config_for(path, steps=30):
+    config = small_config(str(path))
+    config.model.kind = "ngpt"
+    config.scheduler.max_steps = steps
+    return config
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    """A trained nGPT and its text."""
+    folder = tmp_path_factory.mktemp("ngpt")
+    list(chargpt_jax.train(config_for(write_words(folder / "words.txt")), folder / "run", quiet))
+    return folder
+
+
+def test_a_run_learns_and_says_what_it_is(parent, capsys):
+    found = chargpt_jax.info(parent / "run")
+    assert found["best_loss"] < 0.8 * np.log(found["vocabulary"])
+    assert main(["main", "--mode=info", f"--workdir={parent / 'run'}"]) == 0
+    assert "nGPT, " in capsys.readouterr().out
+
+
+def test_generated_text_has_the_metrics_of_a_scored_one(parent):
+    model = chargpt_jax.load(parent / "run")
+    (inside,) = model.generate("ab c", max_new_tokens=model.config.model.block_size - 4, seed=1)
+    again = model.score(inside.text)
+    np.testing.assert_allclose(inside.surprisal[1:], again.surprisal[1:], atol=1e-4)
+    (longer,) = model.generate("ab c", max_new_tokens=model.config.model.block_size + 8, seed=1)
+    assert longer.text.startswith(inside.text), "the text goes on beyond the context"
+    several = model.generate(["ab c", "a"], max_new_tokens=12, seed=1)
+    assert [len(sample.text) for sample in several] == [16, 13]
+
+
+def test_inspection_ends_with_the_scores(parent):
+    model = chargpt_jax.load(parent / "run")
+    inside, scored = chargpt_jax.inspect(model, "ab cde jk"), model.score("ab cde jk")
+    np.testing.assert_allclose(inside.surprisal[-1, 1:], scored.surprisal[1:], atol=1e-4)
+    np.testing.assert_allclose(inside.attention.sum(axis=-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["hf", "original", "html"])
+def test_export_is_refused_in_one_sentence(parent, tmp_path, form):
+    out = tmp_path / ("page.html" if form == "html" else "folder")
+    with pytest.raises(UserError, match=r"model\.kind is 'ngpt', but only a 'gpt' can be exported"):
+        chargpt_jax.export(parent / "run", out, form)
+    assert not out.exists()
+
+
+def test_devices_do_not_split_its_parameters(parent, tmp_path):
+    config = config_for(parent / "words.txt")
+    config.mesh.fsdp = 2
+    with pytest.raises(UserError, match=r"with model\.kind 'ngpt' they must be 1: set mesh\.data"):
+        list(chargpt_jax.train(config, tmp_path / "run", quiet))
+
+
+def test_fine_tuning_keeps_every_row_of_known_characters(parent, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("Zebras quiz 1234 words. " * 200, encoding="utf-8")
+    list(chargpt_jax.train(config_for(other, steps=1), tmp_path / "run", quiet, start_from=parent / "run"))
+    first, known = chargpt_jax.load(tmp_path / "run", step=0), chargpt_jax.load(parent / "run")
+    for name, leaf in (("wte", "embedding"), ("head", "embedding"), ("logit_scale", "scale")):
+        own, theirs = first.params[name][leaf], known.params[name][leaf]
+        for i, character in enumerate(known.tokenizer.vocabulary):
+            np.testing.assert_array_equal(own[first.tokenizer.vocabulary.index(character)], theirs[i])
+    assert np.array_equal(*(jax.tree.leaves(model.params["blocks"])[0] for model in (first, known)))
+
+
+def test_the_kinds_are_not_mixed(parent, tmp_path):
+    config = small_config(str(parent / "words.txt"))
+    with pytest.raises(UserError, match=r"differs from kind=gpt: set --config\.model\.kind=ngpt"):
+        list(chargpt_jax.train(config, tmp_path / "run", quiet, start_from=parent / "run"))
+    with pytest.raises(UserError, match=r"model\.kind: saved 'ngpt', given 'gpt'"):
+        list(chargpt_jax.train(config, parent / "run", quiet))
