@@ -93,7 +93,7 @@ def work_per_unit(text: str) -> Work:
 
     A program whose work is a loop of unknown length, such as the training steps of a dispatch, is measured by one
     iteration of it, and so is the loop inside that one. Other programs are measured by one execution. What is done
-    once before such a loop may be more than one of its iterations, but not more than three.
+    once before such a loop may be more than one of its iterations, but not more than two.
 
     Args:
         text: the optimised HLO, as `Compiled.as_text()` returns it.
@@ -113,12 +113,12 @@ class Module:
             self.entry = name if is_entry else self.entry
 
     def unit(self) -> Work:
-        """Return the work of one iteration of the innermost loop of unknown length with at least 1/4 of the work."""
+        """Return the work of one iteration of the innermost loop of unknown length with at least 1/3 of the work."""
         name, condition = self.entry, NOTHING
         while True:
             loops = [i for i in self.computations[name].values() if i.opcode == "while" and self.trips(name, i) is None]
             largest = max(loops, key=lambda loop: self.work(*loop.called("body")).total, default=None)
-            if largest is None or 4 * self.work(*largest.called("body")).total < self.work(name).total:
+            if largest is None or 3 * self.work(*largest.called("body")).total < self.work(name).total:
                 return self.work(name).plus(condition)
             (name,), condition = largest.called("body"), self.work(*largest.called("condition"))
 
