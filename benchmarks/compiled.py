@@ -23,7 +23,7 @@ from chargpt_jax.compile.programs import programs, with_vocabulary
 from chargpt_jax.compile.report import as_dict, gigaflop
 from chargpt_jax.compile.topology import open_topology
 from chargpt_jax.config import Config, MeshConfig
-from chargpt_jax.config_io import load_config
+from chargpt_jax.config.files import load_config
 from chargpt_jax.model.init import abstract_model, count_parameters
 from chargpt_jax.ops.plain import Ops
 

@@ -24,7 +24,9 @@ from benchmarks.accelerator import SHAPE
 from benchmarks.baselines import number
 from benchmarks.implementations import config_of
 from benchmarks.tables import load
-from chargpt_jax.config import MAX_BYTES, MAX_STEPS, Config, DataConfig
+from chargpt_jax.config import Config, DataConfig
+from chargpt_jax.config.rules import MAX_BYTES
+from chargpt_jax.config.sections import MAX_STEPS
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.model.flops import PEAK_TFLOPS, training_flops
 from chargpt_jax.model.init import Params, abstract_model, count_parameters
@@ -275,7 +277,7 @@ def limits_table() -> str:
     """Return the limits of a config, from the code."""
     megabytes = next(f for f in dataclasses.fields(DataConfig) if f.name == "max_megabytes").metadata["most"]
     rows = [
-        ["memory of a training, by `min_memory` in config.py", f"{MAX_BYTES / 1e9:,.0f} GB"],
+        ["memory of a training, by `min_memory` in config/rules.py", f"{MAX_BYTES / 1e9:,.0f} GB"],
         ["text, all files together: `data.max_megabytes`", f"{megabytes / 1e3:,.0f} GB"],
         ["training steps", amount(MAX_STEPS)],
     ]

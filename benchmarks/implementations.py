@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from chargpt_jax.config import Config
-from chargpt_jax.config_io import load_config
+from chargpt_jax.config.files import load_config
 from chargpt_jax.devices import startup
 
 BATCH_SIZES = {"small": 4, "nanogpt_baby": 8, "nanogpt_cpu": 12}

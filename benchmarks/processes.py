@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.baselines import machine
-from chargpt_jax.config_io import to_json
+from chargpt_jax.config.saved import to_json
 from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.selftest.bench import CHARACTERS, everything, shrunk
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.baselines import machine
-from chargpt_jax.config_io import load_config
+from chargpt_jax.config.files import load_config
 from chargpt_jax.events import LRFinderStep
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.run import Run

@@ -30,7 +30,8 @@ from torch.nn import functional as F  # noqa: N812
 
 import chargpt_jax
 from chargpt_jax.config import Config
-from chargpt_jax.config_io import flatten, load_config
+from chargpt_jax.config.files import load_config
+from chargpt_jax.config.saved import flatten
 from chargpt_jax.data.batches import steps_per_epoch
 from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.errors import UserError

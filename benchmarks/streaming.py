@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import psutil
 
-from chargpt_jax.config_io import load_config
+from chargpt_jax.config.files import load_config
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.dispatch.feed import Feed, OnDevice, Streamed
 from chargpt_jax.training.run import Run

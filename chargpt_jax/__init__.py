@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from chargpt_jax.cli.progress import show
     from chargpt_jax.config import Config
-    from chargpt_jax.config_io import load_config
+    from chargpt_jax.config.files import load_config
     from chargpt_jax.errors import UserError
 
     __version__: str
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "Config": "config",
     "UserError": "errors",
-    "load_config": "config_io",
+    "load_config": "config.files",
     "show": "cli.progress",
     **dict.fromkeys(
         (

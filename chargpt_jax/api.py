@@ -16,7 +16,8 @@ from chargpt_jax import fine_tuning
 from chargpt_jax.analysis.comparison import Comparison
 from chargpt_jax.analysis.inspection import Inspection, inspect
 from chargpt_jax.analysis.words import LettersOfWords, by_letter
-from chargpt_jax.config import Config, shown
+from chargpt_jax.config import Config
+from chargpt_jax.config.values import shown
 from chargpt_jax.data import batches
 from chargpt_jax.devices import processes, sharding
 from chargpt_jax.errors import UserError, excused, reason

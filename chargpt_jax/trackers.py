@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from chargpt_jax.config import Config
-from chargpt_jax.config_io import flatten
+from chargpt_jax.config.saved import flatten
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import Event, LRFinderStep, Steps, Validated
 

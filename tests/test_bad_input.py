@@ -22,7 +22,7 @@ import chargpt_jax
 from chargpt_jax import main
 from chargpt_jax.cli import terminal
 from chargpt_jax.cli.terminal import as_json
-from chargpt_jax.config import MAX_TEXT
+from chargpt_jax.config.sections import MAX_TEXT
 from chargpt_jax.errors import UserError
 from chargpt_jax.results.curves import training_curves
 from chargpt_jax.storage import checkpoint_record

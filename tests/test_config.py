@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chargpt_jax.config import Config, unknown_field, validate
-from chargpt_jax.config_io import differences, find_config, flatten, from_dict, load_config, to_json
+from chargpt_jax.config import Config, validate
+from chargpt_jax.config.files import find_config, load_config
+from chargpt_jax.config.saved import differences, flatten, from_dict, to_json
+from chargpt_jax.config.sections import unknown_field
 from chargpt_jax.errors import UserError
 
 SHIPPED = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")

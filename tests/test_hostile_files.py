@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chargpt_jax.config import Config, min_memory
+from chargpt_jax.config import Config
 from chargpt_jax.config import validate as validated
-from chargpt_jax.config_io import MAX_JSON, from_dict, load_config, read_json, to_json
+from chargpt_jax.config.files import load_config
+from chargpt_jax.config.json_file import MAX_JSON, read_json
+from chargpt_jax.config.rules import min_memory
+from chargpt_jax.config.saved import from_dict, to_json
 from chargpt_jax.data.corpus import MAX_SCORED, load_corpus, read_text
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError

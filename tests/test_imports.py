@@ -66,27 +66,26 @@ def test_imports_at_load_time_and_later_are_distinguished():
 MAY_IMPORT = {
     **dict.fromkeys(("errors", "events", "hash_rng", "atomic"), ""),
     "config": "errors",
-    "config_io": "config errors",
     "data": "atomic config errors hash_rng",
     "devices": "config errors",
     "pictures": "errors events",
     "ops": "devices hash_rng",
     "model": "config hash_rng ops",
-    "storage": "atomic config config_io data errors",
-    "training": "config config_io data devices errors events hash_rng model ops storage",
-    "generation": "config config_io data devices errors events hash_rng model ops pictures storage training",
-    "interop": "atomic config config_io data devices errors pictures storage training",
+    "storage": "atomic config data errors",
+    "training": "config data devices errors events hash_rng model ops storage",
+    "generation": "config data devices errors events hash_rng model ops pictures storage training",
+    "interop": "atomic config data devices errors pictures storage training",
     "analysis": "config errors generation model ops pictures",
     "results": "config data devices errors events generation model pictures storage training",
-    "trackers": "config config_io errors events",
+    "trackers": "config errors events",
     "fine_tuning": "config data devices errors generation storage training",
     "api": "analysis config data devices errors events fine_tuning generation interop results storage training",
-    "selftest": "config config_io data errors storage training",
+    "selftest": "config data errors storage training",
     "compile": "config devices errors generation model ops training",
-    "cli": "api compile config config_io data devices errors events generation pictures results selftest storage "
+    "cli": "api compile config data devices errors events generation pictures results selftest storage "
     "trackers training",
     "main": "cli devices errors",
-    "__init__": "api cli config config_io devices errors",
+    "__init__": "api cli config devices errors",
 }
 """The folders, or files at the top, that a folder may import, at any time: docs/architecture.md explains the order."""
 
@@ -205,7 +204,7 @@ HIDDEN = {"__builtins__", "__globals__", "__subclasses__", "__loader__", "__code
 MAY_RUN = {
     # The lazy names of the package, and the user's own --config.
     "__init__": {"importlib.import_module"},
-    "config_io": {"importlib.util.spec_from_file_location", "importlib.util.module_from_spec", ".exec_module"},
+    "config.files": {"importlib.util.spec_from_file_location", "importlib.util.module_from_spec", ".exec_module"},
     "compile.topology": {"importlib.util.find_spec"},  # whether libtpu is installed
     "selftest.bench": {"runpy.run_module"},  # the command itself, in a child
 }
@@ -260,7 +259,7 @@ def test_nothing_is_run_or_imported_by_its_name_but_the_users_own_config(name):
 def test_the_users_config_is_run_in_one_place():
     (function,) = [
         node
-        for node in ast.walk(TREES["config_io"])
+        for node in ast.walk(TREES["config.files"])
         if isinstance(node, ast.FunctionDef) and ".exec_module" in running(node)
     ]
     assert function.name == "load_config"

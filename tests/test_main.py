@@ -27,7 +27,7 @@ from chargpt_jax.cli.command_line import parse
 from chargpt_jax.cli.flags import MODES, define_flags
 from chargpt_jax.cli.signals import Signals
 from chargpt_jax.config import Config, validate
-from chargpt_jax.config_io import flatten, to_json
+from chargpt_jax.config.saved import flatten, to_json
 from chargpt_jax.data.batches import windows_per_pass
 from chargpt_jax.errors import UserError
 from chargpt_jax.main import DISK_ERRORS, main

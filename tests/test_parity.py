@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader, RandomSampler  # noqa: E402
 
 from benchmarks import fidelity  # noqa: E402
 from benchmarks.fidelity import CONFIG, KEYS, SIZES, STEPS, TRAINED, difference, ours, theirs  # noqa: E402
-from chargpt_jax.config import DataConfig, LRFinderConfig, SchedulerConfig, UserError  # noqa: E402
+from chargpt_jax.config import DataConfig, LRFinderConfig, SchedulerConfig  # noqa: E402
 from chargpt_jax.data.batches import steps_per_epoch  # noqa: E402
 from chargpt_jax.data.tokenizer import CharTokenizer  # noqa: E402
+from chargpt_jax.errors import UserError  # noqa: E402
 from chargpt_jax.training import lr_finder  # noqa: E402
 from chargpt_jax.training.optimizer import warmup_cosine  # noqa: E402
 from tests import pytorch_reference  # noqa: E402

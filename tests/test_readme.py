@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from chargpt_jax.cli.flags import MODES, define_flags
-from chargpt_jax.config_io import flatten, load_config
+from chargpt_jax.config.files import load_config
+from chargpt_jax.config.saved import flatten
 from tests.test_imports import MAY_IMPORT
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,8 @@ torch = pytest.importorskip("torch")
 import chargpt_jax  # noqa: E402
 from benchmarks import fidelity, seed_statistics  # noqa: E402
 from chargpt_jax.config import DataConfig, validate  # noqa: E402
-from chargpt_jax.config_io import differences, load_config  # noqa: E402
+from chargpt_jax.config.files import load_config  # noqa: E402
+from chargpt_jax.config.saved import differences  # noqa: E402
 from chargpt_jax.data.batches import batch_at  # noqa: E402
 from chargpt_jax.events import TrainStarted, Validated  # noqa: E402
 from chargpt_jax.ops.dropout import seeds_for  # noqa: E402

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from chargpt_jax.config import shown
+from chargpt_jax.config.values import shown
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.sample import Sample
 from chargpt_jax.pictures.page_assets import beside

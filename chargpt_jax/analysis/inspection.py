@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chargpt_jax.config import argument, shown
+from chargpt_jax.config.values import argument, shown
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.arguments import check_scored
 from chargpt_jax.generation.generate import bucket

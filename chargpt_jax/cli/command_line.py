@@ -23,16 +23,10 @@ from ml_collections import config_flags
 
 from chargpt_jax.cli.flags import FLAG_MODES, NEEDS_CONFIG, TEXTS, define_flags
 from chargpt_jax.cli.signals import Signals
-from chargpt_jax.config import Config, unknown_field, validate
-from chargpt_jax.config_io import (
-    fields_of_texts,
-    find_config,
-    flatten,
-    load_config,
-    naming,
-    optional_fields,
-    texts_of,
-)
+from chargpt_jax.config import Config, validate
+from chargpt_jax.config.files import find_config, load_config, naming, texts_of
+from chargpt_jax.config.saved import fields_of_texts, flatten, optional_fields
+from chargpt_jax.config.sections import unknown_field
 from chargpt_jax.devices import connecting, native_output, processes, startup
 from chargpt_jax.errors import UserError, reason, remedy
 

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from chargpt_jax.config_io import help_lines
+from chargpt_jax.config.saved import help_lines
 from chargpt_jax.devices.connecting import CONNECT_SECONDS
 
 MODES = {

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from chargpt_jax.cli.notebook import Notebook
 from chargpt_jax.cli.terminal import one_line
-from chargpt_jax.config import shown
+from chargpt_jax.config.values import shown
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import (
     AttentionChosen,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from chargpt_jax.config import VOCAB_MULTIPLE
+from chargpt_jax.config.rules import VOCAB_MULTIPLE
 from chargpt_jax.errors import UserError
 
 PADDING = 0

@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from chargpt_jax.config import MAX_TEXT, argument, shown
+from chargpt_jax.config.sections import MAX_TEXT
+from chargpt_jax.config.values import argument, shown
 from chargpt_jax.data.tokenizer import CharTokenizer, named
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.generate import bucket

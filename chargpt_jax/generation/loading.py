@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from chargpt_jax.config import Config
-from chargpt_jax.config_io import from_dict
+from chargpt_jax.config.saved import from_dict
 from chargpt_jax.data.repair import ALL, DEFAULT
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.devices import processes

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from chargpt_jax.config import argument, shown
+from chargpt_jax.config.values import argument, shown
 from chargpt_jax.data.tokenizer import for_reader
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.alternatives import Alternatives, array_of, listed

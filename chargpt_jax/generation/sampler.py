@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chargpt_jax.config import MAX_TEMPERATURE, argument, shown
+from chargpt_jax.config.sections import MAX_TEMPERATURE
+from chargpt_jax.config.values import argument, shown
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.samplers.chain import Chain, Given, chain_of
 from chargpt_jax.generation.samplers.contract import SamplerBase, State

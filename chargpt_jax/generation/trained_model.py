@@ -9,7 +9,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from chargpt_jax.config import MAX_TEXT, Config, argument, shown
+from chargpt_jax.config import Config
+from chargpt_jax.config.sections import MAX_TEXT
+from chargpt_jax.config.values import argument, shown
 from chargpt_jax.data.given_text import like_corpus, without_unknown
 from chargpt_jax.data.repair import DEFAULT
 from chargpt_jax.data.tokenizer import CharTokenizer, named

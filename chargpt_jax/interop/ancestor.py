@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from chargpt_jax.config import Config, ModelConfig
-from chargpt_jax.config_io import from_dict, read_json
+from chargpt_jax.config.json_file import read_json
+from chargpt_jax.config.saved import from_dict
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError
 from chargpt_jax.interop.array_names import LAYER, Params, layer_arrays

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from chargpt_jax.config import shown
+from chargpt_jax.config.values import shown
 from chargpt_jax.data.given_text import without_unknown
 from chargpt_jax.data.tokenizer import CharTokenizer, named
 from chargpt_jax.errors import ExpectedError, excused

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from chargpt_jax.config import Config, DataConfig
-from chargpt_jax.config_io import from_dict, to_json
+from chargpt_jax.config.saved import from_dict, to_json
 from chargpt_jax.data.corpus import load_corpus
 from chargpt_jax.selftest.damage import HANG
 from chargpt_jax.selftest.result import INTERVAL, Result

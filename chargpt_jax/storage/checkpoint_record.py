@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from chargpt_jax.config_io import from_dict
+from chargpt_jax.config.saved import from_dict
 from chargpt_jax.errors import UserError
 from chargpt_jax.storage.arrays.state_arrays import Description
 from chargpt_jax.storage.manifest import Damaged

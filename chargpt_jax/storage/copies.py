@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chargpt_jax import atomic
-from chargpt_jax.config_io import MAY_CHANGE, MAY_CHANGE_BEFORE_A_CHECKPOINT, differences
+from chargpt_jax.config.saved import MAY_CHANGE, MAY_CHANGE_BEFORE_A_CHECKPOINT, differences
 from chargpt_jax.errors import UserError
 from chargpt_jax.storage import lock, manifest
 from chargpt_jax.storage.checkpoint import DELETING, SAVING

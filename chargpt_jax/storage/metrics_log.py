@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from chargpt_jax import atomic
-from chargpt_jax.config import MAX_STEPS
+from chargpt_jax.config.sections import MAX_STEPS
 from chargpt_jax.errors import UserError, remedy
 
 MAX_METRICS = 1 << 30

@@ -16,19 +16,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from chargpt_jax import atomic
-from chargpt_jax.config import Config, shown
-from chargpt_jax.config_io import (
-    MAX_JSON,
-    MAY_CHANGE,
-    MAY_CHANGE_BEFORE_A_CHECKPOINT,
-    differences,
-    file_version,
-    from_dict,
-    naming,
-    read_json,
-    read_json_once,
-    to_json,
-)
+from chargpt_jax.config import Config
+from chargpt_jax.config.files import naming
+from chargpt_jax.config.json_file import MAX_JSON, file_version, read_json, read_json_once
+from chargpt_jax.config.saved import MAY_CHANGE, MAY_CHANGE_BEFORE_A_CHECKPOINT, differences, from_dict, to_json
+from chargpt_jax.config.values import shown
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError, reason, remedy
 from chargpt_jax.storage import manifest, saved_json

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from chargpt_jax.config import MAX_STEPS, Config, OptimizerConfig, SchedulerConfig
+from chargpt_jax.config import Config, OptimizerConfig, SchedulerConfig
+from chargpt_jax.config.sections import MAX_STEPS
 from chargpt_jax.devices.sharding import sharded_update
 from chargpt_jax.errors import UserError
 from chargpt_jax.model.ngpt import unit_norm

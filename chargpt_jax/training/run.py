@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from chargpt_jax.config import Config, validate
-from chargpt_jax.config_io import as_dict, differences, from_dict
+from chargpt_jax.config.saved import as_dict, differences, from_dict
 from chargpt_jax.data import batches
 from chargpt_jax.data.corpus import changed_files, read_corpus
 from chargpt_jax.data.sources import folders

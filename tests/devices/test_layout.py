@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from chargpt_jax.compile.hlo import COLLECTIVES, Module, work_per_unit
 from chargpt_jax.config import Config, MeshConfig
-from chargpt_jax.config_io import load_config
+from chargpt_jax.config.files import load_config
 from chargpt_jax.devices import layout, sharding
 from chargpt_jax.errors import UserError
 from chargpt_jax.model.init import abstract_model

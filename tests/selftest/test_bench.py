@@ -3,7 +3,7 @@
 import pytest
 
 from chargpt_jax.config import validate
-from chargpt_jax.config_io import load_config
+from chargpt_jax.config.files import load_config
 from chargpt_jax.selftest import bench
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from chargpt_jax.config import Config
-from chargpt_jax.config_io import load_config
+from chargpt_jax.config.files import load_config
 from chargpt_jax.data.tokenizer import CharTokenizer
 from chargpt_jax.errors import UserError
 from chargpt_jax.storage import manifest

@@ -15,7 +15,7 @@ import pytest
 
 from chargpt_jax import api, atomic
 from chargpt_jax.config import Config
-from chargpt_jax.config_io import load_config
+from chargpt_jax.config.files import load_config
 from chargpt_jax.devices.platform import BFLOAT16_ON_CPU
 from chargpt_jax.errors import NonFiniteLoss, UserError
 from chargpt_jax.events import (

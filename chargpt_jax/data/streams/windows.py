@@ -12,7 +12,7 @@ from collections.abc import Generator
 
 import numpy as np
 
-from chargpt_jax.config import MAX_STEPS
+from chargpt_jax.config.sections import MAX_STEPS
 from chargpt_jax.data.batches import windows_per_pass
 
 READERS = 4

@@ -16,8 +16,8 @@ import flax.struct
 import jax
 import numpy as np
 
-from chargpt_jax.config import argument
-from chargpt_jax.config import shown as code
+from chargpt_jax.config.values import argument
+from chargpt_jax.config.values import shown as code
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.samplers import feedback, filters, penalties, temperatures
 from chargpt_jax.generation.samplers.contract import SamplerBase, State

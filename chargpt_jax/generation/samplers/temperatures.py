@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chargpt_jax.config import MAX_TEMPERATURE
+from chargpt_jax.config.sections import MAX_TEMPERATURE
 from chargpt_jax.generation.samplers.contract import SamplerBase, State, as_array, entropy, log_probabilities, setting
 
 MIN_TEMPERATURE = 1e-6

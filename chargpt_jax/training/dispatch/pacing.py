@@ -8,7 +8,8 @@ import math
 import time
 from collections.abc import Callable
 
-from chargpt_jax.config import MAX_INT, Config, argument, shown
+from chargpt_jax.config import Config
+from chargpt_jax.config.values import MAX_INT, argument, shown
 from chargpt_jax.devices import processes
 from chargpt_jax.errors import UserError
 

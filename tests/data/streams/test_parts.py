@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chargpt_jax.config import DataConfig
-from chargpt_jax.config_io import load_config
+from chargpt_jax.config.files import load_config
 from chargpt_jax.data import download, gutenberg, sources
 from chargpt_jax.data.batches import sizes
 from chargpt_jax.data.corpus import Corpus, load_corpus, read_corpus

@@ -1,22 +1,17 @@
-"""Every setting of a run with its default, unit and limits, and `validate()`, which checks them all.
+"""Every setting of a run with its default, unit and limits.
 
 Sections and fields have the names of the original. A config file, as in `configs/`, returns a `Config` and sets only
-the fields that differ from the defaults here. This file does not import JAX.
+the fields that differ from the defaults here.
 """
 
 import dataclasses
 import difflib
-import math
-import reprlib
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from chargpt_jax.config.values import shown
 from chargpt_jax.errors import UserError
-
-VOCAB_MULTIPLE = 64
-"""The size of the embedding table, padding included, is rounded up to a multiple of this."""
 
 MAX_TEXT = 1_000_000
 """Maximum number of characters in a prompt, in a generated text or in a scored text."""
@@ -26,22 +21,6 @@ MAX_TEMPERATURE = 1_000.0
 
 MAX_STEPS = 2**31
 """A run has fewer training steps than this: the step is an int32."""
-
-MAX_BYTES = 10**12
-"""A config that needs more bytes of memory than this, by `min_memory`, is refused."""
-
-MIN_FLOAT32, MAX_FLOAT32 = 2.0**-126, 2.0**127
-"""Learning rates and norms are multiplied as float32: below and above these it has 0 and infinity."""
-
-MAX_INT = 2**63
-"""Integers must be less than this."""
-
-
-KINDS = {float: "a number", int: "an integer", str: "a string", bool: "True or False"}
-"""The types of fields and arguments, in words."""
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 200
 
 
 def setting(default: Any, about: str, **limits: Any) -> Any:
@@ -319,166 +298,3 @@ def known_fields() -> list[str]:
         inner = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
         names += [f"{section.name}.{item.name}" for item in inner] or [section.name]
     return names
-
-
-def validate(config: Config) -> Config:
-    """Check every field's type and limits and the relations between fields; return the config.
-
-    NumPy scalars in the config are replaced by Python's numbers, which JSON can hold.
-
-    Raises:
-        UserError: for the first invalid field, with its value and the rule.
-    """
-    if not isinstance(config, Config):
-        raise UserError(f"The config is {shown(config)}, but it must be a Config: use chargpt_jax.load_config.")
-    for section in dataclasses.fields(Config):  # a subclass may have further fields, which a run does not use
-        value = getattr(config, section.name)
-        kind = typing.cast(type, section.type)
-        if not dataclasses.is_dataclass(kind):
-            setattr(config, section.name, value := plain(value))
-            _check_field(section.name, section, value)
-            continue
-        if not isinstance(value, kind):
-            rule = f"a {kind.__name__}: set its fields, or leave out the section for the defaults"
-            raise UserError(f"{section.name} is {shown(value)}, but it must be {rule}.")
-        for item in dataclasses.fields(kind):
-            setattr(value, item.name, plain(getattr(value, item.name)))
-            _check_field(f"{section.name}.{item.name}", item, getattr(value, item.name))
-    model, data = config.model, config.data
-    if model.vocab_size % VOCAB_MULTIPLE:
-        raise UserError(
-            f"model.vocab_size is {model.vocab_size}, but it must be a multiple of {VOCAB_MULTIPLE}: leave it at 0 to "
-            "set it from the corpus."
-        )
-    if config.lr_finder.start_lr >= config.lr_finder.end_lr:
-        raise UserError(
-            f"lr_finder.start_lr is {config.lr_finder.start_lr:g}, but it must be less than lr_finder.end_lr "
-            f"({config.lr_finder.end_lr:g}): lower it."
-        )
-    rate, factor = config.optimizer.learning_rate, config.optimizer.muon_factor
-    if config.optimizer.kind == "muon" and rate is not None and rate * factor > MAX_FLOAT32:
-        raise UserError(
-            f"optimizer.learning_rate is {rate:g}, but times muon_factor ({factor:g}) it must be at most "
-            f"{MAX_FLOAT32:.1e}, the range of float32: lower it."
-        )
-    if data.train_split + data.test_split >= 1.0:
-        raise UserError(
-            f"data.test_split is {data.test_split:g}, but with data.train_split ({data.train_split:g}) it must leave a "
-            "part for validation: lower one of them."
-        )
-    if data.unit == "byte":
-        for name, unset in (("repair", "auto"), ("encoding", ""), ("start_at", "")):
-            if (value := getattr(data, name)) not in (unset, "none"):
-                raise UserError(
-                    f"data.{name} is {shown(value)}, but must be {unset!r} if data.unit is 'byte', because the bytes "
-                    "stay as they are: leave it out."
-                )
-    if data.batch_size % config.optimizer.accumulation_steps:
-        raise UserError(
-            f"optimizer.accumulation_steps is {config.optimizer.accumulation_steps}, but it must divide "
-            f"data.batch_size ({data.batch_size}): choose a divisor."
-        )
-    if not config.sample.prompts or "" in config.sample.prompts:
-        raise UserError("sample.prompts holds an empty prompt, but each needs at least one character: try ('\\n',).")
-    if sum(map(len, config.sample.prompts)) > MAX_TEXT:
-        raise UserError(f"sample.prompts holds more than the maximum of {MAX_TEXT:,} characters: shorten them.")
-    if min_memory(config) > MAX_BYTES:
-        raise UserError(
-            f"Training this config needs at least {min_memory(config) // 10**9:,} GB of memory, but the limit is "
-            f"{MAX_BYTES // 10**9:,} GB: lower the sizes of model, or data.batch_size."
-        )
-    return config
-
-
-def min_memory(config: Config) -> int:
-    """Return a lower bound on the bytes that training needs.
-
-    It counts four float32 values per parameter: the parameter, its gradient and AdamW's two moments, or Muon's momentum
-    and update. For each character of a microbatch it counts the ids, the residual stream before every layer, the widest
-    array of one layer, and the logits.
-    """
-    m = config.model
-    width, table = m.n_head * m.n_head_dim, max(m.vocab_size, VOCAB_MULTIPLE)
-    layer = 4 * m.n_embd * (width + 1) + 3 * width + 2 * m.n_embd * m.n_ff + m.n_ff + 2 * m.n_embd
-    characters = config.data.batch_size // config.optimizer.accumulation_steps * m.block_size
-    per_character = 2 + m.n_embd * (m.n_layer + 1) + max(3 * width, m.n_ff) + table
-    return 16 * (table * m.n_embd + m.n_layer * layer) + 4 * characters * per_character
-
-
-def shown(value: Any) -> str:
-    """Return a value as code for a message; long ones are truncated."""
-    if isinstance(value, int) and abs(value) >= MAX_INT:
-        return "an integer of more than 18 digits"
-    return _SHORT.repr(value)
-
-
-def plain(value: Any) -> Any:
-    """Return a value with Python's numbers in place of NumPy's and JAX's scalars, also inside a tuple or list."""
-    if isinstance(value, tuple | list):
-        return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
-    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
-
-
-def argument(name: str, value: Any, kind: type, fix: str) -> Any:
-    """Return an argument of a Python function as a plain value, if it is of a kind in `KINDS`.
-
-    Raises:
-        UserError: if it is of another kind; the message ends with the fix.
-    """
-    value = plain(value)
-    if not _is_a(kind, value):
-        raise UserError(f"{name} is {shown(value)}, but it must be {KINDS[kind]}: {fix}.")
-    return value
-
-
-def _is_a(kind: type, value: Any) -> bool:
-    accepted = (float, int) if kind is float else kind
-    return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-
-
-def _check_field(name: str, item: dataclasses.Field, value: Any) -> None:
-    kind, optional = item.type, False
-    if isinstance(kind, types.UnionType):
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        optional = True
-    if value is None and optional:
-        return
-    if typing.get_origin(kind) is tuple:
-        args = typing.get_args(kind)
-        fixed = Ellipsis not in args
-        if not isinstance(value, tuple | list) or (fixed and len(value) != len(args)):
-            wanted = f"{len(args)} values" if fixed else "a tuple"
-            raise UserError(f"{name} is {shown(value)}, but it must be {wanted}: write it as in {item.default!r}.")
-        for part in value:
-            _check_value(name, item, args[0], part, value)
-    else:
-        _check_value(name, item, typing.cast(type, kind), value, value)
-
-
-def _check_value(name: str, item: dataclasses.Field, kind: type, value: Any, given: Any) -> None:
-    """Check a value, or one element of a given tuple."""
-    limits, must = item.metadata, "it must be" if value is given else "each value must be"
-
-    def wrong(rule: str) -> UserError:
-        return UserError(f"{name} is {shown(given)}, but {must} {rule} ({item.metadata.get('about', '')}).")
-
-    if not _is_a(kind, value):
-        raise wrong(KINDS[kind])
-    if isinstance(value, int) and abs(value) >= MAX_INT:
-        raise wrong("an integer of at most 18 digits")
-    if kind is float and not abs(typing.cast(float, value)) < math.inf:
-        raise wrong("a finite number")
-    if "choices" in limits and value not in limits["choices"]:
-        raise wrong("one of " + ", ".join(limits["choices"]))
-    if "above" in limits and not value > limits["above"]:
-        raise wrong(f"above {limits['above']:g}")
-    if "least" in limits and not value >= limits["least"]:
-        raise wrong(f"at least {limits['least']:g}")
-    if "below" in limits and not value < limits["below"]:
-        raise wrong(f"below {limits['below']}")
-    if "most" in limits and not value <= limits["most"]:
-        raise wrong(f"at most {limits['most']:,.10g}")
-    if limits.get("float32") and not MIN_FLOAT32 <= value <= MAX_FLOAT32:
-        raise wrong(f"within the range of float32, {MIN_FLOAT32:.1e} to {MAX_FLOAT32:.1e}")
-    if limits.get("even") and typing.cast(int, value) % 2:
-        raise wrong("even, because rotary position embedding rotates its two halves")
