@@ -8,7 +8,7 @@ model.score("A text of your own.")
 """
 
 import contextlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from chargpt_jax import fine_tuning
 from chargpt_jax.analysis.comparison import Comparison
 from chargpt_jax.analysis.inspection import Inspection, inspect
 from chargpt_jax.analysis.words import LettersOfWords, by_letter
+from chargpt_jax.backups import backed_up
 from chargpt_jax.config import Config
 from chargpt_jax.config.values import shown
 from chargpt_jax.data import batches
 from chargpt_jax.devices import processes, sharding
-from chargpt_jax.errors import UserError, excused, reason
+from chargpt_jax.errors import UserError, excused
 from chargpt_jax.events import (
     Ended,
     Event,
@@ -43,7 +44,7 @@ from chargpt_jax.results.report import write_report
 from chargpt_jax.results.samples import TimeForSamples, known_prompts, sampled, write_samples
 from chargpt_jax.results.validation import write_validation
 from chargpt_jax.storage.checkpoint import UNVALIDATED
-from chargpt_jax.storage.copies import check_copy, copy_run
+from chargpt_jax.storage.copies import copy_run
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import stages
 from chargpt_jax.training.dispatch.pacing import Stop
@@ -176,65 +177,6 @@ def run(
             write_validation(folder, warn)
         with excused(str(folder.report), warn):
             write_report(folder, warn)
-
-
-def backed_up(
-    events: Iterable[Event], workdir: str | Path | Workdir, folder: str | Path | Workdir, warn: Warn = print
-) -> Iterator[Event]:
-    """Yield the events of a run, and keep a copy of the run in another folder, as `copy_run` does.
-
-    The copy is updated after the range test, after each checkpoint and at the end. If that fails, for example because
-    the disk is full or no longer mounted, one warning says so, and the run continues. `max_minutes` leaves no time for
-    the last copy.
-
-    Args:
-        events: what `run`, `train`, `find_lr` or `prepare` returns.
-        workdir: of the run.
-        folder: of the copy; it is created in a folder that must exist.
-        warn: receives messages for the user.
-
-    Raises:
-        UserError: before the first event, if `events` are no events; with it, if `folder` cannot hold the copy.
-    """
-    run, copy, warn = Workdir(workdir), Workdir(folder), stages.without_repeats(warn)
-    if isinstance(events, str) or not isinstance(events, Iterable):
-        raise UserError(f"events is {shown(events)}, but it must be what run, train, prepare or find_lr return.")
-    started = False
-
-    def check() -> None:
-        with contextlib.suppress(OSError):  # the first copy reports it
-            if not copy.path.parent.is_dir():
-                raise UserError(
-                    f"{copy.path} is to hold a copy of the run, but {copy.path.parent} does not exist: create it, "
-                    "mount its disk, or choose another folder."
-                )
-            check_copy(run, copy)
-
-    def update() -> None:
-        fault = f"Cannot copy the run to {copy.path} ({{}}): the run continues without the copy, and tries again later."
-        try:
-            if copy.path.parent.is_dir():  # otherwise its disk is not mounted, and this one would get the copy
-                copy_run(run, copy)
-            else:
-                warn(fault.format(f"{copy.path.parent} does not exist"))
-        except UserError as error:
-            warn(str(error))
-        except OSError as error:
-            warn(fault.format(reason(error)))
-
-    try:
-        for event in events:
-            if not started:  # the workdir has its config now
-                check()
-            started = True
-            if isinstance(event, LRFinderResult | Saved):
-                update()
-            yield event
-        if started:
-            update()
-    finally:
-        if isinstance(events, Generator):
-            events.close()  # releases the lock, even if the caller keeps the generator
 
 
 def _plot_range_test(event: Event, folder: Workdir, warn: Warn) -> None:

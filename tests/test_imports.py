@@ -79,7 +79,8 @@ MAY_IMPORT = {
     "results": "config data devices errors events generation model pictures storage training",
     "trackers": "config errors events",
     "fine_tuning": "config data devices errors generation storage training",
-    "api": "analysis config data devices errors events fine_tuning generation interop results storage training",
+    "backups": "config errors events storage training",
+    "api": "analysis backups config data devices errors events fine_tuning generation interop results storage training",
     "selftest": "config data errors storage training",
     "compile": "config devices errors generation model ops training",
     "cli": "api compile config data devices errors events generation pictures results selftest storage "

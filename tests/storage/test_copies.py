@@ -13,7 +13,7 @@ import pytest
 
 import chargpt_jax
 from benchmarks.stored import faults, refuse
-from chargpt_jax import api
+from chargpt_jax import backups
 from chargpt_jax.config import Config
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import Ended, LRFinderResult, Saved, TrainStarted
@@ -441,12 +441,12 @@ def test_training_goes_on_without_its_copy_and_warns_once(config, states, tmp_pa
     for event in chargpt_jax.backed_up(chargpt_jax.train(config, run, quiet), run, disk / "copy", said.append):
         saves += isinstance(event, Saved)
         if saves == 1:
-            monkeypatch.setattr(api, "copy_run", lambda *_: refuse(errno.ENOSPC)())
+            monkeypatch.setattr(backups, "copy_run", lambda *_: refuse(errno.ENOSPC)())
         if saves == 3:
             monkeypatch.undo()
     assert isinstance(event, Ended)
     assert said == [
-        f"Cannot copy the run to {disk / 'copy'} (No space left on device): the run continues without the copy, and "
+        f"Cannot copy the run to {disk / 'copy'} (No space left on device): the run goes on without it, and "
         "tries again later."
     ]
     assert last_digest(run) == last_digest(disk / "copy") == last_digest(states[-1])
