@@ -278,7 +278,11 @@ INTERPRETED = pytest.param("cpu", "kernel", marks=pytest.mark.slow)
 @pytest.mark.parametrize("length", [1, 7, 24])
 @pytest.mark.parametrize("rate", [0.0, 0.2])
 def test_fast_operations_give_the_plain_loss_and_gradients(platform, attention, length, rate):
-    """Within 1e-6 of the largest value; the plain model is built with `Ops()`, the mathematics of ops/plain.py."""
+    """Within 1e-6 of the largest value; the plain model is built with `Ops()`, the mathematics of ops/plain.py.
+
+    Within 2e-6 on a GPU, which multiplies LayerNorm's scales and matrices before the activations.
+    """
+    bound = 2e-6 if platform == "cuda" else 1e-6
     config = dataclasses.replace(CONFIG, dropout=rate)
     tokens = jnp.asarray(np.random.default_rng(2).integers(1, CONFIG.used_ids, (2, length)), jnp.int32)
     seeds = seeds_for(jax.random.key(5), 2) if rate or attention == "kernel" else None
@@ -295,7 +299,7 @@ def test_fast_operations_give_the_plain_loss_and_gradients(platform, attention, 
     ops = ops_for(query_block=config.attention_block, platform=platform, attention=attention)
     fast = loss_and_gradients(ops)
     for ours, theirs in zip(jax.tree.leaves(fast), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * max(1e-2, float(np.abs(theirs).max())))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound * max(1e-2, float(np.abs(theirs).max())))
 
 
 @pytest.mark.skipif(jax.__version_info__ < BFLOAT16_ON_CPU, reason="this JAX cannot multiply bfloat16 on a CPU")

@@ -10,7 +10,8 @@ from chargpt_jax.ops import cpu_decode
 from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.ops.cpu_decode import MAX_PARAMETERS, FusedJit, LayerSlice, fused, fusion_available
 from chargpt_jax.ops.cpu_kv_cache import BlockedKVCache, CpuKVCache
-from chargpt_jax.ops.kv_cache import KVCache
+from chargpt_jax.ops.gpu.decode import GpuKVCache
+from chargpt_jax.ops.kv_cache import StackedKVCache
 from tests.pairing import x64
 
 
@@ -109,8 +110,8 @@ def test_sequential_decoding_depends_on_platform_and_sizes(availability, monkeyp
     assert chosen(7, 480, 480) is CpuKVCache
     assert chosen(1, 480, 479, jnp.bfloat16) is CpuKVCache
     assert chosen(2, 480, 479, jnp.bfloat16) is CpuKVCache
-    assert chosen(1, 480, 479, platform="tpu") is KVCache
-    assert chosen(2, 480, 479, platform="gpu") is KVCache
+    assert chosen(1, 480, 479, platform="tpu") is StackedKVCache
+    assert chosen(2, 480, 479, platform="gpu") is GpuKVCache
 
 
 def test_fused_kernels_are_used_only_with_tested_jax_versions(availability, monkeypatch, caplog):

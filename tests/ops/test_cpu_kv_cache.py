@@ -7,7 +7,7 @@ import pytest
 
 from chargpt_jax.ops.cpu_decode import fused
 from chargpt_jax.ops.cpu_kv_cache import BLOCK, BlockedKVCache
-from chargpt_jax.ops.kv_cache import KVCache
+from chargpt_jax.ops.kv_cache import StackedKVCache
 from tests.ops.test_kv_cache import around
 from tests.pairing import x64
 
@@ -23,7 +23,7 @@ def both(seed=0, texts=2, places=200, dtype=jnp.float32, shape=(3, 8)):
     q = jnp.asarray(rng.normal(size=(texts, *shape)), dtype)
     kept = [jnp.asarray(rng.normal(size=(3, texts, *shape, places)), dtype) for _ in range(2)]
     blocks = BlockedKVCache.of(*kept).enlarged(places)
-    return q, KVCache(*kept), jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
+    return q, StackedKVCache(*kept), jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
 
 
 @pytest.mark.parametrize("position", [0, 1, 62, 63, 64, 65, 127, 128, 199])
