@@ -73,8 +73,8 @@ def test_parts_of_the_corpus_add_up_to_it(workdir):
     assert training + validation == chargpt_jax.corpus_text(workdir, "all")
     split = Workdir(workdir).load_config().data.train_split
     assert len(training) / len(training + validation) == pytest.approx(split, abs=0.01)
-    with pytest.raises(UserError, match="part is 'test', but it must be"):
-        chargpt_jax.corpus_text(workdir, "test")
+    with pytest.raises(UserError, match="part is 'unseen', but it must be"):
+        chargpt_jax.corpus_text(workdir, "unseen")
 
 
 def test_notebooks_show_the_sentence_of_a_mistake_and_no_traceback():

@@ -9,12 +9,15 @@ import pytest
 from chargpt_jax.compile import compiled
 from chargpt_jax.compile.programs import programs
 from chargpt_jax.errors import UserError
+from chargpt_jax.training.dispatch.pacing import MAX_DISPATCH_STEPS
 from tests.compile.test_least_bytes import small
 
 
 def test_compiled_program_holds_its_arguments(training):
-    state_and_tokens = sum(training.least_bytes[name] for name in ("parameters", "optimizer state")) // 2 + 4 * 400_000
-    assert state_and_tokens <= training.arguments < 1.01 * state_and_tokens
+    state = sum(training.least_bytes[name] for name in ("parameters", "optimizer state")) // 2
+    config = small(n_layer=1)
+    windows = MAX_DISPATCH_STEPS * config.data.batch_size * (config.model.block_size + 1)  # of one byte per character
+    assert state + windows <= training.arguments < 1.01 * (state + windows)
     assert training.total == training.arguments + training.outputs + training.temporaries
     assert training.temporaries > 0
     assert training.work.total > 0

@@ -78,7 +78,7 @@ def test_programs_have_the_shapes_of_a_real_run(tmp_path):
 
 def test_model_is_created_for_the_target_devices(monkeypatch):
     monkeypatch.setattr(ahead, "training_mesh", lambda config, on: SimpleNamespace(devices=np.array(on), axis_names=()))
-    monkeypatch.setattr(ahead, "_training", lambda config, mesh, dtype, *model: iter([nnx.merge(*model)]))
+    monkeypatch.setattr(ahead, "_training", lambda config, mesh, dtype, plain, *sharded: iter([nnx.merge(*sharded)]))
     config = small_config(Path("none.txt"))
     programs = ahead.programs(config, [SimpleNamespace(platform="tpu", device_kind="TPU v3")])
     assert next(programs).ops == ops_for(jnp.bfloat16, config.model.attention_block, "tpu")
