@@ -107,6 +107,9 @@ class Run:
         except UserError:
             journal.remove()
             raise
+        except BaseException:  # a signal, or the end of the time limit
+            journal.interrupt()
+            raise
         journal.remove()
         return run
 

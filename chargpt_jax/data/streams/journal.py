@@ -90,6 +90,11 @@ class Journal:
             atomic.write_file(self._folder / LINES, lines.encode())
             self._rewritten = True
 
+    def interrupt(self) -> None:
+        """Remove the files if no text is finished: there is nothing to continue."""
+        if not self._records and not self._left:
+            self.remove()
+
     def remove(self) -> None:
         """Remove the files: the corpus is complete, or its config or text is invalid."""
         if self._folder is not None:
