@@ -38,7 +38,7 @@ def every_feature(dtype: str) -> Config:
 def wide_products(module: str, dtype: str) -> list[str]:
     """Return the operands of the matrix products in a module that have another dtype."""
     products = re.findall(r"stablehlo\.dot_general .* : \((.*)\) ->", module)
-    assert len(products) > 5
+    assert len(products) > 3  # at least those of attention: generation on a GPU computes the others as sums
     return [product for product in products if f"x{ELEMENTS[dtype]}>" not in product]
 
 
