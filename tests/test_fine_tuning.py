@@ -213,6 +213,6 @@ def test_two_processes_report_a_parent_that_does_not_fit(tmp_path):
     training = Training(config, tmp_path / "tuned", 2, words)
     assert training.codes(60.0) == [2, 2]
     for index in range(2):
-        assert "has other sizes than n_layer=3: set --config.model.n_layer=2." in training.said(index)
+        assert "differs from n_layer=3: set --config.model.n_layer=2." in training.said(index)
         assert training.said(index).count("\n") == 1
     assert not (tmp_path / "tuned").exists()
