@@ -24,9 +24,6 @@ LEAVING_SECONDS = 5.0
 HEARING_SECONDS = 60
 """Time of one request that waits for an announcement; another one follows."""
 
-POLLING_SECONDS = 0.05
-"""How often process 0 checks whether the others have left."""
-
 STOPPED, LEFT = "chargpt/stopped", "chargpt/left/"
 """Keys of the coordination service: the announced signal; the processes that have left."""
 
@@ -95,8 +92,8 @@ def leave_together(code: int) -> None:
 def _wait_for_others(client: Any, count: int) -> None:
     """Wait until the other processes have left, but not longer than LEAVING_SECONDS."""
     end = time.monotonic() + LEAVING_SECONDS
-    while len(client.key_value_dir_get(LEFT)) < count and time.monotonic() < end:
-        time.sleep(POLLING_SECONDS)
+    for index in range(1, count + 1):
+        client.blocking_key_value_get(f"{LEFT}{index}", max(1, int(1000 * (end - time.monotonic()))))
 
 
 def _flush() -> None:
