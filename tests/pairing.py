@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.model.init import create
@@ -34,6 +35,12 @@ LAYER = {
 def built(config: ModelConfig, seed: int = 0, dtype: Any = jnp.float32, platform: str | None = None) -> Any:
     """Return a model's static description and parameters, with the operations that a run uses on a platform."""
     return create(config, seed, ops_for(dtype, config.attention_block, platform))
+
+
+def logits_of(config: ModelConfig, params: Any, tokens: Any, dtype: Any = jnp.float32, seeds: Any = None) -> jax.Array:
+    """Return a model's logits for tokens [B, T]; seeds: of dropout."""
+    graphdef, _ = built(config, 0, dtype)
+    return jax.jit(lambda p, t, s: nnx.merge(graphdef, p)(t, s))(params, tokens, seeds)
 
 
 def from_reference(params: dict[str, np.ndarray], n_layer: int, dtype: Any) -> dict[str, Any]:

@@ -35,10 +35,10 @@ def every_feature(dtype: str) -> Config:
     return config
 
 
-def wide_products(module: str, dtype: str) -> list[str]:
-    """Return the operands of the matrix products in a module that have another dtype."""
+def wide_products(module: str, dtype: str, least: int) -> list[str]:
+    """Return the operands of the matrix products in a module, `least` or more, that have another dtype."""
     products = re.findall(r"stablehlo\.dot_general .* : \((.*)\) ->", module)
-    assert len(products) > 3  # at least those of attention: generation on a GPU computes the others as sums
+    assert len(products) >= least
     return [product for product in products if f"x{ELEMENTS[dtype]}>" not in product]
 
 
@@ -58,7 +58,8 @@ def test_programs_lower_for_accelerators_without_wide_products(platform, dtype, 
         older = jax.__version_info__ < (0, 10, 2)  # older versions may lower erf, an operation of XLA, to a call
         assert "custom_call" not in (module.replace("custom_call @mhlo.erf(", "erf(") if older else module)
         # Except the gradient of the logits, 128 per character, which is multiplied in float32.
-        assert all("x128xf32" in product for product in wide_products(module, dtype))
+        least = 4 if (platform, program.name) == ("cuda", "decoding") else 6  # a GPU decodes with sums in their place
+        assert all("x128xf32" in product for product in wide_products(module, dtype, least))
         names.append(program.name)
     assert names == [*NAMES, "beyond the context"]
 

@@ -20,7 +20,7 @@ from chargpt_jax.ops.kv_cache import StackedKVCache
 from chargpt_jax.training.optimizer import make_optimizer
 from chargpt_jax.training.step import create_state, train_step
 from tests import reference_ngpt
-from tests.pairing import built, x64
+from tests.pairing import built, logits_of, x64
 
 CONFIG = ModelConfig(
     kind="ngpt",
@@ -28,11 +28,6 @@ CONFIG = ModelConfig(
     **{"n_ff": 36, "n_layer": 3, "attention_block": 10},
 )
 SIZES = {name: getattr(CONFIG, name) for name in ("n_layer", "n_head", "n_head_dim")}
-
-
-def run(config, params, tokens, dtype=jnp.float32, seeds=None):
-    graphdef, _ = built(config, 0, dtype)
-    return jax.jit(lambda p, t, s: nnx.merge(graphdef, p)(t, s))(params, tokens, seeds)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +94,7 @@ def test_logits_are_those_of_the_float64_reference(dtype, tolerance):
         params = from_reference(theirs, dtype)
         shapes = jax.tree.map(lambda x: x.shape, built(config, 0)[1])
         assert jax.tree.map(lambda x: x.shape, params) == shapes
-        ours = np.asarray(run(config, params, jnp.asarray(tokens), dtype=jnp.dtype(dtype)))
+        ours = np.asarray(logits_of(config, params, jnp.asarray(tokens), dtype=jnp.dtype(dtype)))
     assert ours.dtype == dtype
     np.testing.assert_allclose(ours, expected, rtol=tolerance, atol=tolerance)
 
@@ -163,18 +158,18 @@ def test_number_of_parameters_equals_the_formula(made):
 
 
 def test_unused_ids_have_no_probability(made, tokens):
-    probability = np.asarray(jax.nn.softmax(run(CONFIG, made[1], tokens)))
+    probability = np.asarray(jax.nn.softmax(logits_of(CONFIG, made[1], tokens)))
     assert np.all(probability[..., 0] == 0)
     assert np.all(probability[..., CONFIG.used_ids :] == 0)
-    free = run(dataclasses.replace(CONFIG, mask_unused_ids=False), made[1], tokens)
+    free = logits_of(dataclasses.replace(CONFIG, mask_unused_ids=False), made[1], tokens)
     assert np.all(np.asarray(free) > MASKED / 2)
 
 
 def test_dropout_needs_seeds(tokens, made):
     config = dataclasses.replace(CONFIG, dropout=0.3)
-    np.testing.assert_array_equal(run(config, made[1], tokens), run(CONFIG, made[1], tokens))
+    np.testing.assert_array_equal(logits_of(config, made[1], tokens), logits_of(CONFIG, made[1], tokens))
     twice = jnp.stack([tokens[0], tokens[0]])
-    dropped = run(config, made[1], twice, seeds=seeds_for(jax.random.key(5), 2))
+    dropped = logits_of(config, made[1], twice, seeds=seeds_for(jax.random.key(5), 2))
     assert np.abs(np.asarray(dropped[0] - dropped[1]))[..., 1:40].max() > 0.01
 
 
@@ -182,7 +177,7 @@ def test_dropout_needs_seeds(tokens, made):
 def test_prefill_and_decode_equal_the_full_model(made, tokens, rows):
     graphdef, params = made
     tokens = tokens[:rows]
-    whole = run(CONFIG, params, tokens)
+    whole = logits_of(CONFIG, params, tokens)
     prefill = jax.jit(lambda p, t: nnx.merge(graphdef, p).prefill(t))
     decode = jax.jit(lambda p, t, at, cache: nnx.merge(graphdef, p).decode(t, at, cache))
     _, kept = prefill(params, tokens.at[:, 9:].set(0))
@@ -194,7 +189,7 @@ def test_prefill_and_decode_equal_the_full_model(made, tokens, rows):
 
 def test_prediction_at_one_position_equals_the_full_call(made, tokens):
     graphdef, params = made
-    whole = run(CONFIG, params, tokens)
+    whole = logits_of(CONFIG, params, tokens)
     predict = jax.jit(lambda p, t, last: predict_last(nnx.merge(graphdef, p), t, last))
     for last in ([0, CONFIG.block_size - 1], [7, 3]):
         np.testing.assert_allclose(
@@ -219,4 +214,4 @@ def test_bfloat16_logits_are_float32_and_near(made, tokens, platform):
     graphdef, params = built(CONFIG, 0, jnp.bfloat16, platform)
     rough = jax.jit(lambda p, t: nnx.merge(graphdef, p)(t))(params, tokens)
     assert rough.dtype == jnp.float32
-    np.testing.assert_allclose(rough, run(CONFIG, made[1], tokens), atol=0.05)
+    np.testing.assert_allclose(rough, logits_of(CONFIG, made[1], tokens), atol=0.05)

@@ -126,7 +126,7 @@ def unrolled(blocks: nnx.Module, dtype: Any) -> Callable[..., Any]:
 
 def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """Compute `operations.linear`, for one token per sequence of a small batch as sums."""
-    if not _as_sums(x, kernel):
+    if bias.ndim > 1 or not _as_sums(x, kernel):  # a bias per sequence: of LayerNorm, in training
         return operations.linear(x, kernel, bias)
     return (_sums(x, kernel.astype(x.dtype).T) + bias).astype(x.dtype)
 
