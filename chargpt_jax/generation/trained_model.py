@@ -39,7 +39,7 @@ from chargpt_jax.generation.arguments import (
 from chargpt_jax.generation.generate import DecodeState, bucket, decode, prefill
 from chargpt_jax.generation.passages import Passages, passages
 from chargpt_jax.generation.sample import Sample, Samples, branched, with_metrics
-from chargpt_jax.generation.sampler import Sampler
+from chargpt_jax.generation.sampler import Sampler, SamplerState
 from chargpt_jax.generation.samplers.chain import Chain, Given
 from chargpt_jax.generation.samplers.stop import Ends
 from chargpt_jax.generation.score import Scored, score_pieces, score_tokens
@@ -126,17 +126,29 @@ class Model:
         stop_ids = [self._stop_ids(string, repair) for string in checked_stop(stop)]
         prompts, n = [self._known(prompt, skip_unknown, repair) for prompt in prompts], checked_samples(n)
         encoded = [ids for ids in map(self.tokenizer.encode_text, prompts) for _ in range(n)]
+        k, size = self._alternatives(alternatives), self.config.model.vocab_size
+        sampling = how_to_sample.with_key(jax.random.key(seed), self.tokenizer.vocabulary, size, stop_ids)
+        return self._continued(encoded, max_new_tokens, sampling, stop_ids, k, on_text, on_sample)
+
+    def _continued(
+        self,
+        encoded: list[np.ndarray],
+        max_new_tokens: int,
+        sampling: SamplerState,
+        stop_ids: list[np.ndarray],
+        k: int,
+        on_text: Callable[[int, str], None] | None,
+        on_sample: Callable[[int, Sample], None] | None,
+    ) -> Samples:
+        """Continue prompts, a text of token ids each; `k`: number of alternatives. Others as for `generate`."""
         tokens, lengths, wanted = padded(encoded, max_new_tokens)
         # Each process generates by itself, on its own devices.
         mesh = sharding.data_mesh(len(tokens), jax.local_devices(), tell=False)
         streamed = on_text is not None or on_sample is not None
         how: dict[str, Any] = {"graphdef": self.graphdef, "mesh": mesh, "final": not streamed}
-        k = self._alternatives(alternatives)
         params = jax.device_put(self.params, sharding.replicated(mesh))
         width = min(self.config.model.block_size, bucket(int(lengths.max())), tokens.shape[1])
         state = prefill(params, tokens, lengths, width=width, alternatives=k, **how)
-        size = self.config.model.vocab_size
-        sampling = how_to_sample.with_key(jax.random.key(seed), self.tokenizer.vocabulary, size, stop_ids)
         part = functools.partial(self._part, chain=sampling.chain)
         read: list[Sample] = []
         if on_sample is not None:

@@ -26,64 +26,63 @@ def counts(state: State, last_n: jax.Array | int, vocab_size: int) -> jax.Array:
     return jnp.zeros(vocab_size).at[tokens].add(given.astype(jnp.float32))
 
 
-def penalised(state: State, logits: jax.Array, count: jax.Array) -> tuple[State, jax.Array]:
-    """Return the result of a penalty; the number of different tokens that have one is shown."""
-    return replace(state, shown=jnp.sum(count > 0).astype(jnp.float32)), logits
+class Penalty(SamplerBase):
+    """A penalty that depends on how often a token is among the last ones."""
+
+    last_n: int
+
+    def changed(self, logits: jax.Array, count: jax.Array) -> jax.Array:
+        """Return logits with the penalty, float32 [V], for counts of each token."""
+        raise NotImplementedError
+
+    def __call__(self, state: State, logits: jax.Array) -> tuple[State, jax.Array]:
+        """Change the logits; the number of different tokens that have a penalty is shown."""
+        count = counts(state, self.last_n, len(logits))
+        return replace(state, shown=jnp.sum(count > 0).astype(jnp.float32)), self.changed(logits, count)
+
+    def top(self) -> float:
+        """Return the number of characters, at most 64."""
+        return min(64.0, float(self.last_n))
 
 
 @flax.struct.dataclass
-class Repetition(SamplerBase):
+class Repetition(Penalty):
     """Repetition penalty: Keskar et al., 2019 (CTRL), arXiv:1909.05858, with negative logits multiplied."""
 
     name, series = "repetition", "Characters with a repetition penalty"
     penalty: float = setting(1.1, "a logit is divided by it if positive, multiplied if negative", above=0.0)
     last_n: int = window(64)
 
-    def __call__(self, state: State, logits: jax.Array) -> tuple[State, jax.Array]:
+    def changed(self, logits: jax.Array, count: jax.Array) -> jax.Array:
         """Return l / penalty if l > 0, otherwise l penalty, for tokens that were there."""
-        count = counts(state, self.last_n, len(logits))
         changed = jnp.where(logits > 0, logits / self.penalty, logits * self.penalty)
-        return penalised(state, jnp.where(count > 0, changed, logits), count)
-
-    def top(self) -> float:
-        """Return the number of characters, at most 64."""
-        return min(64.0, float(self.last_n))
+        return jnp.where(count > 0, changed, logits)
 
 
 @flax.struct.dataclass
-class Presence(SamplerBase):
+class Presence(Penalty):
     """Presence penalty of OpenAI's API: l - penalty for tokens that were there."""
 
     name, series = "presence", "Characters with a presence penalty"
     penalty: float = setting(0.5, "is subtracted from the logit", least=-100.0, most=100.0)
     last_n: int = window(64)
 
-    def __call__(self, state: State, logits: jax.Array) -> tuple[State, jax.Array]:
+    def changed(self, logits: jax.Array, count: jax.Array) -> jax.Array:
         """Return l - penalty if count > 0."""
-        count = counts(state, self.last_n, len(logits))
-        return penalised(state, logits - self.penalty * (count > 0), count)
-
-    def top(self) -> float:
-        """Return the number of characters, at most 64."""
-        return min(64.0, float(self.last_n))
+        return logits - self.penalty * (count > 0)
 
 
 @flax.struct.dataclass
-class Frequency(SamplerBase):
+class Frequency(Penalty):
     """Frequency penalty of OpenAI's API: l - penalty count."""
 
     name, series = "frequency", "Characters with a frequency penalty"
     penalty: float = setting(0.1, "is subtracted from the logit once per occurrence", least=-100.0, most=100.0)
     last_n: int = window(64)
 
-    def __call__(self, state: State, logits: jax.Array) -> tuple[State, jax.Array]:
+    def changed(self, logits: jax.Array, count: jax.Array) -> jax.Array:
         """Return l - penalty count."""
-        count = counts(state, self.last_n, len(logits))
-        return penalised(state, logits - self.penalty * count, count)
-
-    def top(self) -> float:
-        """Return the number of characters, at most 64."""
-        return min(64.0, float(self.last_n))
+        return logits - self.penalty * count
 
 
 @flax.struct.dataclass
