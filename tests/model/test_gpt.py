@@ -270,7 +270,7 @@ INTERPRETED = pytest.param("cpu", "kernel", marks=pytest.mark.slow)
 @pytest.mark.parametrize(
     ("platform", "attention"), [("cpu", "blocks"), ("tpu", "blocks"), ("cuda", "blocks"), INTERPRETED]
 )
-@pytest.mark.parametrize("length", [1, 7, 24])
+@pytest.mark.parametrize("length", [1, pytest.param(7, marks=pytest.mark.slow), 24])
 @pytest.mark.parametrize("rate", [0.0, 0.2])
 def test_fast_operations_give_the_plain_loss_and_gradients(platform, attention, length, rate):
     """Within 1e-6 of the largest value; the plain model is built with `Ops()`, the mathematics of ops/plain.py."""

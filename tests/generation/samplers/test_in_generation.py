@@ -55,7 +55,11 @@ def in_python(row, count, index, chain):
     return row, shown
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["in turn", "text after text"])
+ONE_BY_ONE = pytest.param(True, id="text after text", marks=pytest.mark.slow)
+"""Its programs take the longest to compile."""
+
+
+@pytest.fixture(scope="module", params=[pytest.param(False, id="in turn"), ONE_BY_ONE])
 def order(request):
     """Use batched decoding, or generate one sequence at a time."""
     with pytest.MonkeyPatch.context() as patch:
