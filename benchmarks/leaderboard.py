@@ -1,7 +1,7 @@
 """The leaderboard: train a config by the protocol of docs/leaderboard.md, score it, and keep the result as an entry.
 
     python -m benchmarks.leaderboard --config=configs/shakespeare.py --source=tinyshakespeare.txt [--seeds=0,1,2]
-        [--workdirs=FOLDER] [--out=FOLDER] [--flag=--config.model.n_layer=4 ...] [--title=TEXT]
+        [--workdirs=FOLDER] [--out=FOLDER] [--flag=--config.model.n_layer=4 ...] [--title=TITLE] [--text=TITLE]
     python -m benchmarks.leaderboard --table
 
 Each seed trains in a process of its own, on the first nine tenths of the text, with a compilation cache that holds its
@@ -50,12 +50,14 @@ Entry = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One training: a config file, a text, a seed and further flags."""
+    """One training: a config, a text, a seed, further flags, and the titles of config and text in the table."""
 
     config: str
     source: str
     seed: int
     flags: tuple[str, ...] = ()
+    title: str = ""
+    text: str = ""
 
     @property
     def name(self) -> str:
@@ -71,7 +73,8 @@ class Attempt:
         protocol = {"data.source": self.source, "data.train_split": TRAIN_SPLIT, "data.test_split": 0.0}
         protocol |= {"data.allow_stand_in": False, "seed": self.seed}
         fields = [f"--config.{name}={value}" for name, value in protocol.items()]
-        return ["--mode=train", f"--config={Path(self.config).resolve()}", *self.flags, *fields]
+        config = Path(self.config).resolve() if Path(self.config).is_file() else self.config
+        return ["--mode=train", f"--config={config}", *self.flags, *fields]
 
 
 def config_of(command: Sequence[str]) -> Config:
@@ -138,7 +141,7 @@ def train(attempt: Attempt, folder: Path) -> Journal:
     journal.settle()
     if not finished(attempt, workdir):
         fill = [sys.executable, "-c", FILL_CACHE, str(folder / "compiled"), *attempt.command]
-        subprocess.run(fill, cwd=ROOT, check=True)
+        subprocess.run(fill, cwd=ROOT, check=False, capture_output=True)  # the training reports what is wrong
         command = [sys.executable, "-m", "chargpt_jax.main", *attempt.command, f"--workdir={workdir}"]
         journal.add(began=time.time())
         done = subprocess.run(command, check=False)
@@ -173,17 +176,17 @@ def newest_file(folder: Path) -> float:
     return max((path.stat().st_mtime for path in folder.rglob("*") if path.is_file()), default=0.0)
 
 
-def entry(attempt: Attempt, workdir: Path, journal: Journal, title: str) -> Entry:
+def entry(attempt: Attempt, workdir: Path, journal: Journal) -> Entry:
     """Score the last checkpoint of a finished training, and return the entry."""
     model, tokens = api.load(workdir, "latest"), Workdir(workdir).load_tokens()
     n_train, held_out = batches.sizes(len(tokens), model.config.data)
     scored = {"windows": api.evaluate(workdir, "latest")["loss"], "half_windows": half_windows(model, tokens, n_train)}
     return {
-        "title": title,
+        "title": attempt.title or Path(attempt.config).stem,
         "config": Path(attempt.config).name,
         "flags": list(attempt.flags),
         "text": {
-            "name": Path(attempt.source).stem,
+            "name": attempt.text or Path(attempt.source).stem,
             "sha256": hashlib.sha256(Workdir(workdir).load_tokenizer().text_of(tokens).encode()).hexdigest(),
             "characters": len(tokens),
             "held_out": held_out,
@@ -215,8 +218,18 @@ def half_windows(model: api.Model, tokens: np.ndarray, n_train: int) -> float:
 
 
 def load_entries(folder: Path) -> list[Entry]:
-    """Read the entries of a folder, in the order of their files."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    """Read the entries of a folder, in the order of their files.
+
+    Raises:
+        UserError: if a file is not JSON.
+    """
+    entries = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            entries.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is not an entry ({error}): remove it, or restore it.") from None
+    return entries
 
 
 def table(entries: Iterable[Entry]) -> str:
@@ -261,13 +274,19 @@ def _row(found: Sequence[Entry]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """Read comma-separated numbers."""
+    return tuple(map(int, text.split(",")))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, train and score what has no entry yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="a config file")
     parser.add_argument("--source", help="a text file, or a Project Gutenberg number")
-    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="comma-separated; default: 0,1,2")
     parser.add_argument("--title", default="", help="of the entry in the table; default: the config's name")
+    parser.add_argument("--text", default="", help="title of the text; default: its file's name")
     parser.add_argument("--flag", action="append", default=[], help="a further flag of the training")
     parser.add_argument("--workdirs", type=Path, default=Path("leaderboard"), help="where to train")
     parser.add_argument("--out", type=Path, default=ENTRIES, help="where the entries are")
@@ -275,15 +294,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.table and not (args.config and args.source):
         parser.error("give --config and --source, or --table")
-    for seed in [] if args.table else map(int, args.seeds.split(",")):
+    for seed in () if args.table else args.seeds:
         source = str(Path(args.source).resolve()) if Path(args.source).is_file() else args.source
-        attempt = Attempt(args.config, source, seed, tuple(args.flag))
+        attempt = Attempt(args.config, source, seed, tuple(args.flag), args.title, args.text)
         path = args.out / f"{attempt.name}.json"
         if path.exists():
             continue
         folder = args.workdirs.resolve() / attempt.name
         journal = train(attempt, folder)
-        found = entry(attempt, folder / "run", journal, args.title or Path(args.config).stem)
+        found = entry(attempt, folder / "run", journal)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, (json.dumps(found, indent=1) + "\n").encode())
         print(f"{attempt.name}: {found['bits']['windows']:.4f} bits in {found['seconds']:,.0f} s", file=sys.stderr)
@@ -294,4 +313,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -27,10 +27,10 @@ def get_config() -> Config:
     config.optimizer.muon_factor = 8.0
     config.optimizer.muon_steps = 3
     config.optimizer.weight_decay = 0.05
-    config.scheduler.max_steps = 1_900
+    config.scheduler.max_steps = 1_600
     config.scheduler.warmup_epochs = 0.2
     config.scheduler.min_lr_factor = 0.03
-    config.train.validate_every = 1.5
+    config.train.validate_every = 2.0
     config.sample.prompts = ("\n",)
     config.sample.max_new_tokens = 500
     return config

@@ -10,6 +10,7 @@ from flax import nnx
 from benchmarks import leaderboard
 from benchmarks.leaderboard import Attempt, Journal
 from chargpt_jax import api
+from chargpt_jax.errors import UserError
 from chargpt_jax.storage.workdir import Workdir
 from tests.corpus_text import write_words
 
@@ -131,3 +132,24 @@ def test_command_without_a_config_is_refused(capsys):
         leaderboard.main(["--source=60"])
     assert refused.value.code == 2
     assert "give --config and --source" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seeds", ["a", "0,", "0;1"])
+def test_seeds_must_be_numbers(seeds, capsys):
+    with pytest.raises(SystemExit) as refused:
+        leaderboard.main(["--config=tiny", "--source=60", f"--seeds={seeds}"])
+    assert refused.value.code == 2
+    assert f"invalid numbers value: '{seeds}'" in capsys.readouterr().err
+
+
+def test_file_that_is_no_entry_is_named(tmp_path):
+    (tmp_path / "mine.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"mine\.json is not an entry .*: remove it"):
+        leaderboard.main(["--table", f"--out={tmp_path}"])
+
+
+def test_failing_training_is_reported_and_leaves_no_entry(entered, tmp_path):
+    wrong = [f"--config={entered / 'mine.py'}", f"--source={tmp_path / 'missing.txt'}", "--seeds=0"]
+    with pytest.raises(UserError, match="ended with exit code 2: see above"):
+        leaderboard.main([*wrong, f"--workdirs={tmp_path / 'runs'}", f"--out={tmp_path / 'entries'}"])
+    assert not (tmp_path / "entries").exists()
