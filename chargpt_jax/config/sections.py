@@ -44,8 +44,9 @@ class ModelConfig(Settings):
 
     kind: str = setting(
         "gpt",
-        "'gpt', or 'ngpt': the normalised transformer, in which all hidden states have length 1",
-        choices=("gpt", "ngpt"),
+        "'gpt'; 'ngpt': the normalised transformer, in which all hidden states have length 1; 'modern': a GPT with "
+        "value residuals, whose layers start as the identity",
+        choices=("gpt", "ngpt", "modern"),
     )
     vocab_size: int = setting(0, "size of the embedding table, a multiple of 64; 0: set from the corpus", least=0)
     used_ids: int = setting(0, "token ids in use, padding included; 0: set from the corpus", least=0)

@@ -2,7 +2,7 @@
 
 Those of the GPT are as PyTorch draws them: every kernel and bias is uniform in +-1 / sqrt(fan_in), PyTorch's default
 for Linear; the embedding table, tied to the head, takes the head's. LayerNorm starts at scale 1 and bias 0. The random
-bits are those of hash_rng.py. The initial parameters of nGPT are in ngpt.py.
+bits are those of hash_rng.py. Those of the other kinds are in ngpt.py and modern.py.
 """
 
 import functools
@@ -16,12 +16,15 @@ from flax import nnx
 
 from chargpt_jax.config import ModelConfig
 from chargpt_jax.hash_rng import random_bits, seeds_of, unit
-from chargpt_jax.model import ngpt
+from chargpt_jax.model import modern, ngpt
 from chargpt_jax.model.gpt import GPT
 from chargpt_jax.ops.plain import Ops
 
 Params = dict[str, Any]
 """Nested dicts of float32 arrays, by the names of the modules: params['blocks']['attn']['qkv']['kernel']."""
+
+MODELS = {"gpt": GPT, "ngpt": ngpt.NGPT, "modern": modern.Modern}
+"""The model of each `model.kind`."""
 
 LAYER = (("ln_1",), ("attn", "qkv"), ("attn", "proj"), ("ln_2",), ("mlp", "up"), ("mlp", "down"))
 """The parts of a block in the order of their random keys, two for each: its kernel or scale, then its bias."""
@@ -35,8 +38,7 @@ def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, dtype: type = j
 
 def abstract_model(config: ModelConfig, ops: Ops) -> tuple[nnx.GraphDef, Params]:
     """Return a model's static description and its parameters' shapes."""
-    kind = ngpt.NGPT if config.kind == "ngpt" else GPT
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: kind(config, ops)))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: MODELS[config.kind](config, ops)))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(state))
     return graphdef, shapes
 
@@ -110,9 +112,12 @@ def plan(
     graphdef, shapes = abstract_model(config, ops)
     key = jax.random.key(seed)
     # One program, which the compilation cache keeps; drawing array by array would compile dozens at every start.
-    normalised = functools.partial(ngpt.initial_params, config, ops)
-    draw = normalised if config.kind == "ngpt" else functools.partial(initial_params, shapes)
-    drawing = jax.jit(draw, compiler_options=compiler_options)
+    draws: dict[str, Callable[[jax.Array], Params]] = {
+        "gpt": functools.partial(initial_params, shapes),
+        "ngpt": functools.partial(ngpt.initial_params, config, ops),
+        "modern": lambda key: modern.initial_params(initial_params(shapes, key)),
+    }
+    drawing = jax.jit(draws[config.kind], compiler_options=compiler_options)
     return graphdef, shapes, lambda: drawing(key)
 
 

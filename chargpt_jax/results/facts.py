@@ -129,7 +129,7 @@ def _shape(info: Mapping[str, Any]) -> str:
         parts = [f"{layers} of width {info['n_embd']:,}", f"{heads} of {info['n_head_dim']:,}"]
     if "block_size" in info:
         parts.append(f"context {info['block_size']:,} {_unit(info)}s")
-    kind = "nGPT, " if info.get("model_kind") == "ngpt" else ""
+    kind = {"ngpt": "nGPT, ", "modern": "modern GPT, "}.get(str(info.get("model_kind")), "")
     size = f"{kind}{info['parameters']:,} parameters" if "parameters" in info else ""
     return ": ".join(filter(None, (", ".join(parts), size)))
 
