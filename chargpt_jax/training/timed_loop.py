@@ -131,8 +131,9 @@ class TimedLoop(TrainingLoop):
         if new is not None:
             if total is None and new == self.step + 1:
                 self.warn(
-                    f"scheduler.minutes is {self.length.minutes:g}, but {self.length.elapsed():.0f} s had passed when "
-                    "training could start, so that only one step is made: increase it."
+                    f"scheduler.minutes is {self.length.minutes:g}, but {self.length.elapsed():.0f} s passed before "
+                    f"training, and samples and report need about {self.length.seconds_of_results():.0f} s, so that "
+                    "only one step is made: increase it."
                 )
             self.length.decide(self.step, new)
             total = new

@@ -170,9 +170,12 @@ class RunLength:
         """Return the expected seconds from a step to the end of the command, if the run has so many steps in total."""
         every = self.validate_every
         validations = total // every - step // every + (total % every > 0)
+        return (total - step) * self.seconds_per_step + validations * self.validation + self.seconds_of_results()
+
+    def seconds_of_results(self) -> float:
+        """Return the expected seconds of the first samples, if there were none yet, and of the work after training."""
         programs = self.clock.after + (0.0 if self._validations else self.clock.first_samples)
-        work = (total - step) * self.seconds_per_step + validations * self.validation
-        return work + programs * self.compile_seconds
+        return programs * self.compile_seconds
 
     def fitted(self, step: int, left: float) -> int:
         """Return the most steps in total that end within `left` seconds; at least one more than `step`."""
