@@ -30,8 +30,8 @@ from chargpt_jax.generation.metrics import surprise_surprise
 from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.init import create
 from chargpt_jax.ops.choose import ops_for
-from chargpt_jax.training.lr_finder import LossesOf, search, trainer_losses
 from chargpt_jax.training.optimizer import adamw, warmup_cosine
+from chargpt_jax.training.range_test.search import LossesOf, search, trainer_losses
 from chargpt_jax.training.step import create_state, train_step
 from tests import pytorch_reference, reference
 from tests.pairing import by_name, from_reference, x64

@@ -8,6 +8,7 @@ model.score("A text of your own.")
 """
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,14 @@ from chargpt_jax.interop.html_page import About
 from chargpt_jax.results.curves import range_test_plot
 from chargpt_jax.results.info import info
 from chargpt_jax.results.report import write_report
-from chargpt_jax.results.samples import TimeForSamples, known_prompts, sampled, write_samples
+from chargpt_jax.results.samples import TimeForSamples, known_prompts, sampled, time_of_results, write_samples
 from chargpt_jax.results.validation import write_validation
 from chargpt_jax.storage.checkpoint import UNVALIDATED
 from chargpt_jax.storage.copies import copy_run
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import stages
 from chargpt_jax.training.dispatch.pacing import Stop
+from chargpt_jax.training.dispatch.run_length import Clock
 from chargpt_jax.training.run import Run, Warn, check_record
 from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.stages import prepare
@@ -128,16 +130,18 @@ def train(
     stop: Stop = lambda: None,
     max_minutes: float | None = None,
     start_from: str | Path | None = None,
+    began: float | None = None,
 ) -> Iterator[Event]:
     """Train to the end of the schedule, resuming from the newest checkpoint; see `stages.train` for the arguments.
 
     If the config has no learning rate, the range test runs first. `start_from` is the folder of another run, whose
-    parameters a new run starts from (fine-tuning); see `fine_tuning.start_from`.
+    parameters a new run starts from (fine-tuning); see `fine_tuning.start_from`. If the config sets scheduler.minutes,
+    they count from `began`, a value of `time.monotonic`; None: from now.
     """
-    folder = Workdir(workdir)
+    clock, folder = Clock() if began is None else Clock(began), Workdir(workdir)
     if start_from is not None:
         fine_tuning.start_from(start_from, config, folder, warn)
-    for event in stages.train(config, folder, warn, stop, max_minutes):
+    for event in stages.train(config, folder, warn, stop, max_minutes, clock):
         _plot_range_test(event, folder, warn)
         yield event
 
@@ -149,19 +153,22 @@ def run(
     stop: Stop = lambda: None,
     max_minutes: float | None = None,
     start_from: str | Path | None = None,
+    began: float | None = None,
 ) -> Iterator[Event]:
     """Run all stages: prepare, find_lr if no learning rate is set, train, generate samples, write the report.
 
     The arguments are those of `train`. Samples are generated after each validation too, unless the config turns
-    this off. If `stop` or `max_minutes` ends training, the last samples and the report are left to the next call. With
-    several processes, process 0 alone generates samples and writes the report.
+    this off. scheduler.minutes includes the samples and the report. If `stop` or `max_minutes` ends training, the last
+    samples and the report are left to the next call. With several processes, process 0 alone generates samples and
+    writes the report.
     """
+    clock = Clock(time.monotonic() if began is None else began, *time_of_results(config))
     complete, folder = True, Workdir(workdir)  # its path is absolute, whatever folder the caller changes to
     warn = stages.without_repeats(warn)
     time_for, validated = TimeForSamples(max_minutes), 0
     if start_from is not None:
         fine_tuning.start_from(start_from, config, folder, warn)
-    for event in stages.train(config, folder, warn, stop, max_minutes):
+    for event in stages.train(config, folder, warn, stop, max_minutes, clock):
         if isinstance(event, Prepared) and processes.is_first():
             known_prompts(config.sample.prompts, folder.load_tokenizer(), repairs_of(folder), warn)
         _plot_range_test(event, folder, warn)

@@ -19,6 +19,15 @@ class UserError(ExpectedError, ValueError):
     """Invalid arguments or input: the message gives the value, the rule and the fix."""
 
 
+class NoClearAnswer(UserError):
+    """The range test proposes no learning rate."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        """Give the message, and the reason: 'not finite', 'no fall', 'batches' or 'seeds'."""
+        super().__init__(message)
+        self.reason = reason
+
+
 class NoCheckpoint(ExpectedError):
     """No usable checkpoint was found."""
 

@@ -55,7 +55,15 @@ class Zoom:
     best: float
     """Learning rate that this zoom proposes."""
     method: str = "steepest"
-    """How it was chosen: 'steepest', 'lowest' or 'balanced'."""
+    """How it was chosen: 'steepest', 'lowest', 'balanced', 'valley' or 'slide'."""
+    lowest_losses: tuple[float, ...] = ()
+    """With several seeds: the lowest of their losses at each of the points; `losses` has the mean."""
+    highest_losses: tuple[float, ...] = ()
+    """The same for the highest."""
+    seed_falls: tuple[float, ...] = ()
+    """How far the loss of each seed fell from the first of the points to the last, nats per character."""
+    seed_rates: tuple[float, ...] = ()
+    """The learning rate that each seed alone would propose; a seed whose loss does not fall is left out."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ class LRFinderResult:
     start_lr: float
     end_lr: float
     zooms: tuple[Zoom, ...]
+    seeds: int = 1
+    """Number of seeds; the last zoom has the learning rates that each of them proposes."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +84,15 @@ class LRFinderStep:
     """The range test has made one training step."""
 
     step: int
-    """Counted from 1 over all zooms."""
+    """Counted from 1 over all zooms and seeds."""
     total_steps: int
     zoom: int
     """Counted from 1."""
     learning_rate: float
     loss: float
     """Nats per character, before this learning rate was applied; may be NaN."""
+    seed: int = 0
+    """Index of the seed, which is added to the run's."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +127,11 @@ class TrainStarted:
     parameters: int
     first_step: int
     """Number of training steps in the checkpoint; 0 for a new run."""
-    total_steps: int
+    total_steps: int | None
+    """None: not known yet, in a run of given minutes."""
     epoch_steps: int
-    epochs: float
+    epochs: float | None
+    """In total; None as total_steps."""
     learning_rate: float
     """Peak of the schedule."""
     device: str
@@ -128,6 +142,25 @@ class TrainStarted:
     """(step, loss) of the validations so far, nats per character."""
     warmup_steps: int = 0
     """Training steps of warm-up that the config asks for, which may be more than the run has."""
+    minutes: float | None = None
+    """Length of the run, if the config sets it in minutes."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The number of training steps that fit into the minutes of a run has been decided; it may be decided again."""
+
+    step: int
+    """Number of training steps so far: the schedule is that of the new total from here on."""
+    total_steps: int
+    epochs: float
+    """In total."""
+    minutes: float
+    """Length of the run."""
+    seconds: float
+    """Time of the run so far."""
+    warmup_steps: int
+    """As in TrainStarted."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +260,7 @@ Event = (
     | LRFinderResult
     | AttentionChosen
     | TrainStarted
+    | Fitted
     | Compiled
     | Steps
     | Validated

@@ -21,7 +21,14 @@ from chargpt_jax.errors import UserError
 
 SHIPPED = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
 MAY_DIFFER = (
-    *("scheduler.epochs", "scheduler.max_steps", "data.timeout", "data.max_megabytes", "data.mirrors"),
+    *(
+        "scheduler.epochs",
+        "scheduler.max_steps",
+        "scheduler.minutes",
+        "data.timeout",
+        "data.max_megabytes",
+        "data.mirrors",
+    ),
     *("model.remat", "model.attention_block", "optimizer.accumulation_steps"),
 )
 RESOLVED = {"model.vocab_size": 0, "model.used_ids": 0, "optimizer.learning_rate": None}
@@ -61,6 +68,8 @@ def another(name: str) -> Any:
         return FIELDS[name].metadata["choices"][-1]
     if name in ("optimizer.accumulation_steps", "optimizer.muon_steps"):
         return 4
+    if name == "lr_finder.stop_factor":  # above 1
+        return 4.0
     if value is None:
         return 3 if kind == int | None else 0.25
     if isinstance(value, bool):

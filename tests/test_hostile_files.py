@@ -26,8 +26,8 @@ from chargpt_jax.interop.safetensors_file import read_npz
 from chargpt_jax.storage import manifest
 from chargpt_jax.storage.metrics_log import MAX_LINE, MAX_METRICS, Log
 from chargpt_jax.storage.workdir import Workdir
-from chargpt_jax.training.lr_finder import result_from
 from chargpt_jax.training.optimizer import total_steps
+from chargpt_jax.training.range_test.saved import result_from
 
 
 @pytest.fixture
@@ -333,6 +333,10 @@ def test_range_test_round_trip():
         *({"method": "$\\frac"}, {"method": []}, {"zooms": None}, {"zooms": [1]}, {"zooms": [{}]}, {"zooms": {"a": 1}}),
         *({"zooms": [{**ZOOM, "lrs": [1.0]}]}, {"zooms": [{**ZOOM, "lrs": "ab"}]}, {"zooms": [{**ZOOM, "x": 1}]}),
         *({"zooms": [{**ZOOM, "losses": [1, None]}]}, {"zooms": [{**ZOOM, "number": "1"}]}),
+        *({"zooms": [{**ZOOM, name: [1.0]}]} for name in ("lowest_losses", "highest_losses")),
+        *({"zooms": [{**ZOOM, "seed_falls": value}]} for value in ("ab", 1, [None], [[1]], [1e99], [-1e99])),
+        *({"zooms": [{**ZOOM, "seed_rates": value}]} for value in ("ab", [None], [-1.0], {"a": 1})),
+        *({"seeds": 0}, {"seeds": "2"}, {"seeds": 1.5}, {"seeds": True}, {"seeds": 10**9}),
     ],
 )
 def test_a_range_test_that_somebody_else_wrote_is_no_result(change):

@@ -27,8 +27,8 @@ from chargpt_jax.config import DataConfig, LRFinderConfig, SchedulerConfig  # no
 from chargpt_jax.data.batches import steps_per_epoch  # noqa: E402
 from chargpt_jax.data.tokenizer import CharTokenizer  # noqa: E402
 from chargpt_jax.errors import UserError  # noqa: E402
-from chargpt_jax.training import lr_finder  # noqa: E402
 from chargpt_jax.training.optimizer import warmup_cosine  # noqa: E402
+from chargpt_jax.training.range_test import methods, search  # noqa: E402
 from tests import pytorch_reference  # noqa: E402
 from tests.pairing import x64  # noqa: E402
 
@@ -234,16 +234,16 @@ def test_the_helpers_of_the_range_test_are_the_ancestors():
     for rates, losses in draws(200):
         logs, heights = torch.from_numpy(np.log(rates)), torch.from_numpy(losses)
         expected = pytorch_reference.steepest(logs, heights).exp().item()
-        assert lr_finder.steepest_rate(rates, losses) == pytest.approx(expected, rel=1e-12)
-        assert lr_finder.lowest_rate(rates, losses) == rates[-1]
+        assert methods.steepest_rate(rates, losses) == pytest.approx(expected, rel=1e-12)
+        assert methods.lowest_rate(rates, losses) == rates[-1]
         spaced = pytorch_reference.log_spaced(logs[[0, -1]], 10).numpy()
-        np.testing.assert_allclose(lr_finder.log_spaced((rates[0], rates[-1]), 10), spaced, rtol=1e-12)
+        np.testing.assert_allclose(methods.log_spaced((rates[0], rates[-1]), 10), spaced, rtol=1e-12)
 
 
 def test_equal_falls_are_steepest_in_the_middle():
     for losses in ([3.0, 2.0], [3.0, 2.0, 1.0]):
         rates = np.geomspace(1e-6, 1e-2, len(losses))
-        found = lr_finder.steepest_rate(rates, losses)
+        found = methods.steepest_rate(rates, losses)
         expected = pytorch_reference.steepest(torch.from_numpy(np.log(rates)), torch.tensor(losses)).exp().item()
         assert found == pytest.approx(expected, rel=1e-12) == pytest.approx(1e-4, rel=1e-12)
 
@@ -258,22 +258,26 @@ def test_the_range_test_on_a_formula_is_the_ancestors(method, change):
     assert difference(found, fidelity.their_zooms(fidelity.analytic_loss, config))[1] <= 1e-12
 
 
+FINDER_FIELDS = ("start_lr", "end_lr", "num_zooms", "steps_per_zoom", "zoom_factor", "method")
+SETTINGS_OF_THE_ORIGINAL = {name: getattr(LRFinderConfig(), name) for name in FINDER_FIELDS}
+
+
 def test_a_zoom_without_two_improvements_is_skipped_alike():
     """The second zoom has no finite loss, and the third continues with the range of the first."""
 
     def loss(zoom: int, step: int, rate: float) -> float:
         return math.nan if zoom == 1 else fidelity.analytic_loss(zoom, step, rate)
 
-    found = list(lr_finder.search(fidelity.one_by_one(loss), LRFinderConfig()))[-1].zooms
-    expected = pytorch_reference.range_test(loss, **dataclasses.asdict(LRFinderConfig()))
+    found = list(search.search(fidelity.one_by_one(loss), LRFinderConfig()))[-1].zooms
+    expected = pytorch_reference.range_test(loss, **SETTINGS_OF_THE_ORIGINAL)
     assert [zoom.number for zoom in found] == [1, 3, 4, 5]
     np.testing.assert_allclose([zoom.best for zoom in found], [zoom.best for zoom in expected], rtol=1e-12)
 
 
 def test_where_no_rate_helps_both_find_nothing():
-    assert pytorch_reference.range_test(lambda *_: 1.0, **dataclasses.asdict(LRFinderConfig())) == []
+    assert pytorch_reference.range_test(lambda *_: 1.0, **SETTINGS_OF_THE_ORIGINAL) == []
     with pytest.raises(UserError, match="lowers the loss"):
-        list(lr_finder.search(fidelity.one_by_one(lambda *_: 1.0), LRFinderConfig()))
+        list(search.search(fidelity.one_by_one(lambda *_: 1.0), LRFinderConfig()))
 
 
 def test_the_range_test_of_the_model_is_the_ancestors():

@@ -35,9 +35,7 @@ def silent(text: str) -> None:
 def run(request: Request) -> int:
     """Do all stages: prepare the text, find a learning rate, train, generate samples, write the report."""
     with Session(request) as session:
-        events = session.api.run(
-            request.config, request.folder, session.warn, request.signals.received, request.minutes_left, request.parent
-        )
+        events = session.api.run(*_training(request, session.warn))
         for event in session.profiled(events):
             if session.show(event):
                 break
@@ -47,13 +45,17 @@ def run(request: Request) -> int:
 def train(request: Request) -> int:
     """Train, or resume training."""
     with Session(request) as session:
-        events = session.api.train(
-            request.config, request.folder, session.warn, request.signals.received, request.minutes_left, request.parent
-        )
+        events = session.api.train(*_training(request, session.warn))
         for event in session.profiled(events):
             if session.show(event):
                 break
     return session.finish()
+
+
+def _training(request: Request, warn: Callable[[str], None]) -> tuple[Any, ...]:
+    """Return the arguments of `api.run` and `api.train`."""
+    stop, began = request.signals.received, request.began
+    return request.config, request.folder, warn, stop, request.minutes_left, request.parent, began
 
 
 def prepare(request: Request) -> int:

@@ -13,6 +13,7 @@ from chargpt_jax.events import (
     Compiled,
     Ended,
     Event,
+    Fitted,
     LRFinderResult,
     LRFinderStep,
     Prepared,
@@ -55,7 +56,7 @@ class Notebook:
         self._numbers = self._validated = ""
         self._sample: Sampled | None = None
         self._zooms: list[Zoom] = []
-        self._zoom, self._rates = 0, list[tuple[float, float]]()  # of the unfinished zoom: (rate, loss)
+        self._zoom, self._rates = (0, 0), list[tuple[float, float]]()  # of the unfinished zoom and seed: (rate, loss)
         self._training: list[tuple[float, float]] = []
         self._validation: list[tuple[float, float]] = []
         self._handle: _Handle | None = None
@@ -86,8 +87,8 @@ class Notebook:
                     f"range test: step {event.step:,} of {event.total_steps:,}, zoom {event.zoom}, "
                     f"rate {event.learning_rate:.2e}, loss {event.loss:.4f}"
                 )
-                self._rates = self._rates if event.zoom == self._zoom else []
-                self._zoom = event.zoom
+                self._rates = self._rates if (event.zoom, event.seed) == self._zoom else []
+                self._zoom = event.zoom, event.seed
                 # As in a Zoom: only the steps that reached a new lowest loss.
                 if event.loss < min((loss for _, loss in self._rates), default=float("inf")):
                     self._rates.append((event.learning_rate, event.loss))
@@ -97,6 +98,8 @@ class Notebook:
             case TrainStarted():
                 self._facts["TrainStarted"], self._numbers = text or "", ""
                 self._training, self._validation = list(event.training), list(event.validation)
+            case Fitted():
+                self._facts["Fitted"] = text or ""
             case Steps():
                 self._numbers = f"step {event.step:,} (epoch {event.epoch:.2f}): {text}"
                 self._training.append((event.step, event.loss))

@@ -20,6 +20,7 @@ from chargpt_jax.events import (
     Compiled,
     Ended,
     Event,
+    Fitted,
     LRFinderResult,
     LRFinderStep,
     Prepared,
@@ -122,7 +123,7 @@ def sentence(event: Event) -> str | None:
                 f"steepest descent at {event.steepest:.2e}, proposed {event.best:.2e} ({event.method})"
             )
         case LRFinderResult():
-            return f"learning rate: {event.learning_rate:.2e} ({event.method})"
+            return f"learning rate: {event.learning_rate:.2e} ({event.method}){_spread(event)}"
         case AttentionChosen():
             sources = {
                 "config": "as train.attention says",
@@ -131,12 +132,15 @@ def sentence(event: Event) -> str | None:
             }
             return f"attention: {event.name}, {sources[event.source]}"
         case TrainStarted():
-            start = f"resuming after step {event.first_step:,} of {event.total_steps:,}"
             return (
-                f"training: {event.parameters:,} parameters on {event.device} in {event.dtype}; "
-                f"{start if event.first_step else f'starting, {_steps(event.total_steps)}'} "
-                f"({event.epochs:.4g} epochs of {_steps(event.epoch_steps)}), peak learning rate "
-                f"{event.learning_rate:.2e}{_long_warmup(event)}"
+                f"training: {event.parameters:,} parameters on {event.device} in {event.dtype}; {_length(event)}, peak "
+                f"learning rate {event.learning_rate:.2e}{_long_warmup(event.warmup_steps, event.total_steps)}"
+            )
+        case Fitted():
+            return (
+                f"schedule: {_steps(event.total_steps)} ({event.epochs:.4g} epochs) for {event.minutes:g} min, "
+                f"from step {event.step:,} after {duration(event.seconds)}"
+                f"{_long_warmup(event.warmup_steps, event.total_steps)}"
             )
         case Compiled():
             return f"compiled in {event.seconds:.1f} s; {event.flops_per_step / 1e9:,.3g} GFLOP per training step"
@@ -166,15 +170,33 @@ def _tried(one: AttentionTried) -> str:
     return f"{one.name} {one_line(result, MAX_TITLES)}"
 
 
+def _spread(result: LRFinderResult) -> str:
+    """Return the learning rates that the seeds of a range test propose; '' if there is one seed."""
+    if result.seeds == 1 or not (rates := result.zooms[-1].seed_rates):
+        return ""
+    left_out = f", {result.seeds - len(rates)} without a falling loss" if len(rates) < result.seeds else ""
+    return f"; {min(rates):.2e} to {max(rates):.2e} by the {result.seeds} seeds alone{left_out}"
+
+
 def _steps(count: int) -> str:
     return "1 step" if count == 1 else f"{count:,} steps"
 
 
-def _long_warmup(event: TrainStarted) -> str:
+def _length(event: TrainStarted) -> str:
+    """Return where a run starts, and how long it is."""
+    per_epoch = f"epochs of {_steps(event.epoch_steps)}"
+    if event.total_steps is None:
+        start = f"resuming after step {event.first_step:,}" if event.first_step else "starting"
+        return f"{start}, {event.minutes:g} min ({per_epoch})"
+    start = f"resuming after step {event.first_step:,} of {event.total_steps:,}"
+    return f"{start if event.first_step else f'starting, {_steps(event.total_steps)}'} ({event.epochs:.4g} {per_epoch})"
+
+
+def _long_warmup(warmup_steps: int, total_steps: int | None) -> str:
     """Return a note if the run ends before the warm-up that the config asks for."""
-    if event.warmup_steps < event.total_steps:
+    if total_steps is None or warmup_steps < total_steps:
         return ""
-    warmup = _steps(event.warmup_steps)
+    warmup = _steps(warmup_steps)
     return (
         f"; the warm-up of {warmup} is not shorter than the run, so the peak falls on the last step (with "
         "ancestor.decay=none, after it): lower scheduler.warmup_epochs"
@@ -213,12 +235,13 @@ class _Terminal:
 
     def __init__(self, file: TextIO):
         console = Console(file=file)
-        self._wide, self._total = console.width >= 120, 1
+        self._wide = console.width >= 120
+        self._total: int | None = 1
         self._bar: TaskID | None = None
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=None if self._wide else 10),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            TextColumn("{task.fields[done]}"),
             TextColumn("{task.fields[numbers]}"),
         )
         self._progress = Progress(*columns, console=console)
@@ -241,10 +264,16 @@ class _Terminal:
             case TrainStarted():
                 self._total = event.total_steps
                 self._move("training", event.first_step, self._total)
+            case Fitted():
+                self._total = event.total_steps
+                self._move("training", event.step, self._total)
             case Steps():
                 self._move("training", event.step, self._total, numbers(event, self._wide))
 
-    def _move(self, description: str, done: int, total: int, text: str = "") -> None:
+    def _move(self, description: str, done: int, total: int | None, text: str = "") -> None:
+        of = f"{done:,}/{total:,}" if total is not None else f"{done:,}"
         if self._bar is None:
-            self._bar = self._progress.add_task(description, total=total, numbers="")
-        self._progress.update(self._bar, completed=done, total=total, numbers=text, description=description)
+            self._bar = self._progress.add_task(description, total=total, numbers="", done="")
+        if total is None:  # rich would keep that of the range test
+            self._progress.tasks[0].total = None
+        self._progress.update(self._bar, completed=done, total=total, numbers=text, done=of, description=description)

@@ -84,7 +84,9 @@ def _training(config: Config, mesh: Mesh, dtype: Any, graphdef: Any, sharded: An
     """Yield training and validation; `sharded` is `graphdef` with the operations of one device of the mesh."""
     used = sharding.describe(mesh)
     # A run determines the learning rate and the length of an epoch; neither changes the shapes of the program.
-    schedule = optimizer.warmup_cosine(config.scheduler, peak=1e-3, epoch_steps=100)
+    # The program of a run of given minutes differs only in that the learning rates are an argument.
+    scheduler = dataclasses.replace(config.scheduler, minutes=None)
+    schedule = optimizer.warmup_cosine(scheduler, peak=1e-3, epoch_steps=100)
     tx = optimizer.make_optimizer(config, schedule, mesh)
     state = state_shapes(params, tx, config.seed, dtype)
     state = sharding.with_sharding(state_sharding(state, mesh), state)

@@ -54,6 +54,13 @@ def _check_relations(config: Config) -> None:
             f"lr_finder.start_lr is {config.lr_finder.start_lr:g}, but it must be less than lr_finder.end_lr "
             f"({config.lr_finder.end_lr:g}): lower it."
         )
+    scheduler = config.scheduler
+    if scheduler.minutes is not None and scheduler.max_steps is not None:
+        raise UserError(
+            f"scheduler.minutes is {scheduler.minutes:g} and scheduler.max_steps is {scheduler.max_steps:,}, but only "
+            "one of them can set the length of a run: leave one out, or set it to None, for example with "
+            "--config.scheduler.max_steps=None."
+        )
     rate, factor = config.optimizer.learning_rate, config.optimizer.muon_factor
     if config.optimizer.kind == "muon" and rate is not None and rate * factor > MAX_FLOAT32:
         raise UserError(

@@ -15,7 +15,7 @@ RESOLVED = ("model.vocab_size", "model.used_ids", "optimizer.learning_rate")
 
 MAY_CHANGE = (
     *("train.", "sample.", "mesh."),
-    *("scheduler.epochs", "scheduler.max_steps"),
+    *("scheduler.epochs", "scheduler.max_steps", "scheduler.minutes"),
     *("data.timeout", "data.max_megabytes", "data.mirrors"),
     *("model.remat", "model.attention_block", "optimizer.accumulation_steps"),
 )

@@ -19,6 +19,9 @@ MAX_TEXT = 1_000_000
 MAX_TEMPERATURE = 1_000.0
 """Maximum sampling temperature. All characters are equally likely here; far above it, masked ids would be sampled."""
 
+LR_METHODS = ("steepest", "lowest", "balanced", "valley", "slide")
+"""How the range test chooses a learning rate."""
+
 MAX_STEPS = 2**31
 """A run has fewer training steps than this: the step is an int32."""
 
@@ -139,6 +142,13 @@ class SchedulerConfig(Settings):
 
     epochs: float = setting(100.0, "run length in epochs", above=0.0, most=1e6)
     max_steps: int | None = setting(None, "run length in training steps; overrides epochs", least=1, below=MAX_STEPS)
+    minutes: float | None = setting(
+        None,
+        "run length in minutes, start-up, compilation and samples included; overrides epochs: the number of steps "
+        "follows from the speed measured",
+        above=0.0,
+        most=1e6,
+    )
     warmup_epochs: float = setting(1.0, "epochs of linear warm-up", least=0.0, most=1e6)
     min_lr_factor: float = setting(0.1, "lowest learning rate, as a fraction of the peak", least=0.0, most=1.0)
 
@@ -171,8 +181,21 @@ class LRFinderConfig(Settings):
     )
     method: str = setting(
         "steepest",
-        "learning rate to choose: at the steepest descent, at the lowest loss, or the mean of both ('balanced')",
-        choices=("steepest", "lowest", "balanced"),
+        "learning rate to choose: at the steepest descent, at the lowest loss, the mean of both ('balanced'), in the "
+        "longest 'valley', or before the loss shoots up ('slide')",
+        choices=LR_METHODS,
+    )
+    smoothing: float = setting(
+        0.0,
+        "weight of the earlier losses in the exponential average that the methods use; 0: the losses themselves",
+        least=0.0,
+        below=1.0,
+    )
+    stop_factor: float | None = setting(
+        None, "end a zoom when its loss, smoothed, exceeds this many times the lowest one; None: never", above=1.0
+    )
+    seeds: int = setting(
+        1, "seeds, of initial parameters and batches, whose mean loss the methods use; 1: the run's", least=1, most=100
     )
 
 

@@ -68,6 +68,7 @@ PLOT_CSS = (
     ".chargpt .cg-axis{stroke:var(--cg-faint)}"
     ".chargpt .cg-value{font-weight:600;fill:var(--cg-ink)}"
     ".chargpt .cg-curve{stroke-linecap:round;stroke-linejoin:round}"
+    ".chargpt .cg-band{fill:var(--cg-s2);fill-opacity:.18}"
     ".chargpt .cg-raw{stroke:var(--cg-s2);stroke-width:.8;stroke-opacity:.35}"
     ".chargpt .cg-training{stroke:var(--cg-s2);stroke-width:1.4}"
     ".chargpt .cg-validation{stroke:var(--cg-s3);stroke-width:1.4}"

@@ -14,7 +14,9 @@ def range_test_plot(result: LRFinderResult, width: float = WIDTH, unit: str = "c
     """Plot the result of a range test, as SVG of a width in pixels; unit: 'character' or 'byte'."""
     zooms = [(zoom.lrs, zoom.losses) for zoom in result.zooms]
     steepest = [zoom.steepest for zoom in result.zooms]
-    return lr_finder_plot(zooms, steepest, result.learning_rate, result.method, width=width, unit=unit)
+    last = result.zooms[-1] if result.zooms else None
+    band = (last.lrs, last.lowest_losses, last.highest_losses) if last and last.lowest_losses else None
+    return lr_finder_plot(zooms, steepest, result.learning_rate, result.method, width=width, unit=unit, band=band)
 
 
 def training_curves(log: Sequence[Mapping[str, Any]], tokens_per_step: int) -> list[Curve]:

@@ -136,10 +136,14 @@ def _shape(info: Mapping[str, Any]) -> str:
 
 def _progress(info: Mapping[str, Any]) -> str:
     step, total, per_epoch = (info.get(name) for name in ("step", "total_steps", "steps_per_epoch"))
-    if step is None or total is None:
+    if step is None or "total_steps" not in info:
         return ""
     if info.get("characters") == 0:
         return "imported without a text to train on"
+    if total is None:  # the number of steps follows from the speed
+        minutes = _number(info.get("minutes"))
+        run = f"a run of {minutes:g} min" if minutes else "a run of given minutes"
+        return f"{step:,} steps of {run}" if step else f"not started: {run}"
     epochs = f" ({total / per_epoch:.4g} epochs of {_steps(per_epoch)})" if per_epoch else ""
     if step == 0:
         return f"not started: 0 of {_steps(total)}{epochs}"

@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from chargpt_jax.config import Config
 from chargpt_jax.data import batches
 from chargpt_jax.devices import sharding
 from chargpt_jax.devices.platform import compute_dtype
+from chargpt_jax.errors import UserError
 from chargpt_jax.events import bits_per_character
 from chargpt_jax.generation.trained_model import state_shapes_of
 from chargpt_jax.model.flops import training_flops
@@ -19,7 +21,8 @@ from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.storage.metrics_log import Expected, seconds_at
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import attention, optimizer
-from chargpt_jax.training.lr_finder import result_from
+from chargpt_jax.training.dispatch.run_length import fits_from, total_of
+from chargpt_jax.training.range_test.saved import result_from
 from chargpt_jax.training.run import Warn
 from chargpt_jax.training.setup import training_mesh
 
@@ -71,7 +74,8 @@ def all_facts(workdir: str | Path | Workdir, warn: Warn = print) -> dict[str, An
         **{name: getattr(config.model, name) for name in ("block_size", "n_layer", "n_embd", "n_head", "n_head_dim")},
         "characters_per_step": config.data.batch_size * config.model.block_size,
         "steps_per_epoch": epoch_steps,
-        "total_steps": optimizer.total_steps(config.scheduler, epoch_steps),
+        "total_steps": _total_steps(folder, config, epoch_steps, warn),
+        "minutes": config.scheduler.minutes,
         "learning_rate": config.optimizer.learning_rate,
         "learning_rate_method": _learning_rate_method(folder, config.optimizer.learning_rate),
         "checkpoints": checkpoints,
@@ -92,6 +96,17 @@ def all_facts(workdir: str | Path | Workdir, warn: Warn = print) -> dict[str, An
         **attention.facts(config, mesh, folder.load_attention(warn), step > 0),
         "report": str(folder.report) if folder.report.is_file() else None,
     }
+
+
+def _total_steps(folder: Workdir, config: Config, epoch_steps: int, warn: Warn) -> int | None:
+    """Return the training steps in the whole run; None if they follow from a speed that was not measured yet."""
+    if config.scheduler.minutes is None:
+        return optimizer.total_steps(config.scheduler, epoch_steps)
+    try:
+        return total_of(folder.load_schedule(fits_from), config.scheduler.minutes)
+    except UserError as error:
+        warn(str(error))
+        return None
 
 
 def _learning_rate_method(folder: Workdir, learning_rate: float | None) -> str | None:

@@ -24,7 +24,7 @@ from chargpt_jax.results.info import all_facts
 from chargpt_jax.results.samples import load_samples, sample_files
 from chargpt_jax.results.validation import load_validation, path_of
 from chargpt_jax.storage.workdir import Workdir
-from chargpt_jax.training.lr_finder import result_from
+from chargpt_jax.training.range_test.saved import result_from
 from chargpt_jax.training.run import Warn
 from chargpt_jax.training.stages import without_repeats
 

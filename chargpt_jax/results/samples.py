@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from chargpt_jax.config import Config
 from chargpt_jax.config.values import shown
 from chargpt_jax.data.given_text import without_unknown
 from chargpt_jax.data.tokenizer import CharTokenizer, named
@@ -20,6 +21,10 @@ from chargpt_jax.training.run import Warn
 
 FIRST_SAMPLES = 10.0
 """Assumed time of the first samples, which compiles the programs of generation, seconds."""
+
+SAMPLES_COMPILE, SCORES_COMPILE = 1.2, 0.4
+"""Time of the first samples, and of the scores of the validation set and the report, in units of the time that
+compiling the training takes: measured with `tiny` on two CPU cores."""
 
 MAX_SAMPLES_JSON = 512 << 20
 """Maximum size of a file of samples that a report includes, bytes; a character needs about a hundred."""
@@ -83,6 +88,15 @@ class TimeForSamples:
             return []
         finally:
             self._needed = time.monotonic() - began
+
+
+def time_of_results(config: Config) -> tuple[float, float]:
+    """Return the expected time of the first samples of `run` during training, and of its work after training.
+
+    The unit is the time that compiling the training takes.
+    """
+    along = isinstance(config, Config) and config.sample.at_validation
+    return (SAMPLES_COMPILE, SCORES_COMPILE) if along else (0.0, SAMPLES_COMPILE + SCORES_COMPILE)
 
 
 def known_prompts(

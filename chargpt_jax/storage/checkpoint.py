@@ -114,6 +114,11 @@ class Checkpoints:
         """Return the validation loss of a checkpoint, UNVALIDATED if it has none."""
         return float(self._read_record(step)["loss"])
 
+    def seconds_of(self, step: int) -> float | None:
+        """Return the time of the run at a checkpoint, if its length is set in minutes; else None."""
+        seconds = self._read_record(step).get("seconds")
+        return float(seconds) if isinstance(seconds, int | float) and 0 <= seconds < 1e30 else None
+
     def sweep(self) -> None:
         """Remove the temporary folders of killed processes. Only the process that holds the lock may call this."""
         for prefix in (SAVING, DELETING):

@@ -1,7 +1,7 @@
 """A run's folder: its files, and how they are read and written.
 
     config.json   corpus/{tokens.npy, vocabulary.json, sources.json, manifest.json}   lr_finder.{json, svg}
-    metrics.jsonl   attention.json   speed.json   checkpoints/   samples/   loss.svg   report.html
+    metrics.jsonl   attention.json   speed.json   schedule.json   checkpoints/   samples/   loss.svg   report.html
 
 Every file but metrics.jsonl is written atomically (atomic.py).
 """
@@ -64,6 +64,7 @@ class Workdir:
         self.metrics = self.path / "metrics.jsonl"
         self.attention = self.path / "attention.json"
         self.speed = self.path / "speed.json"
+        self.schedule = self.path / "schedule.json"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self.report = self.path / "report.html"
@@ -307,6 +308,24 @@ class Workdir:
         except UserError as error:
             warn(str(error))
             return {}
+
+    def save_schedule(self, fits: Mapping[str, object]) -> None:
+        """Write how many steps fit into the minutes of a run."""
+        self.write(self.schedule, json.dumps(fits, indent=2) + "\n")
+
+    def load_schedule(self, parse: Callable[[Any], list[T]]) -> list[T]:
+        """Read the same; [] if nothing was fitted yet.
+
+        Args:
+            parse: converts the content, and raises ValueError if it is invalid.
+
+        Raises:
+            UserError: if the file is damaged.
+        """
+        if not os.path.lexists(self.schedule):
+            return []
+        fix = "restore it, or remove it: the run then measures its speed again"
+        return self._parsed(self.schedule, parse, fix)
 
     def load_metrics(self) -> list[dict[str, Any]]:
         """Read metrics.jsonl. Invalid lines, such as a last one truncated by a crash, are skipped.

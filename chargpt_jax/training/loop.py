@@ -67,7 +67,10 @@ class TrainingLoop:
         self.feed = feed
         self.store, self.lock, self.condition, self.warn = store, lock, condition, warn
         self.size = DispatchSize(run.config)
-        self.epoch_steps, self.total_steps = run.epoch_steps, run.total_steps
+        self.epoch_steps, self.total_steps = (
+            run.epoch_steps,
+            run.total_steps,
+        )  # None in a run of given minutes, at first
         self.validate_every = max(1, round(run.config.train.validate_every * self.epoch_steps))
         self.step = self.saved_step = int(state.step)
         validated = self.step > 0 and processes.agreed(store.loss_of(self.step) < UNVALIDATED)
@@ -90,6 +93,7 @@ class TrainingLoop:
         yield self.started()
         if not self.condition.reached():
             yield self.compile(lowered, tracing)
+            self.measure()
             while True:
                 self.lock.alive()
                 loss = self.validate() if self.validation_is_due() else None
@@ -101,6 +105,7 @@ class TrainingLoop:
                     yield saved
                 if self.is_finished():
                     break
+                yield from self.fit()
                 dispatched = self.dispatch()
                 self.log_steps(dispatched)
                 yield self.progress(dispatched)
@@ -120,13 +125,14 @@ class TrainingLoop:
             first_step=self.step,
             total_steps=self.total_steps,
             epoch_steps=self.epoch_steps,
-            epochs=self.total_steps / self.epoch_steps,
+            epochs=self.total_steps and self.total_steps / self.epoch_steps,
             learning_rate=config.optimizer.learning_rate,
             warmup_steps=self.run.warmup_steps,
             device=sharding.describe(self.setup.mesh, jax.device_count()),
             dtype=jnp.dtype(self.setup.dtype).name,
             training=self._logged_losses("step"),
             validation=self._logged_losses("validation"),
+            minutes=config.scheduler.minutes,
         )
 
     def _logged_losses(self, kind: str) -> tuple[tuple[int, float], ...]:
@@ -142,6 +148,13 @@ class TrainingLoop:
         self._validation_compile_seconds = seconds
         self.compiled = Compiled(seconds, training_flops(config.model, config.data.batch_size))
         return self.compiled
+
+    def measure(self) -> None:
+        """Measure the speed, in a run of given minutes."""
+
+    def fit(self) -> Iterator[Event]:
+        """Decide how many steps there are in total, in a run of given minutes."""
+        yield from ()
 
     def validation_is_due(self) -> bool:
         """Return whether this step is to be validated, and there is time for it."""
@@ -180,18 +193,23 @@ class TrainingLoop:
         """Save a checkpoint with a validation loss, or UNVALIDATED; record how long that takes."""
         self.lock.alive()
         began = time.perf_counter()
-        state, record = processes.on_host(self.state), self.setup.record()
+        state, record = processes.on_host(self.state), self.record()
         processes.on_first(lambda: self.store.save(state, record, loss))
         self.condition.record_save(time.perf_counter() - began)
         self.saved_step = self.step
         return Saved(self.step, str(self.store.folder / str(self.step)))
 
+    def record(self) -> dict[str, Any]:
+        """Return the description of the run that a checkpoint holds."""
+        return self.setup.record()
+
     def is_finished(self) -> bool:
         """Return whether the schedule has ended, or no time is left for another step."""
         return self.condition.reached(self.size.seconds_for(1)) or self.step == self.total_steps
 
-    def dispatch(self) -> Dispatched:
-        """Make as many training steps as fit into a dispatch, and before the next validation."""
+    def next_steps(self) -> int:
+        """Return how many training steps fit into a dispatch, and before the next validation."""
+        assert self.total_steps is not None
         count = min(
             self.size.steps,
             self.validate_every - self.step % self.validate_every,
@@ -199,9 +217,18 @@ class TrainingLoop:
             self.size.steps_within(self.condition.seconds_left()),
             self.feed.max_steps,
         )
-        count = processes.agreed(count)
+        return processes.agreed(count)
+
+    def rates(self, count: int) -> tuple[np.ndarray, ...]:
+        """Return the learning rates of the next steps, if they are an argument of the compiled dispatch."""
+        return ()
+
+    def dispatch(self) -> Dispatched:
+        """Make the training steps of one dispatch."""
+        count = self.next_steps()
+        text, rates = self.feed.text_for(self.step, count), self.rates(count)
         began = time.perf_counter()
-        self.state, history = self._dispatch(self.state, self.feed.text_for(self.step, count), np.int32(count))
+        self.state, history = self._dispatch(self.state, text, *rates, np.int32(count))
         # Wait for the result: with several CPU devices, two dispatches in flight can deadlock.
         losses, norms = (np.asarray(history[name])[:count] for name in ("loss", "grad_norm"))
         elapsed = time.perf_counter() - began
@@ -254,6 +281,7 @@ class TrainingLoop:
     def progress(self, dispatched: Dispatched) -> Steps:
         """Return the event that reports the last step of a dispatch."""
         config = self.run.config
+        assert self.total_steps is not None
         return Steps(
             step=self.step,
             epoch=self.step / self.epoch_steps,

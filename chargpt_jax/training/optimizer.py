@@ -19,12 +19,16 @@ EPS = 1e-8
 """Added to the root of Adam's second moment: the value of the original, and optax's and PyTorch's default."""
 
 
-def total_steps(config: SchedulerConfig, epoch_steps: int) -> int:
+def total_steps(config: SchedulerConfig, epoch_steps: int) -> int | None:
     """Return the number of training steps in a run, at least 1; `epoch_steps` is the number in an epoch.
+
+    None if the config sets minutes: the number follows from the speed (dispatch/run_length.py).
 
     Raises:
         UserError: if the number is too large for the step counter.
     """
+    if config.minutes is not None:
+        return None
     if config.max_steps is not None:
         return config.max_steps
     steps = max(1, round(config.epochs * epoch_steps))
@@ -42,7 +46,9 @@ def warmup_cosine(config: SchedulerConfig, peak: float, epoch_steps: int, decay:
     min_lr_factor x peak at the last step. In a run shorter than its warm-up, the last step reaches the peak. With
     decay 'none', like the original, the learning rate stays at the peak, and the warm-up is never shortened.
     """
-    last = total_steps(config, epoch_steps) - 1
+    total = total_steps(config, epoch_steps)
+    assert total is not None  # a run of given minutes has set max_steps to the number that fits
+    last = total - 1
     warmup = round(config.warmup_epochs * epoch_steps)
     if decay == "none":
         rate = optax.constant_schedule(peak)

@@ -140,8 +140,8 @@ class Run:
         return _epoch_steps(self.config, len(self.tokens))
 
     @property
-    def total_steps(self) -> int:
-        """Training steps in the whole run."""
+    def total_steps(self) -> int | None:
+        """Training steps in the whole run; None if the config sets minutes."""
         return optimizer.total_steps(self.config.scheduler, self.epoch_steps)
 
     @property
@@ -149,11 +149,13 @@ class Run:
         """Training steps of warm-up that the config asks for, which may be more than the run has."""
         return round(self.config.scheduler.warmup_epochs * self.epoch_steps)
 
-    def schedule(self) -> optax.Schedule:
-        """Return the learning rate as a function of the step."""
-        config, peak = self.config, self.config.optimizer.learning_rate
+    def schedule(self, total_steps: int | None = None) -> optax.Schedule:
+        """Return the learning rate as a function of the step, in a run of `total_steps`; None: as the config says."""
+        config, peak, scheduler = self.config, self.config.optimizer.learning_rate, self.config.scheduler
         assert peak is not None
-        return optimizer.warmup_cosine(config.scheduler, peak, self.epoch_steps, config.ancestor.decay)
+        if total_steps is not None:
+            scheduler = dataclasses.replace(scheduler, max_steps=total_steps, minutes=None)
+        return optimizer.warmup_cosine(scheduler, peak, self.epoch_steps, config.ancestor.decay)
 
     def with_learning_rate(self, learning_rate: float) -> "Run":
         """Return this run with a learning rate, which is written to its config file as well."""
@@ -294,6 +296,8 @@ def _check_lengths(config: Config, n_tokens: int, folder: Workdir) -> None:
             f"{batches.MAX_ON_DEVICE:,}: leave it out."
         )
     scheduler, total = config.scheduler, optimizer.total_steps(config.scheduler, _epoch_steps(config, n_tokens))
+    if total is None:
+        return  # the steps made are never too many
     with contextlib.closing(Checkpoints(folder.checkpoints)) as store:
         made = max(store.steps(), default=0)
         if made > total:

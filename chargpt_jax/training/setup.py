@@ -126,6 +126,27 @@ def range_test_steps(
     return state, history["loss"]
 
 
+def steps_with_rates(
+    state: TrainState,
+    text: jax.Array | batches.Windows,
+    rates: jax.Array,
+    count: jax.Array,
+    *,
+    config: Config,
+    graphdef: nnx.GraphDef[Any],
+    mesh: Mesh,
+) -> tuple[TrainState, History]:
+    """Make `count` training steps as `train_steps` does, with learning rates that are not known when it is compiled.
+
+    `rates` are float32 [MAX_DISPATCH_STEPS], one per step. The state is that of a schedule, with its counter.
+    """
+
+    def optimizer_at(i: jax.Array) -> optax.GradientTransformation:
+        return optimizer.make_optimizer(config, lambda count: rates[i], mesh)
+
+    return train_steps(state, text, count, optimizer_at=optimizer_at, config=config, graphdef=graphdef, mesh=mesh)
+
+
 def validation_step(
     params: Params, inputs: jax.Array, targets: jax.Array, *, graphdef: nnx.GraphDef[Any], mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
@@ -146,6 +167,13 @@ def jit_range_test_steps(
 ) -> jax.stages.Wrapped:
     """Return `range_test_steps(state, text, rates, count)` under jit, for states like the given one."""
     return _jit_in_place(partial(range_test_steps, config=config, graphdef=graphdef, mesh=mesh), mesh, state)
+
+
+def jit_steps_with_rates(
+    config: Config, graphdef: nnx.GraphDef[Any], mesh: Mesh, state: TrainState
+) -> jax.stages.Wrapped:
+    """Return `steps_with_rates(state, text, rates, count)` under jit, for states like the given one."""
+    return _jit_in_place(partial(steps_with_rates, config=config, graphdef=graphdef, mesh=mesh), mesh, state)
 
 
 def _jit_in_place(f: Callable[..., Any], mesh: Mesh, state: TrainState) -> jax.stages.Wrapped:
@@ -208,6 +236,13 @@ class Setup:
         lengths = len(train), len(validation)
         return cls(config, tokens, *lengths, vocabulary, graphdef, shapes, initial_params, dtype, mesh)
 
+    def with_seed(self, seed: int) -> "Setup":
+        """Return the same with another seed, of parameters, batches and dropout, on the same devices."""
+        config = dataclasses.replace(self.config, seed=seed)
+        dtype, block, options = self.dtype, self.config.model.attention_block, compiler_options(self.mesh)
+        _, _, initial_params = plan(config.model, seed, choose.ops_for(dtype, block, mesh=self.mesh), options)
+        return dataclasses.replace(self, config=config, initial_params=initial_params)
+
     @functools.cached_property
     def on_device(self) -> jax.Array:
         """Integers [n_train] of the corpus's width, the training set, on every device."""
@@ -249,6 +284,12 @@ class Setup:
         return sharding.with_sharding(state_sharding(state, self.mesh), state)
 
     @property
+    def validation_batches(self) -> int:
+        """Number of batches of a validation on the full validation set."""
+        per_batch = self._validation_batch_size("validation") * self.config.model.block_size
+        return -(-self.n_validation // per_batch)
+
+    @property
     def n_test(self) -> int:
         """Length of the test set, which follows the validation set."""
         return len(self.tokens) - self.n_train - self.n_validation
@@ -279,14 +320,23 @@ class Setup:
 
     def _windows(self, split: str) -> Callable[[int], Iterable[np.ndarray]]:
         """Return the function from a step to the batches of a set: inputs and targets, int32 [2, B, T]."""
-        block_size, batch_size = self.config.model.block_size, self.config.data.batch_size
-        # Short batches are merged: validation stores no activations, and each dispatch has a fixed cost.
-        start, stop = self.n_train, self.n_train + self.n_validation
-        if split == "test":
-            start, stop = stop, len(self.tokens)
-        characters = min(VALIDATED_AT_ONCE, stop - start)
-        batch_size *= max(1, characters // (batch_size * block_size))
+        start, stop = self._bounds(split)
+        block_size, batch_size = self.config.model.block_size, self._validation_batch_size(split)
         return lambda step: batches.validation_batches(self.tokens[:stop], start, block_size, batch_size)
+
+    def _bounds(self, split: str) -> tuple[int, int]:
+        """Return where in the corpus a set begins and ends."""
+        start, stop = self.n_train, self.n_train + self.n_validation
+        return (stop, len(self.tokens)) if split == "test" else (start, stop)
+
+    def _validation_batch_size(self, split: str) -> int:
+        """Return the sequences per batch.
+
+        Short batches are merged: validation stores no activations, and each dispatch has a fixed cost.
+        """
+        start, stop = self._bounds(split)
+        characters, batch_size = min(VALIDATED_AT_ONCE, stop - start), self.config.data.batch_size
+        return batch_size * max(1, characters // (batch_size * self.config.model.block_size))
 
     def _crops(self) -> Callable[[int], Iterable[tuple[np.ndarray, ...]]]:
         """Return the same function for validation like the original's: new random crops at each step."""

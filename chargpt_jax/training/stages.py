@@ -6,15 +6,16 @@ that have not been run.
 
 import contextlib
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from chargpt_jax.config import Config
 from chargpt_jax.devices import processes, startup
@@ -26,18 +27,15 @@ from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import attention, optimizer
 from chargpt_jax.training.dispatch.feed import Feed, feed_of
 from chargpt_jax.training.dispatch.pacing import MAX_DISPATCH_STEPS, DispatchSize, Stop, StopCondition
+from chargpt_jax.training.dispatch.run_length import Clock
 from chargpt_jax.training.loop import TrainingLoop
-from chargpt_jax.training.lr_finder import (
-    LossesOf,
-    check_descent,
-    lowest_at_the_end,
-    search,
-    trainer_losses,
-    unclear,
-)
+from chargpt_jax.training.range_test.methods import smoothed
+from chargpt_jax.training.range_test.search import LossesOf, search, trainer_losses
+from chargpt_jax.training.range_test.verdict import check_descent, lowest_at_the_end, unclear
 from chargpt_jax.training.run import Run, Warn, check_record, checked_workdir, locked
-from chargpt_jax.training.setup import Setup, jit_range_test_steps, jit_train_steps
+from chargpt_jax.training.setup import Setup, jit_range_test_steps, jit_steps_with_rates, jit_train_steps
 from chargpt_jax.training.step import TrainState
+from chargpt_jax.training.timed_loop import TimedLoop
 
 
 def prepare(config: Config, workdir: str | Path | Workdir, warn: Warn = print) -> Iterator[Event]:
@@ -72,6 +70,7 @@ def train(
     warn: Warn = print,
     stop: Stop = lambda: None,
     max_minutes: float | None = None,
+    clock: Clock | None = None,
 ) -> Iterator[Event]:
     """Train to the end of the schedule, resuming from the newest checkpoint if there is one.
 
@@ -83,11 +82,13 @@ def train(
             signal, training saves a checkpoint and ends.
         max_minutes: time limit from now on, within which a last checkpoint is saved. Training with the same arguments
             resumes from it.
+        clock: of the command, for scheduler.minutes; None: it begins now, and ends with the last checkpoint.
 
     Raises:
         UserError: if the config, the workdir or the text is invalid, or another process trains in the workdir.
         NonFiniteLoss: if training diverges; the last good checkpoint is kept.
     """
+    clock = clock or Clock()
     condition, folder, warn = StopCondition(stop, max_minutes), checked_workdir(config, workdir), without_repeats(warn)
     attention.check(config)
     with locked(folder) as lock:
@@ -99,7 +100,8 @@ def train(
             if condition.reached():
                 yield Ended(0, 0.0, math.inf, condition.signal, condition.out_of_time)
                 return
-        setup, schedule = Setup.of(run), run.schedule()
+        setup, timed = Setup.of(run), run.config.scheduler.minutes is not None
+        schedule = optax.constant_schedule(0.0) if timed else run.schedule()
         tx = optimizer.make_optimizer(run.config, schedule, setup.mesh)
         with (
             contextlib.closing(
@@ -112,39 +114,53 @@ def train(
             began = time.perf_counter()
             with startup.gc_paused():
                 initial_state, shapes = setup.initial_state_in_background(tx), setup.state_shapes(tx)
-                dispatch = jit_train_steps(run.config, setup.graphdef, tx, setup.mesh, shapes)
-                lowered = dispatch.lower(shapes, feed.shape, np.int32(1))
+                lowered = _lowered(setup, tx, shapes, feed, timed)
                 state = initial_state.result()
             tracing = time.perf_counter() - began
             state = _restore(setup, store, state)
-            loop = TrainingLoop(run, setup, feed, state, jax.jit(schedule), store, lock, condition, warn)
+            given = run, setup, feed, state, jax.jit(schedule), store, lock, condition, warn
+            again = partial(_restored_anew, setup, store, tx)
+            loop = TimedLoop(*given, clock=clock, restored=again) if timed else TrainingLoop(*given)
             yield from loop.events(lowered, tracing)
+
+
+def _lowered(
+    setup: Setup, tx: optax.GradientTransformation, state: TrainState, feed: Feed, timed: bool
+) -> jax.stages.Lowered:
+    """Trace the dispatch of a run; its learning rates are an argument if the run's length is given in minutes."""
+    if timed:
+        dispatch = jit_steps_with_rates(setup.config, setup.graphdef, setup.mesh, state)
+        return dispatch.lower(state, feed.shape, np.zeros(MAX_DISPATCH_STEPS, np.float32), np.int32(1))
+    dispatch = jit_train_steps(setup.config, setup.graphdef, tx, setup.mesh, state)
+    return dispatch.lower(state, feed.shape, np.int32(1))
 
 
 def _range_test(
     run: Run, warn: Warn, lock: Lock, condition: StopCondition, given: float | None = None
 ) -> Generator[Event, None, Run]:
     """Run the range test; return the run with the learning rate, unchanged if one is given or the test was stopped."""
+    seeds = range(run.config.seed, run.config.seed + run.config.lr_finder.seeds)
     setup = Setup.of(run)
-    with contextlib.closing(feed_of(setup, warn)) as feed:
-        losses_of = _range_test_losses(run, setup, feed, condition)
-        return (yield from _search(run, losses_of, warn, lock, condition, given))
+    setups = [setup, *map(setup.with_seed, seeds[1:])]
+    with contextlib.ExitStack() as feeds:
+        each = [(setup, feeds.enter_context(contextlib.closing(feed_of(setup, warn)))) for setup in setups]
+        return (yield from _search(run, _range_test_losses(run, each, condition), warn, lock, condition, given))
 
 
 def _search(
-    run: Run, losses_of: LossesOf, warn: Warn, lock: Lock, condition: StopCondition, given: float | None
+    run: Run, losses_of: list[LossesOf], warn: Warn, lock: Lock, condition: StopCondition, given: float | None
 ) -> Generator[Event, None, Run]:
-    """Search for the learning rate with the losses of a model."""
+    """Search for the learning rate with the losses of a model, for each of the seeds."""
     finder = run.config.lr_finder
 
     def untrained(zoom: int) -> Iterator[float]:
-        for loss in losses_of(zoom, [0.0] * finder.steps_per_zoom):
+        for losses in zip(*(of_seed(zoom, [0.0] * finder.steps_per_zoom) for of_seed in losses_of), strict=True):
             lock.alive()
             if condition.reached():
                 break
-            yield loss
+            yield losses[0] if len(losses) == 1 else sum(losses) / len(losses)
 
-    for event in search(losses_of, finder):
+    for event in search(losses_of[0], finder, losses_of[1:]):
         lock.alive()
         if condition.reached():
             break
@@ -153,7 +169,7 @@ def _search(
                 losses = list(untrained(zoom.number - 1))
                 if condition.reached():
                     break
-                check_descent(zoom, losses, finder)
+                check_descent(zoom, smoothed(losses, finder.smoothing), finder)
             if lowest_at_the_end(event):
                 warn(
                     f"The loss is lowest at the highest learning rate of the range test, {finder.end_lr:g}: raise "
@@ -173,23 +189,25 @@ def _search(
     return run
 
 
-def _range_test_losses(run: Run, setup: Setup, feed: Feed, condition: StopCondition) -> LossesOf:
-    """Return the function that trains the run's model with the learning rates of a zoom.
+def _range_test_losses(run: Run, seeds: list[tuple[Setup, Feed]], condition: StopCondition) -> list[LossesOf]:
+    """Return, for each seed, the function that trains the run's model with the learning rates of a zoom.
 
-    A fine-tuned or imported run starts from its checkpoint of step 0, so its range test does too.
+    A fine-tuned or imported run starts from its checkpoint of step 0, so its range test does too: there the seeds
+    differ by their batches alone. All of them run the same compiled program.
     """
-    finder, checkpoints = run.config.lr_finder, run.workdir.checkpoints
+    setup, checkpoints = seeds[0][0], run.workdir.checkpoints
     if processes.agreed((checkpoints / "0").is_dir()):
-        setup.initial_params = functools.partial(setup.params_of, checkpoints, 0)
+        for one, _ in seeds:
+            one.initial_params = partial(one.params_of, checkpoints, 0)
     tx = optimizer.make_optimizer(run.config, 0.0)
     steps = jit_range_test_steps(run.config, setup.graphdef, setup.mesh, setup.state_shapes(tx))
     size = DispatchSize(run.config)
 
-    def start(zoom: int) -> TrainState:
+    def start(setup: Setup, zoom: int) -> TrainState:
         state = setup.initial_state(tx)
-        return dataclasses.replace(state, step=state.step + zoom * finder.steps_per_zoom)
+        return dataclasses.replace(state, step=state.step + zoom * run.config.lr_finder.steps_per_zoom)
 
-    def dispatch(state: TrainState, rates: Sequence[float]) -> tuple[TrainState, np.ndarray]:
+    def dispatch(feed: Feed, state: TrainState, rates: Sequence[float]) -> tuple[TrainState, np.ndarray]:
         count = min(size.steps, len(rates), size.steps_within(condition.seconds_left()), feed.max_steps)
         count = processes.agreed(count)
         began, padded = time.perf_counter(), np.zeros(MAX_DISPATCH_STEPS, np.float32)
@@ -199,7 +217,7 @@ def _range_test_losses(run: Run, setup: Setup, feed: Feed, condition: StopCondit
         size.record(time.perf_counter() - began, count)
         return state, losses
 
-    return trainer_losses(start, dispatch)
+    return [trainer_losses(partial(start, setup), partial(dispatch, feed)) for setup, feed in seeds]
 
 
 def restored(setup: Setup, initial: TrainState, checkpoints: Path, warn: Warn) -> TrainState:
@@ -211,6 +229,11 @@ def restored(setup: Setup, initial: TrainState, checkpoints: Path, warn: Warn) -
     """
     with contextlib.closing(Checkpoints(checkpoints, warn=warn)) as store:
         return _restore(setup, store, initial)
+
+
+def _restored_anew(setup: Setup, store: Checkpoints, tx: optax.GradientTransformation) -> TrainState:
+    """Return the state that training resumes from, in new memory."""
+    return _restore(setup, store, setup.initial_state(tx))
 
 
 def _restore(setup: Setup, store: Checkpoints, initial: TrainState) -> TrainState:

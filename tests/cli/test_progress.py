@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 
+from chargpt_jax.cli import progress
 from chargpt_jax.cli.progress import numbers, sentence, show
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import (
@@ -16,6 +17,7 @@ from chargpt_jax.events import (
     Compiled,
     Ended,
     Event,
+    Fitted,
     LRFinderResult,
     LRFinderStep,
     Prepared,
@@ -142,6 +144,36 @@ def test_a_warm_up_that_the_run_is_too_short_for_is_reported():
     assert "the warm-up of 40 steps is not shorter than the run, so the peak falls on the last step" in said
     assert said.endswith("lower scheduler.warmup_epochs")
     assert "warm-up" not in sentence(dataclasses.replace(started, warmup_steps=39))
+
+
+def test_a_run_of_given_minutes_shows_its_steps_when_they_are_known():
+    started = TrainStarted(1, 0, None, 10, None, 1e-3, "x", "float32", minutes=2.5)
+    assert "; starting, 2.5 min (epochs of 10 steps), peak learning rate 1.00e-03" in sentence(started)
+    resumed = dataclasses.replace(started, first_step=40)
+    assert "; resuming after step 40, 2.5 min (epochs of 10 steps)" in sentence(resumed)
+    fitted = Fitted(40, 1234, 123.4, 2.5, 31.4, warmup_steps=10)
+    assert sentence(fitted) == "schedule: 1,234 steps (123.4 epochs) for 2.5 min, from step 40 after 31 s"
+    assert sentence(dataclasses.replace(fitted, total_steps=9)).endswith("lower scheduler.warmup_epochs")
+
+
+def test_the_bar_of_a_run_of_given_minutes_gets_its_length_later():
+    file = io.StringIO()
+    terminal = progress._Terminal(file)
+    terminal.show(LRFinderStep(3, 50, 1, 1e-3, 4.0))
+    terminal.show(TrainStarted(1, 0, None, 10, None, 1e-3, "x", "float32", minutes=2.5))
+    (task,) = terminal._progress.tasks
+    assert (task.completed, task.total, task.fields["done"]) == (0, None, "0")
+    terminal.show(Fitted(0, 1234, 123.4, 2.5, 31.4, warmup_steps=10))
+    assert (task.total, task.fields["done"]) == (1234, "0/1,234")
+
+
+def test_the_spread_of_seeds_is_named():
+    zoom = dataclasses.replace(ZOOM, seed_rates=(1e-3, 5e-3))
+    result = LRFinderResult(3.2e-3, "valley", 1e-10, 10.0, (zoom,), 3)
+    assert sentence(result) == (
+        "learning rate: 3.20e-03 (valley); 1.00e-03 to 5.00e-03 by the 3 seeds alone, 1 without a falling loss"
+    )
+    assert sentence(dataclasses.replace(result, seeds=1)) == "learning rate: 3.20e-03 (valley)"
 
 
 def test_training_line_is_english_for_any_number():

@@ -30,6 +30,7 @@ from chargpt_jax.events import (
     Validated,
     Zoom,
 )
+from chargpt_jax.results.curves import range_test_plot
 from chargpt_jax.selftest.bench import shrunk
 from chargpt_jax.storage.arrays.state_arrays import on_host
 from chargpt_jax.storage.checkpoint import Checkpoints
@@ -37,6 +38,7 @@ from chargpt_jax.storage.metrics_log import Log
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import loop, optimizer, setup, stages
 from chargpt_jax.training.dispatch import pacing
+from chargpt_jax.training.range_test.saved import result_from
 from chargpt_jax.training.run import Run
 from chargpt_jax.training.setup import Setup
 from tests.corpus_text import FLOOR, small_config, write_words
@@ -485,6 +487,26 @@ def test_range_test_without_a_descent_proposes_no_learning_rate(text, tmp_path, 
     assert Workdir(tmp_path).load_config().optimizer.learning_rate is None
     assert not (tmp_path / "lr_finder.json").exists()
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_range_test_of_several_seeds_is_that_of_each_seed(text, tmp_path):
+    """In the first zoom, whose rates are the same, the losses of the k-th seed are those of a run with seed + k."""
+
+    def losses(seed, seeds, folder):
+        config = range_test_config(text, seed, seeds=seeds, num_zooms=3, start_lr=1e-5)
+        *events, result = stages.find_lr(config, tmp_path / folder, quiet)
+        steps = [event for event in events if isinstance(event, LRFinderStep) and event.zoom == 1]
+        return [[step.loss for step in steps if step.seed == i] for i in range(seeds)], result
+
+    (first, second), both = losses(3, 2, "both")
+    assert first == losses(3, 1, "first")[0][0]
+    assert second == losses(4, 1, "second")[0][0]
+    assert first != second
+    saved = result_from(Workdir(tmp_path / "both").load_json(tmp_path / "both" / "lr_finder.json"))
+    assert saved == both
+    assert min(both.zooms[-1].seed_rates) <= max(both.zooms[-1].seed_rates)
+    assert len(both.zooms[-1].seed_rates) == 2
+    assert 'class="cg-band"' in range_test_plot(both)
 
 
 def test_lowest_loss_at_the_end_of_the_range_is_reported(text, tmp_path):

@@ -35,6 +35,9 @@ LOSS_ENTRIES = [
 ]
 
 
+BAND_ENTRY = Entry('<rect class="cg-band" x="0" y="-4" width="16" height="8"/>', 16, "seeds, last zoom")
+
+
 def lr_finder_plot(
     zooms: Sequence[tuple[Sequence[float], Sequence[float]]],
     steepest: Sequence[float],
@@ -43,6 +46,7 @@ def lr_finder_plot(
     *,
     width: float = WIDTH,
     unit: str = "character",
+    band: tuple[Sequence[float], Sequence[float], Sequence[float]] | None = None,
 ) -> str:
     """Plot a learning-rate range test, complete or not, as a self-contained SVG.
 
@@ -55,6 +59,7 @@ def lr_finder_plot(
         method: how it was chosen, for its label.
         width: in pixels.
         unit: what a token is, 'character' or 'byte'.
+        band: learning rates, and the lowest and highest loss of several seeds at each, in the last zoom.
     """
     for i, (lrs, losses) in enumerate(zooms):
         if len(lrs) != len(losses):
@@ -69,11 +74,13 @@ def lr_finder_plot(
         frame(x, y, "learning rate", f"loss, nats per {unit}", lambda ticks: list(map(power, ticks))),
         clip,
         f'<g clip-path="{clipped}">',
+        _band_path(band, x, y) if band else "",
         *(line_path(curve, x, y, "cg-zoom", _shade(i, len(curves))) for i, curve in enumerate(curves)),
         _steepest_path(curves, steepest, x, y),
         "</g>",
     ]
-    key, height = _key(_zoom_entries(len(curves)), x) if any(curves) else _no_data(x)
+    more = [BAND_ENTRY] if band else []
+    key, height = _key([*_zoom_entries(len(curves)), *more], x) if any(curves) else _no_data(x)
     if suggestion is not None and x.low <= suggestion <= x.high:
         parts.append(_guide(x(suggestion), BOTTOM, f"{suggestion:.3g}", f"suggested ({method})", width))
     best = "no suggestion yet" if suggestion is None else f"suggested learning rate {suggestion:.3g} ({method})"
@@ -123,6 +130,14 @@ def loss_plot(
         parts.append(dots([(at, best)], x, y, "cg-ring", 3.6))
         description = f"Training and validation loss; best validation {best:.3f} nats ({bits:.3f} bits) per {unit}."
     return figure(width, height, "".join([*parts, key]), name="Training and validation loss", description=description)
+
+
+def _band_path(band: tuple[Sequence[float], Sequence[float], Sequence[float]], x: Axis, y: Axis) -> str:
+    """Return the area between the lowest and the highest losses; points that are not finite are left out."""
+    points = [p for p in zip(*band, strict=True) if all(map(math.isfinite, p)) and p[0] > 0]
+    edge = [(rate, low) for rate, low, _ in points] + [(rate, high) for rate, _, high in reversed(points)]
+    path = "L".join(f"{number(x(rate))} {number(y(min(loss, LIMIT)))}" for rate, loss in edge)
+    return f'<path class="cg-band" d="M{path}Z"/>' if len(points) > 1 else ""
 
 
 def _rate_axis(rates: Sequence[float], suggestion: float | None, width: float) -> Axis:

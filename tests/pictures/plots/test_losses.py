@@ -116,6 +116,25 @@ def test_non_finite_range_test_points_are_omitted():
     assert "nan" not in svg
 
 
+def test_band_of_seeds_lies_between_its_losses():
+    low, high = [loss - 0.1 for loss in LOSSES], [loss + 0.1 for loss in LOSSES]
+    svg = lr_finder_plot([(RATES, LOSSES)], [1e-3], RATES[4], band=(RATES, low, high))
+    (area,) = [p.attrib["d"] for p in ET.fromstring(svg).iter(f"{SVG}path") if p.get("class") == "cg-band"]
+    edge = [tuple(map(float, pair.split())) for pair in area.strip("MZ").split("L")]
+    curve = points(paths(svg, "cg-zoom")[0])
+    assert len(edge) == 2 * len(RATES)
+    for (x, y), (x_low, y_low), (x_high, y_high) in zip(curve, edge, edge[::-1], strict=False):
+        assert x == x_low == x_high
+        assert y_high < y < y_low  # y grows downwards
+    assert "seeds, last zoom" in words(svg)
+    assert "cg-band" not in lr_finder_plot([(RATES, LOSSES)], [1e-3], RATES[4]).partition("</style>")[2]
+
+
+def test_band_without_finite_points_is_not_drawn():
+    band = ([1e-3, 0.0], [math.nan, 1.0], [2.0, 3.0])
+    assert "nan" not in lr_finder_plot([(RATES, LOSSES)], [1e-3], None, band=band)
+
+
 ANY_POINTS = st.lists(st.tuples(st.floats(), st.floats()), max_size=8)
 
 

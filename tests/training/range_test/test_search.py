@@ -11,17 +11,9 @@ from hypothesis import strategies as st
 from chargpt_jax.config import LRFinderConfig
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import LRFinderResult, LRFinderStep, Zoom
-from chargpt_jax.training.lr_finder import (
-    LossesOf,
-    check_descent,
-    log_spaced,
-    lowest_at_the_end,
-    search,
-    steepest_rate,
-    trainer_losses,
-    unclear,
-    zoom_in,
-)
+from chargpt_jax.training.range_test.methods import log_spaced, steepest_rate, zoom_in
+from chargpt_jax.training.range_test.search import LossesOf, search, trainer_losses
+from chargpt_jax.training.range_test.verdict import check_descent, lowest_at_the_end, unclear
 from tests import reference
 
 LossOf = Callable[[int, int, float], float]
