@@ -1,7 +1,7 @@
 """A run's folder: its files, and how they are read and written.
 
     config.json   corpus/{tokens.npy, vocabulary.json, sources.json, manifest.json}   lr_finder.{json, svg}
-    metrics.jsonl   attention.json   speed.json   checkpoints/   samples/   loss.svg   report.html
+    metrics.jsonl   attention.json   speed.json   checkpoints/   samples/   loss.svg   report.html   sweep/
 
 Every file but metrics.jsonl is written atomically (atomic.py).
 """
@@ -66,6 +66,7 @@ class Workdir:
         self.speed = self.path / "speed.json"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
+        self.sweep_folder = self.path / "sweep"
         self.report = self.path / "report.html"
 
     def __fspath__(self) -> str:
