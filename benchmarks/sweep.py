@@ -1,12 +1,11 @@
 """K small models in one program, compared with K ordinary trainings one after the other.
 
     python -m benchmarks.sweep [--runs=8,16] [--rounds=5] [--steps=64] [--out=FOLDER]
-    XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m benchmarks.sweep    # a device for each of 2 cores
 
 Both sides make the same number of steps, with the compiled programs that `--mode=train` and `--mode=sweep` use;
-compiling is timed apart. They alternate within a round. The ratio is that of the times of a
-round, and below 1 the sweep is faster. With several devices, an ordinary training is measured on one of them and split
-over all; the ratio is to the faster one. CPU time, of all threads, hardly depends on other load on the machine.
+compiling is timed apart. They alternate within a round. The ratio is that of the times of a round, and below 1 the
+sweep is faster. Each core of a CPU is a device. An ordinary training is measured on one device and split over all of
+them; the ratio is to the faster one. CPU time, of all threads, hardly depends on other load on the machine.
 """
 
 import argparse
@@ -25,7 +24,7 @@ import numpy as np
 
 from benchmarks.baselines import machine
 from chargpt_jax.config import Config
-from chargpt_jax.devices import sharding
+from chargpt_jax.devices import sharding, startup
 from chargpt_jax.lab.folder import SweepFolder
 from chargpt_jax.lab.setup import SweepSetup
 from chargpt_jax.training import optimizer
@@ -163,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", type=int, default=len(MODELS), help="how many of the models, the smallest first")
     parser.add_argument("--out", type=Path, help="folder for sweep.json")
     given = parser.parse_args(argv)
+    startup.start()
     found = []
     for name in list(MODELS)[: given.models]:
         for runs in map(int, given.runs.split(",")):

@@ -51,6 +51,7 @@ def sweep(
     condition, warn = StopCondition(stop, max_minutes), without_repeats(warn)
     validate(config)
     check(config)
+    processes.check()
     if processes.several():
         raise UserError("A sweep runs in one process, but --distributed has started several: use one.")
     folder = SweepFolder(workdir if isinstance(workdir, str | Path) else workdir.path)
