@@ -39,6 +39,8 @@ from chargpt_jax.generation.trained_model import Model
 from chargpt_jax.interop import convert
 from chargpt_jax.interop.convert import import_original
 from chargpt_jax.interop.html_page import About
+from chargpt_jax.lab.extract import extract
+from chargpt_jax.lab.sweep import sweep
 from chargpt_jax.results.curves import range_test_plot
 from chargpt_jax.results.info import info
 from chargpt_jax.results.report import write_report
@@ -260,6 +262,7 @@ __all__ = [
     "corpus_text",
     "evaluate",
     "export",
+    "extract",
     "find_lr",
     "import_original",
     "info",
@@ -267,6 +270,7 @@ __all__ = [
     "load",
     "prepare",
     "run",
+    "sweep",
     "train",
     "write_report",
     "write_samples",

@@ -253,6 +253,90 @@ class Ended:
         return self.signal is None and not self.out_of_time
 
 
+@dataclass(frozen=True)
+class SweepStarted:
+    """A sweep is about to start, or to resume from a checkpoint."""
+
+    runs: tuple[tuple[int, float], ...]
+    """(seed, peak learning rate) of each run."""
+    parameters: int
+    """Of one run."""
+    first_step: int
+    """Number of training steps in the checkpoint; 0 for a new sweep."""
+    total_steps: int
+    epoch_steps: int
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class SweepSteps:
+    """All runs of a sweep have made training steps; the values are those of the last one."""
+
+    step: int
+    """Training steps of each run so far."""
+    losses: tuple[float, ...]
+    """Of each run, nats per character; NaN or infinite if it has diverged."""
+    tokens_per_second: float
+    """Of all runs together."""
+    seconds: float
+    """Time of training and validation so far, without interruptions."""
+    seconds_left: float
+    """Estimated time to the last step."""
+    unit: str = "character"
+    """What a token is: 'character' or 'byte'."""
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """What the runs of one learning rate have reached, without those that diverged; NaN if none is left."""
+
+    learning_rate: float
+    runs: int
+    """That did not diverge."""
+    diverged: int
+    mean: float
+    """Of the validation losses, nats per character."""
+    deviation: float
+    """Standard deviation over seeds (n - 1); NaN for one run."""
+    low: float
+    """Lower end of the 95 % interval of the mean (Student's t); NaN for one run."""
+    high: float
+    """Its upper end."""
+    best: float
+    """The lowest loss."""
+    best_seed: int | None
+    """The seed of the run with the lowest loss."""
+
+
+@dataclass(frozen=True)
+class SweepValidated:
+    """All runs of a sweep have been validated."""
+
+    step: int
+    epoch: float
+    losses: tuple[float, ...]
+    """On the validation set, of each run, nats per character; NaN or infinite if it has diverged."""
+    rows: tuple[SweepRow, ...]
+    """One per learning rate, in the order of the config."""
+    seconds: float
+    """Time of training and validation so far, without interruptions."""
+    last: bool = False
+    """Whether this is the validation after the last step."""
+    unit: str = "character"
+    """What a token is: 'character' or 'byte'."""
+
+
+@dataclass(frozen=True)
+class RunDiverged:
+    """The loss or the gradient of one run of a sweep is NaN or infinite; the other runs go on."""
+
+    seed: int
+    learning_rate: float
+    step: int
+    """Where that was first so."""
+
+
 Event = (
     Prepared
     | LRFinderStep
@@ -266,5 +350,9 @@ Event = (
     | Validated
     | Saved
     | Sampled
+    | SweepStarted
+    | SweepSteps
+    | SweepValidated
+    | RunDiverged
     | Ended
 )

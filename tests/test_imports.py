@@ -77,13 +77,15 @@ MAY_IMPORT = {
     "interop": "atomic config data devices errors pictures storage training",
     "analysis": "config errors generation model ops pictures",
     "results": "config data devices errors events generation model pictures storage training",
+    "lab": "config data devices errors events generation interop model ops pictures results storage training",
     "trackers": "config errors events",
     "fine_tuning": "config data devices errors generation storage training",
     "backups": "config errors events storage training",
-    "api": "analysis backups config data devices errors events fine_tuning generation interop results storage training",
+    "api": "analysis backups config data devices errors events fine_tuning generation interop lab results storage "
+    "training",
     "selftest": "config data errors storage training",
     "compile": "config devices errors generation model ops training",
-    "cli": "api compile config data devices errors events generation pictures results selftest storage "
+    "cli": "api compile config data devices errors events generation lab pictures results selftest storage "
     "trackers training",
     "main": "cli devices errors",
     "__init__": "api cli config devices errors",

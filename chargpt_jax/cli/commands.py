@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-RESUMED = ("run", "train")
+RESUMED = ("run", "train", "sweep")
 """The modes that continue from a checkpoint."""
 
 
@@ -56,6 +56,17 @@ def _training(request: Request, warn: Callable[[str], None]) -> tuple[Any, ...]:
     """Return the arguments of `api.run` and `api.train`."""
     stop, began = request.signals.received, request.began
     return request.config, request.folder, warn, stop, request.minutes_left, request.parent, began
+
+
+def sweep(request: Request) -> int:
+    """Train several learning rates and seeds at once."""
+    with Session(request) as session:
+        for event in session.api.sweep(
+            request.config, request.folder, session.warn, request.signals.received, request.minutes_left
+        ):
+            if session.show(event):
+                break
+    return session.finish()
 
 
 def prepare(request: Request) -> int:
@@ -201,7 +212,21 @@ def export(request: Request) -> int:
         raise UserError("--mode=export needs an output file: give --out, a new file whose name ends in .html.")
     if not out:
         raise UserError("--mode=export needs an output folder: give --out, a new or empty folder.")
+    if request.flags.format == "run":
+        return _export_run(request, out)
+    for flag in ("seed", "learning_rate"):
+        if request.flags[flag].present:
+            raise UserError(f"--{flag} does not apply to --format={request.flags.format}: use it with --format=run.")
     print(one_line(api_module().export(request.workdir, out, request.flags.format, request.step, warn)))
+    return 0
+
+
+def _export_run(request: Request, out: str) -> int:
+    """Write one run of a sweep as a run folder."""
+    seed, rate = request.flags.seed, request.flags.learning_rate
+    if seed is None:
+        raise UserError("--format=run needs the run of a sweep to write: give --seed=0, for example.")
+    print(one_line(api_module().extract(request.workdir, out, seed, rate, request.step, warn)))
     return 0
 
 
@@ -294,6 +319,7 @@ MODES: dict[str, Callable[[Request], int]] = {
     "prepare": prepare,
     "find_lr": find_lr,
     "train": train,
+    "sweep": sweep,
     "eval": evaluate,
     "generate": generate,
     "score": score,

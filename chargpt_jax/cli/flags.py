@@ -10,11 +10,12 @@ MODES = {
     "prepare": "load the text, remove the licence, repair encoding errors, encode it",
     "find_lr": "run only the learning-rate range test",
     "train": "train, or resume training",
+    "sweep": "train several learning rates and seeds at once (config section sweep); print a table, draw sweep.svg",
     "eval": "compute the loss on the full validation set, or on the test set (--split)",
     "generate": "continue --prompt (may be repeated)",
     "score": "compute the loss and the metrics of each character of --text or --text_file",
     "export": "write the model to --out: for Hugging Face transformers or the original PyTorch code, or as one HTML "
-    "page that runs it",
+    "page that runs it; --format=run writes one run of a sweep (--seed, --learning_rate)",
     "import": "create a run from a checkpoint of the original PyTorch code (--from)",
     "info": "print a run's settings, progress and speed",
     "report": "write a run's report again, and open it in the browser (on a terminal with a display)",
@@ -37,9 +38,10 @@ EXIT_CODES = {
 }
 """What each exit code means."""
 
-NEEDS_CONFIG = ("run", "prepare", "find_lr", "train", "compile")
+NEEDS_CONFIG = ("run", "prepare", "find_lr", "train", "sweep", "compile")
 FLAG_MODES = {
-    **dict.fromkeys(("profile", "max_minutes"), ("run", "train")),
+    "profile": ("run", "train"),
+    "max_minutes": ("run", "train", "sweep"),
     "track": ("run", "find_lr", "train"),
     **dict.fromkeys(("distributed", "connect_seconds"), ("run", "train", "find_lr", "eval")),
     **dict.fromkeys(("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "stream"), ("generate",)),
@@ -50,8 +52,8 @@ FLAG_MODES = {
     "text_file": ("score", "import"),
     "step": ("generate", "score", "eval", "export"),
     "split": ("eval",),
-    "seed": ("generate", "selftest"),
-    **dict.fromkeys(("format", "out"), ("export",)),
+    "seed": ("generate", "selftest", "export"),
+    **dict.fromkeys(("format", "out", "learning_rate"), ("export",)),
     "open": ("report",),
     "from": ("run", "train", "import"),
     **dict.fromkeys(("topology", "largest_batch"), ("compile",)),
@@ -99,7 +101,10 @@ def define_flags() -> flags.FlagValues:
         ),
         "samples": (1, "number of samples per prompt; default: 1"),
         "top_k": (None, "sample from the k most likely characters"),
-        "seed": (None, "random seed; default: the config's seed (generate), 0 (selftest)"),
+        "seed": (
+            None,
+            "random seed; default: the config's seed (generate), 0 (selftest); export --format=run: seed of the run",
+        ),
         "alternatives": (5, "number of most likely characters to save per character; 0: none, which is faster"),
         "stride": (None, "characters between window starts; 1 is exact but slow; default: block_size // 2"),
         "kills": (20, "number of SIGKILL and SIGTERM at random moments; default: 20"),
@@ -109,6 +114,7 @@ def define_flags() -> flags.FlagValues:
     floats = {
         "temperature": "sampling temperature; 0: greedy; default: the config's",
         "top_p": "nucleus sampling from the fewest most likely characters whose total probability is at least p",
+        "learning_rate": "export --format=run: learning rate of the run; not needed if the sweep has only one",
         "max_minutes": "save a checkpoint and exit within this many minutes; run the command again to resume",
     }
     about = "time in which all processes of --distributed must have started"
@@ -133,8 +139,8 @@ def define_flags() -> flags.FlagValues:
     about = (
         "'hf' for Hugging Face transformers, 'original' for the original PyTorch code, 'html' for one file that runs "
     )
-    about += "the model in a browser; default: hf"
-    flags.DEFINE_enum("format", "hf", ("original", "hf", "html"), about, flag_values=values)
+    about += "the model in a browser, 'run' for the folder of one run of a sweep; default: hf"
+    flags.DEFINE_enum("format", "hf", ("original", "hf", "html", "run"), about, flag_values=values)
     about = "set to evaluate: 'validation', or 'test' (the last data.test_split of the text); default: validation"
     flags.DEFINE_enum("split", "validation", ("validation", "test"), about, flag_values=values)
     about = "text to continue; default: the config's prompts"

@@ -17,9 +17,13 @@ from chargpt_jax.events import (
     LRFinderResult,
     LRFinderStep,
     Prepared,
+    RunDiverged,
     Sampled,
     Saved,
     Steps,
+    SweepStarted,
+    SweepSteps,
+    SweepValidated,
     TrainStarted,
     Validated,
     Zoom,
@@ -108,6 +112,8 @@ class Notebook:
                 self._validation.append((event.step, event.loss))
             case Sampled():
                 self._sample = event if event.svgs else self._sample
+            case SweepStarted() | SweepSteps() | SweepValidated() | RunDiverged():
+                self._numbers = text or self._numbers
             case Saved() | AttentionChosen():
                 pass
             case Compiled() | Ended():

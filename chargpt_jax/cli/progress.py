@@ -24,13 +24,18 @@ from chargpt_jax.events import (
     LRFinderResult,
     LRFinderStep,
     Prepared,
+    RunDiverged,
     Sampled,
     Steps,
+    SweepStarted,
+    SweepSteps,
+    SweepValidated,
     TrainStarted,
     Validated,
     Zoom,
     bits_per_character,
 )
+from chargpt_jax.lab.text import sweep_numbers, sweep_text
 from chargpt_jax.results.facts import duration
 
 MAX_TITLES = 400
@@ -53,7 +58,7 @@ def show(events: Iterable[Event], file: TextIO | None = None) -> None:
     """Consume a run's events and display them.
 
     Args:
-        events: as `run`, `train`, `prepare` and `find_lr` yield them.
+        events: as `run`, `train`, `sweep`, `prepare` and `find_lr` yield them.
         file: where to print; None: the notebook if this is one, else standard output.
     """
     if isinstance(events, str) or not isinstance(events, Iterable):
@@ -150,6 +155,8 @@ def sentence(event: Event) -> str | None:
                 f"{event.bits_per_character:.4f} bits per {event.unit}{' (best)' if event.best else ''}, "
                 f"{duration(event.seconds)}"
             )
+        case SweepStarted() | SweepValidated() | RunDiverged():
+            return sweep_text(event)
         case Sampled() if event.samples:
             return f"sample at step {event.step:,}: {one_line(event.samples[0], MAX_SAMPLE)}"
         case Ended(out_of_time=True):
@@ -226,6 +233,9 @@ class _Log:
             if due or event.seconds_left == 0:
                 self._step, self._seconds = event.step, event.seconds
                 line = f"step {event.step:,} (epoch {event.epoch:.2f}): {numbers(event)}"
+        if isinstance(event, SweepSteps) and (event.step >= 2 * self._step or event.seconds - self._seconds >= 60):
+            self._step, self._seconds = event.step, event.seconds
+            line = f"step {event.step:,}: {sweep_numbers(event)}"
         if line is not None:
             print(line, file=self._file, flush=True)
 
@@ -269,6 +279,11 @@ class _Terminal:
                 self._move("training", event.step, self._total)
             case Steps():
                 self._move("training", event.step, self._total, numbers(event, self._wide))
+            case SweepStarted():
+                self._total = event.total_steps
+                self._move("sweep", event.first_step, self._total)
+            case SweepSteps():
+                self._move("sweep", event.step, self._total, sweep_numbers(event))
 
     def _move(self, description: str, done: int, total: int | None, text: str = "") -> None:
         of = f"{done:,}/{total:,}" if total is not None else f"{done:,}"

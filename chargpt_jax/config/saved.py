@@ -14,7 +14,7 @@ RESOLVED = ("model.vocab_size", "model.used_ids", "optimizer.learning_rate")
 """Fields that a run sets itself if the config leaves them unset."""
 
 MAY_CHANGE = (
-    *("train.", "sample.", "mesh."),
+    *("train.", "sample.", "mesh.", "sweep."),
     *("scheduler.epochs", "scheduler.max_steps", "scheduler.minutes"),
     *("data.timeout", "data.max_megabytes", "data.mirrors"),
     *("model.remat", "model.attention_block", "optimizer.accumulation_steps"),
@@ -23,7 +23,7 @@ MAY_CHANGE = (
 
 - Logging, validation, checkpoints and samples.
 - The length of the run, but not below the current step. The learning rate follows the new schedule from there on.
-- Download settings.
+- Download settings, and those of `--mode=sweep`, which has a check of its own.
 - Settings that save memory, and the devices. They may change the order of sums, and so cause rounding differences.
 
 The devices are not part of the config and may change, too.
@@ -31,6 +31,11 @@ The devices are not part of the config and may change, too.
 
 MAY_CHANGE_BEFORE_A_CHECKPOINT = (*MAY_CHANGE, "optimizer.learning_rate", "optimizer.clip_norm")
 """Fields that may also change while a run has no checkpoint, so that a run that diverged at once can be repeated."""
+
+
+LATER_SECTIONS = ("sweep",)
+"""Sections that are saved only if they differ from the defaults: the saved config of a run that does not use them is
+what it was before they existed."""
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -52,6 +57,13 @@ def as_dict(config: Config) -> dict[str, Any]:
     return found
 
 
+def as_saved(config: Config) -> dict[str, Any]:
+    """Return a config as it is saved: `as_dict` without those of LATER_SECTIONS that have their defaults."""
+    defaults = as_dict(Config())
+    found = as_dict(config).items()
+    return {name: value for name, value in found if name not in LATER_SECTIONS or value != defaults[name]}
+
+
 def differences(saved: Config, given: Config, may_change: tuple[str, ...] = MAY_CHANGE) -> list[str]:
     """Return one line for each field in which a given config contradicts the saved one of a workdir.
 
@@ -68,11 +80,11 @@ def differences(saved: Config, given: Config, may_change: tuple[str, ...] = MAY_
 
 def to_json(config: Config) -> str:
     """Return a config as indented JSON; `from_dict` reads it back."""
-    return json.dumps(as_dict(config), indent=2) + "\n"
+    return json.dumps(as_saved(config), indent=2) + "\n"
 
 
 def from_dict(saved: dict[str, Any]) -> Config:
-    """Build a validated config from `as_dict`'s form; fields it lacks keep their defaults.
+    """Build a validated config from the form of `as_saved`; fields it lacks keep their defaults.
 
     Fields that an earlier version saved under another name are accepted.
 
@@ -140,7 +152,7 @@ def optional_fields(section: str) -> list[str]:
 def fields_of_texts() -> list[str]:
     """List the fields that are tuples of strings, 'section.field'."""
     defaults = flatten(Config()).items()
-    return [path for path, default in defaults if isinstance(default, list) and isinstance(default[0], str)]
+    return [path for path, default in defaults if isinstance(default, list) and default and isinstance(default[0], str)]
 
 
 def help_lines() -> list[str]:

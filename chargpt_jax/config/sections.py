@@ -251,6 +251,16 @@ class SampleConfig(Settings):
 
 
 @dataclass
+class SweepConfig(Settings):
+    """The runs that `--mode=sweep` trains at once: one for each learning rate and each seed."""
+
+    seeds: int = setting(8, "sweep: number of seeds; the first one is the config's seed", least=1, most=1_000)
+    learning_rates: tuple[float, ...] = setting(
+        (), "sweep: peak learning rates, as in (1e-3,3e-3); (): optimizer.learning_rate", above=0.0, float32=True
+    )
+
+
+@dataclass
 class AncestorConfig(Settings):
     """Bugs of the original, for comparison only: docs/fidelity.md describes each."""
 
@@ -276,6 +286,7 @@ class Config(Settings):
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     ancestor: AncestorConfig = field(default_factory=AncestorConfig)
     seed: int = setting(0, "random seed of the run", least=0, below=2**31)
 

@@ -42,6 +42,11 @@ def load_with_record(
     processes.check()
     folder = Workdir(workdir)
     folder.load_config()  # raises if this is not a run
+    if not folder.checkpoints.is_dir() and folder.sweep_folder.is_dir():
+        raise NoCheckpoint(
+            f"{folder.path} holds a sweep, not a single run: take a run out of it with --mode=export --format=run "
+            "--seed=0 --out=DIR."
+        )
     if not folder.checkpoints.is_dir():
         raise NoCheckpoint(f"{folder.path} holds no checkpoint: train first.")
 

@@ -110,15 +110,23 @@ def plan(
     """
     ops = ops or Ops()
     graphdef, shapes = abstract_model(config, ops)
-    key = jax.random.key(seed)
-    # One program, which the compilation cache keeps; drawing array by array would compile dozens at every start.
+    drawing, key = drawing_program(config, shapes, ops, compiler_options), jax.random.key(seed)
+    return graphdef, shapes, lambda: drawing(key)
+
+
+def drawing_program(
+    config: ModelConfig, shapes: Params, ops: Ops, compiler_options: dict[str, Any] | None = None
+) -> Callable[[jax.Array], Params]:
+    """Return the compiled function from a JAX key to the initial parameters of a model.
+
+    It is one program, which the compilation cache keeps; drawing array by array would compile dozens at every start.
+    """
     draws: dict[str, Callable[[jax.Array], Params]] = {
         "gpt": functools.partial(initial_params, shapes),
         "ngpt": functools.partial(ngpt.initial_params, config, ops),
         "modern": lambda key: modern.initial_params(initial_params(shapes, key)),
     }
-    drawing = jax.jit(draws[config.kind], compiler_options=compiler_options)
-    return graphdef, shapes, lambda: drawing(key)
+    return jax.jit(draws[config.kind], compiler_options=compiler_options)
 
 
 def count_parameters(params: Any) -> int:

@@ -68,6 +68,21 @@ def ops_for(
     return sharded(ops, mesh) if layout.splits_parameters(mesh) else ops
 
 
+def ops_for_many(dtype: DTypeLike = jnp.float32, query_block: int = 64, platform: str | None = None) -> Ops:
+    """Return the fastest operations for several models of one shape in one program, under jax.vmap.
+
+    Under vmap an operation works on the arrays of all models. Operations written for one model's sizes are left out:
+    the loop over a few heads at a time on a CPU, and the unrolled layers of a GPU.
+
+    Args:
+        dtype: of matrix multiplications.
+        query_block: queries whose attention scores are in memory together.
+        platform: as for `ops_for`.
+    """
+    ops = _ops(jnp.dtype(dtype), query_block, on_cpu(platform or jax.default_backend()))
+    return dataclasses.replace(ops, attention=blockwise_attention.attention_in_blocks(query_block, chunked=False))
+
+
 def attentions_for(device: jax.Device, dtype: DTypeLike, length: int, width: int, rate: float) -> tuple[str, ...]:
     """Return the attentions that a device can train with: 'blocks', then those that a trial has to compare with it.
 

@@ -2,6 +2,7 @@
 
     config.json   corpus/{tokens.npy, vocabulary.json, sources.json, manifest.json}   lr_finder.{json, svg}
     metrics.jsonl   attention.json   speed.json   schedule.json   checkpoints/   samples/   loss.svg   report.html
+    sweep/
 
 Every file but metrics.jsonl is written atomically (atomic.py).
 """
@@ -67,6 +68,7 @@ class Workdir:
         self.schedule = self.path / "schedule.json"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
+        self.sweep_folder = self.path / "sweep"
         self.report = self.path / "report.html"
 
     def __fspath__(self) -> str:

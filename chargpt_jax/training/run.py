@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from chargpt_jax.config import Config, validate
-from chargpt_jax.config.saved import as_dict, differences, from_dict
+from chargpt_jax.config.saved import as_dict, as_saved, differences, from_dict
 from chargpt_jax.data import batches
 from chargpt_jax.data.corpus import changed_files, read_corpus
 from chargpt_jax.data.sources import folders
@@ -230,7 +230,7 @@ def record_of(config: Config, vocabulary: Sequence[str], tokens: np.ndarray) -> 
     sha256 = hashlib.sha256()
     for piece in pieces_of(tokens):
         sha256.update(piece.astype(np.int32).data)
-    return {"config": as_dict(config), "vocabulary": list(vocabulary), "corpus_sha256": sha256.hexdigest()}
+    return {"config": as_saved(config), "vocabulary": list(vocabulary), "corpus_sha256": sha256.hexdigest()}
 
 
 def check_record(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> None:

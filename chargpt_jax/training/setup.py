@@ -318,6 +318,10 @@ class Setup:
 
         return loss
 
+    def validation_windows(self) -> Iterable[np.ndarray]:
+        """Return the batches of the validation set, int32 [2, B, T] each; each character is a target once."""
+        return self._windows("validation")(0)
+
     def _windows(self, split: str) -> Callable[[int], Iterable[np.ndarray]]:
         """Return the function from a step to the batches of a set: inputs and targets, int32 [2, B, T]."""
         start, stop = self._bounds(split)
