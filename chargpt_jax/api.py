@@ -17,7 +17,7 @@ from chargpt_jax.analysis.comparison import Comparison
 from chargpt_jax.analysis.inspection import Inspection, inspect
 from chargpt_jax.analysis.words import LettersOfWords, by_letter
 from chargpt_jax.backups import backed_up
-from chargpt_jax.config import Config
+from chargpt_jax.config import Config, validate
 from chargpt_jax.config.values import shown
 from chargpt_jax.data import batches
 from chargpt_jax.devices import processes, sharding
@@ -34,6 +34,7 @@ from chargpt_jax.events import (
 )
 from chargpt_jax.generation.loading import load, load_with_record, repairs_of
 from chargpt_jax.generation.sample import Sample, Samples
+from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.generation.trained_model import Model
 from chargpt_jax.interop import convert
 from chargpt_jax.interop.convert import import_original
@@ -50,7 +51,6 @@ from chargpt_jax.training import stages
 from chargpt_jax.training.dispatch.pacing import Stop
 from chargpt_jax.training.run import Run, Warn, check_record
 from chargpt_jax.training.setup import Setup
-from chargpt_jax.training.stages import prepare
 
 
 def evaluate(
@@ -110,11 +110,27 @@ def evaluate(
     }
 
 
+def prepare(config: Config, workdir: str | Path | Workdir, warn: Warn = print) -> Iterator[Event]:
+    """Load, repair and encode the text; write it and the config to the workdir; see `stages.prepare`."""
+    _check_samples(config)
+    yield from stages.prepare(config, workdir, warn)
+
+
+def _check_samples(config: Config) -> None:
+    """Check a config with its chain of samplers.
+
+    Raises:
+        UserError: if it is invalid.
+    """
+    Sampler.of(validate(config).sample)
+
+
 def find_lr(config: Config, workdir: str | Path | Workdir, warn: Warn = print) -> Iterator[Event]:
     """Run the learning-rate range test; write its result, its plot, and the learning rate into the run's config.
 
     A learning rate that the config sets is kept.
     """
+    _check_samples(config)
     folder = Workdir(workdir)
     for event in stages.find_lr(config, folder, warn):
         _plot_range_test(event, folder, warn)
@@ -134,6 +150,7 @@ def train(
     If the config has no learning rate, the range test runs first. `start_from` is the folder of another run, whose
     parameters a new run starts from (fine-tuning); see `fine_tuning.start_from`.
     """
+    _check_samples(config)
     folder = Workdir(workdir)
     if start_from is not None:
         fine_tuning.start_from(start_from, config, folder, warn)
@@ -156,6 +173,7 @@ def run(
     this off. If `stop` or `max_minutes` ends training, the last samples and the report are left to the next call. With
     several processes, process 0 alone generates samples and writes the report.
     """
+    _check_samples(config)
     complete, folder = True, Workdir(workdir)  # its path is absolute, whatever folder the caller changes to
     warn = stages.without_repeats(warn)
     time_for, validated = TimeForSamples(max_minutes), 0

@@ -99,9 +99,14 @@ def _sampling(request: Request, seed: int) -> dict[str, Any]:
     options = {"seed": _given(flags.seed, seed), "alternatives": flags.alternatives}
     options["stop"] = [re.sub(r"\\[nt\\]", lambda found: ESCAPES[found[0]], one) for one in flags.stop or ()]
     names = ("temperature", "top_k", "top_p")
+    given = [name for name in names if flags[name].present]
+    if flags.sampler is None and how.sampler and not given:
+        from chargpt_jax.generation.sampler import Sampler
+
+        return options | {"sampler": Sampler.of(how).samplers}
     if flags.sampler is None:
         return options | {name: _given(flags[name].value, getattr(how, name)) for name in names}
-    if given := [name for name in names if flags[name].present]:
+    if given:
         raise UserError(
             f"--sampler and --{given[0]} are both given, but a chain of samplers has its own settings: write "
             f"{given[0]} into the chain, or leave one of them out."

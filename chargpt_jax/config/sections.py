@@ -224,6 +224,11 @@ class SampleConfig(Settings):
         above=0.0,
         most=1.0,
     )
+    sampler: str = setting(
+        "",
+        "chain of samplers in place of temperature, top_k and top_p, as in 'min_p=0.05,temperature=0.8' "
+        "(docs/samplers.md); '': these three",
+    )
 
 
 @dataclass

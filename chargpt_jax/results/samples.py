@@ -15,6 +15,7 @@ from chargpt_jax.errors import ExpectedError, excused
 from chargpt_jax.events import Sampled
 from chargpt_jax.generation.loading import load
 from chargpt_jax.generation.sample import Sample, Samples
+from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training.run import Warn
 
@@ -45,9 +46,7 @@ def _written(folder: Workdir, step: str | int, warn: Warn) -> tuple[int, Samples
     samples = model.generate(
         known_prompts(how.prompts, model.tokenizer, model.repairs, warn),
         how.max_new_tokens,
-        temperature=how.temperature,
-        top_k=how.top_k,
-        top_p=how.top_p,
+        sampler=Sampler.of(how).samplers,
         seed=model.config.seed,
         skip_unknown=True,
     )
