@@ -42,7 +42,7 @@ from chargpt_jax.interop.html_page import About
 from chargpt_jax.results.curves import range_test_plot
 from chargpt_jax.results.info import info
 from chargpt_jax.results.report import write_report
-from chargpt_jax.results.samples import TimeForSamples, known_prompts, sampled, write_samples
+from chargpt_jax.results.samples import TimeForSamples, known_prompts, known_stops, sampled, write_samples
 from chargpt_jax.results.validation import write_validation
 from chargpt_jax.storage.checkpoint import UNVALIDATED
 from chargpt_jax.storage.copies import copy_run
@@ -181,7 +181,9 @@ def run(
         fine_tuning.start_from(start_from, config, folder, warn)
     for event in stages.train(config, folder, warn, stop, max_minutes):
         if isinstance(event, Prepared) and processes.is_first():
-            known_prompts(config.sample.prompts, folder.load_tokenizer(), repairs_of(folder), warn)
+            tokenizer, repairs = folder.load_tokenizer(), repairs_of(folder)
+            known_prompts(config.sample.prompts, tokenizer, repairs, warn)
+            known_stops(config.sample.stop, tokenizer, repairs, warn)
         _plot_range_test(event, folder, warn)
         complete = not isinstance(event, Ended) or event.complete
         yield event

@@ -122,7 +122,8 @@ def _generation(config: Config, device: Any, graphdef: Any, params: Any) -> Iter
     prompts = (params, *sharding.with_sharding(here, (_ints(B, length), _ints(B))))
     static = {"graphdef": graphdef, "width": width, "mesh": mesh}
     state = sharding.with_sharding(here, jax.eval_shape(partial(prefill, **static), *prompts))
-    with_key = partial(Sampler.of(how).with_key, vocab_size=config.model.vocab_size)
+    stop = [np.zeros(len(one), np.int32) for one in how.stop]
+    with_key = partial(Sampler.of(how).with_key, vocab_size=config.model.vocab_size, stop=stop)
     sampler = jax.eval_shape(with_key, jax.eval_shape(jax.random.key, 0))
     begun = jax.eval_shape(with_memory, dataclasses.replace(state, cache=None), sampler)
     cache, carry = state.cache, (_ints(B), sharding.with_sharding(here, begun))

@@ -3,7 +3,7 @@
 import dataclasses
 import typing
 
-from chargpt_jax.config.sections import MAX_TEXT, Config, SampleConfig
+from chargpt_jax.config.sections import MAX_STOP, MAX_STOPS, MAX_TEXT, Config, SampleConfig
 from chargpt_jax.config.values import MAX_FLOAT32, check_field, plain, shown
 from chargpt_jax.errors import UserError
 
@@ -90,7 +90,16 @@ def _check_relations(config: Config) -> None:
 
 
 def _check_sampling(how: SampleConfig) -> None:
-    """Check that a chain of samplers has no settings beside it; `generation.sampler` reads the chain."""
+    """Check stop strings, and that a chain of samplers has no settings beside it; `Sampler.of` reads the chain."""
+    if len(how.stop) > MAX_STOPS:
+        raise UserError(
+            f"sample.stop has {len(how.stop)} strings, but there must be at most {MAX_STOPS}: leave some out."
+        )
+    for one in how.stop:
+        if not 1 <= len(one) <= MAX_STOP:
+            raise UserError(
+                f"sample.stop has {shown(one)}, but each string must be 1 to {MAX_STOP} characters long: correct it."
+            )
     for name in ("temperature", "top_k", "top_p") if how.sampler else ():
         value, unset = getattr(how, name), getattr(SampleConfig, name)
         if value != unset:

@@ -19,6 +19,9 @@ MAX_TEXT = 1_000_000
 MAX_TEMPERATURE = 1_000.0
 """Maximum sampling temperature. All characters are equally likely here; far above it, masked ids would be sampled."""
 
+MAX_STOP, MAX_STOPS = 256, 64
+"""Maximum length of a stop string, characters, and maximum number of stop strings."""
+
 MAX_STEPS = 2**31
 """A run has fewer training steps than this: the step is an int32."""
 
@@ -229,6 +232,7 @@ class SampleConfig(Settings):
         "chain of samplers in place of temperature, top_k and top_p, as in 'min_p=0.05,temperature=0.8' "
         "(docs/samplers.md); '': these three",
     )
+    stop: tuple[str, ...] = setting((), "strings; a sample ends as soon as it ends with one of them")
 
 
 @dataclass

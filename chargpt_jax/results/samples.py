@@ -47,6 +47,7 @@ def _written(folder: Workdir, step: str | int, warn: Warn) -> tuple[int, Samples
         known_prompts(how.prompts, model.tokenizer, model.repairs, warn),
         how.max_new_tokens,
         sampler=Sampler.of(how).samplers,
+        stop=known_stops(how.stop, model.tokenizer, model.repairs, warn),
         seed=model.config.seed,
         skip_unknown=True,
     )
@@ -103,6 +104,19 @@ def known_prompts(
     if not known:
         known = ["\n" if "\n" in tokenizer.vocabulary else tokenizer.vocabulary[1]]
         warn(f"No prompt of sample.prompts is left, so the sample continues {known[0]!r}.")
+    return known
+
+
+def known_stops(
+    stops: Sequence[str], tokenizer: CharTokenizer, repairs: Sequence[Sequence[str]], warn: Warn
+) -> list[str]:
+    """Return the stop strings that a text can end with; warn of each that has characters outside of the vocabulary."""
+    known = []
+    for stop in stops:
+        if dropped := [] if tokenizer.unit == "byte" else without_unknown(stop, tokenizer, repairs)[1]:
+            warn(f"{shown(stop)} of sample.stop has {named(dropped)}, not in the vocabulary: no sample ends there.")
+        else:
+            known.append(stop)
     return known
 
 

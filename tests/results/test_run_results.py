@@ -95,6 +95,19 @@ def test_samples_along_the_training_use_the_chain_of_samplers(tmp_path):
     assert last.text == chargpt_jax.load(tmp_path / "run", 60).generate(last.prompt, 20, sampler=chain)[0].text
 
 
+def test_samples_along_the_training_end_at_the_stop_strings(tmp_path):
+    warnings: list[str] = []
+    config = config_of(tmp_path, temperature=0.0, stop=("h", "a☃", " "), max_new_tokens=200)
+    events = list(chargpt_jax.run(config, tmp_path / "run", warnings.append))
+    for sampled in (event for event in events if isinstance(event, Sampled)):
+        (text,) = sampled.samples
+        new = text.removeprefix("ab c")
+        assert len(new) == len(re.match("[^h ]*[h ]?", new)[0])
+        assert len(new) == 200 or new[-1] in "h "
+    (warning,) = {one for one in warnings if "sample.stop" in one}
+    assert re.match("'a☃' of sample.stop has '☃' .*, not in the vocabulary: no sample ends there", warning)
+
+
 @pytest.mark.parametrize("stage", [chargpt_jax.prepare, chargpt_jax.find_lr, chargpt_jax.train, chargpt_jax.run])
 def test_invalid_chain_of_samplers_ends_a_run_before_it_begins(stage, tmp_path):
     with pytest.raises(UserError, match="^sample.sampler is 'budge'"):
