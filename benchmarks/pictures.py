@@ -2,9 +2,10 @@
 
     pip install -e ".[browser]"
     python -m benchmarks.pictures --workdir=runs/book --out=docs
+    python -m benchmarks.pictures --workdir=runs/temperature/models/tiny-book --out=docs --samplers
 
 The run of the README: --config=tiny, 12 epochs of The Scarlet Pimpernel, prompts "The Scarlet Pimpernel " and
-"Sir Percy ".
+"Sir Percy ". With --samplers: only budget.svg and mirostat.svg, of the first model of benchmarks/temperature.py.
 """
 
 import argparse
@@ -99,12 +100,29 @@ def side_by_side(workdir: str) -> str:
     return f"<!DOCTYPE html><meta charset='utf-8'><body style='margin:12px;font-family:sans-serif'>{body}"
 
 
+STATEFUL = {"budget": "temperature=0.8,budget", "mirostat": "mirostat=2.0"}
+"""Chains of samplers by the name of their picture."""
+
+
+def samplers(workdir: str, out: Path) -> None:
+    """Write budget.svg and mirostat.svg: a text with the state of its sampler under it."""
+    model = chargpt_jax.load(workdir)
+    for name, chain in STATEFUL.items():
+        sample = model.generate("Sir Percy ", max_new_tokens=150, sampler=chain)[0]
+        (out / f"{name}.svg").write_text(sample.svg(), encoding="utf-8")
+        print(sample)
+
+
 def main() -> None:
     """Write the screenshots and the SVG files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--samplers", action="store_true", help="write only the pictures of docs/samplers.md")
     options = parser.parse_args()
+    if options.samplers:
+        samplers(options.workdir, options.out)
+        return
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
         page = browser.new_page(viewport={"width": 800, "height": 640})
         page.goto(chargpt_jax.write_report(options.workdir).absolute().as_uri())

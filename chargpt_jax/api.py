@@ -18,7 +18,7 @@ from chargpt_jax.analysis.comparison import Comparison
 from chargpt_jax.analysis.inspection import Inspection, inspect
 from chargpt_jax.analysis.words import LettersOfWords, by_letter
 from chargpt_jax.backups import backed_up
-from chargpt_jax.config import Config
+from chargpt_jax.config import Config, validate
 from chargpt_jax.config.values import shown
 from chargpt_jax.data import batches
 from chargpt_jax.devices import processes, sharding
@@ -35,6 +35,7 @@ from chargpt_jax.events import (
 )
 from chargpt_jax.generation.loading import load, load_with_record, repairs_of
 from chargpt_jax.generation.sample import Sample, Samples
+from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.generation.trained_model import Model
 from chargpt_jax.interop import convert
 from chargpt_jax.interop.convert import import_original
@@ -44,7 +45,14 @@ from chargpt_jax.lab.sweep import sweep
 from chargpt_jax.results.curves import range_test_plot
 from chargpt_jax.results.info import info
 from chargpt_jax.results.report import write_report
-from chargpt_jax.results.samples import TimeForSamples, known_prompts, sampled, time_of_results, write_samples
+from chargpt_jax.results.samples import (
+    TimeForSamples,
+    known_prompts,
+    known_stops,
+    sampled,
+    time_of_results,
+    write_samples,
+)
 from chargpt_jax.results.validation import write_validation
 from chargpt_jax.storage.checkpoint import UNVALIDATED
 from chargpt_jax.storage.copies import copy_run
@@ -54,7 +62,6 @@ from chargpt_jax.training.dispatch.pacing import Stop
 from chargpt_jax.training.dispatch.run_length import Clock
 from chargpt_jax.training.run import Run, Warn, check_record
 from chargpt_jax.training.setup import Setup
-from chargpt_jax.training.stages import prepare
 
 
 def evaluate(
@@ -114,11 +121,27 @@ def evaluate(
     }
 
 
+def prepare(config: Config, workdir: str | Path | Workdir, warn: Warn = print) -> Iterator[Event]:
+    """Load, repair and encode the text; write it and the config to the workdir; see `stages.prepare`."""
+    _check_samples(config)
+    yield from stages.prepare(config, workdir, warn)
+
+
+def _check_samples(config: Config) -> None:
+    """Check a config with its chain of samplers.
+
+    Raises:
+        UserError: if it is invalid.
+    """
+    Sampler.of(validate(config).sample)
+
+
 def find_lr(config: Config, workdir: str | Path | Workdir, warn: Warn = print) -> Iterator[Event]:
     """Run the learning-rate range test; write its result, its plot, and the learning rate into the run's config.
 
     A learning rate that the config sets is kept.
     """
+    _check_samples(config)
     folder = Workdir(workdir)
     for event in stages.find_lr(config, folder, warn):
         _plot_range_test(event, folder, warn)
@@ -140,6 +163,7 @@ def train(
     parameters a new run starts from (fine-tuning); see `fine_tuning.start_from`. If the config sets scheduler.minutes,
     they count from `began`, a value of `time.monotonic`; None: from now.
     """
+    _check_samples(config)
     clock, folder = Clock() if began is None else Clock(began), Workdir(workdir)
     if start_from is not None:
         fine_tuning.start_from(start_from, config, folder, warn)
@@ -164,6 +188,7 @@ def run(
     samples and the report are left to the next call. With several processes, process 0 alone generates samples and
     writes the report.
     """
+    _check_samples(config)
     clock = Clock(time.monotonic() if began is None else began, *time_of_results(config))
     complete, folder = True, Workdir(workdir)  # its path is absolute, whatever folder the caller changes to
     warn = stages.without_repeats(warn)
@@ -172,7 +197,9 @@ def run(
         fine_tuning.start_from(start_from, config, folder, warn)
     for event in stages.train(config, folder, warn, stop, max_minutes, clock):
         if isinstance(event, Prepared) and processes.is_first():
-            known_prompts(config.sample.prompts, folder.load_tokenizer(), repairs_of(folder), warn)
+            tokenizer, repairs = folder.load_tokenizer(), repairs_of(folder)
+            known_prompts(config.sample.prompts, tokenizer, repairs, warn)
+            known_stops(config.sample.stop, tokenizer, repairs, warn)
         _plot_range_test(event, folder, warn)
         complete = not isinstance(event, Ended) or event.complete
         yield event

@@ -20,6 +20,7 @@ import chargpt_jax
 from chargpt_jax.errors import NoCheckpoint, UserError
 from chargpt_jax.events import TrainStarted
 from chargpt_jax.generation import generate, trained_model
+from chargpt_jax.generation.samplers.chain import chain_of
 from chargpt_jax.main import main
 from chargpt_jax.model.flops import peak_flops
 from chargpt_jax.results.info import INFO, all_facts
@@ -692,6 +693,30 @@ def test_each_sample_is_followed_by_its_loss(capsys, workdir, prompts):
         path = workdir / "samples" / f"generated-{i}.svg"
         blocks.append(f"{sample['text']}\n\nloss {loss:.4f} nats per character; plot: {path}\n")
     assert out == "\n".join(blocks)
+
+
+def test_generate_uses_the_configs_chain_unless_a_flag_sets_one(capsys, workdir, tmp_path, monkeypatch):
+    """The order of precedence: --sampler, or --temperature, --top_k and --top_p; then the config's chain."""
+    own = shutil.copytree(workdir, tmp_path / "run")
+    saved = json.loads((own / "config.json").read_text(encoding="utf-8"))
+    saved["sample"]["sampler"] = "mirostat=1.5"
+    (own / "config.json").write_text(json.dumps(saved), encoding="utf-8")
+
+    seen = []
+
+    def generate(_model, _prompts, _count, **how):
+        seen.append({name: how.get(name) for name in ("sampler", "temperature", "top_k")})
+        raise UserError("Only its arguments matter.")
+
+    monkeypatch.setattr(chargpt_jax.Model, "generate", generate)
+    for flags in ((), ("--sampler=min_p=0.3",), ("--top_k=2",), ("--temperature=0.5",)):
+        assert command(capsys, own, "--mode=generate", *flags)[0] == 2
+    assert seen == [
+        {"sampler": chain_of("mirostat=1.5"), "temperature": None, "top_k": None},
+        {"sampler": "min_p=0.3", "temperature": None, "top_k": None},
+        {"sampler": None, "temperature": 0.8, "top_k": 2},
+        {"sampler": None, "temperature": 0.5, "top_k": None},
+    ]
 
 
 def test_rows_under_a_line_come_with_the_flag_only(capsys, workdir):

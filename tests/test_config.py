@@ -203,6 +203,11 @@ def test_only_an_optional_field_takes_none(name):
         ("sample.prompts", ("a", "")),
         ("sample.prompts", "a"),
         ("sample.top_p", 0.0),
+        ("sample.sampler", None),
+        ("sample.stop", ("a", "")),
+        ("sample.stop", ("a" * 257,)),
+        ("sample.stop", ("a",) * 65),
+        ("sample.stop", "a"),
         ("seed", -1),
         ("seed", 2**31),
     ],
@@ -213,6 +218,16 @@ def test_a_value_outside_the_limits_is_refused_by_its_name(name, value):
     assert str(error.value).startswith(name)
     assert "must be" in str(error.value) or "must divide" in str(error.value) or "needs" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("other", [{"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.9}])
+def test_chain_of_samplers_has_no_settings_beside_it(other):
+    ((name, value),) = other.items()
+    config = changed("sample.sampler", "min_p=0.1")
+    validate(config)
+    setattr(config.sample, name, value)
+    with pytest.raises(UserError, match=f"^sample.{name} is {value}, but it must be .* if sample.sampler is set"):
+        validate(config)
 
 
 @pytest.mark.parametrize(

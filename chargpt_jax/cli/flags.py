@@ -63,7 +63,7 @@ FLAG_MODES = {
 """The modes that a flag applies to; other flags apply to every mode."""
 
 
-TEXTS = ("prompt", "text", "branch", "stop", "config.data.start_at", "config.sample.prompts")
+TEXTS = ("prompt", "text", "branch", "stop", "config.data.start_at", "config.sample.prompts", "config.sample.stop")
 """The flags whose values are texts: they are read as UTF-8, whatever encoding the system uses for file names."""
 
 

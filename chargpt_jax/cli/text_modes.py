@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from chargpt_jax.cli.text_display import TextDisplay
     from chargpt_jax.generation.passages import Passages
     from chargpt_jax.generation.sample import Sample, Samples
+    from chargpt_jax.generation.trained_model import Model
 
 MAX_SHORT = 4_000
 """Characters of a scored text up to which all of it is printed and plotted."""
@@ -52,7 +53,7 @@ def generate(request: Request) -> int:
     options = {
         "skip_unknown": flags.skip_unknown,
         "n": flags.samples,
-        **_sampling(request, model.config.seed),
+        **_sampling(request, model),
         **streams,
     }
     with _naming_flags(request):
@@ -93,15 +94,23 @@ def _display(request: Request, vocab_size: int) -> "TextDisplay":
     return TextDisplay(sys.stdout, vocab_size, request.flags.subline)
 
 
-def _sampling(request: Request, seed: int) -> dict[str, Any]:
-    """Return the options of `generate` and `branch` that flags and config set; `seed` is the config's."""
+def _sampling(request: Request, model: "Model") -> dict[str, Any]:
+    """Return the options of `generate` and `branch` that flags and config set."""
+    from chargpt_jax.results.samples import known_stops
+
     flags, how = request.flags, request.folder.load_config().sample
-    options = {"seed": _given(flags.seed, seed), "alternatives": flags.alternatives}
-    options["stop"] = [re.sub(r"\\[nt\\]", lambda found: ESCAPES[found[0]], one) for one in flags.stop or ()]
+    options = {"seed": _given(flags.seed, model.config.seed), "alternatives": flags.alternatives}
+    stops = [re.sub(r"\\[nt\\]", lambda found: ESCAPES[found[0]], one) for one in flags.stop or ()]
+    options["stop"] = stops or known_stops(how.stop, model.tokenizer, model.repairs, warn)
     names = ("temperature", "top_k", "top_p")
+    given = [name for name in names if flags[name].present]
+    if flags.sampler is None and how.sampler and not given:
+        from chargpt_jax.generation.sampler import Sampler
+
+        return options | {"sampler": Sampler.of(how).samplers}
     if flags.sampler is None:
         return options | {name: _given(flags[name].value, getattr(how, name)) for name in names}
-    if given := [name for name in names if flags[name].present]:
+    if given:
         raise UserError(
             f"--sampler and --{given[0]} are both given, but a chain of samplers has its own settings: write "
             f"{given[0]} into the chain, or leave one of them out."
@@ -127,7 +136,7 @@ def _branch(request: Request, streaming: bool) -> int:
     alternative = like_corpus(alternative, model.tokenizer, model.repairs)
     display = _display(request, model.config.model.vocab_size)
     streams = {"on_sample": lambda _, part: display.add(part)} if streaming else {}
-    how = {"max_new_tokens": flags.max_new_tokens, **_sampling(request, model.config.seed), **streams}
+    how = {"max_new_tokens": flags.max_new_tokens, **_sampling(request, model), **streams}
     with _naming_flags(request):
         branch = model.branch(sample, at, alternative, **how)
     _save_and_print(request, api.Samples([branch]), "branch", display, streamed=streaming)

@@ -18,7 +18,14 @@ from chargpt_jax.compile import least_bytes
 from chargpt_jax.config import Config, MeshConfig
 from chargpt_jax.devices import layout, sharding
 from chargpt_jax.devices.platform import compute_dtype
-from chargpt_jax.generation.generate import beyond_context, bucket, decoding_program, inside_context, prefill
+from chargpt_jax.generation.generate import (
+    beyond_context,
+    bucket,
+    decoding_program,
+    inside_context,
+    prefill,
+    with_memory,
+)
 from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.model.init import abstract_model
 from chargpt_jax.ops.choose import ops_for
@@ -117,8 +124,11 @@ def _generation(config: Config, device: Any, graphdef: Any, params: Any) -> Iter
     prompts = (params, *sharding.with_sharding(here, (_ints(B, length), _ints(B))))
     static = {"graphdef": graphdef, "width": width, "mesh": mesh}
     state = sharding.with_sharding(here, jax.eval_shape(partial(prefill, **static), *prompts))
-    sampler = jax.eval_shape(Sampler(how.temperature, how.top_k, how.top_p).with_key, jax.eval_shape(jax.random.key, 0))
-    cache, carry = state.cache, (_ints(B), dataclasses.replace(state, cache=None))
+    stop = [np.zeros(len(one), np.int32) for one in how.stop]
+    with_key = partial(Sampler.of(how).with_key, vocab_size=config.model.vocab_size, stop=stop)
+    sampler = jax.eval_shape(with_key, jax.eval_shape(jax.random.key, 0))
+    begun = jax.eval_shape(with_memory, dataclasses.replace(state, cache=None), sampler)
+    cache, carry = state.cache, (_ints(B), sharding.with_sharding(here, begun))
 
     own = {"parameters": least_bytes.bytes_per_device(params)}
     per_position = least_bytes.bytes_per_device(cache) / min(block_size, length)

@@ -3,7 +3,7 @@
 import dataclasses
 import typing
 
-from chargpt_jax.config.sections import MAX_TEXT, Config
+from chargpt_jax.config.sections import MAX_STOP, MAX_STOPS, MAX_TEXT, Config, SampleConfig
 from chargpt_jax.config.values import MAX_FLOAT32, check_field, plain, shown
 from chargpt_jax.errors import UserError
 
@@ -88,11 +88,32 @@ def _check_relations(config: Config) -> None:
         raise UserError("sample.prompts holds an empty prompt, but each needs at least one character: try ('\\n',).")
     if sum(map(len, config.sample.prompts)) > MAX_TEXT:
         raise UserError(f"sample.prompts holds more than the maximum of {MAX_TEXT:,} characters: shorten them.")
+    _check_sampling(config.sample)
     if min_memory(config) > MAX_BYTES:
         raise UserError(
             f"Training this config needs at least {min_memory(config) // 10**9:,} GB of memory, but the limit is "
             f"{MAX_BYTES // 10**9:,} GB: lower the sizes of model, or data.batch_size."
         )
+
+
+def _check_sampling(how: SampleConfig) -> None:
+    """Check stop strings, and that a chain of samplers has no settings beside it; `Sampler.of` reads the chain."""
+    if len(how.stop) > MAX_STOPS:
+        raise UserError(
+            f"sample.stop has {len(how.stop)} strings, but there must be at most {MAX_STOPS}: leave some out."
+        )
+    for one in how.stop:
+        if not 1 <= len(one) <= MAX_STOP:
+            raise UserError(
+                f"sample.stop has {shown(one)}, but each string must be 1 to {MAX_STOP} characters long: correct it."
+            )
+    for name in ("temperature", "top_k", "top_p") if how.sampler else ():
+        value, unset = getattr(how, name), getattr(SampleConfig, name)
+        if value != unset:
+            raise UserError(
+                f"sample.{name} is {shown(value)}, but it must be {unset} if sample.sampler is set, because a chain of "
+                f"samplers has its own settings: write {name} into the chain, or leave sample.sampler empty."
+            )
 
 
 def min_memory(config: Config) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import types
+import typing
 from typing import Any
 
 from chargpt_jax.config.rules import validate
@@ -151,8 +152,11 @@ def optional_fields(section: str) -> list[str]:
 
 def fields_of_texts() -> list[str]:
     """List the fields that are tuples of strings, 'section.field'."""
-    defaults = flatten(Config()).items()
-    return [path for path, default in defaults if isinstance(default, list) and default and isinstance(default[0], str)]
+    sections = ((section.name, section.type) for section in dataclasses.fields(Config))
+    inner = ((name, dataclasses.fields(kind)) for name, kind in sections if dataclasses.is_dataclass(kind))
+    return [
+        f"{name}.{item.name}" for name, items in inner for item in items if typing.get_args(item.type)[:1] == (str,)
+    ]
 
 
 def help_lines() -> list[str]:

@@ -22,6 +22,9 @@ MAX_TEMPERATURE = 1_000.0
 LR_METHODS = ("steepest", "lowest", "balanced", "valley", "slide")
 """How the range test chooses a learning rate."""
 
+MAX_STOP, MAX_STOPS = 256, 64
+"""Maximum length of a stop string, characters, and maximum number of stop strings."""
+
 MAX_STEPS = 2**31
 """A run has fewer training steps than this: the step is an int32."""
 
@@ -248,6 +251,12 @@ class SampleConfig(Settings):
         above=0.0,
         most=1.0,
     )
+    sampler: str = setting(
+        "",
+        "chain of samplers in place of temperature, top_k and top_p, as in 'min_p=0.05,temperature=0.8' "
+        "(docs/samplers.md); '': these three",
+    )
+    stop: tuple[str, ...] = setting((), "strings; a sample ends as soon as it ends with one of them")
 
 
 @dataclass

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from chargpt_jax.config.sections import MAX_TEXT
+from chargpt_jax.config.sections import MAX_STOP, MAX_STOPS, MAX_TEXT
 from chargpt_jax.config.values import argument, shown
 from chargpt_jax.data.tokenizer import CharTokenizer, named
 from chargpt_jax.errors import UserError
@@ -22,9 +22,6 @@ MAX_CHARACTERS = 32 * MAX_TEXT
 
 MAX_SEED = 2**31
 """Seeds are below this."""
-
-MAX_STOP, MAX_STOPS = 256, 64
-"""Maximum length of a stop string, characters, and maximum number of stop strings."""
 
 MAX_SAMPLES = 4096
 """Maximum number of samples per prompt."""

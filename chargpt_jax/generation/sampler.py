@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chargpt_jax.config.sections import MAX_TEMPERATURE
+from chargpt_jax.config.sections import MAX_TEMPERATURE, SampleConfig
 from chargpt_jax.config.values import argument, shown
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.samplers.chain import Chain, Given, chain_of
@@ -156,6 +156,21 @@ class Sampler:
                     f"{given[0]} into the chain, or leave one of them out."
                 )
             object.__setattr__(self, "chain", chain_of(self.chain))
+
+    @classmethod
+    def of(cls, how: SampleConfig) -> "Sampler":
+        """Return the sampling settings of a config: its chain of samplers, or its three settings.
+
+        Raises:
+            UserError: if the chain is invalid; the message names the field.
+        """
+        if not how.sampler:
+            return cls(how.temperature, how.top_k, how.top_p)
+        try:
+            return cls(chain=how.sampler)
+        except UserError as error:
+            of_chain = str(error).startswith("sampler ")
+            raise UserError(f"{'sample.' if of_chain else 'In sample.sampler, '}{error}") from None
 
     @property
     def samplers(self) -> Chain:

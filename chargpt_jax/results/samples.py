@@ -16,6 +16,7 @@ from chargpt_jax.errors import ExpectedError, excused
 from chargpt_jax.events import Sampled
 from chargpt_jax.generation.loading import load
 from chargpt_jax.generation.sample import Sample, Samples
+from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training.run import Warn
 
@@ -50,9 +51,8 @@ def _written(folder: Workdir, step: str | int, warn: Warn) -> tuple[int, Samples
     samples = model.generate(
         known_prompts(how.prompts, model.tokenizer, model.repairs, warn),
         how.max_new_tokens,
-        temperature=how.temperature,
-        top_k=how.top_k,
-        top_p=how.top_p,
+        sampler=Sampler.of(how).samplers,
+        stop=known_stops(how.stop, model.tokenizer, model.repairs, warn),
         seed=model.config.seed,
         skip_unknown=True,
     )
@@ -118,6 +118,19 @@ def known_prompts(
     if not known:
         known = ["\n" if "\n" in tokenizer.vocabulary else tokenizer.vocabulary[1]]
         warn(f"No prompt of sample.prompts is left, so the sample continues {known[0]!r}.")
+    return known
+
+
+def known_stops(
+    stops: Sequence[str], tokenizer: CharTokenizer, repairs: Sequence[Sequence[str]], warn: Warn
+) -> list[str]:
+    """Return the stop strings that a text can end with; warn of each that has characters outside of the vocabulary."""
+    known = []
+    for stop in stops:
+        if dropped := [] if tokenizer.unit == "byte" else without_unknown(stop, tokenizer, repairs)[1]:
+            warn(f"{shown(stop)} of sample.stop has {named(dropped)}, not in the vocabulary: no sample ends there.")
+        else:
+            known.append(stop)
     return known
 
 

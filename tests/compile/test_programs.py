@@ -77,6 +77,16 @@ def test_programs_have_the_shapes_of_a_real_run(tmp_path):
     assert shapes(validation.args[0]) == shapes(setup.initial_state(tx).params)
 
 
+def test_programs_contain_the_configs_chain_of_samplers():
+    config = small_config(Path("none.txt"))
+    config.sample.sampler, config.sample.max_new_tokens = "min_p=0.1,budget=3,word_start", 100
+    *_, decoding, beyond = ahead.programs(config, jax.devices()[:1])
+    for program in (decoding, beyond):
+        state = program.args[1][1]
+        assert set(state.series) == {"budget", "word_start"}
+        assert getattr(program.function, "fused", program.function).lower(*program.args, **program.static)
+
+
 def test_model_is_created_for_the_target_devices(monkeypatch):
     monkeypatch.setattr(ahead, "training_mesh", lambda config, on: SimpleNamespace(devices=np.array(on), axis_names=()))
     monkeypatch.setattr(ahead, "_training", lambda config, mesh, dtype, plain, *sharded: iter([nnx.merge(*sharded)]))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from chargpt_jax.config.sections import SampleConfig
 from chargpt_jax.errors import UserError
 from chargpt_jax.generation.sampler import Sampler
 
@@ -55,3 +56,20 @@ def test_invalid_sampler_settings_are_rejected(bad):
     (name,) = bad
     with pytest.raises(UserError, match=f"^{name} is .*, but it must be"):
         Sampler(**bad)
+
+
+def test_settings_of_a_config_are_its_chain_or_the_three():
+    assert Sampler.of(SampleConfig(temperature=0.5, top_k=3)) == Sampler(0.5, top_k=3)
+    assert Sampler.of(SampleConfig(sampler="min_p=0.1,budget")) == Sampler(chain="min_p=0.1,budget")
+
+
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [
+        ("budge", "^sample.sampler is 'budge', but the samplers are temperature, .*: choose from these"),
+        ("min_p=0.1,mirostat=-1", "^In sample.sampler, tau of mirostat is -1.0, but it must be above 0"),
+    ],
+)
+def test_invalid_chain_of_a_config_is_named_by_its_field(chain, message):
+    with pytest.raises(UserError, match=message):
+        Sampler.of(SampleConfig(sampler=chain))

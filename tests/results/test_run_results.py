@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import chargpt_jax
-from chargpt_jax.errors import NoCheckpoint
+from chargpt_jax.errors import NoCheckpoint, UserError
 from chargpt_jax.events import Ended, Sampled, Saved, Validated
 from chargpt_jax.generation.sample import Sample, Samples
 from chargpt_jax.results import samples as results_samples
@@ -83,6 +83,36 @@ def test_samples_along_the_training_are_those_of_their_checkpoint(made):
     assert last.svgs == tuple(sample.svg() for sample in saved)
     fresh = chargpt_jax.write_samples(made[0], step=last.step)
     assert fresh.to_dict() == saved.to_dict()
+
+
+def test_samples_along_the_training_use_the_chain_of_samplers(tmp_path):
+    chain = "temperature=0.9,budget=3"
+    list(chargpt_jax.run(config_of(tmp_path, sampler=chain), tmp_path / "run", lambda text: None))
+    files = sample_files(Workdir(tmp_path / "run"))
+    saved = {step: Samples.from_dict(json.loads(path.read_text(encoding="utf-8")))[0] for step, path in files.items()}
+    assert all(list(sample.series) == ["budget"] for sample in saved.values())
+    last = saved[60]
+    assert last.text == chargpt_jax.load(tmp_path / "run", 60).generate(last.prompt, 20, sampler=chain)[0].text
+
+
+def test_samples_along_the_training_end_at_the_stop_strings(tmp_path):
+    warnings: list[str] = []
+    config = config_of(tmp_path, temperature=0.0, stop=("h", "a☃", " "), max_new_tokens=200)
+    events = list(chargpt_jax.run(config, tmp_path / "run", warnings.append))
+    for sampled in (event for event in events if isinstance(event, Sampled)):
+        (text,) = sampled.samples
+        new = text.removeprefix("ab c")
+        assert len(new) == len(re.match("[^h ]*[h ]?", new)[0])
+        assert len(new) == 200 or new[-1] in "h "
+    (warning,) = {one for one in warnings if "sample.stop" in one}
+    assert re.match("'a☃' of sample.stop has '☃' .*, not in the vocabulary: no sample ends there", warning)
+
+
+@pytest.mark.parametrize("stage", [chargpt_jax.prepare, chargpt_jax.find_lr, chargpt_jax.train, chargpt_jax.run])
+def test_invalid_chain_of_samplers_ends_a_run_before_it_begins(stage, tmp_path):
+    with pytest.raises(UserError, match="^sample.sampler is 'budge'"):
+        list(stage(config_of(tmp_path, sampler="budge"), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_samples_along_the_training_can_be_turned_off(tmp_path):
