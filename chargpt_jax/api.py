@@ -42,7 +42,7 @@ from chargpt_jax.interop.html_page import About
 from chargpt_jax.results.curves import range_test_plot
 from chargpt_jax.results.info import info
 from chargpt_jax.results.report import write_report
-from chargpt_jax.results.samples import TimeForSamples, known_prompts, sampled, time_of_results, write_samples
+from chargpt_jax.results.samples import TimeForSamples, clock_of_results, known_prompts, sampled, write_samples
 from chargpt_jax.results.validation import write_validation
 from chargpt_jax.storage.checkpoint import UNVALIDATED
 from chargpt_jax.storage.copies import copy_run
@@ -162,7 +162,7 @@ def run(
     samples and the report are left to the next call. With several processes, process 0 alone generates samples and
     writes the report.
     """
-    clock = Clock(time.monotonic() if began is None else began, *time_of_results(config))
+    clock = clock_of_results(config, time.monotonic() if began is None else began)
     complete, folder = True, Workdir(workdir)  # its path is absolute, whatever folder the caller changes to
     warn = stages.without_repeats(warn)
     time_for, validated = TimeForSamples(max_minutes), 0
