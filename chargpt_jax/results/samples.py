@@ -23,9 +23,9 @@ from chargpt_jax.training.run import Warn
 FIRST_SAMPLES = 10.0
 """Assumed time of the first samples, which compiles the programs of generation, seconds."""
 
-FIRST_SAMPLES_UNITS, RESULTS_UNITS = 1.2, 1.5
+FIRST_SAMPLES_UNITS, RESULTS_UNITS = 1.2, 2.0
 """Time of the first samples, in units of the time that tracing and compiling the training takes. And that of the last
-samples, the scores of the validation set and the report, in units of the tracing alone. Measured with `tiny`."""
+samples, the scores of the validation set, the report and the end of the process, in units of the tracing alone."""
 
 MAX_SAMPLES_JSON = 512 << 20
 """Maximum size of a file of samples that a report includes, bytes; a character needs about a hundred."""
