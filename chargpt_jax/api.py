@@ -47,10 +47,10 @@ from chargpt_jax.results.info import info
 from chargpt_jax.results.report import write_report
 from chargpt_jax.results.samples import (
     TimeForSamples,
+    clock_of_results,
     known_prompts,
     known_stops,
     sampled,
-    time_of_results,
     write_samples,
 )
 from chargpt_jax.results.validation import write_validation
@@ -189,7 +189,7 @@ def run(
     writes the report.
     """
     _check_samples(config)
-    clock = Clock(time.monotonic() if began is None else began, *time_of_results(config))
+    clock = clock_of_results(config, time.monotonic() if began is None else began)
     complete, folder = True, Workdir(workdir)  # its path is absolute, whatever folder the caller changes to
     warn = stages.without_repeats(warn)
     time_for, validated = TimeForSamples(max_minutes), 0

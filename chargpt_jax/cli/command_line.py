@@ -204,6 +204,10 @@ def _plainly(error: BaseException) -> str:
     return f"{text[:1].upper()}{text[1:]}: see --help."
 
 
+MAX_START = 60.0
+"""Seconds that a process takes at most to read its command line."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A parsed command line."""
@@ -261,7 +265,7 @@ def read(argv: Sequence[str], signals: Signals) -> Request:
         UserError: if a flag, a config field, an environment variable or a value is invalid, or a flag that the mode
             needs is missing.
     """
-    began, start = time.monotonic(), _working_directory()
+    began, start = time.monotonic() - (_age() if signals.last else 0.0), _working_directory()
     flags, config, name = parse(argv)
     mode, minutes = flags.mode, flags.max_minutes
     if not flags.help:
@@ -286,6 +290,13 @@ def read(argv: Sequence[str], signals: Signals) -> Request:
     if _working_directory() != start:  # the config file changed it
         workdir = os.path.join(start, os.path.expanduser(workdir))
     return Request(flags, config, workdir, signals, began)
+
+
+def _age() -> float:
+    """Return the seconds since this process began, at most MAX_START: somebody may have set the clock."""
+    import psutil
+
+    return min(MAX_START, max(0.0, time.time() - psutil.Process().create_time()))
 
 
 def _working_directory() -> str:

@@ -54,7 +54,7 @@ class Signals:
         """Added to the message "Stopped by SIGNAL"."""
         self.shared = False
         """Whether this is one of several processes, which a signal to one of them stops."""
-        self._last, self._number = last, cast("int | None", None)
+        self.last, self._number = last, cast("int | None", None)
         self._deadline, self._raised, self._retries = math.inf, -math.inf, 0
         self._stopping = threading.Lock()
         self._outermost: FrameType | None = None
@@ -82,14 +82,14 @@ class Signals:
         An interrupted process leaves without Python's own clean-up, which crashes while a thread compiles a program.
         """
         self.finished, self._outermost = True, None
-        if self._last and self.interrupted:
+        if self.last and self.interrupted:
             self._leave()
         if self._before:
             _set_alarm(0.0)
             sys.unraisablehook = self._hook_before
             signal.set_wakeup_fd(self._fd_before)
             for number, handler in self._before.items():
-                signal.signal(number, signal.SIG_IGN if self._last else handler)
+                signal.signal(number, signal.SIG_IGN if self.last else handler)
             self._sockets[1].close()  # the thread ends with it
 
     @property

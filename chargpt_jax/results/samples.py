@@ -18,14 +18,15 @@ from chargpt_jax.generation.loading import load
 from chargpt_jax.generation.sample import Sample, Samples
 from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.storage.workdir import Workdir
+from chargpt_jax.training.dispatch.run_length import Clock
 from chargpt_jax.training.run import Warn
 
 FIRST_SAMPLES = 10.0
 """Assumed time of the first samples, which compiles the programs of generation, seconds."""
 
-SAMPLES_COMPILE, SCORES_COMPILE = 1.2, 0.4
-"""Time of the first samples, and of the scores of the validation set and the report, in units of the time that
-compiling the training takes: measured with `tiny` on two CPU cores."""
+FIRST_SAMPLES_UNITS, RESULTS_UNITS = 1.2, 2.0
+"""Time of the first samples, in units of the time that tracing and compiling the training takes. And that of the last
+samples, the scores of the validation set, the report and the end of the process, in units of the tracing alone."""
 
 MAX_SAMPLES_JSON = 512 << 20
 """Maximum size of a file of samples that a report includes, bytes; a character needs about a hundred."""
@@ -90,13 +91,10 @@ class TimeForSamples:
             self._needed = time.monotonic() - began
 
 
-def time_of_results(config: Config) -> tuple[float, float]:
-    """Return the expected time of the first samples of `run` during training, and of its work after training.
-
-    The unit is the time that compiling the training takes.
-    """
-    along = isinstance(config, Config) and config.sample.at_validation
-    return (SAMPLES_COMPILE, SCORES_COMPILE) if along else (0.0, SAMPLES_COMPILE + SCORES_COMPILE)
+def clock_of_results(config: Config, began: float) -> Clock:
+    """Return the clock of a `run` that began at a time, with what its samples and its report are expected to take."""
+    along = not isinstance(config, Config) or config.sample.at_validation
+    return Clock(began, FIRST_SAMPLES_UNITS, RESULTS_UNITS, along)
 
 
 def known_prompts(

@@ -226,8 +226,8 @@ class TrainingLoop:
     def dispatch(self) -> Dispatched:
         """Make the training steps of one dispatch."""
         count = self.next_steps()
-        text, rates = self.feed.text_for(self.step, count), self.rates(count)
         began = time.perf_counter()
+        text, rates = self.feed.text_for(self.step, count), self.rates(count)
         self.state, history = self._dispatch(self.state, text, *rates, np.int32(count))
         # Wait for the result: with several CPU devices, two dispatches in flight can deadlock.
         losses, norms = (np.asarray(history[name])[:count] for name in ("loss", "grad_norm"))

@@ -64,7 +64,7 @@ class TimedLoop(TrainingLoop):
     def compile(self, lowered: jax.stages.Lowered, tracing: float) -> Compiled:
         """Compile the dispatch, and note how long that took."""
         compiled = super().compile(lowered, tracing)
-        self.length.compile_seconds = compiled.seconds
+        self.length.compile_seconds, self.length.trace_seconds = compiled.seconds, tracing
         return compiled
 
     def measure(self) -> None:

@@ -40,10 +40,15 @@ class Clock:
     first_samples: float = 0.0
     """Expected time of the first samples, which compile the programs of generation, in addition to later ones.
 
-    In units of the time that compiling the training takes: it tells a slow machine and a filled compilation cache.
+    In units of the time that tracing and compiling the training takes, which is short with a filled compilation cache.
     """
     after: float = 0.0
-    """Expected time from the last checkpoint to the end of the command, in the same unit."""
+    """Expected time from the last checkpoint to the end of the command, without the first samples.
+
+    In units of the time that tracing the training takes: like this work, it is mostly Python.
+    """
+    samples_along: bool = True
+    """Whether the first samples follow the first validation, and not the training."""
 
     def seconds(self) -> float:
         """Return the seconds since the command began."""
@@ -124,7 +129,8 @@ class RunLength:
         """
         self.minutes, self.clock, self.validate_every = minutes, clock, validate_every
         self.before, self.repeated, self._save = before, repeated, save
-        self.compile_seconds = 0.0
+        self.compile_seconds = self.trace_seconds = 0.0
+        """Of the training: the units of the clock."""
         self.fits = [fit for fit in fits if fit.step <= step or fit.minutes == minutes]
         self._steps = self._seconds = 0.0
         self.validation = fits[-1].seconds_per_validation if fits else 0.0
@@ -174,8 +180,9 @@ class RunLength:
 
     def seconds_of_results(self) -> float:
         """Return the expected seconds of the first samples, if there were none yet, and of the work after training."""
-        programs = self.clock.after + (0.0 if self._validations else self.clock.first_samples)
-        return programs * self.compile_seconds
+        sampled = self._validations > 0 and self.clock.samples_along
+        samples = 0.0 if sampled else self.clock.first_samples * self.compile_seconds
+        return samples + self.clock.after * self.trace_seconds
 
     def fitted(self, step: int, left: float) -> int:
         """Return the most steps in total that end within `left` seconds; at least one more than `step`."""

@@ -33,7 +33,7 @@ def simulated(time, minutes, speed, *, validate_every=200, validation=1.0, sampl
     """Return the seconds of a run whose steps take speed(seconds so far), and the fits that were made."""
     length = RunLength(minutes, [], 0, Clock(time.now, samples, after), validate_every)
     began, time.now = time.now, time.now + startup
-    length.validation, length.compile_seconds = validation, 1.0
+    length.validation, length.compile_seconds, length.trace_seconds = validation, 1.0, 1.0
     length.record_steps(10 * speed(0.0), 10)
     step, total = 0, None
     while True:
@@ -118,10 +118,12 @@ def test_no_new_fit_before_the_last_step_that_was_made(time):
 
 def test_compilation_of_samples_and_scores_is_expected(time):
     length = RunLength(10.0, [FIT], 20, Clock(time.now, first_samples=1.2, after=0.4), 10**6)
-    length.compile_seconds = 10.0
-    assert length.seconds_to(120, 20) == pytest.approx(100 * 0.1 + 1.0 + 16.0)
+    length.compile_seconds, length.trace_seconds = 10.0, 5.0
+    assert length.seconds_to(120, 20) == pytest.approx(100 * 0.1 + 1.0 + 12.0 + 2.0)
     length.record_validation(1.0)
-    assert length.seconds_to(120, 20) == pytest.approx(100 * 0.1 + 1.0 + 4.0)
+    assert length.seconds_to(120, 20) == pytest.approx(100 * 0.1 + 1.0 + 2.0)
+    length.clock = dataclasses.replace(length.clock, samples_along=False)
+    assert length.seconds_to(120, 20) == pytest.approx(100 * 0.1 + 1.0 + 12.0 + 2.0)
 
 
 def test_fits_for_other_minutes_do_not_hold(time):
