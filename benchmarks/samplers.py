@@ -1,11 +1,12 @@
 """Time generation with chains of samplers, as interleaved ratios.
 
-    python -m benchmarks.samplers RUN [--other=CHECKOUT] [--rounds=20] [--characters=400]
+    python -m benchmarks.samplers RUN [--other=CHECKOUT] [--rounds=20] [--characters=400] [--chains NAME ...]
 
 RUN is the folder of a trained run. Each round generates a text with every chain, in turn, so that a machine whose speed
 changes gives every chain the same conditions. The table has the median and the quartiles of the rounds' ratios to
-`--temperature` in this checkout. With --other, a process of another checkout (for example a `git worktree` of an older
-commit) generates with `--temperature` in the same rounds.
+`--temperature` in this checkout, for the time and for the processor time of all threads. The latter varies less on a
+machine with other load. With --other, a process of another checkout (for example a `git worktree` of an older commit)
+generates with `--temperature` in the same rounds; the run must be one that it can read.
 """
 
 import argparse
@@ -47,13 +48,14 @@ class Worker:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(words, env=environment, cwd=checkout, **pipes)
 
-    def seconds(self, how: dict[str, Any], characters: int) -> float:
-        """Return how long a text takes."""
+    def seconds(self, how: dict[str, Any], characters: int) -> tuple[float, float]:
+        """Return how long a text takes: time and processor time."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([how, characters]) + "\n")
         self._process.stdin.flush()
-        return float(self._process.stdout.readline())
+        elapsed, processor = map(float, self._process.stdout.readline().split())
+        return elapsed, processor
 
     def end(self) -> None:
         """End the process."""
@@ -61,15 +63,15 @@ class Worker:
 
 
 def work(run: Path) -> None:
-    """Answer each line of standard input, arguments and a number of characters, with the seconds of a text."""
+    """Answer each line of standard input, arguments and a number of characters, with a text's two times in seconds."""
     import chargpt_jax
 
     model = chargpt_jax.load(run)
     for line in sys.stdin:
         how, characters = json.loads(line)
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         model.generate(model.config.sample.prompts[0], characters, alternatives=0, **how)
-        print(time.perf_counter() - began, flush=True)
+        print(time.perf_counter() - began, time.process_time() - used, flush=True)
 
 
 def main(_: Sequence[str] | None = None) -> None:
@@ -79,6 +81,9 @@ def main(_: Sequence[str] | None = None) -> None:
     parser.add_argument("--other", type=Path, help="another checkout")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--characters", type=int, default=400, help="length of each text")
+    parser.add_argument(
+        "--chains", nargs="*", choices=CHAINS, default=list(CHAINS), help="only these; none: temperature"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
@@ -86,12 +91,12 @@ def main(_: Sequence[str] | None = None) -> None:
         return
     run = given.run.absolute()
     this = Worker(ROOT, run)
-    contestants = {"temperature": (this, BASELINE)} | {name: (this, how) for name, how in CHAINS.items()}
+    contestants = {"temperature": (this, BASELINE)} | {name: (this, CHAINS[name]) for name in given.chains}
     if given.other:
         contestants["temperature, other checkout"] = (Worker(given.other.absolute(), run), BASELINE)
     for worker, how in contestants.values():
         worker.seconds(how, given.characters)  # compiles
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for i in range(given.rounds):
         order = list(contestants.items())
         for name, (worker, how) in order if i % 2 else order[::-1]:
@@ -99,11 +104,16 @@ def main(_: Sequence[str] | None = None) -> None:
     for worker, _how in {id(worker): (worker, how) for worker, how in contestants.values()}.values():
         worker.end()
     base = np.array(seconds["temperature"])
-    print(f"temperature: {1e6 * np.median(base) / given.characters:.0f} microseconds per character, here and now")
-    print("\n| chain | time, as a multiple of that of temperature: median (quartiles) |\n|---|---:|")
+    elapsed, processor = 1e6 * np.median(base, axis=0) / given.characters
+    print(f"temperature: {elapsed:.0f} microseconds per character, {processor:.0f} of processor time, here and now")
+    print(
+        "\nMultiples of the times of temperature: median (quartiles)\n",
+        *("| chain | time | processor time |", "|---|---:|---:|"),
+        sep="\n",
+    )
     for name, own in seconds.items():
-        low, median, high = np.quantile(np.array(own) / base, [0.25, 0.5, 0.75])
-        print(f"| {name} | {median:.3f} ({low:.3f} to {high:.3f}) |")
+        quartiles = np.quantile(np.array(own) / base, [0.25, 0.5, 0.75], axis=0).T
+        print(f"| {name} | " + " | ".join(f"{m:.3f} ({low:.3f} to {high:.3f})" for low, m, high in quartiles) + " |")
 
 
 if __name__ == "__main__":

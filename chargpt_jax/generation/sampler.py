@@ -101,6 +101,8 @@ class SamplerState:
         """
         B, N = tokens.shape
         memory = self.chain.first(vocab_size)
+        if not memory and not any(sampler.series for sampler in self.chain.samplers):
+            return memory, {}  # tracing the chain would take as long as 50 characters of a small model
         scalar, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(jax.random.fold_in, self.key, 0)
         text, logits = jax.ShapeDtypeStruct((N,), jnp.int32), jax.ShapeDtypeStruct((vocab_size,), jnp.float32)
         after, _ = jax.eval_shape(lambda x, *parts: self.chain(State(*parts), x), logits, text, scalar, key, memory)

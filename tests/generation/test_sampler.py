@@ -73,3 +73,10 @@ def test_settings_of_a_config_are_its_chain_or_the_three():
 def test_invalid_chain_of_a_config_is_named_by_its_field(chain, message):
     with pytest.raises(UserError, match=message):
         Sampler.of(SampleConfig(sampler=chain))
+
+
+def test_chain_that_shows_nothing_is_not_traced_before_a_text(monkeypatch):
+    tokens, shown = jnp.zeros((2, 8), jnp.int32), Sampler(chain="budget").with_key(jax.random.key(0))
+    assert list(shown.first(tokens, 5)[1]) == ["budget"]
+    monkeypatch.setattr(jax, "eval_shape", pytest.fail)
+    assert Sampler(0.8, top_k=3).with_key(jax.random.key(0)).first(tokens, 5) == ((), {})
