@@ -1,6 +1,7 @@
 """benchmarks/kinds.py compares models of the same size, and reduces the steps of slower ones."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +46,9 @@ def test_slower_kind_is_trained_again_with_fewer_steps(tmp_path, monkeypatch, ca
     ]
     assert abs(rows[0]["parameters"] / rows[1]["parameters"] - 1) < 0.05
     assert "| ngpt | muon |" in capsys.readouterr().out
+
+
+def test_page_has_the_table_of_the_committed_rows():
+    root = Path(kinds.__file__).parents[1]
+    rows = json.loads((root / "benchmarks" / "results" / "kinds.json").read_text(encoding="utf-8"))["rows"]
+    assert kinds.table(rows) in (root / "docs" / "leaderboard.md").read_text(encoding="utf-8")

@@ -171,8 +171,9 @@ def test_details_page_is_what_tables_prints():
 
 def test_every_results_file_is_a_section_or_named_by_a_page():
     names = {path.stem for path in tables.RESULTS.glob("*.json")}
-    assert names == {*tables.SECTIONS, "seed_statistics"}
+    assert names == {*tables.SECTIONS, "seed_statistics", "kinds"}
     assert "(../benchmarks/results/seed_statistics.json)" in (tables.PAGE.parent / "fidelity.md").read_text("utf-8")
+    assert "(../benchmarks/results/kinds.json)" in (tables.PAGE.parent / "leaderboard.md").read_text("utf-8")
 
 
 def test_tables_arrange_measurements_by_implementation():

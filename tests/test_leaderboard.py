@@ -153,3 +153,10 @@ def test_failing_training_is_reported_and_leaves_no_entry(entered, tmp_path):
     with pytest.raises(UserError, match="ended with exit code 2: see above"):
         leaderboard.main([*wrong, f"--workdirs={tmp_path / 'runs'}", f"--out={tmp_path / 'entries'}"])
     assert not (tmp_path / "entries").exists()
+
+
+def test_page_has_the_table_of_the_committed_entries():
+    page = (leaderboard.ROOT / "docs" / "leaderboard.md").read_text(encoding="utf-8")
+    assert (
+        leaderboard.table(leaderboard.load_entries(leaderboard.ENTRIES)) or "No entry has been measured yet."
+    ) in page
