@@ -3,6 +3,7 @@
     python -m benchmarks.precision --text_file=FILE [--seeds=16] [--steps=800] [--width=32] [--layers=2] [--context=64]
         [--batch=8] [--learning_rate=1e-2] [--characters=16000] [--variants=10]
         [--out=FOLDER]
+    python -m benchmarks.precision --tables=benchmarks/results/precision.json
 
 For each precision one sweep trains all seeds in one program (benchmarks/precision_ops.py has the operations). Then, on
 the first `--characters` of the validation set: the loss, as computed in that precision and in float32; S2 where the
@@ -201,7 +202,7 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
 
     def paired(one: Sequence[float], other: Sequence[float]) -> str:
         both = [a - b for a, b in zip(one, other, strict=True) if np.isfinite(a) and np.isfinite(b)]
-        return between(both, 4, sign=True) if both else "-"
+        return between(both, 5, sign=True) if both else "-"
 
     yield "| trained in | diverged | loss, nats | minus float32, paired | the same, evaluated in float32 |"
     yield "|---|---:|---:|---:|---:|"
@@ -215,7 +216,7 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
     yield "|---|---|---:|---:|---:|---:|---:|---:|"
     for name, own in results.items():
         for key, which in (("s2", f"entropy below {CONFIDENT:g} nats"), ("s2_of_surest", f"surest {100 * SUREST:g} %")):
-            if " in " in name or not (s2 := [x for x in own[key] if x is not None]):
+            if " in " in name or not (s2 := [x for x in own.get(key, ()) if x is not None]):
                 continue
             which += f" ({100 * np.mean(own['confident']):.3f} %)" if key == "s2" else ""
             quantiles = " | ".join(f"{x:.4f}" for x in own[f"{key}_quantiles"].values())
@@ -242,7 +243,8 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text_file", required=True)
+    parser.add_argument("--text_file", help="the text, as data.source names it")
+    parser.add_argument("--tables", type=Path, help="only print the tables of this precision.json")
     sizes = {"seeds": 16, "steps": 800, "width": 32, "layers": 2, "context": 64, "batch": 8, "characters": 16_000}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -250,6 +252,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-2)
     parser.add_argument("--out", type=Path, default=Path("runs/precision"))
     given = parser.parse_args(argv)
+    if given.tables:
+        print(*tables(json.loads(given.tables.read_text(encoding="utf-8"))["results"]), sep="\n")
+        return
+    if not given.text_file:
+        parser.error("--text_file is missing: give a text.")
     settings = {name: getattr(given, name) for name in (*sizes, "learning_rate")}
     file = given.out / "precision.json"
     saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"settings": settings, "results": {}}
