@@ -2,7 +2,8 @@
 
 The state of K runs is the `TrainState` of an ordinary run with a leading axis of runs, [K, ...]. `jax.vmap` applies
 `train_step` to each run with its own batch, dropout and learning rate, so a run's numbers are those of an ordinary
-training with its seed, up to the order of sums. The runs are split over devices, which exchange nothing.
+training with its seed, up to the order of sums. The runs are split over devices, which exchange nothing. A device
+trains its runs in groups: all at once on an accelerator, a few on a CPU, whose caches are small.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,6 +30,9 @@ from chargpt_jax.training.step import TrainState, create_state, data_key, eval_s
 
 History = dict[str, jax.Array]
 """train_step's scalars by name, float32 [K, MAX_DISPATCH_STEPS] each."""
+
+Group = tuple[TrainState, jax.Array, History]
+"""The state of some runs, the steps at which they diverged, and their history."""
 
 RUNS, ALL = PartitionSpec("runs"), PartitionSpec()
 """How arrays lie on the devices: split along the axis of runs, or in full on each."""
@@ -109,6 +113,7 @@ def many_steps(
     config: Config,
     graphdef: nnx.GraphDef[Any],
     mesh: Mesh,
+    at_once: int,
 ) -> tuple[ManyState, History]:
     """Make one dispatch: `count` training steps of every run.
 
@@ -121,6 +126,8 @@ def many_steps(
         config: of the sweep.
         graphdef: the static part of the model.
         mesh: the devices, from `runs_mesh`.
+        at_once: runs that a device trains at once, by vmap; it trains one group of so many after the other. It divides
+            the number of runs of a device.
 
     Returns:
         The state after the dispatch, and the history, of which the first `count` columns are set.
@@ -134,27 +141,42 @@ def many_steps(
         batch = batches.batch_at(text, data_key(run.key), run.step, config.model.block_size, config.data)
         return train_step(run, batch, graphdef=graphdef, tx=tx, microbatches=config.optimizer.accumulation_steps)
 
-    step = jax.vmap(step_of_one, in_axes=(0, 0, None))
+    together = jax.vmap(step_of_one, in_axes=(0, 0, None)) if at_once > 1 else step_of_one
 
-    def on_device(
-        runs: TrainState, diverged: jax.Array, which: jax.Array, text: jax.Array, count: jax.Array
-    ) -> tuple[TrainState, jax.Array, History]:
-        def body(i: jax.Array, carry: tuple[TrainState, jax.Array, History]) -> tuple[TrainState, jax.Array, History]:
+    def steps_of_some(group: tuple[TrainState, jax.Array, jax.Array], text: jax.Array, count: jax.Array) -> Group:
+        """Make the steps of `at_once` runs, [at_once, ...], or of one, [...]."""
+        runs, diverged, which = group
+
+        def body(i: jax.Array, carry: Group) -> Group:
             runs, diverged, history = carry
-            runs, scalars = step(runs, which, text)
+            runs, scalars = together(runs, which, text)
             good = jnp.isfinite(scalars["loss"])
             if runs.loss_scale is None:  # with loss scaling (float16) an infinite gradient norm is normal
                 good &= jnp.isfinite(scalars["grad_norm"])
             diverged = jnp.where((diverged == 0) & ~good, runs.step, diverged)
-            return runs, diverged, {name: history[name].at[:, i].set(value) for name, value in scalars.items()}
+            return runs, diverged, {name: history[name].at[..., i].set(value) for name, value in scalars.items()}
 
-        history = {name: jnp.zeros((len(which), MAX_DISPATCH_STEPS)) for name in ("loss", "grad_norm")}
+        history = {name: jnp.zeros((*which.shape, MAX_DISPATCH_STEPS)) for name in ("loss", "grad_norm")}
         return jax.lax.fori_loop(0, count, body, (runs, diverged, history))
+
+    def on_device(
+        runs: TrainState, diverged: jax.Array, which: jax.Array, text: jax.Array, count: jax.Array
+    ) -> tuple[TrainState, jax.Array, History]:
+        groups = grouped((runs, diverged, which), at_once)
+        done: Group = jax.lax.map(lambda group: steps_of_some(group, text, count), groups)
+        return jax.tree.map(lambda x: x.reshape(len(which), *x.shape[1 + (at_once > 1) :]), done)
 
     specs = (RUNS, RUNS, RUNS, ALL, ALL)
     on_all = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=RUNS, check_vma=False)
     runs, diverged, history = on_all(state.runs, state.diverged, which, text, count)
     return ManyState(state.step + count, runs, diverged), history
+
+
+def grouped(tree: Any, at_once: int) -> Any:
+    """Split the axis of runs, [P, ...], into groups: [P / at_once, at_once, ...], or as it is for groups of one."""
+    if at_once == 1:
+        return tree
+    return jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), tree)
 
 
 def many_validation(

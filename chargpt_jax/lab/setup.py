@@ -44,6 +44,8 @@ class SweepSetup:
     dtype: DTypeLike
     """Of matrix multiplications."""
     mesh: Mesh
+    at_once: int
+    """Runs that a device trains at once, by vmap."""
 
     @classmethod
     def of(cls, run: Run) -> "SweepSetup":
@@ -62,9 +64,12 @@ class SweepSetup:
         rate = dataclasses.replace(config.optimizer, learning_rate=runs[0].learning_rate)
         ordinary = Setup.of(dataclasses.replace(run, config=dataclasses.replace(config, optimizer=rate)))
         dtype = compute_dtype(config.amp)
-        graphdef, shapes = abstract_model(config.model, choose.ops_for_many(dtype, config.model.attention_block))
         mesh = many.runs_mesh(len(runs), jax.local_devices())
-        return cls(run, runs, ordinary, graphdef, shapes, dtype, mesh)
+        each = len(many.padded(len(runs), mesh)) // mesh.size
+        at_once = choose.runs_at_once(each, config.data.batch_size * config.model.block_size)
+        ops = choose.ops_for if at_once == 1 else choose.ops_for_many
+        graphdef, shapes = abstract_model(config.model, ops(dtype, config.model.attention_block))
+        return cls(run, runs, ordinary, graphdef, shapes, dtype, mesh, at_once)
 
     @functools.cached_property
     def places(self) -> np.ndarray:
@@ -115,6 +120,7 @@ class SweepSetup:
                 config=self.run.config,
                 graphdef=self.graphdef,
                 mesh=self.mesh,
+                at_once=self.at_once,
             )
 
         out = many.state_sharding(state, self.mesh), NamedSharding(self.mesh, many.RUNS)

@@ -34,6 +34,9 @@ BLOCKS, KERNEL, CUDNN = ATTENTIONS = ("blocks", "kernel", "cudnn")
 - cudnn: cuDNN's kernels, without dropout.
 """
 
+TOKENS_AT_ONCE = 256
+"""Characters in the training steps of the models that a CPU core trains at once, at most."""
+
 MIN_CAPABILITY = 8.0
 """Compute capability of the oldest GPUs (Ampere) that attention kernels are compiled for."""
 
@@ -66,6 +69,22 @@ def ops_for(
     if attention != BLOCKS:
         ops = _trained_with(ops, attention, platform)
     return sharded(ops, mesh) if layout.splits_parameters(mesh) else ops
+
+
+def runs_at_once(runs: int, tokens: int, platform: str | None = None) -> int:
+    """Return how many models a device trains at once under jax.vmap, a divisor of `runs`.
+
+    An accelerator trains all of them. A CPU core does as much work for several models at once as for one after the
+    other, so it takes several only if a step of one model is shorter than the cost of starting its operations.
+
+    Args:
+        runs: models of the device.
+        tokens: characters in a training step of one model.
+        platform: as for `ops_for`.
+    """
+    if not on_cpu(platform):
+        return runs
+    return max(n for n in range(1, runs + 1) if runs % n == 0 and (n == 1 or n * tokens <= TOKENS_AT_ONCE))
 
 
 def ops_for_many(dtype: DTypeLike = jnp.float32, query_block: int = 64, platform: str | None = None) -> Ops:

@@ -18,6 +18,7 @@ from chargpt_jax.events import Ended, RunDiverged, Saved, SweepStarted, SweepSte
 from chargpt_jax.lab import many
 from chargpt_jax.lab.folder import SweepFolder
 from chargpt_jax.lab.setup import SweepSetup
+from chargpt_jax.ops import choose
 from chargpt_jax.storage.arrays.state_arrays import on_host
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.workdir import Workdir
@@ -28,6 +29,16 @@ from tests.corpus_text import small_config, write_words
 from tests.devices.eight_devices import run_on_eight
 
 RATES, SEEDS = (1e-2, 1e-3), 3
+TOKENS = 256
+"""Characters in a training step of one run."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def groups_of_two():
+    """Train two runs at once; a CPU would train these one after the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "TOKENS_AT_ONCE", 2 * TOKENS)
+        yield
 
 
 def quiet(_: str) -> None:
@@ -139,6 +150,14 @@ def test_a_run_starts_with_the_bits_of_the_ordinary_training(whole, text):
     expected = on_host(alone.initial_state(optimizer.empty(run.config)))
     for index in (1, SEEDS + 1):
         assert same_bits(on_host(jax.tree.map(lambda x, i=index: x[i], state.runs)), expected)
+
+
+@pytest.mark.parametrize("at_once", [1, 6])
+def test_losses_do_not_depend_on_the_runs_trained_at_once(whole, text, tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(choose, "TOKENS_AT_ONCE", at_once * TOKENS)
+    events = list(api.sweep(sweep_config(text), tmp_path, quiet))
+    assert SweepSetup.of(Run.load(SweepFolder(tmp_path))).at_once == at_once
+    np.testing.assert_allclose(events[-3].losses, whole[1][-3].losses, rtol=0, atol=1e-6)
 
 
 def test_results_and_picture_are_written(whole):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from chargpt_jax.devices.platform import cuda_capability
-from chargpt_jax.ops.choose import ATTENTIONS, attentions_for, ops_for, try_attentions
+from chargpt_jax.ops.choose import ATTENTIONS, attentions_for, ops_for, runs_at_once, try_attentions
 from chargpt_jax.ops.dropout import Dropout
 from chargpt_jax.ops.kernels.trial import Shape
 from tests.ops.test_blockwise_attention import SEEDS, inputs
@@ -85,3 +85,18 @@ def test_attention_of_cudnn_is_causal_without_dropout(monkeypatch):
         ops_for(platform="cpu", attention=name).attention(q, k, v, SEEDS, Dropout()) for name in ("cudnn", "blocks")
     )
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("runs", "tokens", "platform", "expected"),
+    [
+        (8, 64, "cpu", 4),
+        (6, 64, "cpu", 3),
+        (7, 64, "cpu", 1),
+        (8, 1024, "cpu", 1),
+        (8, 1024, "tpu", 8),
+        (7, 9, "cuda", 7),
+    ],
+)
+def test_a_cpu_trains_a_few_small_models_at_once(runs, tokens, platform, expected):
+    assert runs_at_once(runs, tokens, platform) == expected
