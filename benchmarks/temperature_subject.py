@@ -113,7 +113,9 @@ def _likelihood(params: Any, tokens: jax.Array, chain: Any, *, graphdef: nnx.Gra
     def one(tokens: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         def step(memory: Any, t: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
             after, adjusted = chain(State(tokens, t + 1, jax.random.key(0), memory), logits[t])
-            return after.memory, tuple(jax.nn.log_softmax(x)[tokens[t + 1]] for x in (adjusted, logits[t]))
+            # A character that mirostat excludes has an infinite error there, which must not change its state.
+            memory = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), after.memory)
+            return memory, tuple(jax.nn.log_softmax(x)[tokens[t + 1]] for x in (adjusted, logits[t]))
 
         return jax.lax.scan(step, chain.first(logits.shape[-1]), jnp.arange(len(tokens) - 1))[1]
 

@@ -98,6 +98,13 @@ def test_likelihood_of_a_temperature_is_that_of_scaled_logits(subject):
     assert subject.likelihood("budget")["held_out"] != pytest.approx(plain, rel=1e-4)
 
 
+def test_likelihood_of_mirostat_survives_excluded_characters(subject):
+    """With a learning rate of 0, μ stays at 2 tau: the sampler is a filter without a state."""
+    moving, still = (subject.likelihood(f"mirostat=0.5:eta={eta}") for eta in (1e-6, 0))
+    assert 0 < still["excluded"] < 100
+    assert moving["excluded"] == pytest.approx(still["excluded"], abs=0.5)
+
+
 def test_a_cell_has_texts_of_the_wanted_surprisal(subject):
     kind, known = temperature.SAMPLERS["temperature"], dict[float, float]()
     target = 0.7 * subject.generate("temperature=1")[1].mean()
