@@ -99,7 +99,7 @@ class Session:
         self.request, self.last = request, cast("Event | None", None)
         self.samples: Sampled | None = None
         self._track: Callable[[Event], None] = lambda event: None
-        self._advise(request.folder.has_checkpoints())
+        self._advise(_has_checkpoints(request))
         self.api, self._open = api_module(request), contextlib.ExitStack()
         self.first = request.flags.distributed is None or processes.is_first()
         self.warn = warn if self.first else silent
@@ -186,6 +186,15 @@ class Session:
             written = f"trace: {traces[-1]}, for https://ui.perfetto.dev" if traces else ""
             print(one_line(written or "no trace written: too few dispatches remained"), file=self.out)
         return 0
+
+
+def _has_checkpoints(request: Request) -> bool:
+    """Return whether there is a checkpoint that the mode would continue from."""
+    if request.mode != "sweep":
+        return request.folder.has_checkpoints()
+    from chargpt_jax.lab.folder import SweepFolder
+
+    return SweepFolder(request.folder.path).has_checkpoints()
 
 
 def evaluate(request: Request) -> int:
