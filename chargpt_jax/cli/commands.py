@@ -58,6 +58,12 @@ def train(request: Request) -> int:
 
 def sweep(request: Request) -> int:
     """Train several learning rates and seeds at once."""
+    from chargpt_jax.lab.folder import SweepFolder, check_rates
+    from chargpt_jax.lab.grid import check
+
+    assert request.config is not None  # `read` has checked it
+    check(request.config)  # before JAX is imported
+    check_rates(request.config, SweepFolder(request.folder.path))
     with Session(request) as session:
         for event in session.api.sweep(
             request.config, request.folder, session.warn, request.signals.received, request.minutes_left
