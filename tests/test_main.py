@@ -184,6 +184,11 @@ FLAG_MISTAKES = [
     ("--config=tiny --max_minutes=soon", "--max_minutes=soon"),
     ("--config=tiny --mode=prepare --max_minutes=5", "--max_minutes does not apply to --mode=prepare"),
     ("--config=tiny --kills=5", "--kills does not apply to --mode=run"),
+    ("--mode=sweep --config=tiny", "needs a learning rate: give --config.sweep.learning_rates=1e-3,3e-3"),
+    ("--mode=sweep --config=tiny --config.sweep.learning_rates=0", "each value must be above 0"),
+    ("--mode=sweep --config=tiny --config.sweep.learning_rates=1e-3,1e-3", "has 0.001 twice"),
+    ("--mode=export --workdir=none --format=run --out=new", "needs the run of a sweep to write: give --seed=0"),
+    ("--mode=export --workdir=none --out=new --seed=0", "--seed does not apply to --format=hf"),
     ("--mode=selftest --kills=-1", "--kills is -1, but it must be between 0 and"),
     ("--mode=selftest --corruptions=many", "--corruptions=many"),
 ]

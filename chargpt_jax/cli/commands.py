@@ -60,6 +60,12 @@ def _training(request: Request, warn: Callable[[str], None]) -> tuple[Any, ...]:
 
 def sweep(request: Request) -> int:
     """Train several learning rates and seeds at once."""
+    from chargpt_jax.lab.folder import SweepFolder, check_rates
+    from chargpt_jax.lab.grid import check
+
+    assert request.config is not None  # `read` has checked it
+    check(request.config)  # before JAX is imported
+    check_rates(request.config, SweepFolder(request.folder.path))
     with Session(request) as session:
         for event in session.api.sweep(
             request.config, request.folder, session.warn, request.signals.received, request.minutes_left
@@ -101,7 +107,7 @@ class Session:
         self.request, self.last = request, cast("Event | None", None)
         self.samples: Sampled | None = None
         self._track: Callable[[Event], None] = lambda event: None
-        self._advise(request.folder.has_checkpoints())
+        self._advise(_has_checkpoints(request))
         self.api, self._open = api_module(request), contextlib.ExitStack()
         self.first = request.flags.distributed is None or processes.is_first()
         self.warn = warn if self.first else silent
@@ -188,6 +194,15 @@ class Session:
             written = f"trace: {traces[-1]}, for https://ui.perfetto.dev" if traces else ""
             print(one_line(written or "no trace written: too few dispatches remained"), file=self.out)
         return 0
+
+
+def _has_checkpoints(request: Request) -> bool:
+    """Return whether there is a checkpoint that the mode would continue from."""
+    if request.mode != "sweep":
+        return request.folder.has_checkpoints()
+    from chargpt_jax.lab.folder import SweepFolder
+
+    return SweepFolder(request.folder.path).has_checkpoints()
 
 
 def evaluate(request: Request) -> int:

@@ -327,7 +327,7 @@ def unknown_field(path: str) -> UserError:
     known = known_fields()
     tails = {name.rpartition(".")[2]: name for name in known}
     path = path[:200]  # the comparison is slow
-    near = difflib.get_close_matches(path, known, 1, 0.6)
+    near = [name for name in known if name.endswith(f".{path}")][:1] or difflib.get_close_matches(path, known, 1, 0.6)
     near = near or [tails[t] for t in difflib.get_close_matches(path.rpartition(".")[2], list(tails), 1, 0.6)]
     sections = ", ".join(section.name for section in dataclasses.fields(Config))
     hint = f"did you mean {near[0]}?" if near else f"the sections are {sections}."

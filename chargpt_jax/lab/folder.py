@@ -5,6 +5,7 @@
 The files of an ordinary training in the same folder are not touched.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from chargpt_jax.config import Config
 from chargpt_jax.config.saved import MAY_CHANGE, differences, from_dict
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import SweepRow
-from chargpt_jax.lab.grid import Member
+from chargpt_jax.lab.grid import Member, members
 from chargpt_jax.storage.workdir import Workdir
 
 SWEPT_MAY_CHANGE = tuple(name for name in MAY_CHANGE if name != "sweep.")
@@ -60,6 +61,18 @@ class SweepFolder(Workdir):
 def finite_or_none(value: Any) -> Any:
     """Return a number as JSON can hold it: None for NaN and infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_rates(config: Config, folder: SweepFolder) -> None:
+    """Check that a sweep will have a learning rate, before the text is read and anything is written.
+
+    Raises:
+        UserError: if neither the config sets one nor `find_lr` has found one in this folder.
+    """
+    if config.optimizer.learning_rate is None and folder.config.exists():
+        rate = folder.load_config().optimizer.learning_rate
+        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=rate))
+    members(config)
 
 
 def check_record(saved: Mapping[str, Any], own: Mapping[str, Any], folder: SweepFolder) -> Config:

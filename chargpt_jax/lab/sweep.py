@@ -1,7 +1,6 @@
 """Train a sweep: all learning rates and seeds of a config at once, in one program."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from chargpt_jax.devices import processes, startup
 from chargpt_jax.errors import UserError
 from chargpt_jax.events import Event
 from chargpt_jax.lab import many
-from chargpt_jax.lab.folder import SweepFolder, check_record
-from chargpt_jax.lab.grid import check, learning_rates
+from chargpt_jax.lab.folder import SweepFolder, check_rates, check_record
+from chargpt_jax.lab.grid import check
 from chargpt_jax.lab.loop import SweepLoop
 from chargpt_jax.lab.many import ManyState
 from chargpt_jax.lab.setup import SweepSetup
@@ -57,7 +56,7 @@ def sweep(
     folder = SweepFolder(workdir if isinstance(workdir, str | Path) else workdir.path)
     folder.check_writable()
     with locked(folder) as lock:
-        _check_before_preparing(config, folder)
+        check_rates(config, folder)
         run = Run.prepare(config, folder, warn)
         yield run.prepared()
         setup = SweepSetup.of(run)
@@ -66,14 +65,6 @@ def sweep(
             with startup.gc_paused():
                 state = _restored(setup, folder, store)
             yield from SweepLoop(setup, folder, state, store, lock, condition, warn).events()
-
-
-def _check_before_preparing(config: Config, folder: SweepFolder) -> None:
-    """Check that there will be a learning rate, before the text is read and anything is written."""
-    if config.optimizer.learning_rate is None and folder.config.exists():  # find_lr may have found one
-        rate = folder.load_config().optimizer.learning_rate
-        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=rate))
-    learning_rates(config)
 
 
 def _restored(setup: SweepSetup, folder: SweepFolder, store: Checkpoints) -> ManyState:

@@ -46,7 +46,7 @@ def sweep_numbers(event: SweepSteps) -> str:
 def sweep_table(event: SweepValidated) -> str:
     """Return the results of a sweep in aligned columns, in nats and in bits per character (or byte)."""
     unit = {"character": "char"}.get(event.unit, event.unit)
-    cells = [("learning rate", "runs", "mean, nats", "95 % interval", "sd", f"bits/{unit}", "best", "best seed")]
+    cells = [("rate", "runs", "mean, nats", "95 % interval", "sd", f"bits/{unit}", "best", "seed")]
     for row in event.rows:
         runs = f"{row.runs} of {row.runs + row.diverged}" if row.diverged else str(row.runs)
         between = f"{row.low:.4f} to {row.high:.4f}" if math.isfinite(row.low) else "-"

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from chargpt_jax.events import SweepValidated
 from chargpt_jax.lab.grid import Member
 from chargpt_jax.lab.summary import bands, interval, rows, t_975
+from chargpt_jax.lab.text import sweep_table
 
 RUNS = (Member(0, 1e-2), Member(1, 1e-2), Member(2, 1e-2), Member(0, 1e-1), Member(1, 1e-1))
 
@@ -48,3 +50,13 @@ def test_bands_leave_diverged_runs_out_at_every_step():
     assert [(x, mean) for x, mean, *_ in first.points] == [(5, 2.0), (10, 1.5)]
     assert first.name == "0.01, 1 diverged"
     assert (second.name, second.points) == ("0.1: all runs diverged", ())
+
+
+def test_the_table_fits_into_80_columns():
+    found = rows(RUNS, np.array([1.0, 2.0, 3.0, np.nan, np.nan]), np.array([0, 0, 0, 3, 9]))
+    table = sweep_table(SweepValidated(10, 0.5, (), found, 1.0, True))
+    header, first, second = table.splitlines()
+    assert max(map(len, table.splitlines())) <= 80
+    assert header.split()[:3] == ["rate", "runs", "mean,"]
+    assert first.split()[:3] == ["0.01", "3", "2.0000"]
+    assert second.split()[:5] == ["0.1", "0", "of", "2", "-"]
