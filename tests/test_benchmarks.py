@@ -171,9 +171,10 @@ def test_details_page_is_what_tables_prints():
 
 def test_every_results_file_is_a_section_or_named_by_a_page():
     names = {path.stem for path in tables.RESULTS.glob("*.json")}
-    assert names == {*tables.SECTIONS, "seed_statistics", "kinds"}
-    assert "(../benchmarks/results/seed_statistics.json)" in (tables.PAGE.parent / "fidelity.md").read_text("utf-8")
-    assert "(../benchmarks/results/kinds.json)" in (tables.PAGE.parent / "leaderboard.md").read_text("utf-8")
+    pages = {"seed_statistics": "fidelity", "kinds": "leaderboard", "precision": "precision", "sweep": "sweep"}
+    assert names == {*tables.SECTIONS, *pages}
+    for name, page in pages.items():
+        assert f"(../benchmarks/results/{name}.json)" in (tables.PAGE.parent / f"{page}.md").read_text("utf-8")
 
 
 def test_tables_arrange_measurements_by_implementation():

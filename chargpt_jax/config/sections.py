@@ -48,12 +48,6 @@ class Settings:
 class ModelConfig(Settings):
     """Shape of the model. `vocab_size` and `used_ids` are set from the corpus."""
 
-    kind: str = setting(
-        "gpt",
-        "'gpt'; 'ngpt': the normalised transformer, in which all hidden states have length 1; 'modern': a GPT with "
-        "value residuals, whose layers start as the identity",
-        choices=("gpt", "ngpt", "modern"),
-    )
     vocab_size: int = setting(0, "size of the embedding table, a multiple of 64; 0: set from the corpus", least=0)
     used_ids: int = setting(0, "token ids in use, padding included; 0: set from the corpus", least=0)
     block_size: int = setting(512, "context length, in characters", least=1)
@@ -70,6 +64,12 @@ class ModelConfig(Settings):
         True, "recompute cheap activations in the backward pass: saves memory, and time in these models"
     )
     attention_block: int = setting(64, "queries per attention block; a block's scores are in memory together", least=1)
+    kind: str = setting(
+        "gpt",
+        "'gpt'; 'ngpt': the normalised transformer, in which all hidden states have length 1; 'modern': a GPT with "
+        "value residuals, whose layers start as the identity",
+        choices=("gpt", "ngpt", "modern"),
+    )
 
 
 @dataclass

@@ -39,7 +39,7 @@ from chargpt_jax.generation.arguments import (
 from chargpt_jax.generation.generate import DecodeState, bucket, decode, prefill
 from chargpt_jax.generation.passages import Passages, passages
 from chargpt_jax.generation.sample import Sample, Samples, branched, with_metrics
-from chargpt_jax.generation.sampler import Sampler, SamplerState
+from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.generation.samplers.chain import Chain, Given
 from chargpt_jax.generation.samplers.stop import Ends
 from chargpt_jax.generation.score import Scored, score_pieces, score_tokens
@@ -120,27 +120,11 @@ class Model:
             UserError: if an argument is invalid.
         """
         how_to_sample, on_text = Sampler(temperature, top_k, top_p, sampler), checked_callback("on_text", on_text)
-        prompts, skip_unknown = checked_prompts(prompts), checked_skip(skip_unknown)
         max_new_tokens, seed = checked_count(max_new_tokens), checked_seed(seed)
-        on_sample, repair = checked_callback("on_sample", on_sample), checked_repair(repair)
-        stop_ids = [self._stop_ids(string, repair) for string in checked_stop(stop)]
-        prompts, n = [self._known(prompt, skip_unknown, repair) for prompt in prompts], checked_samples(n)
-        encoded = [ids for ids in map(self.tokenizer.encode_text, prompts) for _ in range(n)]
-        k, size = self._alternatives(alternatives), self.config.model.vocab_size
+        on_sample, k = checked_callback("on_sample", on_sample), self._alternatives(alternatives)
+        encoded, stop_ids = self._encoded(prompts, n, stop, skip_unknown, repair)
+        size = self.config.model.vocab_size
         sampling = how_to_sample.with_key(jax.random.key(seed), self.tokenizer.vocabulary, size, stop_ids)
-        return self._continued(encoded, max_new_tokens, sampling, stop_ids, k, on_text, on_sample)
-
-    def _continued(
-        self,
-        encoded: list[np.ndarray],
-        max_new_tokens: int,
-        sampling: SamplerState,
-        stop_ids: list[np.ndarray],
-        k: int,
-        on_text: Callable[[int, str], None] | None,
-        on_sample: Callable[[int, Sample], None] | None,
-    ) -> Samples:
-        """Continue prompts, a text of token ids each; `k`: number of alternatives. Others as for `generate`."""
         tokens, lengths, wanted = padded(encoded, max_new_tokens)
         # Each process generates by itself, on its own devices.
         mesh = sharding.data_mesh(len(tokens), jax.local_devices(), tell=False)
@@ -228,6 +212,15 @@ class Model:
         how |= {"sampler": sampler, "stop": stop}
         how |= {"alternatives": alternatives, "on_text": on_text, "on_sample": on_part if on_sample else None}
         return with_metrics(self.generate(prompt, count, repair=False, **how)[0], sample, at)
+
+    def _encoded(
+        self, prompts: str | Sequence[str], n: int, stop: str | Sequence[str], skip_unknown: bool, repair: bool
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return the token ids of each prompt, n times, and of each stop string; arguments as for `generate`."""
+        prompts, skip_unknown, repair = checked_prompts(prompts), checked_skip(skip_unknown), checked_repair(repair)
+        stop_ids = [self._stop_ids(string, repair) for string in checked_stop(stop)]
+        prompts, n = [self._known(prompt, skip_unknown, repair) for prompt in prompts], checked_samples(n)
+        return [ids for ids in map(self.tokenizer.encode_text, prompts) for _ in range(n)], stop_ids
 
     def _read(self, state: DecodeState, i: int, ids: np.ndarray) -> Sample:
         """Return prompt i, which `prefill` has read, with its metrics."""

@@ -114,7 +114,8 @@ def train(
             began = time.perf_counter()
             with startup.gc_paused():
                 initial_state, shapes = setup.initial_state_in_background(tx), setup.state_shapes(tx)
-                lowered = _lowered(setup, tx, shapes, feed, timed)
+                dispatch, arguments = _dispatch(setup, tx, shapes, feed, timed)
+                lowered = dispatch.lower(*arguments)
                 state = initial_state.result()
             tracing = time.perf_counter() - began
             state = _restore(setup, store, state)
@@ -124,15 +125,18 @@ def train(
             yield from loop.events(lowered, tracing)
 
 
-def _lowered(
+def _dispatch(
     setup: Setup, tx: optax.GradientTransformation, state: TrainState, feed: Feed, timed: bool
-) -> jax.stages.Lowered:
-    """Trace the dispatch of a run; its learning rates are an argument if the run's length is given in minutes."""
+) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+    """Return the dispatch of a run and its arguments, to be traced.
+
+    The learning rates are an argument if the run's length is given in minutes.
+    """
     if timed:
-        dispatch = jit_steps_with_rates(setup.config, setup.graphdef, setup.mesh, state)
-        return dispatch.lower(state, feed.shape, np.zeros(MAX_DISPATCH_STEPS, np.float32), np.int32(1))
-    dispatch = jit_train_steps(setup.config, setup.graphdef, tx, setup.mesh, state)
-    return dispatch.lower(state, feed.shape, np.int32(1))
+        rates = np.zeros(MAX_DISPATCH_STEPS, np.float32)
+        steps = jit_steps_with_rates(setup.config, setup.graphdef, setup.mesh, state)
+        return steps, (state, feed.shape, rates, np.int32(1))
+    return jit_train_steps(setup.config, setup.graphdef, tx, setup.mesh, state), (state, feed.shape, np.int32(1))
 
 
 def _range_test(
