@@ -6,7 +6,8 @@
 It needs `pip install "chargpt_jax[cuda12]"` for GPUs and libtpu for TPUs, and about half an hour. The figures are exact
 for a version of JAX and of its compilers: nothing is timed.
 
---reports is a folder for the JSON of each report. A report that is already there is not made again.
+--reports is a folder for the JSON of each report. A report that is already there is not made again. Those of the page
+are in benchmarks/results/compiled; delete them after a change of the model's programs.
 """
 
 import argparse
