@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None, last: bool = False) -> int:
             except (Exception, KeyboardInterrupt) as error:
                 return _reported(error, signals)
         except KeyboardInterrupt:  # a signal that arrived while an error was reported
-            return _complain(signals.message, signals.code)
+            return _stopped(signals)
 
 
 def _reported(error: Exception | KeyboardInterrupt, signals: Signals) -> int:
@@ -73,7 +73,7 @@ def _reported(error: Exception | KeyboardInterrupt, signals: Signals) -> int:
         signals.stopped_with(number)
     # A library may have replaced the KeyboardInterrupt by an error of its own.
     if signals.interrupted or isinstance(error, KeyboardInterrupt):
-        return _complain(signals.message, signals.code)
+        return _stopped(signals)
     if isinstance(error, ExpectedError):
         return _complain(error, error.exit_code)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
@@ -95,6 +95,12 @@ def _print_help() -> int:
 
     print(help_text())
     return 0
+
+
+def _stopped(signals: Signals) -> int:
+    """Report the signal or the time limit, and return the exit code."""
+    signals.report(lambda message: _complain(message, signals.code))
+    return signals.code
 
 
 def _complain(message: object, code: int) -> int:

@@ -56,7 +56,7 @@ class Signals:
         """Whether this is one of several processes, which a signal to one of them stops."""
         self.last, self._number = last, cast("int | None", None)
         self._deadline, self._raised, self._retries = math.inf, -math.inf, 0
-        self._stopping = threading.Lock()
+        self._stopping, self._reporting, self._reported = threading.Lock(), threading.Lock(), False
         self._outermost: FrameType | None = None
         """The frame of the command."""
         self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
@@ -111,6 +111,13 @@ class Signals:
     def message(self) -> str:
         """The message that reports the signal or the time limit."""
         return f"{'Time limit reached' if self.out_of_time else f'Stopped by {self.name}'}{self.advice}."
+
+    def report(self, write: Callable[[str], object]) -> None:
+        """Write the message, once: two threads may end a process at the same time."""
+        with self._reporting:
+            if not self._reported:
+                self._reported = True
+                write(self.message)
 
     def stopped_with(self, number: int) -> None:
         """Stop because of a signal to another process, 0 for its time limit, as if it had arrived here."""
@@ -202,7 +209,7 @@ class Signals:
         _set_alarm(RETRY_SECONDS)  # raises KeyboardInterrupt in the main thread, when it runs Python's code
         time.sleep(LEAVING_SECONDS)
         if not self.finished:
-            print(f"chargpt: {self.message}", file=sys.stderr, flush=True)
+            self.report(lambda message: print(f"chargpt: {message}", file=sys.stderr, flush=True))
             self._leave()
 
     def _leave(self) -> None:

@@ -174,6 +174,19 @@ def test_process_that_cannot_be_interrupted_is_ended_with_the_sentence(service, 
     assert capsys.readouterr().err == "chargpt: Stopped by SIGTERM: run the same command again.\n"
 
 
+def test_message_is_written_once_by_whichever_thread_is_first():
+    written: list[str] = []
+    with Signals() as signals:
+        signals.stopped_with(signal.SIGTERM)
+        threads = [threading.Thread(target=signals.report, args=(written.append,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        signals.finished = True
+    assert written == ["Stopped by SIGTERM."]
+
+
 def test_loss_of_a_process_that_was_stopped_is_reported_as_its_signal(service, monkeypatch, capsys):
     def lost(request: object) -> int:
         ending.announce(signal.SIGTERM)
