@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--title", default="", help="of the entry in the table; default: the config's name")
     parser.add_argument("--text", default="", help="title of the text; default: its file's name")
     parser.add_argument("--flag", action="append", default=[], help="a further flag of the training")
-    parser.add_argument("--workdirs", type=Path, default=Path("leaderboard"), help="where to train")
+    parser.add_argument("--workdirs", type=Path, default=Path("runs/leaderboard"), help="where to train")
     parser.add_argument("--out", type=Path, default=ENTRIES, help="where the entries are")
     parser.add_argument("--table", action="store_true", help="print the table of the entries, and train nothing")
     args = parser.parse_args(argv)
