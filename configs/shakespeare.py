@@ -1,6 +1,8 @@
 """tinyshakespeare in ten minutes on two CPU cores, with 1.9 M parameters; for a local file.
 
 python -m chargpt_jax.main --config=configs/shakespeare.py --config.data.source=tinyshakespeare.txt
+
+It reaches 1.449 nats per character on the last tenth of the text in 514 seconds (docs/leaderboard.md).
 """
 
 from chargpt_jax.config import Config
