@@ -10,13 +10,8 @@ import pytest
 from flax import nnx
 
 from chargpt_jax.config import Config, ModelConfig, OptimizerConfig
-from chargpt_jax.devices.platform import BFLOAT16_ON_CPU
-from chargpt_jax.generation.generate import predict_last
-from chargpt_jax.model.gpt import MASKED
 from chargpt_jax.model.init import count_parameters, plan
 from chargpt_jax.model.ngpt import STEP_SIZE, UNIT_AXES, name, norm, unit_norm
-from chargpt_jax.ops.dropout import seeds_for
-from chargpt_jax.ops.kv_cache import StackedKVCache
 from chargpt_jax.training.optimizer import make_optimizer
 from chargpt_jax.training.step import create_state, train_step
 from tests import reference_ngpt
@@ -155,63 +150,3 @@ def test_number_of_parameters_equals_the_formula(made):
     width = c.n_head * c.n_head_dim
     layer = 4 * c.n_embd * width + width + 3 * c.n_embd * c.n_ff + 2 * c.n_ff + 2 * c.n_embd
     assert count_parameters(params) == c.vocab_size * (2 * c.n_embd + 1) + c.n_layer * layer
-
-
-def test_unused_ids_have_no_probability(made, tokens):
-    probability = np.asarray(jax.nn.softmax(logits_of(CONFIG, made[1], tokens)))
-    assert np.all(probability[..., 0] == 0)
-    assert np.all(probability[..., CONFIG.used_ids :] == 0)
-    free = logits_of(dataclasses.replace(CONFIG, mask_unused_ids=False), made[1], tokens)
-    assert np.all(np.asarray(free) > MASKED / 2)
-
-
-def test_dropout_needs_seeds(tokens, made):
-    config = dataclasses.replace(CONFIG, dropout=0.3)
-    np.testing.assert_array_equal(logits_of(config, made[1], tokens), logits_of(CONFIG, made[1], tokens))
-    twice = jnp.stack([tokens[0], tokens[0]])
-    dropped = logits_of(config, made[1], twice, seeds=seeds_for(jax.random.key(5), 2))
-    assert np.abs(np.asarray(dropped[0] - dropped[1]))[..., 1:40].max() > 0.01
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-def test_prefill_and_decode_equal_the_full_model(made, tokens, rows):
-    graphdef, params = made
-    tokens = tokens[:rows]
-    whole = logits_of(CONFIG, params, tokens)
-    prefill = jax.jit(lambda p, t: nnx.merge(graphdef, p).prefill(t))
-    decode = jax.jit(lambda p, t, at, cache: nnx.merge(graphdef, p).decode(t, at, cache))
-    _, kept = prefill(params, tokens.at[:, 9:].set(0))
-    cache = StackedKVCache.of(*kept).enlarged(CONFIG.block_size)
-    for t in range(9, CONFIG.block_size):
-        logits, cache = decode(params, tokens[:, t], jnp.full(rows, t), cache)
-        np.testing.assert_allclose(logits, whole[:, t], atol=3e-6)
-
-
-def test_prediction_at_one_position_equals_the_full_call(made, tokens):
-    graphdef, params = made
-    whole = logits_of(CONFIG, params, tokens)
-    predict = jax.jit(lambda p, t, last: predict_last(nnx.merge(graphdef, p), t, last))
-    for last in ([0, CONFIG.block_size - 1], [7, 3]):
-        np.testing.assert_allclose(
-            predict(params, tokens, jnp.array(last)), whole[jnp.arange(2), jnp.array(last)], atol=3e-6
-        )
-
-
-def test_operations_of_a_gpu_give_the_same_logits_and_gradients(made, tokens):
-    def loss(params, graphdef):
-        return jnp.sum(jax.nn.log_softmax(nnx.merge(graphdef, params)(tokens))[..., 1 : CONFIG.used_ids] ** 2)
-
-    (graphdef, params), (of_gpu, _) = made, built(CONFIG, 0, jnp.float32, "cuda")
-    expected, found = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, one) for one in (graphdef, of_gpu))
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-    for ours, theirs in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
-
-
-@pytest.mark.skipif(jax.__version_info__ < BFLOAT16_ON_CPU, reason="this JAX cannot multiply bfloat16 on a CPU")
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_bfloat16_logits_are_float32_and_near(made, tokens, platform):
-    graphdef, params = built(CONFIG, 0, jnp.bfloat16, platform)
-    rough = jax.jit(lambda p, t: nnx.merge(graphdef, p)(t))(params, tokens)
-    assert rough.dtype == jnp.float32
-    np.testing.assert_allclose(rough, logits_of(CONFIG, made[1], tokens), atol=0.05)
