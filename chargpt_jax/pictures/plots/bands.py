@@ -22,6 +22,9 @@ from chargpt_jax.pictures.svg import Entry, figure, label, legend, number
 
 HEIGHT = 300.0
 COLOURS = ("cg-s2", "cg-s3", "cg-s4", "cg-s5", "cg-s1")
+HALF_BAR = 3.0
+"""Half the width of the bar that shows the interval of a single point."""
+
 MAX_DOTS = 40
 """Number of points up to which each gets a dot."""
 
@@ -92,16 +95,21 @@ def bands_plot(
 
 
 def _edges(band: Band) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    """Return the lower and the upper edge of a band, at the points where both are finite."""
-    both = [(x, low, high) for x, _, low, high in band.points if math.isfinite(low) and math.isfinite(high)]
+    """Return the lower and the upper edge of a band, at the points where both and the mean are finite."""
+    both = [
+        (x, low, high) for x, *values in band.points if all(map(math.isfinite, values)) for _, low, high in [values]
+    ]
     return finite((x, low) for x, low, _ in both), finite((x, high) for x, _, high in both)
 
 
 def _area(edges: tuple[list[tuple[float, float]], list[tuple[float, float]]], x: Axis, y: Axis, colour: str) -> str:
-    lower, upper = edges
-    if len(lower) < 2:
+    """Return the area between two edges; that of a single point is a narrow bar."""
+    lower, upper = ([(x(px), y(py)) for px, py in edge] for edge in edges)
+    if not lower:
         return ""
-    corners = "L".join(f"{number(x(px))} {number(y(py))}" for px, py in [*lower, *reversed(upper)])
+    if len(lower) == 1:
+        lower, upper = ([(px - HALF_BAR, py), (px + HALF_BAR, py)] for ((px, py),) in (lower, upper))
+    corners = "L".join(f"{number(px)} {number(py)}" for px, py in [*lower, *reversed(upper)])
     return f'<path class="cg-area {colour}" d="M{corners}Z"/>'
 
 

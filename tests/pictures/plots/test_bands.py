@@ -28,6 +28,13 @@ def test_an_area_goes_along_the_lower_edge_and_back_along_the_upper_one():
     assert upper < later
 
 
+def test_the_area_of_a_single_point_is_a_bar():
+    (corners,) = re.findall(r'class="cg-area cg-s2" d="M(\d{3}[^"]*)Z"', bands_plot([Band("a", BAND.points[:1])], ""))
+    points = [tuple(map(float, pair.split())) for pair in corners.split("L")]
+    assert [x - points[0][0] for x, _ in points] == [0, 6, 6, 0]
+    assert points[0][1] == points[1][1] > points[2][1] == points[3][1]
+
+
 def test_the_sixth_group_is_dashed():
     svg = bands_plot([Band(str(i), BAND.points) for i in range(6)], "")
     assert svg.count("cg-line cg-s2 cg-dashed") == 2  # the line and its entry
