@@ -70,7 +70,7 @@ def command(*flags: str) -> None:
 def measured(folder: Path) -> tuple[list[str], list[str]]:
     """Return the chains to a training step and to a sampled token, of a run in a new folder."""
     from chargpt_jax.generation import sampler
-    from chargpt_jax.training import setup
+    from chargpt_jax.training.dispatch import steps
 
     text, rng = folder / "text.txt", random.Random(0)
     text.write_text(" ".join(rng.choice(("ab", "cde", "fghi", "jk")) for _ in range(1000)))
@@ -79,7 +79,7 @@ def measured(folder: Path) -> tuple[list[str], list[str]]:
         **{"optimizer.learning_rate": 0.01, "sample.max_new_tokens": 4},
     }
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
-    with recorded(setup, "train_step") as training:
+    with recorded(steps, "train_step") as training:
         command("--config=tiny", f"--workdir={folder / 'run'}", *flags)
     with recorded(sampler.SamplerState, "sample") as generation:
         command("--mode=generate", f"--workdir={folder / 'run'}", "--prompt=ab", "--max_new_tokens=5")

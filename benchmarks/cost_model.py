@@ -32,7 +32,7 @@ from chargpt_jax.model.flops import PEAK_TFLOPS, training_flops
 from chargpt_jax.model.init import Params, abstract_model, count_parameters
 from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.training import optimizer
-from chargpt_jax.training.setup import state_shapes
+from chargpt_jax.training.dispatch.steps import state_shapes
 from chargpt_jax.training.step import cross_entropy_sum
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"

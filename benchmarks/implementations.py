@@ -107,7 +107,8 @@ class ChargptJax:
     def compiled(self) -> tuple[Any, Any, Any]:
         """Compile training; return the function of a dispatch, the first state and the training set on the device."""
         from chargpt_jax.training import optimizer
-        from chargpt_jax.training.setup import Setup, jit_train_steps
+        from chargpt_jax.training.dispatch.steps import jit_train_steps
+        from chargpt_jax.training.setup import Setup
 
         config = self.config
         setup = Setup.on(config, corpus(config), vocabulary=())

@@ -21,8 +21,9 @@ from benchmarks.baselines import machine
 from chargpt_jax.config.files import load_config
 from chargpt_jax.events import LRFinderStep
 from chargpt_jax.training import optimizer
+from chargpt_jax.training.dispatch.steps import jit_train_steps
 from chargpt_jax.training.run import Run
-from chargpt_jax.training.setup import Setup, jit_train_steps
+from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.stages import find_lr
 
 

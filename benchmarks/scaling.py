@@ -32,7 +32,7 @@ from chargpt_jax.model.init import create
 from chargpt_jax.ops.choose import jit_for_generation, ops_for
 from chargpt_jax.ops.cpu_decode import fused, fusion_available
 from chargpt_jax.training import optimizer
-from chargpt_jax.training.setup import jit_train_steps, state_sharding
+from chargpt_jax.training.dispatch.steps import jit_train_steps, state_sharding
 from chargpt_jax.training.step import create_state
 
 SIZES = {

@@ -30,8 +30,9 @@ from chargpt_jax.lab.folder import SweepFolder
 from chargpt_jax.lab.setup import SweepSetup
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.dispatch.feed import OnDevice
+from chargpt_jax.training.dispatch.steps import jit_train_steps
 from chargpt_jax.training.run import Run
-from chargpt_jax.training.setup import Setup, jit_train_steps
+from chargpt_jax.training.setup import Setup
 
 MODELS = {
     "width 16, 2 layers, context 32, batch 8": (16, 2, 32, 8),

@@ -23,7 +23,7 @@ from chargpt_jax.devices import sharding, startup
 from chargpt_jax.model.init import create
 from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.training import optimizer
-from chargpt_jax.training.setup import jit_train_steps, state_sharding
+from chargpt_jax.training.dispatch.steps import jit_train_steps, state_sharding
 from chargpt_jax.training.step import create_state
 
 INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', re.MULTILINE)

@@ -1,6 +1,6 @@
 """The programs of a config, traced on shapes instead of arrays, for devices that need not be there.
 
-The functions are those of a real run: `train_steps` and `validation_step` of training/setup.py, `prefill`,
+The functions are those of a real run: `train_steps` and `validation_step` of training/dispatch/steps.py, `prefill`,
 `inside_context` and `beyond_context` of generation/generate.py.
 """
 
@@ -32,7 +32,7 @@ from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.training import optimizer
 from chargpt_jax.training.attention import expected
 from chargpt_jax.training.dispatch.feed import Feed
-from chargpt_jax.training.setup import jit_train_steps, state_shapes, state_sharding, validation_step
+from chargpt_jax.training.dispatch.steps import jit_train_steps, state_shapes, state_sharding, validation_step
 
 N_TRAIN = 400_000
 """Assumed length of the training text, in characters."""

@@ -46,7 +46,7 @@ from chargpt_jax.generation.score import Scored, score_pieces, score_tokens
 from chargpt_jax.model.init import Params, abstract_model
 from chargpt_jax.ops.choose import ops_for
 from chargpt_jax.training import optimizer
-from chargpt_jax.training.setup import state_shapes
+from chargpt_jax.training.dispatch.steps import state_shapes
 
 PIECE = 2**16
 """Characters of a long text that are encoded at once."""

@@ -17,7 +17,6 @@ from chargpt_jax.devices import sharding
 from chargpt_jax.errors import NonFiniteLoss, excused
 from chargpt_jax.events import (
     Compiled,
-    Ended,
     Event,
     RunDiverged,
     Saved,
@@ -35,11 +34,12 @@ from chargpt_jax.pictures.plots.bands import bands_plot
 from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.storage.lock import Lock
 from chargpt_jax.storage.metrics_log import Log, read_metrics
-from chargpt_jax.training.dispatch.pacing import DispatchSize, StopCondition
+from chargpt_jax.training.base_loop import BaseLoop
+from chargpt_jax.training.dispatch.pacing import StopCondition
 from chargpt_jax.training.run import Warn
 
 
-class SweepLoop:
+class SweepLoop(BaseLoop):
     """The state of a sweep in training, and what is done with it."""
 
     def __init__(
@@ -53,20 +53,17 @@ class SweepLoop:
         warn: Warn,
     ) -> None:
         """Continue the log of the sweep after the step of `state`, which has K runs."""
+        super().__init__(setup.run.config, setup.run.epoch_steps, store, lock, condition)
         self.setup, self.folder, self.run, self.members = setup, folder, setup.run, setup.members
-        self.store, self.lock, self.condition, self.warn = store, lock, condition, warn
         assert self.run.total_steps is not None  # grid.check refuses a length in minutes
-        self.size, self.total_steps = DispatchSize(self.run.config), self.run.total_steps
-        self.validate_every = max(1, round(self.run.config.train.validate_every * self.run.epoch_steps))
+        self.total_steps: int = self.run.total_steps
+        self.warn = warn
         self.step = self.saved_step = int(state.step)
         self.validated_step = self.step if self.step and store.loss_of(self.step) < UNVALIDATED else 0
         self.diverged = np.asarray(state.diverged)
         self.state = setup.on_devices(state)
         self.log = Log(folder.metrics, self.step, warn)
-        self.seconds: float = max((line.get("seconds", 0.0) for line in self.log.lines), default=0.0)
-        best = store.best()
-        self.best_loss: float = best[1] if best else math.inf
-        """The lowest mean validation loss of a learning rate."""
+        self.seconds = max((line.get("seconds", 0.0) for line in self.log.lines), default=0.0)
 
     def events(self) -> Iterator[Event]:
         """Train until the schedule ends or the stop condition is reached."""
@@ -92,10 +89,7 @@ class SweepLoop:
                 self.check_any_is_left()
             if self.step > self.saved_step:
                 yield self.save(UNVALIDATED)
-        complete = self.step == self.total_steps == self.validated_step
-        out_of_time = self.condition.out_of_time and not complete
-        unit = self.run.config.data.unit
-        yield Ended(self.step, self.seconds, self.best_loss, self.condition.signal, out_of_time, unit)
+        yield self.ended()
 
     def started(self) -> SweepStarted:
         """Return the event that describes the runs, the model and the schedule."""
@@ -116,19 +110,14 @@ class SweepLoop:
         self._validator = self.setup.validator()
         config, seconds = self.run.config, time.perf_counter() - began
         # The first validation is compiled without a check of the time limit; it takes no longer than the dispatch.
-        self._validation_compile_seconds = seconds
+        self.validation_compile_seconds = seconds
         return Compiled(seconds, len(self.members) * training_flops(config.model, config.data.batch_size))
-
-    def validation_is_due(self) -> bool:
-        """Return whether this step is to be validated, and there is time for it."""
-        due = self.step % self.validate_every == 0 or self.step == self.total_steps
-        return due and self.step > self.validated_step and not self.condition.reached(self._validation_compile_seconds)
 
     def validate(self) -> np.ndarray | None:
         """Return each run's validation loss, float64 [K], nats, or None if the stop condition was reached meanwhile."""
         began = time.perf_counter()
         losses = self._validator(self.state.runs.params, self.condition.reached)
-        self.seconds, self._validation_compile_seconds = self.seconds + time.perf_counter() - began, 0.0
+        self.seconds, self.validation_compile_seconds = self.seconds + time.perf_counter() - began, 0.0
         return losses
 
     def log_validation(self, losses: np.ndarray) -> SweepValidated:
@@ -169,22 +158,11 @@ class SweepLoop:
         self.lock.alive()
         began = time.perf_counter()
         self.store.save(self.setup.without_padding(self.state), self.setup.record(), loss)
-        self.condition.record_save(time.perf_counter() - began)
-        self.saved_step = self.step
-        return Saved(self.step, str(self.store.folder / str(self.step)))
-
-    def is_finished(self) -> bool:
-        """Return whether the schedule has ended, or no time is left for another step."""
-        return self.condition.reached(self.size.seconds_for(1)) or self.step == self.total_steps
+        return self.saved(began)
 
     def dispatch(self) -> tuple[SweepSteps, list[RunDiverged]]:
         """Make as many training steps as fit into a dispatch, and before the next validation; log them."""
-        count = min(
-            self.size.steps,
-            self.validate_every - self.step % self.validate_every,
-            self.total_steps - self.step,
-            self.size.steps_within(self.condition.seconds_left()),
-        )
+        count = self.steps_that_fit()
         began = time.perf_counter()
         self.state, history = self._dispatch(self.state, self.setup.which, self.setup.text, np.int32(count))
         # Wait for the result: with several CPU devices, two dispatches in flight can deadlock.

@@ -24,7 +24,8 @@ from chargpt_jax.devices.platform import compute_dtype
 from chargpt_jax.lab.grid import members
 from chargpt_jax.model.init import Params, abstract_model
 from chargpt_jax.ops import choose
-from chargpt_jax.training import optimizer, setup
+from chargpt_jax.training import optimizer
+from chargpt_jax.training.dispatch import steps
 from chargpt_jax.training.dispatch.pacing import MAX_DISPATCH_STEPS
 from chargpt_jax.training.step import TrainState, create_state, data_key, eval_step, train_step
 
@@ -93,7 +94,7 @@ def state_shapes(config: Config) -> ManyState:
     """Return the state of a sweep's K runs as shapes, on one device; `config` has the sizes of its vocabulary."""
     dtype, count = compute_dtype(config.amp), len(members(config))
     shapes = abstract_model(config.model, choose.ops_for_many(dtype, config.model.attention_block))[1]
-    one = setup.state_shapes(shapes, optimizer.empty(config), config.seed, dtype)
+    one = steps.state_shapes(shapes, optimizer.empty(config), config.seed, dtype)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def shape(x: jax.Array, leading: tuple[int, ...]) -> Any:

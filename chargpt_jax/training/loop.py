@@ -15,7 +15,6 @@ from chargpt_jax.devices import processes, sharding
 from chargpt_jax.errors import NonFiniteLoss, excused
 from chargpt_jax.events import (
     Compiled,
-    Ended,
     Event,
     Saved,
     Steps,
@@ -28,6 +27,7 @@ from chargpt_jax.model.init import count_parameters
 from chargpt_jax.storage.checkpoint import UNVALIDATED, Checkpoints
 from chargpt_jax.storage.lock import Lock
 from chargpt_jax.storage.metrics_log import Expected, Log
+from chargpt_jax.training.base_loop import BaseLoop
 from chargpt_jax.training.dispatch.feed import Feed
 from chargpt_jax.training.dispatch.pacing import DispatchSize, StopCondition
 from chargpt_jax.training.run import Run, Warn
@@ -47,7 +47,7 @@ class Dispatched:
     """Training time of the run at the end of each step; the steps of a dispatch are assumed to take equal times."""
 
 
-class TrainingLoop:
+class TrainingLoop(BaseLoop):
     """The state of a run in training, and what is done with it."""
 
     def __init__(
@@ -63,31 +63,21 @@ class TrainingLoop:
         warn: Warn,
     ) -> None:
         """Continue the log of the run after the step of `state`."""
+        super().__init__(run.config, run.epoch_steps, store, lock, condition)
         self.run, self.setup, self.state, self.learning_rate_at = run, setup, state, learning_rate_at
-        self.feed = feed
-        self.store, self.lock, self.condition, self.warn = store, lock, condition, warn
-        self.size = DispatchSize(run.config)
-        self.epoch_steps, self.total_steps = (
-            run.epoch_steps,
-            run.total_steps,
-        )  # None in a run of given minutes, at first
-        self.validate_every = max(1, round(run.config.train.validate_every * self.epoch_steps))
+        self.feed, self.warn, self.total_steps = feed, warn, run.total_steps
         self.step = self.saved_step = int(state.step)
         validated = self.step > 0 and processes.agreed(store.loss_of(self.step) < UNVALIDATED)
-        self.validated_step: int = self.step if validated else 0
+        self.validated_step = self.step if validated else 0
         expected = Expected(self.step, self.validated_step > 0, run.config.train.log_every)
         self.log = Log(run.workdir.metrics, self.step, warn, expected, writes=processes.is_first())
-        self.seconds: float = max((line.get("seconds", 0.0) for line in self.log.lines), default=0.0)
-        """Of training and validation, without interruptions of the run."""
-        best = store.best()
-        self.best_loss: float = best[1] if best else math.inf
-        """Of the checkpoints; a log may have been edited, or be missing."""
+        self.seconds = max((line.get("seconds", 0.0) for line in self.log.lines), default=0.0)
 
     def events(self, lowered: jax.stages.Lowered, tracing: float) -> Iterator[Event]:
         """Train until the schedule ends or the stop condition is reached.
 
         Args:
-            lowered: the traced dispatch, `setup.train_steps`, ready to be compiled.
+            lowered: the traced dispatch, `train_steps`, ready to be compiled.
             tracing: the seconds that tracing took.
         """
         yield self.started()
@@ -111,10 +101,7 @@ class TrainingLoop:
                 yield self.progress(dispatched)
             if self.step > self.saved_step:
                 yield self.save(UNVALIDATED)
-        complete = self.step == self.total_steps == self.validated_step
-        out_of_time = self.condition.out_of_time and not complete
-        unit = self.run.config.data.unit
-        yield Ended(self.step, self.seconds, self.best_loss, self.condition.signal, out_of_time, unit)
+        yield self.ended()
 
     def started(self) -> TrainStarted:
         """Return the event that describes the model, the schedule and the losses logged so far."""
@@ -145,7 +132,7 @@ class TrainingLoop:
         seconds = tracing + time.perf_counter() - began
         self._validator = self.setup.validator()
         # The first validation is compiled without a check of the time limit; it takes no longer than the dispatch.
-        self._validation_compile_seconds = seconds
+        self.validation_compile_seconds = seconds
         self.compiled = Compiled(seconds, training_flops(config.model, config.data.batch_size))
         return self.compiled
 
@@ -156,16 +143,11 @@ class TrainingLoop:
         """Decide how many steps there are in total, in a run of given minutes."""
         yield from ()
 
-    def validation_is_due(self) -> bool:
-        """Return whether this step is to be validated, and there is time for it."""
-        due = self.step % self.validate_every == 0 or self.step == self.total_steps
-        return due and self.step > self.validated_step and not self.condition.reached(self._validation_compile_seconds)
-
     def validate(self) -> float | None:
         """Return the validation loss, nats per character, or None if the stop condition was reached meanwhile."""
         began = time.perf_counter()
         loss = self._validator(self.state.params, self.step, self.condition.reached)
-        self.seconds, self._validation_compile_seconds = self.seconds + time.perf_counter() - began, 0.0
+        self.seconds, self.validation_compile_seconds = self.seconds + time.perf_counter() - began, 0.0
         if loss is not None:
             self._check_finite(np.array([loss]), np.zeros(1), self.step - 1)
         return loss
@@ -195,29 +177,15 @@ class TrainingLoop:
         began = time.perf_counter()
         state, record = processes.on_host(self.state), self.record()
         processes.on_first(lambda: self.store.save(state, record, loss))
-        self.condition.record_save(time.perf_counter() - began)
-        self.saved_step = self.step
-        return Saved(self.step, str(self.store.folder / str(self.step)))
+        return self.saved(began)
 
     def record(self) -> dict[str, Any]:
         """Return the description of the run that a checkpoint holds."""
         return self.setup.record()
 
-    def is_finished(self) -> bool:
-        """Return whether the schedule has ended, or no time is left for another step."""
-        return self.condition.reached(self.size.seconds_for(1)) or self.step == self.total_steps
-
     def next_steps(self) -> int:
         """Return how many training steps fit into a dispatch, and before the next validation."""
-        assert self.total_steps is not None
-        count = min(
-            self.size.steps,
-            self.validate_every - self.step % self.validate_every,
-            self.total_steps - self.step,
-            self.size.steps_within(self.condition.seconds_left()),
-            self.feed.max_steps,
-        )
-        return processes.agreed(count)
+        return processes.agreed(min(self.steps_that_fit(), self.feed.max_steps))
 
     def rates(self, count: int) -> tuple[np.ndarray, ...]:
         """Return the learning rates of the next steps, if they are an argument of the compiled dispatch."""

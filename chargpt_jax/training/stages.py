@@ -28,12 +28,13 @@ from chargpt_jax.training import attention, optimizer
 from chargpt_jax.training.dispatch.feed import Feed, feed_of
 from chargpt_jax.training.dispatch.pacing import MAX_DISPATCH_STEPS, DispatchSize, Stop, StopCondition
 from chargpt_jax.training.dispatch.run_length import Clock
+from chargpt_jax.training.dispatch.steps import jit_range_test_steps, jit_steps_with_rates, jit_train_steps
 from chargpt_jax.training.loop import TrainingLoop
 from chargpt_jax.training.range_test.methods import smoothed
 from chargpt_jax.training.range_test.search import LossesOf, search, trainer_losses
 from chargpt_jax.training.range_test.verdict import check_descent, lowest_at_the_end, unclear
 from chargpt_jax.training.run import Run, Warn, check_record, checked_workdir, locked
-from chargpt_jax.training.setup import Setup, jit_range_test_steps, jit_steps_with_rates, jit_train_steps
+from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.step import TrainState
 from chargpt_jax.training.timed_loop import TimedLoop
 

@@ -107,7 +107,7 @@ class TimedLoop(TrainingLoop):
             return len(times) > 2 or self.condition.reached()
 
         self._validator(self.state.params, self.step, stop)
-        self._validation_compile_seconds = 0.0
+        self.validation_compile_seconds = 0.0
         return times if len(times) > 2 else [*times, time.monotonic()]
 
     def validation_is_due(self) -> bool:

@@ -25,8 +25,9 @@ from chargpt_jax.model.init import abstract_model
 from chargpt_jax.ops.plain import Ops
 from chargpt_jax.training import optimizer, stages
 from chargpt_jax.training import setup as training_setup
+from chargpt_jax.training.dispatch.steps import jit_train_steps, state_shapes
 from chargpt_jax.training.run import Run
-from chargpt_jax.training.setup import Setup, jit_train_steps, state_shapes
+from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.stages import prepare
 from tests.corpus_text import small_config, write_words
 from tests.devices.eight_devices import run_on_eight

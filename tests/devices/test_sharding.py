@@ -28,8 +28,9 @@ from chargpt_jax.generation.sampler import Sampler
 from chargpt_jax.ops import blockwise_attention
 from chargpt_jax.training import optimizer
 from chargpt_jax.training import setup as training_setup
+from chargpt_jax.training.dispatch.steps import jit_train_steps
 from chargpt_jax.training.run import Run
-from chargpt_jax.training.setup import Setup, jit_train_steps
+from chargpt_jax.training.setup import Setup
 from chargpt_jax.training.stages import prepare
 from tests.corpus_text import write_words
 from tests.devices.eight_devices import run_on_eight

@@ -37,7 +37,7 @@ from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.metrics_log import Log
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import loop, optimizer, setup, stages
-from chargpt_jax.training.dispatch import pacing
+from chargpt_jax.training.dispatch import pacing, steps
 from chargpt_jax.training.range_test.saved import result_from
 from chargpt_jax.training.run import Run
 from chargpt_jax.training.setup import Setup
@@ -364,7 +364,7 @@ def test_finished_run_makes_no_further_step(whole, text):
 
 
 def test_training_compiles_once_for_dispatches_of_any_length(text, tmp_path, monkeypatch):
-    traces = traces_of(setup, "train_steps", monkeypatch)
+    traces = traces_of(steps, "train_steps", monkeypatch)
     events = list(stages.train(small_config(text), tmp_path, quiet))
     lengths = np.diff([0] + [event.step for event in events if isinstance(event, Steps)])
     assert len(set(lengths)) > 1
@@ -532,7 +532,7 @@ def test_error_of_initialisation_in_the_thread_is_raised(text, tmp_path):
 
 
 def test_the_range_test_compiles_once_and_keeps_a_set_rate(text, tmp_path, monkeypatch):
-    traces, said = traces_of(setup, "range_test_steps", monkeypatch), []
+    traces, said = traces_of(steps, "range_test_steps", monkeypatch), []
     (*_, result) = stages.find_lr(small_config(text), tmp_path, said.append)
     assert len(traces) == 1
     assert Workdir(tmp_path).load_config().optimizer.learning_rate == small_config(text).optimizer.learning_rate

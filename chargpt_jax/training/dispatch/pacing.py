@@ -1,7 +1,7 @@
 """How many training steps one dispatch makes, and when training has to stop.
 
-A dispatch is one call of `setup.train_steps`, 1 to 256 training steps. Training stops at a
-signal, or when the time limit is near.
+A dispatch is one call of `train_steps` in steps.py, 1 to 256 training steps. Training stops at a signal, or when the
+time limit is near.
 """
 
 import math
