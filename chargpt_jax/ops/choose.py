@@ -74,8 +74,8 @@ def ops_for(
 def runs_at_once(runs: int, tokens: int, platform: str | None = None) -> int:
     """Return how many models a device trains at once under jax.vmap, a divisor of `runs`.
 
-    An accelerator trains all of them. A CPU core does as much work for several models at once as for one after the
-    other, so it takes several only if a step of one model is shorter than the cost of starting its operations.
+    An accelerator trains all of them. A CPU core saves no work with several models at once. It saves only the cost of
+    starting operations, which matters if a step of one model is very short.
 
     Args:
         runs: models of the device.
