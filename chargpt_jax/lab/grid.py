@@ -32,7 +32,7 @@ def members(config: Config) -> tuple[Member, ...]:
     rates, seeds = learning_rates(config), config.sweep.seeds
     if len(set(rates)) < len(rates):
         twice = next(rate for rate in rates if rates.count(rate) > 1)
-        raise UserError(f"sweep.learning_rates has {twice:g} twice, but each must be another one: give it once.")
+        raise UserError(f"sweep.learning_rates has {twice:g} twice, but all of them must differ: give it once.")
     if len(rates) * seeds > MAX_RUNS:
         raise UserError(
             f"sweep.seeds is {seeds}, which with {len(rates)} learning rates makes {len(rates) * seeds:,} runs, but a "
