@@ -21,6 +21,12 @@ from chargpt_jax.errors import ExpectedError, ProcessLost
 LEAVING_SECONDS = 5.0
 """Time that a process with an error, and process 0 in any case, waits for the others to end."""
 
+EXITING_SECONDS = 0.5
+"""Time that process 0 leaves the others between their last message and their exit.
+
+JAX aborts a process that still runs when process 0 has ended.
+"""
+
 HEARING_SECONDS = 60
 """Time of one request that waits for an announcement; another one follows."""
 
@@ -94,6 +100,7 @@ def _wait_for_others(client: Any, count: int) -> None:
     end = time.monotonic() + LEAVING_SECONDS
     for index in range(1, count + 1):
         client.blocking_key_value_get(f"{LEFT}{index}", max(1, int(1000 * (end - time.monotonic()))))
+    time.sleep(EXITING_SECONDS)
 
 
 def _flush() -> None:

@@ -95,8 +95,10 @@ def test_process_0_leaves_after_the_others(service, left, monkeypatch):
         time.sleep(0.15)
         assert left == []
         service.key_value_set(f"{ending.LEFT}{index}", "")
+    said = time.monotonic()
     thread.join(10)
     assert left == [143]
+    assert time.monotonic() - said >= ending.EXITING_SECONDS  # the others have this time to exit
 
 
 def test_other_processes_leave_at_once_and_say_so(service, left, monkeypatch):
