@@ -165,7 +165,10 @@ def help_text() -> str:
     def flag_line(name: str) -> str:
         return f"  --{name}: {' '.join((values[name].help or '').split())}"
 
-    config = "  --config: shipped config by name, as in --config=small, or path of a .py or .json config file"
+    config = (
+        "  --config: shipped config by name, as in --config=small, or path of a .py or .json config file, and after "
+        "a colon its argument, as in --config=sized:0.3"
+    )
     lines += ["", "Flags of all modes:", config, *map(flag_line, ("workdir", "mode", "help"))]
     for modes in dict.fromkeys(FLAG_MODES.values()):
         lines += ["", f"Flags of {', '.join(modes)}:"]

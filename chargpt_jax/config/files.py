@@ -32,9 +32,28 @@ def texts_of(text: str) -> tuple[object, ...]:
 def find_config(name: str | os.PathLike[str]) -> Path:
     """Return the file of a config: given by path, by the folder of a run, or by the bare name of a shipped one.
 
+    A colon and an argument may follow, as in 'sized:0.3', unless a file has that name.
+
     Raises:
         UserError: if there is no such file; the message lists the shipped names.
     """
+    return _file_and_argument(name)[0]
+
+
+def _file_and_argument(name: str | os.PathLike[str]) -> tuple[Path, str | None]:
+    """Return the file of a config, and the text after the last colon; None without one, or if a file has that name."""
+    try:
+        return _file(name), None
+    except UserError as error:
+        before, colon, argument = os.fsdecode(name).rpartition(":") if isinstance(name, str | os.PathLike) else [""] * 3
+        if colon:
+            with contextlib.suppress(UserError):
+                return _file(before), argument
+        raise error from None
+
+
+def _file(name: str | os.PathLike[str]) -> Path:
+    """Return the file of a config, whose name has no argument; raise UserError if there is none."""
     if not isinstance(name, str | os.PathLike):
         raise UserError(f"The config is {shown(name)}, but it must be a path or a name: give 'small', for example.")
     name = os.fsdecode(name)
@@ -88,36 +107,76 @@ def _read_config(path: Path) -> Config:
 def load_config(name: str | os.PathLike[str]) -> Config:
     """Run a config file's `get_config()`, or read the config.json of a run; `name` as in `find_config`.
 
+    If an argument follows the name, as in 'sized:0.3', the file's `get_config` gets it, as a string.
+
     Raises:
-        UserError: if the file is missing or does not return a `Config`.
+        UserError: if the file is missing or does not return a `Config`, or if the argument is invalid.
     """
-    path = find_config(name)
+    path, argument = _file_and_argument(name)
     if path.suffix == ".json":
+        _arguments(None, name, argument)
         return _read_config(path)
     spec = importlib.util.spec_from_file_location(f"chargpt_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         given = os.fspath(name)
         raise UserError(f"--config is {given!r}, but that is not a Python file: give one that ends in .py, or .json.")
     module = importlib.util.module_from_spec(spec)
+    arguments: tuple[str, ...] = ()
     try:
-        with naming(path, "correct it"), _importing(module, path.absolute().parent):
-            spec.loader.exec_module(module)
-            config = module.get_config() if hasattr(module, "get_config") else None
+        with _importing(module, path.absolute().parent):
+            with naming(path, "correct it"):
+                spec.loader.exec_module(module)
+            arguments = _arguments(getattr(module, "get_config", None), name, argument)
+            with naming(path, "correct it"):
+                config = module.get_config(*arguments) if hasattr(module, "get_config") else None
     except UserError:
         raise
     except (Exception, SystemExit) as error:
+        if arguments and isinstance(error, ValueError):
+            fault, given = _message(error), os.fsdecode(name)[:80]
+            raise UserError(f"--config is {given!r}, but its argument is invalid ({fault}): correct it.") from error
         for old in (*RENAMED, DROPOUT_BITS):  # as in DataConfig(short_epochs=True)
             if isinstance(error, TypeError | AttributeError) and f"'{old.partition('.')[2]}'" in str(error):
                 raise renamed_field(old) or error from None
-        what = " ".join(str(error).split()).rstrip(".") or "no message"
-        raise UserError(
-            f"{path} fails{_line(error, spec.origin)} with {type(error).__name__} ({what}): correct it."
-        ) from error
+        at, kind = _line(error, spec.origin), type(error).__name__
+        raise UserError(f"{path} fails{at} with {kind} ({_message(error)}): correct it.") from error
     if inspect.iscoroutine(config):
         config.close()  # or Python would warn that nothing awaits it
     if not isinstance(config, Config):
         raise UserError(f"{path} does not define get_config() returning a chargpt_jax Config: see configs/small.py.")
     return config
+
+
+def _arguments(get_config: object, name: str | os.PathLike[str], argument: str | None) -> tuple[str, ...]:
+    """Return what a `get_config` is called with: the argument in the config's name, if there is one.
+
+    Raises:
+        UserError: if it takes no argument and there is one, or needs one and there is none.
+    """
+    least, most = _argument_count(get_config)
+    given = os.fsdecode(name)
+    if argument is not None and most == 0:
+        bare = given.rpartition(":")[0]
+        raise UserError(f"--config is {given!r}, but that config takes no argument: give {bare!r}.")
+    if argument is None and least > 0:
+        raise UserError(f"--config is {given!r}, but that config needs an argument: add it after a colon.")
+    return () if argument is None else (argument,)
+
+
+def _argument_count(get_config: object) -> tuple[int, int]:
+    """Return how many arguments a function needs, and how many it takes at most, by position."""
+    try:
+        found = inspect.signature(get_config).parameters.values() if callable(get_config) else ()
+    except ValueError:  # a function in C may have no signature
+        found = ()
+    places = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)]
+    needed = [p for p in places if p.kind != p.VAR_POSITIONAL and p.default is p.empty]
+    return len(needed), len(places)
+
+
+def _message(error: BaseException) -> str:
+    """Return the message of an error in one line."""
+    return " ".join(str(error).split()).rstrip(".") or "no message"
 
 
 def _line(error: BaseException, file: str | None) -> str:

@@ -1,0 +1,94 @@
+"""A model of any size from 0.05 to 100 million parameters, set by one number: here 0.3 million.
+
+python -m chargpt_jax.main --config=configs/sized.py:0.3 --config.scheduler.minutes=10
+
+`--config=sized:0.3` is short for it. The text is The Scarlet Pimpernel; --config.data.source=FILE trains on one of
+your own. With `scheduler.minutes` the number of training steps follows from the speed measured, on any machine.
+Without it, a run has 20 / sqrt(size) epochs: 20 at 1 million parameters.
+
+The size is N = 12 L C^2 + 128 C parameters for L layers of width C, since a table of 128 embeddings holds up to 127
+distinct characters. From the size s in millions follow:
+
+    L = 8 s^0.4, at most 6                       3 layers at 0.1, 5 at 0.3, 6 from 1 on
+    C from N = 12 L C^2 + 128 C                  a multiple of 16, from 128 on of 32
+    F from N = L (4 C^2 + 2 C F) + 128 C         the width of the MLP makes up for the rounding of C
+    learning rate 4e-3 (160 / C)^(1/4)
+    batch size 4 (s / 0.25)^(1/3)                an even number, at least 2
+
+From width 128 on, heads are 32 wide, matrix multiplications are in bfloat16 and the weight decay is 0.05. Below, heads
+are 16 wide, all is in float32 on a CPU, and there is no weight decay. The rules pass near two recipes that were
+searched for, book.py (0.25 million) and shakespeare.py (1.9 million).
+"""
+
+from chargpt_jax.config import Config
+
+SMALLEST, LARGEST = 0.05, 100.0
+"""The limits of the size, in million parameters."""
+
+EMBEDDINGS = 128
+"""Size of the embedding table for a text of 64 to 127 distinct characters."""
+
+WIDE = 128
+"""The width from which on heads are 32 wide, and matrix multiplications are in bfloat16."""
+
+
+def get_config(size: str = "1") -> Config:
+    """Return the config of a model of `size` million parameters.
+
+    Raises:
+        ValueError: if the size is not a number from SMALLEST to LARGEST.
+    """
+    try:
+        millions = float(size)
+    except ValueError:
+        millions = 0.0
+    if not SMALLEST <= millions <= LARGEST:
+        raise ValueError(f"the size must be a number from {SMALLEST:g} to {LARGEST:g}, in million parameters")
+    return config_of(millions, depth(millions))
+
+
+def depth(size: float) -> int:
+    """Return the number of layers at a size in million parameters."""
+    return min(6, round(8 * size**0.4))
+
+
+def widths(size: float, n_layer: int) -> tuple[int, int]:
+    """Return n_embd and n_ff of a model of a size in million parameters."""
+    parameters = 1e6 * size
+    exact = ((EMBEDDINGS**2 + 48 * n_layer * parameters) ** 0.5 - EMBEDDINGS) / (24 * n_layer)
+    unit = 16 if exact < WIDE else 32
+    n_embd = unit * max(1, round(exact / unit))
+    per_layer = (parameters - EMBEDDINGS * n_embd) / n_layer
+    n_ff = (per_layer - 4 * n_embd**2) / (2 * n_embd)
+    return n_embd, 8 * max(1, round(n_ff / 8))
+
+
+def config_of(size: float, n_layer: int) -> Config:
+    """Return the config of a model of a size in million parameters, and of any number of layers."""
+    config = Config()
+    model, optimizer = config.model, config.optimizer
+    model.n_embd, model.n_ff = widths(size, n_layer)
+    wide = model.n_embd >= WIDE
+    model.kind = "modern"
+    model.block_size = 512
+    model.n_layer = n_layer
+    model.n_head_dim = 32 if wide else 16
+    model.n_head = model.n_embd // model.n_head_dim
+    model.dropout = 0.1
+    model.attention_block = 128  # faster than 64 at this context length
+    if wide:
+        config.amp.dtype = "bfloat16"
+    config.data.source = "60"
+    config.data.batch_size = 2 * max(1, round(2 * (size / 0.25) ** (1 / 3)))
+    config.data.train_split = 0.9
+    optimizer.kind = "muon"
+    optimizer.learning_rate = round(4e-3 * (160 / model.n_embd) ** 0.25, 5)
+    optimizer.muon_factor = 8.0
+    optimizer.muon_steps = 3
+    optimizer.weight_decay = 0.05 if wide else 0.0
+    config.scheduler.epochs = round(20 / size**0.5, 1)
+    config.scheduler.warmup_epochs = 0.2
+    config.scheduler.min_lr_factor = 0.03
+    config.train.validate_every = 5.0
+    config.sample.prompts = ("\n",)
+    return config
