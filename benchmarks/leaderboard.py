@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -62,7 +63,8 @@ class Attempt:
     @property
     def name(self) -> str:
         """The name of the entry's file and of the folder that it trains in."""
-        parts = [Path(self.config).stem, Path(self.source).stem]
+        config = re.sub(r"\.(py|json)(?=:|$)", "", Path(self.config).name).replace(":", "-")  # sized:0.3 is sized-0.3
+        parts = [config, Path(self.source).stem]
         if self.flags:
             parts.append(hashlib.sha256("\n".join(self.flags).encode()).hexdigest()[:8])
         return "-".join([*parts, str(self.seed)])

@@ -12,6 +12,7 @@ from benchmarks import (
     implementations,
     range_test,
     reliability,
+    scale_report,
     scaling,
     tables,
     time_to_loss,
@@ -172,6 +173,8 @@ def test_details_page_is_what_tables_prints():
 def test_every_results_file_is_a_section_or_named_by_a_page():
     names = {path.stem for path in tables.RESULTS.glob("*.json")}
     pages = {"seed_statistics": "fidelity", "kinds": "leaderboard", "precision": "precision", "sweep": "sweep"}
+    if scale_report.RESULTS.exists():  # none before the first
+        pages["scale"] = "leaderboard"
     assert names == {*tables.SECTIONS, *pages}
     for name, page in pages.items():
         assert f"(../benchmarks/results/{name}.json)" in (tables.PAGE.parent / f"{page}.md").read_text("utf-8")
