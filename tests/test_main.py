@@ -135,19 +135,25 @@ FLAG_MISTAKES = [
     ("", "needs a config: give --config=small"),
     ("--mode=train", "--mode=train needs a config"),
     ("--mode=compile", "--mode=compile needs a config"),
-    ("--config", "billion, book, enwik8, gpt2_124m, nanogpt_baby, nanogpt_cpu, ngpt, shakespeare, small, text8, tiny"),
-    ("--config=", "billion, book, enwik8, gpt2_124m, nanogpt_baby, nanogpt_cpu, ngpt, shakespeare, small, text8, tiny"),
+    (
+        "--config",
+        "billion, book, enwik8, gpt2_124m, nanogpt_baby, nanogpt_cpu, ngpt, shakespeare, sized, small, text8, tiny",
+    ),
+    (
+        "--config=",
+        "billion, book, enwik8, gpt2_124m, nanogpt_baby, nanogpt_cpu, ngpt, shakespeare, sized, small, text8, tiny",
+    ),
     (
         "--config=smal",
         "'smal', but there is no such file: give a path, or one of billion, book, enwik8, gpt2_124m",
     ),
     (
         "--config=/no/such/file.py",
-        "billion, book, enwik8, gpt2_124m, nanogpt_baby, nanogpt_cpu, ngpt, shakespeare, small, text8, tiny",
+        "billion, book, enwik8, gpt2_124m, nanogpt_baby, nanogpt_cpu, ngpt, shakespeare, sized, small, text8, tiny",
     ),
     (
         "--config=.",
-        "billion, book, enwik8, gpt2_124m, nanogpt_baby, nanogpt_cpu, ngpt, shakespeare, small, text8, tiny",
+        "billion, book, enwik8, gpt2_124m, nanogpt_baby, nanogpt_cpu, ngpt, shakespeare, sized, small, text8, tiny",
     ),
     ("--config=text.txt", "'text.txt', but that is not a Python file"),
     ("--config=broken.json", "broken.json is not a valid run config"),
