@@ -3,11 +3,11 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,7 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from chargpt_jax.config import Config, MeshConfig
+from chargpt_jax.config import Config, LRFinderConfig, MeshConfig, SampleConfig, TrainConfig
+from chargpt_jax.config.saved import to_json
 from chargpt_jax.data import batches
 from chargpt_jax.devices import layout, sharding, startup
 from chargpt_jax.devices.platform import compiler_options, compute_dtype
@@ -24,12 +25,15 @@ from chargpt_jax.model.init import Params, plan
 from chargpt_jax.ops import choose
 from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.training import optimizer
+from chargpt_jax.training.dispatch.kept import kept
 from chargpt_jax.training.dispatch.steps import state_shapes, state_sharding, validation_step
 from chargpt_jax.training.run import Run, record_of
 from chargpt_jax.training.step import TrainState, create_state, validation_key
 
 Validator = Callable[..., float | None]
 """(parameters, step, stop) -> validation loss, nats per character; None if stop() returned True meanwhile."""
+
+Function = TypeVar("Function")
 
 VALIDATED_AT_ONCE = 8192
 """Characters of the validation set in one batch, at most, if a training batch has fewer."""
@@ -86,8 +90,23 @@ class Setup:
             choose.ops_for(dtype, config.model.attention_block, attention=attention, mesh=mesh),
             compiler_options=compiler_options(mesh),
         )
-        lengths = len(train), len(validation)
-        return cls(config, tokens, *lengths, vocabulary, graphdef, shapes, initial_params, dtype, mesh)
+        setup = cls(
+            config, tokens, len(train), len(validation), vocabulary, graphdef, shapes, initial_params, dtype, mesh
+        )
+        setup.initial_params = setup.kept("initial parameters", lambda: initial_params, config.seed)
+        return setup
+
+    def kept(self, name: str, make: Callable[[], Function], *more: Hashable) -> Function:
+        """Return a compiled function of this setup; equal setups get the same one, and it is compiled once."""
+        return kept((name, self._identity, *more), make)
+
+    @functools.cached_property
+    def _identity(self) -> Hashable:
+        """All that a compiled function of a setup depends on, except for the seed."""
+        data = dataclasses.replace(self.config.data, source="")
+        config = dataclasses.replace(self.config, data=data, seed=0)
+        config = dataclasses.replace(config, train=TrainConfig(), sample=SampleConfig(), lr_finder=LRFinderConfig())
+        return to_json(config), self.n_train, self.n_validation, self.graphdef, self.mesh
 
     def with_seed(self, seed: int) -> "Setup":
         """Return the same with another seed, of parameters, batches and dropout, on the same devices."""
@@ -121,7 +140,11 @@ class Setup:
             shardings = state_sharding(jax.eval_shape(create, params), self.mesh)
             params = sharding.put(params, shardings.params)
             return jax.jit(create, out_shardings=shardings, compiler_options=options)(params)
-        state = jax.jit(create, compiler_options=options)(params)
+        structure = jax.tree.structure(jax.eval_shape(create, params))
+        program = self.kept(
+            "initial state", lambda: jax.jit(create, compiler_options=options), structure, self.config.seed
+        )
+        state = program(params)
         return sharding.put(state, state_sharding(state, self.mesh))
 
     def initial_state_in_background(self, tx: optax.GradientTransformation) -> Future[TrainState]:
@@ -156,7 +179,7 @@ class Setup:
         crops = self.config.ancestor.random_validation and not whole
         windows_at = self._crops() if crops else self._windows(split)
         step = partial(validation_step, graphdef=self.graphdef, mesh=self.mesh)
-        loss_sum = jax.jit(step, compiler_options=compiler_options(self.mesh))
+        loss_sum = self.kept("validation", lambda: jax.jit(step, compiler_options=compiler_options(self.mesh)))
 
         def loss(params: Params, step: int, stop: Callable[[], bool] = lambda: False) -> float | None:
             pairs = []

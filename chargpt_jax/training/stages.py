@@ -135,9 +135,10 @@ def _dispatch(
     """
     if timed:
         rates = np.zeros(MAX_DISPATCH_STEPS, np.float32)
-        steps = jit_steps_with_rates(setup.config, setup.graphdef, setup.mesh, state)
-        return steps, (state, feed.shape, rates, np.int32(1))
-    return jit_train_steps(setup.config, setup.graphdef, tx, setup.mesh, state), (state, feed.shape, np.int32(1))
+        make = partial(jit_steps_with_rates, setup.config, setup.graphdef, setup.mesh, state)
+        return setup.kept("steps with rates", make), (state, feed.shape, rates, np.int32(1))
+    make = partial(jit_train_steps, setup.config, setup.graphdef, tx, setup.mesh, state)
+    return setup.kept("steps", make), (state, feed.shape, np.int32(1))
 
 
 def _range_test(
@@ -205,7 +206,8 @@ def _range_test_losses(run: Run, seeds: list[tuple[Setup, Feed]], condition: Sto
         for one, _ in seeds:
             one.initial_params = partial(one.params_of, checkpoints, 0)
     tx = optimizer.make_optimizer(run.config, 0.0)
-    steps = jit_range_test_steps(run.config, setup.graphdef, setup.mesh, setup.state_shapes(tx))
+    make = partial(jit_range_test_steps, run.config, setup.graphdef, setup.mesh, setup.state_shapes(tx))
+    steps = setup.kept("range test", make)
     size = DispatchSize(run.config)
 
     def start(setup: Setup, zoom: int) -> TrainState:

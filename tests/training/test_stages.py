@@ -37,7 +37,7 @@ from chargpt_jax.storage.checkpoint import Checkpoints
 from chargpt_jax.storage.metrics_log import Log
 from chargpt_jax.storage.workdir import Workdir
 from chargpt_jax.training import loop, optimizer, setup, stages
-from chargpt_jax.training.dispatch import pacing, steps
+from chargpt_jax.training.dispatch import kept, pacing, steps
 from chargpt_jax.training.range_test.saved import result_from
 from chargpt_jax.training.run import Run
 from chargpt_jax.training.setup import Setup
@@ -83,7 +83,8 @@ def logged(workdir):
 
 
 def traces_of(module, name, monkeypatch):
-    """Return a list that gets an element whenever a function of a module is traced."""
+    """Return a list that gets an element whenever a function of a module is traced; earlier traces are forgotten."""
+    kept.forget()
     traces, original = [], getattr(module, name)
 
     def counted(*args, **kwargs):
