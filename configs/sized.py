@@ -9,7 +9,7 @@ Without it, a run has 20 / sqrt(size) epochs: 20 at 1 million parameters.
 The size is N = 12 L C^2 + 128 C parameters for L layers of width C, since a table of 128 embeddings holds up to 127
 distinct characters. From the size s in millions follow:
 
-    L = 8 s^0.4, at most 6                       3 layers at 0.1, 5 at 0.3, 6 from 1 on
+    L = 8 s^0.4, at most 6                       3 layers at 0.1, 5 at 0.3, 6 from 0.4 on
     C from N = 12 L C^2 + 128 C                  a multiple of 16, from 128 on of 32
     F from N = L (4 C^2 + 2 C F) + 128 C         the width of the MLP makes up for the rounding of C
     learning rate 4e-3 (160 / C)^(1/4)
