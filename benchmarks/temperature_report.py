@@ -129,6 +129,34 @@ def scores(found: Found) -> str:
     return markdown(["sampler", *(FIGURES[name][0] for name in names)], rows)
 
 
+def changes(found: Found) -> str:
+    """Return the table of the changes from plain temperature in percent, the range over the models."""
+    levels = next(iter(found["models"].values()))["cells"]
+    shown = [(level, name) for level in levels for name in ("unknown", "distinct")]
+    rows = []
+    for sampler in found["chains"]:
+        if sampler == BASELINE:
+            continue
+        row = [sampler]
+        for level, name in shown:
+            cells = [own["cells"][level] for own in found["models"].values()]
+            row.append(_range([relative(c, sampler, name) for c in cells if "figures" in c[sampler]]))
+        rows.append(row)
+    return markdown(
+        ["sampler", *(f"{FIGURES[name][0].partition(',')[0]}, {100 * float(n):.0f} %" for n, name in shown)], rows
+    )
+
+
+def relative(cells: Found, sampler: str, figure: str) -> float:
+    """Return the change of a mean figure from that of plain temperature, percent."""
+    one, other = (float(np.mean(cells[name]["figures"][figure])) for name in (sampler, BASELINE))
+    return 100 * (one / other - 1)
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):+.0f} to {max(values):+.0f} %" if values else ""
+
+
 def cells_of(found: Found) -> Iterator[tuple[str, str, Found]]:
     """Yield (model, level, cells by sampler)."""
     for name, own in found["models"].items():
@@ -158,6 +186,7 @@ def all_figures(found: Found, model: str, level: str) -> str:
 def tables(found: Found) -> dict[str, str]:
     """Return all tables of the page by name, as Markdown."""
     made = {"models": models(found), "samplers": samplers(found), "letters": letters(found), "scores": scores(found)}
+    made["changes"] = changes(found)
     for model, level, _ in cells_of(found):
         made[mark(model, level)] = all_figures(found, model, level)
     return made

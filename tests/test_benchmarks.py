@@ -173,6 +173,7 @@ def test_details_page_is_what_tables_prints():
 def test_every_results_file_is_a_section_or_named_by_a_page():
     names = {path.stem for path in tables.RESULTS.glob("*.json")}
     pages = {"seed_statistics": "fidelity", "kinds": "leaderboard", "precision": "precision", "sweep": "sweep"}
+    pages["temperature"] = "temperature"
     if scale_report.RESULTS.exists():  # none before the first
         pages["scale"] = "leaderboard"
     assert names == {*tables.SECTIONS, *pages}

@@ -144,6 +144,8 @@ def test_a_difference_counts_if_its_interval_excludes_0():
     assert "| word start (2) | 0 / 2 | 0 / 2 | 0 / 2 | 0 / 2 | 2 / 0 | 2 / 0 |" in made["scores"]
     assert "| budget (2) | 0 / 0 | 0 / 0 | 0 / 0 | 0 / 0 | 0 / 0 | 0 / 0 |" in made["scores"]
     assert "| top-p (1) |" in made["scores"]
+    assert "| word start | +429 to +429 % | +429 to +429 % | +429 to +429 % | +429 to +429 % |" in made["changes"]
+    assert "| top-p | +0 to +0 % | +0 to +0 % |  |  |" in made["changes"]
     assert "| word start | 0.5 | **12.3 ± 3.8** |" in made["larger_book_0_85"]
     assert "| min-p | 0.5 | 2.3 ± 3.8 |" in made["larger_book_0_85"]
     assert "| top-p | only 0.50 to 0.75 nats |" in made["larger_book_0_7"]
@@ -168,3 +170,12 @@ def test_pictures_have_a_mark_for_every_measured_cell():
     circles = [one for one in svg.iter() if one.tag.endswith("circle")]
     assert len(circles) == 2 * len(temperature.SAMPLERS) - 1 + 2  # two in the legend
     assert "top-p 2.33," in found["temperature_unknown.svg"]
+
+
+def test_the_committed_page_has_the_committed_results():
+    found = temperature_report.load()
+    page = temperature_report.PAGE.read_text(encoding="utf-8")
+    assert temperature_report.renewed(page, found) == page
+    for name, svg in temperature_report.pictures(found).items():
+        assert (temperature_report.PAGE.parent / name).read_text(encoding="utf-8") == svg
+        assert f"({name})" in page
