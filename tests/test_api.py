@@ -112,6 +112,7 @@ def test_score_of_a_sample_equals_its_metrics(model):
     np.testing.assert_allclose(scored.entropy, sample.entropy, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_the_window_is_measured_whole(model):
     prompt = "ab cde fghi jk " * 4
     (sample,) = model.generate(prompt, 5)
@@ -133,6 +134,7 @@ def test_evaluation_agrees_with_the_log(workdir):
     assert result["split"] == "validation"
 
 
+@pytest.mark.slow
 def test_streamed_pieces_are_the_text(model):
     pieces = []
     (sample,) = model.generate("ab", 40, on_text=lambda i, text: pieces.append(text))
@@ -148,7 +150,7 @@ def test_samples_draw_themselves_in_a_notebook(model):
     ET.fromstring(samples[0].svg())
 
 
-@pytest.mark.parametrize("alternatives", [0, 3])
+@pytest.mark.parametrize("alternatives", [3, pytest.param(0, marks=pytest.mark.slow)])
 def test_parts_on_the_way_add_up_to_the_samples(model, alternatives):
     prompts = ["ab", "cde fghi " * 9, "c"]
     parts: dict[int, list[chargpt_jax.Sample]] = {}
@@ -220,7 +222,9 @@ def test_branch_rejects_invalid_arguments(model, arguments, message):
 
 
 @pytest.mark.parametrize("at", [1, 32, 33, 79])
-@pytest.mark.parametrize(("had", "asked"), [(5, 3), (3, 5), (0, 3), (3, 0)])
+@pytest.mark.parametrize(
+    ("had", "asked"), [(5, 3), *(pytest.param(*counts, marks=pytest.mark.slow) for counts in ((3, 5), (0, 3), (3, 0)))]
+)
 def test_branch_keeps_the_metrics_before_its_character(model, at, had, asked):
     """The context is 32 characters: beyond it, a prompt is measured in windows, but a sample by one character."""
     (sample,) = model.generate("ab", 78, alternatives=had)
@@ -304,6 +308,7 @@ def test_invalid_arguments_are_rejected_with_one_sentence(model, arguments, mess
         model.generate(**arguments)
 
 
+@pytest.mark.slow
 def test_numpy_numbers_are_arguments_like_pythons(model):
     plain = model.generate(["ab"], 5, temperature=0.5, top_k=3, top_p=0.5, seed=1)
     numbers = {"temperature": np.float32(0.5), "top_k": np.int32(3), "top_p": np.float64(0.5), "seed": np.int64(1)}
@@ -311,6 +316,7 @@ def test_numpy_numbers_are_arguments_like_pythons(model):
     assert model.score("abab" * 20, stride=np.int64(4)).loss == model.score("abab" * 20, stride=4).loss
 
 
+@pytest.mark.slow
 def test_numbers_of_prompts_share_a_compilation(model):
     prompts = ["a", "b", "cd", "e", "ab", "ce", "d", "be"]
     eight = model.generate(prompts, 6, seed=3)
@@ -414,6 +420,7 @@ def test_run_warns_of_changed_prompts_before_training_and_once(workdir):
     assert [sample["prompt"] for sample in saved["samples"]] == ["ab cd"]
 
 
+@pytest.mark.slow
 def test_unused_ids_are_replacement_characters(model):
     config = copy.deepcopy(model.config)
     config.model.mask_unused_ids = False
@@ -682,6 +689,7 @@ def test_branch_of_a_branch_continues_it(capsys, workdir):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [["ab"], ["ab", "c", "jk"]])
 def test_each_sample_is_followed_by_its_loss(capsys, workdir, prompts):
     flags = ("--mode=generate", *(f"--prompt={prompt}" for prompt in prompts), "--max_new_tokens=9")
@@ -900,6 +908,7 @@ def test_second_run_only_writes_samples_and_report(capsys, workdir):
     assert "report:" in out
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_gives_exit_code_4(capsys, workdir, tmp_path):
     path = workdir.parent / "config.py"
     flags = ("--mode=train", f"--config={path}", "--config.optimizer.learning_rate=1e30")

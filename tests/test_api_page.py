@@ -12,6 +12,7 @@ import chargpt_jax
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("pdoc") is None, reason="needs pdoc")
 def test_page_has_every_public_name_and_builds_without_a_warning(tmp_path):
     command = [sys.executable, str(ROOT / "docs" / "build_api.py"), str(tmp_path)]

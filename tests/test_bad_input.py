@@ -78,6 +78,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_relative_workdir_stays_where_it_was_whatever_folder_the_reader_of_events_goes_to(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert {"config.json", "corpus", "checkpoints", "metrics.jsonl", "samples", "report.html", "loss.svg"} <= names
@@ -158,6 +159,7 @@ def test_a_step_of_a_newer_format_is_refused(asked: Asked, monkeypatch: pytest.M
     assert "newer" in messages[0]
 
 
+@pytest.mark.slow
 def test_of_a_prompt_longer_than_the_context_the_end_is_read(model: chargpt_jax.Model) -> None:
     prompt = "ab cde fghi jk " * 3
     (whole,), (end,) = (model.generate(p, 5, temperature=0) for p in (prompt, prompt[-32:]))
@@ -174,6 +176,7 @@ def test_a_text_beyond_what_is_read_in_one_go_is_refused(model: chargpt_jax.Mode
         model.generate([])
 
 
+@pytest.mark.slow
 def test_samplers_at_the_edge_of_what_float32_holds_still_write_characters(model: chargpt_jax.Model) -> None:
     greedy = model.generate("ab", 10, temperature=0)[0].text
     assert model.generate("ab", 10, temperature=1e-300)[0].text == greedy

@@ -35,6 +35,7 @@ def test_trainings_differ_in_nothing_but_kind_optimizer_rate_and_width():
     assert differing == {"kind", "n_ff"}
 
 
+@pytest.mark.slow
 def test_slower_kind_is_trained_again_with_fewer_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kinds, "CHOSEN", {("gpt", "muon"): 4e-3, ("ngpt", "muon"): 4e-3})
     monkeypatch.setattr(kinds, "slowness", lambda rows, kind, optimizer: 2.0 if kind == "ngpt" else 1.0)

@@ -49,6 +49,7 @@ def test_byte_run_leaves_the_test_set_out(run):
     assert found["bits_per_byte"] == found["bits_per_character"]
 
 
+@pytest.mark.slow
 def test_test_set_is_evaluated_if_asked_for(run, capsys):
     n = int(0.05 * 200 * len(CONTENT))
     found = chargpt_jax.evaluate(run, split="test")

@@ -32,6 +32,7 @@ def chains(tmp_path_factory):
     return measured(tmp_path_factory.mktemp("calls"))
 
 
+@pytest.mark.slow
 def test_main_to_train_step_takes_at_most_6_calls(chains):
     training, _ = chains
     assert (training[0], training[-1]) == ("main.main", "training.step.train_step")
@@ -48,6 +49,7 @@ def test_chain_counts_own_functions_from_main_on():
     assert chain(sys._getframe()) == []
 
 
+@pytest.mark.slow
 def test_resumed_run_opens_each_file_once(tmp_path):
     fields = {f"model.{name}": size for name, size in SIZES.items()} | {
         **{"data.source": write_words(tmp_path / "words.txt"), "data.batch_size": 2, "scheduler.max_steps": 2},

@@ -28,6 +28,7 @@ def create_shapes(model):
     return abstract_model(model, ops_for(jnp.bfloat16, model.attention_block, platform="tpu"))
 
 
+@pytest.mark.slow
 def test_page_has_the_tables_of_the_cost_model():
     """To renew the page: python -m benchmarks.cost_model --write"""
     assert cost_model.renewed(PAGE) == PAGE

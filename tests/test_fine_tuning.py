@@ -106,6 +106,7 @@ def test_learning_rate_is_a_fraction_of_the_parents(parent, tmp_path):
     assert any(f"{RATE:g} times that of" in text for text in told)
 
 
+@pytest.mark.slow
 def test_range_test_starts_from_a_parent_without_a_learning_rate(parent, tmp_path, monkeypatch):
     model = chargpt_jax.load(parent / "run")
     model.config.optimizer.learning_rate = None
@@ -120,6 +121,7 @@ def test_range_test_starts_from_a_parent_without_a_learning_rate(parent, tmp_pat
     assert next(event for event in events if isinstance(event, TrainStarted)).first_step == 0
 
 
+@pytest.mark.slow
 def test_resumed_fine_tuning_is_bit_identical(parent, tmp_path):
     config = config_for(parent)
     config.optimizer.learning_rate = 1e-3

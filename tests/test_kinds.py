@@ -24,7 +24,7 @@ def config_for(path, kind, steps=30):
     return config
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=[pytest.param("ngpt", marks=pytest.mark.slow), "modern"])
 def kind(request):
     return request.param
 

@@ -54,6 +54,7 @@ def run_of(entered, seed=0):
     return entered / "runs" / f"mine-words-{seed}" / "run"
 
 
+@pytest.mark.slow
 def test_held_out_tenth_is_scored_whole(entered, entries):
     tokens = Workdir(run_of(entered)).load_tokens()
     text = entries[0]["text"]
@@ -62,6 +63,7 @@ def test_held_out_tenth_is_scored_whole(entered, entries):
     assert api.evaluate(run_of(entered), "latest")["tokens"] == text["held_out"]
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_model_in_each_window(entered, entries):
     model, tokens = api.load(run_of(entered), "latest"), Workdir(run_of(entered)).load_tokens().astype(np.int32)
     predict = jax.jit(lambda p, t: jax.nn.log_softmax(nnx.merge(model.graphdef, p)(t)))
@@ -101,6 +103,7 @@ def test_finished_entries_are_not_trained_again(entered, command, entries, capsy
     assert capsys.readouterr().out == table
 
 
+@pytest.mark.slow
 def test_interrupted_training_is_continued_and_its_time_counts(entered, entries, tmp_path):
     attempt = Attempt(str(entered / "mine.py"), str(entered / "words.txt"), 0)
     config = leaderboard.config_of(attempt.command)
@@ -148,6 +151,7 @@ def test_file_that_is_no_entry_is_named(tmp_path):
         leaderboard.main(["--table", f"--out={tmp_path}"])
 
 
+@pytest.mark.slow
 def test_failing_training_is_reported_and_leaves_no_entry(entered, tmp_path):
     wrong = [f"--config={entered / 'mine.py'}", f"--source={tmp_path / 'missing.txt'}", "--seeds=0"]
     with pytest.raises(UserError, match="ended with exit code 2: see above"):

@@ -137,6 +137,7 @@ BFLOAT16 = {  # bounds; measured: a CPU now, a CPU when all was bfloat16 (PyTorc
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantity", BFLOAT16)
 def test_bfloat16_stays_within_the_measured_bound(quantity):
     assert 1e-6 < distance(quantity, "bfloat16") <= BFLOAT16[quantity]
@@ -145,7 +146,9 @@ def test_bfloat16_stays_within_the_measured_bound(quantity):
 # Generation
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("float64", 1e-9), ("float32", 1e-5)])
+@pytest.mark.parametrize(
+    ("precision", "bound"), [("float64", 1e-9), pytest.param("float32", 1e-5, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", ["surprisal", "entropy", "S2"])
 def test_generation_metrics_equal_the_originals(name, precision, bound):
     """PyTorch computes the metrics of the generated tokens, one window per token; padding is an ordinary token."""
@@ -280,6 +283,7 @@ def test_where_no_rate_helps_both_find_nothing():
         list(search.search(fidelity.one_by_one(lambda *_: 1.0), LRFinderConfig()))
 
 
+@pytest.mark.slow
 def test_the_range_test_of_the_model_is_the_ancestors():
     """With a new AdamW per zoom, in float64: the same points, and the same learning rate."""
     found, expected = fidelity.model_zooms()

@@ -88,6 +88,7 @@ def test_both_sides_pad_by_the_same_rule_on_a_copy():
 # PyTorch's dropout
 
 
+@pytest.mark.slow
 def test_dropout_changes_logits_as_much_on_both_sides():
     """From the same parameters, the mean and the standard deviation over 2,000 masks, at each of 24 elements."""
     tokens = np.broadcast_to(fidelity.batch(0)[0][1], (2000, 24))
@@ -125,6 +126,7 @@ def run(tmp_path_factory):
     return config, chargpt_jax.corpus_text(folder / "run"), folder / "run", events
 
 
+@pytest.mark.slow
 def test_both_sides_compute_the_same_validation_loss(run):
     config, text, workdir, _ = run
     model, tokens = seed_statistics.torch_model(config, text)

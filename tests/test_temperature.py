@@ -67,6 +67,7 @@ def subject(tmp_path_factory):
     return Subject(model, model, training, held_out, sets=2, texts=4)
 
 
+@pytest.mark.slow
 def test_prompts_are_the_starts_of_held_out_passages(subject):
     assert len(set(subject.passages)) == len(subject.prompts) == 4
     for prompt, passage in zip(subject.prompts, subject.passages, strict=True):
@@ -78,6 +79,7 @@ def test_prompts_are_the_starts_of_held_out_passages(subject):
     np.testing.assert_allclose(surprisal(subject.model, subject.passages), scored, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sets_continue_the_same_prompts(subject):
     sets, means = subject.generate("min_p=0.1")
     assert [len(texts) for texts in sets] == [4, 4]
@@ -87,6 +89,7 @@ def test_sets_continue_the_same_prompts(subject):
         assert surprisal(subject.model, both).mean() == pytest.approx(mean, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_likelihood_of_a_temperature_is_that_of_scaled_logits(subject):
     """A temperature of 0.5 squares the probabilities; a sampler with a state follows the held-out text."""
     plain, colder = (subject.likelihood(f"temperature={t}")["held_out"] for t in (1, 0.5))
@@ -98,6 +101,7 @@ def test_likelihood_of_a_temperature_is_that_of_scaled_logits(subject):
     assert subject.likelihood("budget")["held_out"] != pytest.approx(plain, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_likelihood_of_mirostat_survives_excluded_characters(subject):
     """With a learning rate of 0, μ stays at 2 tau: the sampler is a filter without a state."""
     moving, still = (subject.likelihood(f"mirostat=0.5:eta={eta}") for eta in (1e-6, 0))
@@ -105,6 +109,7 @@ def test_likelihood_of_mirostat_survives_excluded_characters(subject):
     assert moving["excluded"] == pytest.approx(still["excluded"], abs=0.5)
 
 
+@pytest.mark.slow
 def test_a_cell_has_texts_of_the_wanted_surprisal(subject):
     kind, known = temperature.SAMPLERS["temperature"], dict[float, float]()
     target = 0.7 * subject.generate("temperature=1")[1].mean()

@@ -13,6 +13,7 @@ from chargpt_jax.training.dispatch.pacing import MAX_DISPATCH_STEPS
 from tests.compile.test_least_bytes import small
 
 
+@pytest.mark.slow
 def test_compiled_program_holds_its_arguments(training):
     state = sum(training.least_bytes[name] for name in ("parameters", "optimizer state")) // 2
     config = small(n_layer=1)
@@ -63,6 +64,7 @@ def test_a_tpu_needs_the_smaller_of_total_and_peak(training):
         assert dataclasses.replace(training, compiler_decides=decides, peak=peak).needed == needed
 
 
+@pytest.mark.slow
 def test_other_errors_of_the_compiler_are_raised(cpu, monkeypatch):
     config = small(n_layer=1)
     program = next(programs(config, jax.devices()[:1]))

@@ -27,6 +27,7 @@ def saved(config: Config, dtype=jnp.bfloat16) -> int:
     return least_bytes.saved_activations(graphdef, params, config.data.batch_size, m.block_size, m.n_layer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_saved_activations_are_proportional_to_batch_and_layers(remat):
     config = small(remat=remat)
@@ -49,6 +50,7 @@ def test_recomputation_saves_fewer_activations():
     assert saved(small(remat=True)) < saved(small(remat=False))
 
 
+@pytest.mark.slow
 def test_lower_precision_saves_fewer_bytes():
     assert saved(small(), jnp.bfloat16) < saved(small(), jnp.float32)
 
@@ -71,6 +73,7 @@ def test_training_reads_and_writes_parameters_and_optimizer_state():
     assert training.least_bytes["batch"] == 2 * 4 * 4 * 32
 
 
+@pytest.mark.slow
 def test_decoding_reads_more_of_the_cache_the_more_it_generates():
     def cache(max_new_tokens: int) -> int:
         config = small(block_size=64)

@@ -51,6 +51,7 @@ def test_report_has_one_block_per_program_and_the_result(cpu, on_cpu, training):
     assert f"{largest['next_batch_size']} does not fit (both were compiled)" in lines[-1]
 
 
+@pytest.mark.slow
 def test_search_is_left_out_if_asked(on_cpu):
     lines, results = [], []
     mode.compile_config(small(n_layer=1), "cpu", False, lines.append, results.append)
@@ -58,6 +59,7 @@ def test_search_is_left_out_if_asked(on_cpu):
     assert not [line for line in lines if "largest" in line]
 
 
+@pytest.mark.slow
 def test_training_that_does_not_fit_is_an_error_with_the_largest_batch(cpu, on_cpu, training):
     on_cpu["topology"] = cpu(training.total - 1)
     results = []
@@ -79,6 +81,7 @@ def test_model_that_no_batch_size_makes_fit_is_an_error(cpu, on_cpu, training):
     assert lines[-1] == "largest batch that fits: none; data.batch_size=1 does not fit"
 
 
+@pytest.mark.slow
 def test_unknown_figures_leave_out_bound_and_search(cpu, on_cpu):
     on_cpu["topology"] = cpu(accelerator=None)
     lines = []
@@ -86,6 +89,7 @@ def test_unknown_figures_leave_out_bound_and_search(cpu, on_cpu):
     assert not [line for line in lines if "roofline" in line or "largest" in line]
 
 
+@pytest.mark.slow
 def test_json_prints_one_object_and_the_report_to_stderr(on_cpu, capsys):
     sizes = [f"--config.model.{name}=16" for name in ("n_embd", "n_ff", "block_size", "attention_block")]
     line = ["chargpt", "--config=tiny", "--mode=compile", "--largest_batch=false", "--json", *sizes]

@@ -77,6 +77,7 @@ def test_programs_have_the_shapes_of_a_real_run(tmp_path):
     assert shapes(validation.args[0]) == shapes(setup.initial_state(tx).params)
 
 
+@pytest.mark.slow
 def test_programs_contain_the_configs_chain_of_samplers():
     config = small_config(Path("none.txt"))
     config.sample.sampler, config.sample.max_new_tokens = "min_p=0.1,budget=3,word_start", 100

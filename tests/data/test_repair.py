@@ -135,7 +135,16 @@ def in_pieces(lines: list[str], names: tuple[str, ...]) -> Repaired:
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.lists(PARTS, max_size=6), min_size=1, max_size=6), st.data())
-@pytest.mark.parametrize("names", [ALL, DEFAULT, (), ("quotes", "nfc"), ("entities", "mojibake")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ALL,
+        *(
+            pytest.param(some, marks=pytest.mark.slow)
+            for some in (DEFAULT, (), ("quotes", "nfc"), ("entities", "mojibake"))
+        ),
+    ],
+)
 def test_repair_in_pieces_equals_the_whole(names, lines, data):
     text = "\n".join("".join(line) for line in lines)
     complete = re.findall(r"[^\n]*\n|[^\n]+", text)

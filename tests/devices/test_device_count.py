@@ -37,6 +37,7 @@ def test_a_valid_number_of_cpu_devices_is_accepted(monkeypatch, variable, prefix
     startup.check_environment()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "value"),
     [("JAX_NUM_CPU_DEVICES", "abc"), ("JAX_PLATFORMS", "abc"), ("JAX_ENABLE_X64", "2"), ("JAX_LOG_COMPILES", "maybe")],
@@ -64,6 +65,7 @@ print(found["devices"], found["trained_on"], sep=", ")
 """
 
 
+@pytest.mark.slow
 def test_info_and_training_report_the_same_devices(tmp_path):
     """A batch of 12 in two accumulation parts of 6: three of five devices."""
     config = small_config(write_words(tmp_path / "text.txt"))

@@ -145,11 +145,13 @@ def counted(first: str = "pass", **environment: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_cpu_counts_as_one_device_a_core_up_to_a_limit():
     assert counted() == 4
     assert counted("startup.MAX_CORES = 3") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chosen",
     [{"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, {"JAX_NUM_CPU_DEVICES": "2"}],
@@ -182,6 +184,7 @@ def test_a_training_takes_every_core_also_where_it_goes_on(tmp_path):
         assert done.stdout == f"{first_step} 4 x cpu\n", done.stderr
 
 
+@pytest.mark.slow
 def test_devices_that_have_started_are_left_alone():
     assert counted("jax.devices()") == 1
 

@@ -66,7 +66,11 @@ def uncached(row, count, number, temperature=1.0):
     return row, surprisal, entropy
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["in turn", "text after text"])
+ONE_BY_ONE = pytest.param(True, id="text after text", marks=pytest.mark.slow)
+"""Its programs take the longest to compile."""
+
+
+@pytest.fixture(scope="module", params=[pytest.param(False, id="in turn"), ONE_BY_ONE])
 def order(request):
     """Use batched decoding, or generate one sequence at a time."""
     with pytest.MonkeyPatch.context() as patch:
@@ -148,6 +152,7 @@ def test_sequential_generation_equals_batched_generation(rows, shape, monkeypatc
     np.testing.assert_allclose(results[0].surprisal, results[1].surprisal, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sequential_generation_does_not_copy_the_cache(monkeypatch):
     monkeypatch.setattr("chargpt_jax.ops.cpu_decode.generates_one_by_one", lambda *_: True)
     jax.clear_caches()
@@ -163,6 +168,7 @@ def test_sequential_generation_does_not_copy_the_cache(monkeypatch):
     assert memory.alias_size_in_bytes >= 2 * p.cache.keys.nbytes
 
 
+@pytest.mark.slow
 def test_text_does_not_depend_on_the_noise_buffer(monkeypatch):
     texts = []
     for most in (2**20, 3 * 2 * CONFIG.vocab_size):
@@ -188,6 +194,7 @@ def test_prompt_metrics_equal_the_full_model():
         np.testing.assert_allclose(p.entropy[i, : len(row)], entropy, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_a_bucket_of_lengths():
     kinds = (StackedKVCache, CpuKVCache, BlockedKVCache)
 
@@ -264,7 +271,7 @@ def test_scores_beyond_the_context_at_stride_1_equal_generation(length):
     np.testing.assert_allclose(rough[0][1:25], exact[0][1:25], atol=1e-4)
 
 
-@pytest.mark.parametrize("stride", [1, 7, 12, 24])
+@pytest.mark.parametrize("stride", [1, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (12, 24))])
 def test_a_text_in_pieces_has_the_scores_of_the_text_at_once(stride):
     (row,) = prompts(700)
     how = {"graphdef": GRAPHDEF, "block_size": 24, "stride": stride}

@@ -76,10 +76,10 @@ def test_the_first_token_of_a_sequence_has_no_predictions() -> None:
 @pytest.mark.parametrize(
     ("sampler", "text_after_text"),
     [
-        pytest.param(SAMPLERS[0], False, marks=pytest.mark.slow),
+        (SAMPLERS[0], False),
         pytest.param(SAMPLERS[0], True, marks=pytest.mark.slow),
         pytest.param(SAMPLERS[2], False, marks=pytest.mark.slow),
-        (SAMPLERS[4], True),
+        pytest.param(SAMPLERS[4], True, marks=pytest.mark.slow),
     ],
 )
 def test_generation_keeps_its_text_and_gives_the_predictions_of_scoring(

@@ -182,6 +182,7 @@ def test_imported_run_generates_and_scores(imported):
     np.testing.assert_allclose(scored.surprisal[1:], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_imported_run_is_evaluated_and_trained(tmp_path, imported):
     shutil.copytree(imported, tmp_path / "run")
     before = api.evaluate(tmp_path / "run")

@@ -100,6 +100,7 @@ def test_transformers_gives_the_same_logits(pair):
     np.testing.assert_allclose(found[..., used], expected[..., used], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_transformers_generates_the_same_greedy_text(pair):
     ours, theirs, tokenizer = pair
     encoded = tokenizer("abc\n", return_tensors="pt")

@@ -83,6 +83,7 @@ def test_tied_row_has_a_constant_logit_if_there_is_one(name):
     np.testing.assert_allclose((n * scale + bias) @ row, TIED_LOGIT, rtol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",  # a model with a tied head and one without; the laws of the others are above
     [pytest.param(name, marks=() if name in TWO else pytest.mark.slow) for name in norms()],

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import shutil
 import sys
 
 import jax
@@ -152,7 +153,8 @@ def test_a_run_starts_with_the_bits_of_the_ordinary_training(whole, text):
         assert same_bits(on_host(jax.tree.map(lambda x, i=index: x[i], state.runs)), expected)
 
 
-@pytest.mark.parametrize("at_once", [1, 6])
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_losses_do_not_depend_on_the_runs_trained_at_once(whole, text, tmp_path, monkeypatch, at_once):
     monkeypatch.setattr(choose, "TOKENS_AT_ONCE", at_once * TOKENS)
     events = list(api.sweep(sweep_config(text), tmp_path, quiet))
@@ -169,7 +171,7 @@ def test_results_and_picture_are_written(whole):
     assert "95 % interval over 3 seeds" in (workdir / "sweep.svg").read_text()
 
 
-@pytest.mark.parametrize("stop_after", [6, 9])
+@pytest.mark.parametrize("stop_after", [9, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_stopped_sweep_resumes_bit_identically(whole, text, tmp_path, stop_after):
     calls = itertools.count()
     for _ in range(20):
@@ -183,6 +185,7 @@ def test_a_stopped_sweep_resumes_bit_identically(whole, text, tmp_path, stop_aft
     assert logged(tmp_path) == logged(whole[0])
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_after_its_log_line_resumes_bit_identically(whole, text, tmp_path):
     with contextlib.closing(api.sweep(sweep_config(text), tmp_path, quiet)) as events:
         for event in events:
@@ -195,7 +198,7 @@ def test_a_sweep_killed_after_its_log_line_resumes_bit_identically(whole, text, 
 
 
 def test_a_damaged_checkpoint_is_skipped(whole, text, tmp_path):
-    list(api.sweep(sweep_config(text), tmp_path, quiet))
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     record = tmp_path / "sweep" / "checkpoints" / "20" / "record.json"
     record.write_bytes(record.read_bytes().replace(b"config", b"conf1g", 1))
     warnings = []
@@ -221,6 +224,7 @@ def test_a_diverged_run_leaves_the_others_alone(whole, text, tmp_path):
         api.extract(tmp_path, tmp_path / "out", 0, 1e30)
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_if_all_runs_diverge(text, tmp_path):
     with pytest.raises(NonFiniteLoss, match="All 2 runs of the sweep have diverged"):
         list(api.sweep(sweep_config(text, sweep__learning_rates=(1e30,), sweep__seeds=2), tmp_path, quiet))
@@ -251,6 +255,7 @@ def test_an_extracted_run_is_an_ordinary_run(whole, ordinary, tmp_path, text):
     assert [(line["event"], line["step"]) for line in lines] == [(x["event"], x["step"]) for x in expected_lines]
 
 
+@pytest.mark.slow
 def test_an_extracted_run_can_be_trained_further(whole, tmp_path, text):
     folder = api.extract(whole[0], tmp_path / "run", seed=1, learning_rate=RATES[1], step="latest")
     config = Workdir(folder).load_config()
@@ -293,6 +298,7 @@ def test_runs_are_spread_evenly(count, devices, used, places):
     assert set(found[count:]) <= {count - 1}
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_losses_of_one(whole, text, tmp_path):
     found, _ = run_on_eight(__file__, tmp_path, CHARGPT_TEXT=str(text))
     assert found["devices"] == 6

@@ -137,6 +137,7 @@ def test_unused_ids_have_no_probability(made, tokens):
     assert np.all(np.asarray(free) > MASKED / 2)
 
 
+@pytest.mark.slow
 def test_remat_and_block_size_of_attention_change_nothing(tokens):
     config = dataclasses.replace(CONFIG, dropout=0.2)
     _, params = built(config, 0)
@@ -207,7 +208,7 @@ def test_batch_size_1_decodes_like_a_batch(kind, dtype, exact, platform, tokens)
                 np.testing.assert_allclose(alone, whole[own, t], rtol=exact, atol=exact)
 
 
-@pytest.mark.parametrize("n_layer", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_layer", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_prediction_at_one_position_equals_the_full_call(n_layer, tokens):
     config = dataclasses.replace(CONFIG, n_layer=n_layer)
     graphdef, params = built(config, 0)
@@ -245,6 +246,7 @@ def test_bfloat16_logits_are_float32_and_near():
     np.testing.assert_allclose(rough, exact, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.__version_info__ < BFLOAT16_ON_CPU, reason="this JAX cannot multiply bfloat16 on a CPU")
 def test_bias_gradients_are_summed_in_float32():
     """A bfloat16 sum over 4,096 positions stops growing: the gradient of the qkv bias would be wrong by 25 %."""
@@ -270,8 +272,8 @@ INTERPRETED = pytest.param("cpu", "kernel", marks=pytest.mark.slow)
 @pytest.mark.parametrize(
     ("platform", "attention"), [("cpu", "blocks"), ("tpu", "blocks"), ("cuda", "blocks"), INTERPRETED]
 )
-@pytest.mark.parametrize("length", [1, pytest.param(7, marks=pytest.mark.slow), 24])
-@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize("length", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 7)), 24])
+@pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_fast_operations_give_the_plain_loss_and_gradients(platform, attention, length, rate):
     """Within 1e-6 of the largest value; the plain model is built with `Ops()`, the mathematics of ops/plain.py."""
     config = dataclasses.replace(CONFIG, dropout=rate)
@@ -295,7 +297,7 @@ def test_fast_operations_give_the_plain_loss_and_gradients(platform, attention, 
 
 @pytest.mark.skipif(jax.__version_info__ < BFLOAT16_ON_CPU, reason="this JAX cannot multiply bfloat16 on a CPU")
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
-@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_fast_bfloat16_operations_are_near_the_plain_ones(platform, rate, tokens):
     """Within 2 % of the largest logit of the plain model with the same dtypes."""
     config = dataclasses.replace(CONFIG, dropout=rate, mask_unused_ids=False)

@@ -104,7 +104,7 @@ def test_later_layers_read_the_first_values(made, tokens):
     assert np.all(np.abs(gradient["blocks"]["mixture"]) > 1e-6)
 
 
-@pytest.mark.parametrize("optimizer", [{}, {"kind": "muon"}])
+@pytest.mark.parametrize("optimizer", [pytest.param({}, marks=pytest.mark.slow), {"kind": "muon"}])
 def test_training_moves_every_array_and_learns(tokens, optimizer):
     graphdef, params = built(CONFIG, 0)
     tx = make_optimizer(Config(model=CONFIG, optimizer=OptimizerConfig(**optimizer)), 3e-3)

@@ -118,7 +118,10 @@ def test_initial_parameters_do_not_depend_on_how_they_are_compiled(made):
     assert np.all(params["blocks"]["attn_step"]["scale"] == other["blocks"]["attn_step"]["scale"])
 
 
-@pytest.mark.parametrize("optimizer", [{"kind": "muon"}, {"clip_norm": 0.1, "weight_decay": 0.5}])
+ADAMW = pytest.param({"clip_norm": 0.1, "weight_decay": 0.5}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("optimizer", [{"kind": "muon"}, ADAMW])
 def test_training_keeps_the_norms_and_learns(made, tokens, optimizer):
     graphdef, params = made
     tx = make_optimizer(Config(model=CONFIG, optimizer=OptimizerConfig(**optimizer)), 3e-3)
@@ -132,6 +135,7 @@ def test_training_keeps_the_norms_and_learns(made, tokens, optimizer):
     assert losses[-1] < losses[0] - 0.3
 
 
+@pytest.mark.slow
 def test_an_update_is_that_of_the_optimizer_and_then_normalised(made):
     _, params = made
     gradients = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)

@@ -44,13 +44,13 @@ def test_explicit_sums_equal_the_products(capacity, dtype):
         rng = np.random.default_rng(0)
         q, *cache = (jnp.asarray(rng.normal(size=shape), dtype) for shape in [(3, 2, 6), *[(4, 3, 2, 6, capacity)] * 2])
         position = jnp.array([0, capacity // 2, capacity - 1])
-        on_cpu, on_tpu = (ATTENTION[platform](q, *cache, 2, position) for platform in ("cpu", "tpu"))
+        on_cpu, on_tpu = (jax.jit(ATTENTION[platform])(q, *cache, 2, position) for platform in ("cpu", "tpu"))
     assert on_cpu.dtype == on_tpu.dtype == dtype
     exact = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2, jnp.float64: 1e-13}[dtype]
     np.testing.assert_allclose(on_cpu.astype(float), on_tpu.astype(float), rtol=exact, atol=exact / 10)
 
 
-@pytest.mark.parametrize("capacity", [100, 1024])
+@pytest.mark.parametrize("capacity", [100, pytest.param(1024, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("width", [6, 33])
 def test_sequence_result_does_not_depend_on_the_batch_size(width, capacity):
     rng = np.random.default_rng(0)
@@ -81,7 +81,7 @@ def around(middle, rows=2):
 def test_scores_may_be_of_any_size(middle, platform):
     q, k, v = around(middle)
     position = jnp.array([255, 20])
-    found = ATTENTION[platform](q, k, v, 0, position)
+    found = jax.jit(ATTENTION[platform])(q, k, v, 0, position)
     scores = np.einsum("bhd,bhds->bhs", *(np.asarray(x, np.float64) for x in (q, k[0]))) * 8**-0.5
     scores[np.broadcast_to(np.arange(256) > np.asarray(position)[:, None, None], scores.shape)] = -np.inf
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -107,12 +107,13 @@ def test_cache_is_filled_by_position_and_read_up_to_it():
     keys, values = (jnp.asarray(rng.normal(size=(2, 3, 2, 4, 20)), jnp.float32) for _ in range(2))
     kept = CpuKVCache.of(keys[..., :7], values[..., :7]).enlarged(20)
     q = jnp.asarray(rng.normal(size=(3, 2, 4)), jnp.float32)
+    append, attend = jax.jit(CpuKVCache.append), jax.jit(CpuKVCache.attend)
     for t in range(7, 20):
         at = jnp.full(3, t)
         for layer in range(2):
-            kept = kept.append(keys[layer, ..., t], values[layer, ..., t], layer, at)
-        found = kept.attend(q, 1, at)
-        np.testing.assert_allclose(found, ATTENTION["cpu"](q, keys, values, 1, at), rtol=1e-6)
+            kept = append(kept, keys[layer, ..., t], values[layer, ..., t], layer, at)
+        expected = jax.jit(ATTENTION["cpu"])(q, keys, values, 1, at)
+        np.testing.assert_allclose(attend(kept, q, 1, at), expected, rtol=1e-6)
     np.testing.assert_array_equal(kept.keys, keys)
     np.testing.assert_array_equal(kept.values, values)
 
@@ -127,6 +128,7 @@ def test_append_writes_one_position_only():
         np.testing.assert_array_equal(write_position(cache, new, 1, position), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_cache_is_read_in_the_requested_dtype(platform):
     rng = np.random.default_rng(0)
@@ -141,6 +143,7 @@ def test_cache_is_read_in_the_requested_dtype(platform):
     assert np.abs(narrow[1] - expected[1]).max() > 1e-3  # no more than 64 places were read
 
 
+@pytest.mark.slow
 def test_cpu_does_not_copy_keys_or_values():
     B, H, D, S = 3, 2, 16, 512
     with jax.default_device(jax.devices("cpu")[0]):  # every machine has one, also with an accelerator

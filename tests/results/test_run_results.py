@@ -85,6 +85,7 @@ def test_samples_along_the_training_are_those_of_their_checkpoint(made):
     assert fresh.to_dict() == saved.to_dict()
 
 
+@pytest.mark.slow
 def test_samples_along_the_training_use_the_chain_of_samplers(tmp_path):
     chain = "temperature=0.9,budget=3"
     list(chargpt_jax.run(config_of(tmp_path, sampler=chain), tmp_path / "run", lambda text: None))
@@ -95,6 +96,7 @@ def test_samples_along_the_training_use_the_chain_of_samplers(tmp_path):
     assert last.text == chargpt_jax.load(tmp_path / "run", 60).generate(last.prompt, 20, sampler=chain)[0].text
 
 
+@pytest.mark.slow
 def test_samples_along_the_training_end_at_the_stop_strings(tmp_path):
     warnings: list[str] = []
     config = config_of(tmp_path, temperature=0.0, stop=("h", "a☃", " "), max_new_tokens=200)

@@ -187,6 +187,7 @@ def test_signal_saves_and_the_run_resumes_there(whole, text, tmp_path):
     assert logged(tmp_path) == logged(whole[0])
 
 
+@pytest.mark.slow
 def test_seconds_continue_after_resuming(text, tmp_path):
     config = small_config(text)
     config.train.steps_per_dispatch, config.train.log_every = 1, 1
@@ -412,6 +413,7 @@ def test_the_model_learns_the_text_down_to_its_entropy(text, tmp_path):
     assert FLOOR * 0.97 < ended.best_loss < FLOOR * 1.12
 
 
+@pytest.mark.slow
 def test_settings_of_the_original_can_be_enabled(text, tmp_path):
     """Short epochs, warm-up without cosine decay, unmasked unused ids, and validation on random crops."""
     config = small_config(text)
@@ -467,12 +469,17 @@ def range_test_config(source: Path, seed: int, **settings: float | str) -> Confi
 
 
 NO_DESCENT = [
-    *((seed, {"num_zooms": 1, "steps_per_zoom": 2, "method": "balanced"}) for seed in range(3)),
+    (0, {"num_zooms": 1, "steps_per_zoom": 2, "method": "balanced"}),
     (0, {"end_lr": 1e-8}),
-    (0, {"start_lr": 1.0, "num_zooms": 2}),
+    *(
+        pytest.param(seed, {"num_zooms": 1, "steps_per_zoom": 2, "method": "balanced"}, marks=pytest.mark.slow)
+        for seed in (1, 2)
+    ),
+    pytest.param(0, {"start_lr": 1.0, "num_zooms": 2}, marks=pytest.mark.slow),
 ]
 
 
+@pytest.mark.slow
 def test_range_test_of_small_batches_takes_no_noise_for_a_descent(text, tmp_path):
     config = range_test_config(text, 0, start_lr=1e-30, end_lr=1e-25)
     config.model.block_size, config.data.batch_size = 8, 2
@@ -510,6 +517,7 @@ def test_range_test_of_several_seeds_is_that_of_each_seed(text, tmp_path):
     assert 'class="cg-band"' in range_test_plot(both)
 
 
+@pytest.mark.slow
 def test_lowest_loss_at_the_end_of_the_range_is_reported(text, tmp_path):
     said: list[str] = []
     (*_, result) = stages.find_lr(range_test_config(text, 0, end_lr=0.1, method="balanced"), tmp_path, said.append)

@@ -132,6 +132,7 @@ def test_a_run_has_the_bits_of_a_run_of_so_many_steps(time, text, tmp_path, case
     assert [line["loss"] for line in timed] == pytest.approx([line["loss"] for line in steps], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_slower_machine_gets_a_new_fit_which_is_that_of_a_resumed_run(time, text, tmp_path):
     time.slow = 5.0, 2.0
     config = config_of(text, MINUTES)
@@ -177,6 +178,7 @@ def test_a_killed_run_makes_its_steps_and_fits_again(time, text, tmp_path):
     assert time.now - began < 60 * MINUTES
 
 
+@pytest.mark.slow
 def test_a_kill_at_an_even_speed_changes_no_bit(time, text, tmp_path):
     config = config_of(text, MINUTES)
     trained(config, tmp_path / "whole")
@@ -187,6 +189,7 @@ def test_a_kill_at_an_even_speed_changes_no_bit(time, text, tmp_path):
     assert same_bits(final(tmp_path / "whole"), final(tmp_path / "killed"))
 
 
+@pytest.mark.slow
 def test_minutes_may_be_raised_after_the_end_but_not_lowered(time, text, tmp_path):
     first = trained(config_of(text, MINUTES), tmp_path)
     assert fitted(trained(config_of(text, MINUTES), tmp_path))[:1] == []

@@ -62,7 +62,7 @@ def test_corpus_does_not_depend_on_the_size_of_pieces(tmp_path, parts, repair):
         assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("repair", ["auto", "all", "none"])
+@pytest.mark.parametrize("repair", ["auto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("all", "none"))])
 def test_corpus_of_a_large_text_needs_memory_for_some_pieces(tmp_path, monkeypatch, repair):
     path = tmp_path / "a.txt"
     path.write_text("It was “day” one, and nothing had happened.\n" * 150_000)

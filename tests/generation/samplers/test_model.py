@@ -19,6 +19,7 @@ MODEL = random_model("even")
 CHAIN = "min_p=0.01,budget=4:low=0.5,mirostat=3"
 
 
+@pytest.mark.slow
 def test_several_samples_are_those_of_a_repeated_prompt():
     prompts = ["ab", "cde"]
     several = MODEL.generate(prompts, 20, n=3, sampler=CHAIN)
@@ -27,6 +28,7 @@ def test_several_samples_are_those_of_a_repeated_prompt():
     assert len({sample.text for sample in several}) == 6
 
 
+@pytest.mark.slow
 def test_streamed_parts_add_up_to_the_sample_up_to_the_stop_string():
     free = MODEL.generate(["ab", "cde"], 60, sampler=CHAIN)
     stop = free[0].text[30:32]
@@ -132,6 +134,7 @@ def test_invalid_arguments_are_answered_by_a_sentence(how, message):
         MODEL.generate("ab", 5, **how)
 
 
+@pytest.mark.slow
 def test_a_function_of_the_readers_own_is_a_sampler():
     def no_repeat(state, logits):
         return state, logits.at[state.last].set(-jnp.inf)

@@ -42,6 +42,7 @@ def generated(platform, lengths, count, temperature=1.0, final=False):
     return decode(params, state, count, sampler, graphdef=graphdef, final=final)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lengths", [(5,), *(pytest.param(n, marks=pytest.mark.slow) for n in ((3, 11), (1, 7, 30)))], ids=str
 )

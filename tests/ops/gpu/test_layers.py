@@ -64,6 +64,7 @@ def test_loss_and_gradients_are_those_of_the_plain_model(tokens, params, remat, 
     assert_close(found, expected, 2e-5)
 
 
+@pytest.mark.slow
 def test_more_layers_than_are_unrolled_run_in_a_loop(tokens, params, monkeypatch):
     unrolled = loss_and_gradient(gpu(), params, tokens)
     monkeypatch.setattr(layers, "MAX_UNROLLED", 2)
@@ -105,6 +106,7 @@ def test_backward_pass_saves_no_more_than_it_reads(remat):
     assert saved_activations(graphdef, params, 2, T, config.n_layer) <= 2 * config.n_layer * sequence
 
 
+@pytest.mark.slow
 def test_lower_precision_rounds_no_more_than_the_loop(tokens, params):
     exact = loss_and_gradient(Ops(), params, tokens)
     ours, loop = (

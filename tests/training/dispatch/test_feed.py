@@ -66,6 +66,7 @@ def expected(text, tmp_path_factory):
     return trained(config_for(text, "never"), tmp_path_factory.mktemp("never"))
 
 
+@pytest.mark.slow
 def test_streamed_training_is_bit_identical_if_resumed(text, tmp_path, expected):
     steps = []
     for event in stages.train(config_for(text, "always"), tmp_path, quiet):
