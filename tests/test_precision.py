@@ -54,13 +54,15 @@ def test_quality_counts_unknown_words_and_repeated_strings():
 
 
 @pytest.mark.slow
-def test_the_tables_have_a_row_for_each_precision_and_results_are_kept(tmp_path, capsys):
+def test_the_tables_have_a_row_for_each_precision_and_results_are_kept(tmp_path, capsys, monkeypatch):
+    some = [*variants()[:4], variants()[-1]]  # all operations in each precision, and one alone
+    monkeypatch.setattr(precision, "variants", lambda: some)
     text = write_words(tmp_path / "words.txt")
     sizes = {"seeds": 2, "steps": 4, "width": 16, "layers": 1, "context": 32, "batch": 4, "characters": 200}
     command = [f"--text_file={text}", f"--out={tmp_path}", *(f"--{name}={value}" for name, value in sizes.items())]
     precision.main(command)
     printed = capsys.readouterr().out
-    for variant in variants():
+    for variant in some:
         assert f"| {variant.name} |" in printed
     precision.main(command)
     assert capsys.readouterr().out == printed
