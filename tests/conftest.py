@@ -21,28 +21,30 @@ os.environ["CHARGPT_CACHE"] = os.path.join(FOLDER, "downloads")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(FOLDER, "programs")
 # One device on every machine. Tests that need several set this flag for a child process.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
-# Without LLVM's optimisations and with XLA's simpler code generator a program compiles much faster, and compiling is most
-# of the suite's work. The program computes the same function with other rounding. .ci/run sets CHARGPT_TESTS_OPTIMIZED
-# for the slow tests and for the fast paths in ops/, so that these are also tested as users compile them.
+# Without LLVM's optimisations and with XLA's simpler code generator a program compiles much faster, and compiling is
+# most of the suite's work. The program computes the same function with other rounding. .ci/run sets
+# CHARGPT_TESTS_OPTIMIZED for the slow tests and for ops/, so that these are also tested as users compile them.
 if os.environ.get("CHARGPT_TESTS_OPTIMIZED") != "1":
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
-    if tuple(map(int, version("jaxlib").split(".")[:2])) < (
-        0,
-        11,
-    ):  # an unknown flag ends the process, and later versions do not have this one
+    major, minor = map(int, version("jaxlib").split(".")[:2])
+    if (major, minor) < (0, 11):  # later ones do not know this flag, and would end the process
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 LONGEST = (
-    "training/test_stages.py",
+    "test_notebook_resume.py",
+    "test_notebooks.py",
+    "generation/samplers/test_in_generation.py",
     "generation/test_generate.py",
-    "ops/test_cpu_kv_cache.py",
-    "ops/test_kv_cache.py",
+    "training/test_processes.py",
+    "devices/test_ending.py",
+    "devices/test_layout.py",
+    "training/test_stages.py",
     "model/test_gpt.py",
-    "test_parity.py",
     "test_api.py",
+    "test_benchmarks.py",
 )
 """The files that take the longest, longest first."""
 

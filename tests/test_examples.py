@@ -26,6 +26,7 @@ def modal_app():
     return module
 
 
+@pytest.mark.slow
 def test_modal_function_yields_the_events_of_a_run(modal_app, tmp_path):
     text = Path(write_words(tmp_path / "words.txt")).read_bytes()
     config = small_config("elsewhere.txt")

@@ -136,6 +136,7 @@ def test_resumed_fine_tuning_is_bit_identical(parent, tmp_path):
         np.testing.assert_array_equal(mine, other)
 
 
+@pytest.mark.slow
 def test_damaged_start_does_not_stop_a_run_that_has_gone_on(parent, tmp_path):
     config = config_for(parent)
     config.optimizer.learning_rate, config.train.validate_every = 1e-3, 2 / config.scheduler.max_steps
@@ -177,6 +178,7 @@ def test_run_without_a_checkpoint_and_own_folder_are_refused(parent, tmp_path):
         start_from(tmp_path / "empty", config_for(parent), tmp_path / "empty", quiet)
 
 
+@pytest.mark.slow
 def test_command_fine_tunes_a_run(parent, tmp_path, capsys):
     saved = json.loads((parent / "run" / "config.json").read_text(encoding="utf-8"))
     saved["model"] |= {"vocab_size": 0, "used_ids": 0}

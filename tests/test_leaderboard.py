@@ -84,6 +84,7 @@ def test_losses_are_those_of_the_model_in_each_window(entered, entries):
     assert entries[0]["bits"]["windows"] == pytest.approx(windows / np.log(2))
 
 
+@pytest.mark.slow
 def test_entry_says_what_was_trained(entries):
     assert {one["steps"] for one in entries.values()} == {12}
     assert entries[0]["processes"] == 1
@@ -92,6 +93,7 @@ def test_entry_says_what_was_trained(entries):
     assert entries[0]["nats"] != entries[1]["nats"]
 
 
+@pytest.mark.slow
 def test_finished_entries_are_not_trained_again(entered, command, entries, capsys, monkeypatch):
     monkeypatch.setattr(leaderboard, "train", lambda *_: pytest.fail("trained again"))
     leaderboard.main(command)

@@ -117,6 +117,7 @@ def test_trackio_database_has_the_losses(tmp_path):
     assert found == LOSSES
 
 
+@pytest.mark.slow
 def test_no_tracker_imports_tensorflow(tmp_path):
     code = (
         "import sys\nfrom chargpt_jax import trackers\nfrom chargpt_jax.config import Config\n"

@@ -194,6 +194,7 @@ def test_imported_run_is_evaluated_and_trained(tmp_path, imported):
     assert after["loss"] < before["loss"]
 
 
+@pytest.mark.slow
 def test_command_trains_an_imported_run_with_its_config(tmp_path, imported, capsys):
     run = tmp_path / "run of mine"
     shutil.copytree(imported, run)

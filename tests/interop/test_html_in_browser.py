@@ -58,6 +58,7 @@ def greedy(model) -> str:
     return symbols(model.generate(PROMPT, COUNT, temperature=0)[0].text)
 
 
+@pytest.mark.slow
 def test_page_generates_pythons_greedy_text_in_a_browser(page, greedy):
     page.click("#write")
     assert generated(page) == greedy

@@ -112,6 +112,7 @@ def test_transformers_generates_the_same_greedy_text(pair):
         assert found == ours.tokenizer.encode_text(sample.text).tolist()
 
 
+@pytest.mark.slow
 def test_transformers_never_samples_an_id_that_is_masked(pair):
     import torch
 

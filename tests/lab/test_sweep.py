@@ -171,7 +171,8 @@ def test_results_and_picture_are_written(whole):
     assert "95 % interval over 3 seeds" in (workdir / "sweep.svg").read_text()
 
 
-@pytest.mark.parametrize("stop_after", [9, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_after", [6, 9])
 def test_a_stopped_sweep_resumes_bit_identically(whole, text, tmp_path, stop_after):
     calls = itertools.count()
     for _ in range(20):

@@ -180,6 +180,7 @@ def test_one_cursor_reads_all_curves(browser, path):
         assert values.first.inner_text().startswith("5 ")
 
 
+@pytest.mark.slow
 def test_samples_along_the_training_can_be_played(browser, path):
     with opened(browser, path) as page:
         watch = page.locator("#watch")

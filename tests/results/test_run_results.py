@@ -63,6 +63,7 @@ def test_saved_samples_leave_no_pictures_of_earlier_ones(tmp_path):
     assert all(path.exists() for path in three)
 
 
+@pytest.mark.slow
 def test_every_validation_is_followed_by_its_samples(made):
     events = made[1]
     validated = [event.step for event in events if isinstance(event, Validated)]

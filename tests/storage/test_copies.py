@@ -82,6 +82,7 @@ def inodes(folder: Path) -> dict[str, int]:
 # What is copied
 
 
+@pytest.mark.slow
 def test_copy_equals_the_run_and_a_copy_of_it_equals_both(states, target, tmp_path):
     copy_run(states[-1], target)
     copy_run(target, tmp_path / "again")

@@ -373,6 +373,7 @@ def test_training_compiles_once_for_dispatches_of_any_length(text, tmp_path, mon
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_validation_compiles_once_for_all_of_a_run(text, tmp_path, monkeypatch):
     traces = traces_of(setup, "validation_step", monkeypatch)
     events = list(stages.train(small_config(text), tmp_path, quiet))

@@ -93,6 +93,7 @@ def test_a_temperature_in_a_chain_is_the_temperature():
     np.testing.assert_array_equal(one.tokens, other.tokens)
 
 
+@pytest.mark.slow
 def test_greedy_chooses_the_most_likely_of_the_whole_chain():
     rows = prompts(6)
     plain, filtered = (generated(rows, 12, chain) for chain in ("temperature=0", "min_p=0.3,temperature=0,top_k=3"))

@@ -78,6 +78,7 @@ def test_only_unrolled_layers_have_no_loop(tokens, params, monkeypatch, most, lo
     assert str(jax.make_jaxpr(model.features)(tokens)).count(" scan[") == loops
 
 
+@pytest.mark.slow
 def test_first_layers_alone_and_prefill_are_those_of_the_plain_model(tokens, params):
     ours, plain = (nnx.merge(abstract_model(CONFIG, ops)[0], params) for ops in (gpu(), Ops()))
     for count in (1, 2):
