@@ -23,7 +23,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(FOLDER, "programs")
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
 # Without LLVM's optimisations and with XLA's simpler code generator a program compiles much faster, and compiling is
 # most of the suite's work. The program computes the same function with other rounding. .ci/run sets
-# CHARGPT_TESTS_OPTIMIZED for the slow tests and for ops/, so that these are also tested as users compile them.
+# CHARGPT_TESTS_OPTIMIZED for many slow tests and for ops/, so that these are also tested as users compile them.
 if os.environ.get("CHARGPT_TESTS_OPTIMIZED") != "1":
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
     major, minor = map(int, version("jaxlib").split(".")[:2])

@@ -894,7 +894,9 @@ def test_an_absent_step_gives_exit_code_3(capsys, workdir):
     assert "holds no checkpoint of step 7" in err
 
 
-def test_second_run_only_writes_samples_and_report(capsys, workdir):
+@pytest.fixture
+def config_file(workdir):
+    """The config of the run, as a file."""
     path = workdir.parent / "config.py"
     path.write_text(
         "from tests.corpus_text import small_config\n\n\ndef get_config():\n"
@@ -902,16 +904,19 @@ def test_second_run_only_writes_samples_and_report(capsys, workdir):
         "    config.scheduler.max_steps = 60\n    return config\n",
         encoding="utf-8",
     )
-    code, out, _ = command(capsys, workdir, f"--config={path}")
+    return path
+
+
+def test_second_run_only_writes_samples_and_report(capsys, workdir, config_file):
+    code, out, _ = command(capsys, workdir, f"--config={config_file}")
     assert code == 0
     assert "resuming after step 60" in out
     assert "report:" in out
 
 
 @pytest.mark.slow
-def test_a_non_finite_loss_gives_exit_code_4(capsys, workdir, tmp_path):
-    path = workdir.parent / "config.py"
-    flags = ("--mode=train", f"--config={path}", "--config.optimizer.learning_rate=1e30")
+def test_a_non_finite_loss_gives_exit_code_4(capsys, config_file, tmp_path):
+    flags = ("--mode=train", f"--config={config_file}", "--config.optimizer.learning_rate=1e30")
     code = main(["chargpt", f"--workdir={tmp_path / 'run'}", *flags])
     _, err = capsys.readouterr()
     assert code == 4
