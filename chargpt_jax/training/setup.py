@@ -140,7 +140,7 @@ class Setup:
             shardings = state_sharding(jax.eval_shape(create, params), self.mesh)
             params = sharding.put(params, shardings.params)
             return jax.jit(create, out_shardings=shardings, compiler_options=options)(params)
-        structure = jax.tree.structure(jax.eval_shape(create, params))
+        structure = jax.tree.structure(jax.eval_shape(tx.init, params))
         program = self.kept(
             "initial state", lambda: jax.jit(create, compiler_options=options), structure, self.config.seed
         )
