@@ -219,6 +219,12 @@ def half_windows(model: api.Model, tokens: np.ndarray, n_train: int) -> float:
     return float(np.mean(found.surprisal[n_train - start :], dtype=np.float64))
 
 
+def keep(found: Entry, path: Path) -> None:
+    """Write an entry."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(found, indent=1) + "\n").encode())
+
+
 def load_entries(folder: Path) -> list[Entry]:
     """Read the entries of a folder, in the order of their files.
 
@@ -305,15 +311,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = args.workdirs.resolve() / attempt.name
         journal = train(attempt, folder)
         found = entry(attempt, folder / "run", journal)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, (json.dumps(found, indent=1) + "\n").encode())
+        keep(found, path)
         print(f"{attempt.name}: {found['bits']['windows']:.4f} bits in {found['seconds']:,.0f} s", file=sys.stderr)
     print(table(load_entries(args.out)))
 
 
-if __name__ == "__main__":
+def console(main: Callable[[], None]) -> None:
+    """Run a command; a user's mistake is one sentence on stderr and an exit code."""
     try:
         main()
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    console(main)

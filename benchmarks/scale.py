@@ -20,8 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import scale_report
-from benchmarks.leaderboard import Attempt, Entry, config_of, entry, load_entries, numbers, train
-from chargpt_jax.atomic import write_file
+from benchmarks.leaderboard import Attempt, Entry, config_of, console, entry, keep, load_entries, numbers, train
 from chargpt_jax.config import Config, validate
 from chargpt_jax.config.files import load_config
 from chargpt_jax.config.saved import flatten
@@ -168,15 +167,10 @@ def measure(todo: Sequence[Cell], source: str, text: str, workdirs: Path, out: P
             print(error, file=sys.stderr)
             failed.append(name)
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, (json.dumps(found, indent=1) + "\n").encode())
+        keep(found, path)
         print(f"{name}: {found['bits']['windows']:.4f} bits, {found['steps']:,} steps", file=sys.stderr)
     return failed
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    console(main)

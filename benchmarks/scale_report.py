@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import table
 from chargpt_jax.pictures.plots.axes import BOTTOM, MARGIN, TOP, WIDTH, Axis, dots, frame, line_path, span
 from chargpt_jax.pictures.svg import Entry as Legend
 from chargpt_jax.pictures.svg import figure, legend
@@ -68,12 +69,6 @@ def by_cell(results: Sequence[Result], variant: str = DIAL) -> dict[tuple[float,
     return found
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table with numbers in all columns."""
-    lines = [f"| {' | '.join(line)} |" for line in (head, *rows)]
-    return "\n".join([lines[0], f"|{'---:|' * len(head)}", *lines[1:]])
-
-
 def sizes_table(results: Sequence[Result]) -> str:
     """Return a row per size, with the bits after each number of minutes; the best of a column is bold."""
     cells = by_cell(results)
@@ -91,7 +86,7 @@ def sizes_table(results: Sequence[Result]) -> str:
             row.append(f"**{text}**" if own and mean(own) == best[time] else text)
         rows.append(row)
     head = ["size", "parameters", "layers x width", "learning rate", "batch size", *map(bits_after, minutes)]
-    return markdown(head, rows)
+    return table(head, rows, left=0)
 
 
 def bits_after(minutes: float) -> str:
@@ -120,7 +115,7 @@ def details_table(results: Sequence[Result]) -> str:
             ]
         )
     head = ["size", "minutes", "seeds", "steps", "epochs", "seconds", "bits", "worst", "nats", "bits, half windows"]
-    return markdown(head, rows)
+    return table(head, rows, left=0)
 
 
 def difference(results: Sequence[Result], cell: tuple[float, float], variant: str) -> float | None:
@@ -140,7 +135,7 @@ def variants_table(results: Sequence[Result]) -> str:
         if any(value is not None for value in found):
             signed = ["" if value is None else f"{value:+.4f}" for value in found]
             rows.append([f"{cell[0]:g}", f"{cell[1]:g}", f"{mean(own):.4f}", *signed])
-    return markdown(["size", "minutes", "dial", *NEIGHBOURS], rows) if rows else ""
+    return table(["size", "minutes", "dial", *NEIGHBOURS], rows, left=0) if rows else ""
 
 
 def picture(results: Sequence[Result]) -> str:
@@ -198,9 +193,9 @@ def _parts(name: str, own: Sequence[Result]) -> Iterator[str]:
     yield sizes_table(own)
     yield "The same trainings, with the scores of the protocol:"
     yield details_table(own)
-    if table := variants_table(own):
+    if neighbours := variants_table(own):
         yield "Neighbours of the dial: bits per character above the dial. A negative number is better than the dial."
-        yield table
+        yield neighbours
 
 
 def file_name(name: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import temperature_plot as plot
+from benchmarks.markdown import table
 from chargpt_jax.pictures.plots.letters import letters_plot
 
 RESULTS = Path(__file__).parent / "results" / "temperature.json"
@@ -70,12 +71,6 @@ def verdict(cells: Found, sampler: str, figure: str) -> int:
     return int(np.sign(mean)) * FIGURES[figure][2] if abs(mean) > half else 0
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table, the first column left-aligned."""
-    lines = ["| " + " | ".join(line) + " |" for line in (head, *rows)]
-    return "\n".join([lines[0], "|---|" + "---:|" * (len(head) - 1), *lines[1:]])
-
-
 def measured(cells: Found, sampler: str, figure: str) -> str:
     """Return a mean with its interval; bold if it differs from that of plain temperature."""
     mean, half = interval(cells[sampler]["figures"][figure])
@@ -93,14 +88,12 @@ def models(found: Found) -> str:
     for name, own in found["models"].items():
         row = [name, f"{own['parameters']:,}", f"{own['loss']:.3f}", f"{own['level']:.3f}"]
         rows.append(row + [f"{own['held_out_text'][k]:.{d}f}" for k, (_, d, _) in FIGURES.items()])
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def samplers(found: Found) -> str:
     """Return the table of the chains."""
-    return markdown(
-        ["sampler", "chain"], [[k, f"`{chain.replace('{}', 'x')}`"] for k, chain in found["chains"].items()]
-    )
+    return table(["sampler", "chain"], [[k, f"`{chain.replace('{}', 'x')}`"] for k, chain in found["chains"].items()])
 
 
 def letters(found: Found) -> str:
@@ -110,7 +103,7 @@ def letters(found: Found) -> str:
         cells = [f"{h:.2f}" for h in own["entropy"][:6]]
         rows.append([name, *cells, f"{own['outside'][1]:.2f}", f"{100 * own['first_letters']:.0f} %"])
     head = ["model", *(f"letter {i}" for i in range(1, 7)), "outside of words", "first letters' part of the surprisal"]
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def scores(found: Found) -> str:
@@ -126,7 +119,7 @@ def scores(found: Found) -> str:
             seen = [verdict(c, sampler, name) for c in cells]
             row.append(f"{seen.count(1)} / {seen.count(-1)}")
         rows.append(row)
-    return markdown(["sampler", *(FIGURES[name][0] for name in names)], rows)
+    return table(["sampler", *(FIGURES[name][0] for name in names)], rows)
 
 
 def changes(found: Found) -> str:
@@ -142,7 +135,7 @@ def changes(found: Found) -> str:
             cells = [own["cells"][level] for own in found["models"].values()]
             row.append(_range([relative(c, sampler, name) for c in cells if "figures" in c[sampler]]))
         rows.append(row)
-    return markdown(
+    return table(
         ["sampler", *(f"{FIGURES[name][0].partition(',')[0]}, {100 * float(n):.0f} %" for n, name in shown)], rows
     )
 
@@ -180,7 +173,7 @@ def all_figures(found: Found, model: str, level: str) -> str:
             continue
         row = [sampler, f"{cell['setting']:.3g}", *(measured(cells, sampler, name) for name in FIGURES)]
         rows.append([*row, f"{cell['held_out']:.3f}", f"{cell['excluded']:.1f}"])
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def tables(found: Found) -> dict[str, str]:

@@ -195,7 +195,11 @@ def test_picture_has_a_line_per_number_of_minutes_that_falls_with_the_bits():
 
 
 def test_picture_of_one_result_is_a_dot():
-    ET.fromstring(scale_report.picture(RESULTS[:1]))
+    root = ET.fromstring(scale_report.picture(RESULTS[:1]))
+    circles = [one for one in root.iter() if one.tag.endswith("circle")]
+    assert len(circles) == 2  # the result, and its mark in the legend
+    (curve,) = [path.get("d") for path in root.iter() if "cg-curve" in (path.get("class") or "")] or [""]
+    assert "L" not in curve
 
 
 def test_texts_and_machines_are_kept_apart():
