@@ -15,12 +15,13 @@ def get_config() -> Config:
     config.model.kind = "modern"
     config.model.block_size = 512
     config.model.n_embd = 64
-    config.model.n_head = 4
+    config.model.n_head = 3
     config.model.n_head_dim = 16
-    config.model.n_ff = 248
+    config.model.n_ff = 280
     config.model.n_layer = 5
     config.model.dropout = 0.1
     config.model.attention_block = 128  # faster than 64 at this context length
+    config.amp.dtype = "bfloat16"
     config.data.source = "60"
     config.data.batch_size = 4
     config.data.train_split = 0.9
@@ -29,7 +30,7 @@ def get_config() -> Config:
     config.optimizer.muon_factor = 8.0
     config.optimizer.muon_steps = 3
     config.optimizer.weight_decay = 0.0
-    config.scheduler.max_steps = 15_000
+    config.scheduler.max_steps = 10_600
     config.scheduler.warmup_epochs = 0.4
     config.scheduler.min_lr_factor = 0.03
     config.train.validate_every = 10.0

@@ -14,10 +14,10 @@ def get_config() -> Config:
     config.model.kind = "modern"
     config.model.block_size = 512
     config.model.n_embd = 160
-    config.model.n_head = 5
+    config.model.n_head = 3
     config.model.n_head_dim = 32
     config.model.n_ff = 640
-    config.model.n_layer = 6
+    config.model.n_layer = 7
     config.model.dropout = 0.1
     config.model.attention_block = 128  # faster than 64 at this context length
     config.amp.dtype = "bfloat16"

@@ -39,8 +39,8 @@ def test_every_size_is_valid_and_rules_hold_between_neighbours():
     configs = [validate(sized.get_config(size)) for size in DIAL]
     for config in configs:
         model = config.model
-        assert model.n_head * model.n_head_dim == model.n_embd
         assert model.n_head_dim == (16 if model.n_embd < 128 else 32)
+        assert model.n_head == 3 or 0.55 < model.n_head * model.n_head_dim / model.n_embd < 0.8
         assert 1.5 < model.n_ff / model.n_embd < 8
         assert config.optimizer.learning_rate == pytest.approx(4e-3 * (160 / model.n_embd) ** 0.25, rel=2e-3)
         assert config.data.batch_size % 2 == 0
@@ -51,7 +51,7 @@ def test_every_size_is_valid_and_rules_hold_between_neighbours():
 
 
 def test_depths():
-    depths = {0.1: 3, 0.3: 5, 3.0: 6, 10.0: 6, 100.0: 6}
+    depths = {0.1: 3, 0.3: 5, 0.5: 6, 3.0: 7, 10.0: 7, 100.0: 7}
     assert {size: load_config(f"sized:{size}").model.n_layer for size in depths} == depths
 
 
