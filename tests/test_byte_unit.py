@@ -93,6 +93,7 @@ def test_byte_run_reports_losses_per_byte(run):
     assert "character" not in words
 
 
+@pytest.mark.slow
 def test_byte_sample_continues_the_bytes_of_a_prompt(run):
     model, parts = chargpt_jax.load(run), []
     sample = model.generate("é日", 20, on_text=lambda _, text: parts.append(text))[0]

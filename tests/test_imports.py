@@ -1,6 +1,7 @@
 """Allowed imports between the folders of the package, and forbidden code; the source is parsed with ast."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
     yield from visit(tree, True)
 
 
+@functools.cache
 def own(name: str, when_loaded: bool) -> set[str]:
     """Return the files of the package that a file imports when loaded, or later."""
     return {

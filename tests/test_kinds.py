@@ -62,6 +62,7 @@ def test_a_stopped_run_resumes_with_the_same_bits(parent, kind, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
 
 
+@pytest.mark.slow
 def test_generated_text_has_the_metrics_of_a_scored_one(parent):
     model = chargpt_jax.load(parent / "run")
     (inside,) = model.generate("ab c", max_new_tokens=model.config.model.block_size - 4, seed=1)
@@ -95,6 +96,7 @@ def test_devices_do_not_split_its_parameters(parent, kind, tmp_path):
         list(chargpt_jax.train(config, tmp_path / "run", quiet))
 
 
+@pytest.mark.slow
 def test_fine_tuning_keeps_every_row_of_known_characters(parent, kind, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("Zebras quiz 1234 words. " * 200, encoding="utf-8")

@@ -114,9 +114,8 @@ def test_generation_in_pieces_equals_generation_at_once(order):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    "sampler", [{}, pytest.param({"top_k": 5, "top_p": 0.9}, marks=pytest.mark.slow)], ids=["all", "filtered"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", [{}, {"top_k": 5, "top_p": 0.9}], ids=["all", "filtered"])
 def test_final_generation_equals_one_that_can_continue(order, sampler):
     rows = prompts(4, 9, 30)
     more, once = generate(rows, 30, **sampler), generate(rows, 30, **sampler, final=True)
@@ -124,14 +123,10 @@ def test_final_generation_equals_one_that_can_continue(order, sampler):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "shape"),  # of a model: L, H, D, C, block_size, vocab_size
-    [
-        (1, (1, 1, 2, 2, 8, 8)),
-        pytest.param(2, (1, 2, 4, 8, 100, 64), marks=pytest.mark.slow),
-        pytest.param(1, (2, 1, 8, 8, 64, 16), marks=pytest.mark.slow),
-        pytest.param(2, (3, 2, 4, 1, 70, 2000), marks=pytest.mark.slow),
-    ],
+    [(1, (1, 1, 2, 2, 8, 8)), (2, (1, 2, 4, 8, 100, 64)), (1, (2, 1, 8, 8, 64, 16)), (2, (3, 2, 4, 1, 70, 2000))],
     ids=str,
 )
 def test_sequential_generation_equals_batched_generation(rows, shape, monkeypatch):

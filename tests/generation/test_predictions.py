@@ -73,14 +73,10 @@ def test_the_first_token_of_a_sequence_has_no_predictions() -> None:
         np.testing.assert_array_equal(np.asarray(ours)[:, 1:], theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "text_after_text"),
-    [
-        (SAMPLERS[0], False),
-        pytest.param(SAMPLERS[0], True, marks=pytest.mark.slow),
-        pytest.param(SAMPLERS[2], False, marks=pytest.mark.slow),
-        pytest.param(SAMPLERS[4], True, marks=pytest.mark.slow),
-    ],
+    [(SAMPLERS[0], False), (SAMPLERS[0], True), (SAMPLERS[2], False), (SAMPLERS[4], True)],
 )
 def test_generation_keeps_its_text_and_gives_the_predictions_of_scoring(
     monkeypatch: pytest.MonkeyPatch, sampler: dict, text_after_text: bool

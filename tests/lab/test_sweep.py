@@ -154,7 +154,7 @@ def test_a_run_starts_with_the_bits_of_the_ordinary_training(whole, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_once", [1, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("at_once", [1, 6])
 def test_losses_do_not_depend_on_the_runs_trained_at_once(whole, text, tmp_path, monkeypatch, at_once):
     monkeypatch.setattr(choose, "TOKENS_AT_ONCE", at_once * TOKENS)
     events = list(api.sweep(sweep_config(text), tmp_path, quiet))
@@ -208,6 +208,7 @@ def test_a_damaged_checkpoint_is_skipped(whole, text, tmp_path):
     assert same_bits(on_host(swept(tmp_path)), on_host(swept(whole[0])))
 
 
+@pytest.mark.slow
 def test_a_diverged_run_leaves_the_others_alone(whole, text, tmp_path):
     # Adam's steps have the size of the rate: with this one the parameters overflow within a few steps.
     config = sweep_config(text, sweep__learning_rates=(1e-2, 1e30, 1e-3))

@@ -78,6 +78,7 @@ def test_prediction_at_one_position_equals_the_full_call(config, made, tokens):
         )
 
 
+@pytest.mark.slow
 def test_operations_of_a_gpu_give_the_same_logits_and_gradients(config, made, tokens):
     def loss(params, graphdef):
         return jnp.sum(jax.nn.log_softmax(nnx.merge(graphdef, params)(tokens))[..., 1 : config.used_ids] ** 2)

@@ -40,6 +40,7 @@ def test_block_cache_attention_equals_plain_cache_attention(position, whole):
             np.testing.assert_allclose(found[0], expected[text], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "exact"), [(jnp.float32, 1e-5), (jnp.float64, 1e-13), (jnp.bfloat16, 1e-2)])
 @pytest.mark.parametrize("shape", [(1, 2), (3, 8), (2, 33)], ids=str)
 def test_blocks_are_of_any_dtype_and_width(dtype, exact, shape):

@@ -43,6 +43,7 @@ def exactly(axes, a, b, dtype):
     return np.einsum(axes, *(np.asarray(x.astype(dtype), np.float64) for x in (a, b)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize(("axes", "turned"), [("rc,cf->rf", False), ("rc,vc->rv", True)])
 @settings(deadline=None, max_examples=12)

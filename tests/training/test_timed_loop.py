@@ -114,7 +114,8 @@ def fitted(events):
     return [(event.step, event.total_steps) for event in events if isinstance(event, Fitted)]
 
 
-@pytest.mark.parametrize("case", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["adamw", "muon"])
 def test_a_run_has_the_bits_of_a_run_of_so_many_steps(time, text, tmp_path, case):
     config = config_of(text, MINUTES)
     config.optimizer.kind = case

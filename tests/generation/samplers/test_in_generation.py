@@ -82,6 +82,7 @@ def test_a_batch_equals_a_loop_in_python_within_and_beyond_the_context(order):
             np.testing.assert_allclose(ours, [one[name] for one in shown], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_temperature_in_a_chain_is_the_temperature():
     rows = prompts(3, 30)
     for temperature in (0.6, 0.0):
@@ -156,6 +157,7 @@ def test_a_function_with_a_memory_is_compiled_into_the_loop(order):
     assert next(traced) <= 4  # for its shapes, and in one program, however many tokens
 
 
+@pytest.mark.slow
 def test_a_function_cannot_bring_back_or_exclude_everything():
     rows = prompts(6)
     flat = generated(rows, 18, lambda state, logits: (state, jnp.zeros_like(logits)))
@@ -164,6 +166,7 @@ def test_a_function_cannot_bring_back_or_exclude_everything():
     np.testing.assert_array_equal(none.tokens, generated(rows, 18, "temperature=1").tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", ["adaptive_p=0.0", "top_n_sigma=0.5", "dynatemp=2:high=9"])
 def test_unused_ids_are_excluded_and_not_counted(chain):
     """The model gives them a finite logit, which is no part of a standard deviation or of a number of candidates."""

@@ -54,6 +54,7 @@ def test_streamed_parts_add_up_to_the_sample_up_to_the_stop_string():
             np.testing.assert_array_equal(one.values, other.values)
 
 
+@pytest.mark.slow
 def test_a_branch_uses_the_chain():
     sample = MODEL.generate("ab", 20, sampler=CHAIN)[0]
     branch = MODEL.branch(sample, 5, "z", sampler=CHAIN)

@@ -43,10 +43,8 @@ def generated(platform, lengths, count, temperature=1.0, final=False):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "lengths", [(5,), *(pytest.param(n, marks=pytest.mark.slow) for n in ((3, 11), (1, 7, 30)))], ids=str
-)
-@pytest.mark.parametrize("temperature", [1.0, pytest.param(0.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lengths", [(5,), (3, 11), (1, 7, 30)], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
 def test_gpu_generates_the_text_and_metrics_of_a_cpu(lengths, temperature):
     """Batches of one, of which a row of zeros is a part, and of several, inside the context and beyond it."""
     ours, theirs = (generated(platform, lengths, 30, temperature) for platform in ("cuda", "cpu"))
@@ -88,6 +86,7 @@ def test_large_batches_are_matrix_multiplications():
     assert is_matmul(1, 2, 8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("largest", [0, gpu_decode.MAX_BYTES])
 @pytest.mark.parametrize("positions", [(0,), (64,), (199,), (62, 128), (199, 3)], ids=str)
 def test_attention_equals_the_plain_one(positions, largest, monkeypatch):

@@ -57,6 +57,7 @@ def assert_close(found, expected, tolerance):
     jax.tree_util.tree_map_with_path(check, found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("remat", "interpreted"), [(False, False), (True, True)])
 def test_loss_and_gradients_are_those_of_the_plain_model(tokens, params, remat, interpreted):
     expected = loss_and_gradient(Ops(), params, tokens, remat=False)
