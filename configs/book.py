@@ -19,7 +19,7 @@ def get_config() -> Config:
     config.model.n_head_dim = 16
     config.model.n_ff = 280
     config.model.n_layer = 5
-    config.model.dropout = 0.1
+    config.model.dropout = 0.05
     config.model.attention_block = 128  # faster than 64 at this context length
     config.amp.dtype = "bfloat16"
     config.data.source = "60"
@@ -30,7 +30,7 @@ def get_config() -> Config:
     config.optimizer.muon_factor = 8.0
     config.optimizer.muon_steps = 3
     config.optimizer.weight_decay = 0.0
-    config.scheduler.max_steps = 10_600
+    config.scheduler.max_steps = 11_200
     config.scheduler.warmup_epochs = 0.4
     config.scheduler.min_lr_factor = 0.03
     config.train.validate_every = 10.0

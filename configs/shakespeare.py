@@ -29,7 +29,7 @@ def get_config() -> Config:
     config.optimizer.muon_factor = 8.0
     config.optimizer.muon_steps = 3
     config.optimizer.weight_decay = 0.05
-    config.scheduler.max_steps = 1_950
+    config.scheduler.max_steps = 1_440
     config.scheduler.warmup_epochs = 0.2
     config.scheduler.min_lr_factor = 0.03
     config.train.validate_every = 2.0
