@@ -11,6 +11,9 @@ HEIGHT = 318.0
 KINDS = ("cg-line cg-s1", "cg-line cg-s2")
 """Classes of the curves: entropy and surprisal have the colours that they have under a text."""
 
+STYLES = ("stroke-dasharray:5 3", "stroke-dasharray:none")
+"""The curve of entropy is dashed, since the two colours are hard to tell apart on a dark page."""
+
 
 def letters_plot(entropy: np.ndarray, surprisal: np.ndarray, names: Sequence[str], width: float = WIDTH) -> str:
     """Plot mean entropy and surprisal by the position in a word, as a self-contained SVG.
@@ -28,13 +31,13 @@ def letters_plot(entropy: np.ndarray, surprisal: np.ndarray, names: Sequence[str
     at = list(map(float, range(len(names))))
     body = [
         frame(x, y, "letter of the word", "mean of entropy and surprisal, nats", lambda _: list(names), ticks=at),
-        *(line_path(curve, x, y, kind) for curve, kind in zip(curves, KINDS, strict=True)),
+        *(line_path(curve, x, y, kind, style) for curve, kind, style in zip(curves, KINDS, STYLES, strict=True)),
         dots(curves[0], x, y, "cg-b1"),
         dots(curves[1], x, y, "cg-b3"),
     ]
     entries = [
-        Entry(f'<path class="cg-curve {kind}" d="M0 0H16"/>', 16, name)
-        for name, kind in zip(("entropy", "surprisal"), KINDS, strict=True)
+        Entry(f'<path class="cg-curve {kind}" style="{style}" d="M0 0H16"/>', 16, name)
+        for name, kind, style in zip(("entropy", "surprisal"), KINDS, STYLES, strict=True)
     ]
     body.append(legend(entries, MARGIN, HEIGHT - 14, width - 2 * MARGIN)[0])
     said = "; ".join(
