@@ -2,13 +2,14 @@
 
     python -m benchmarks.leaderboard --config=configs/shakespeare.py --source=tinyshakespeare.txt [--seeds=0,1,2]
         [--workdirs=FOLDER] [--out=FOLDER] [--flag=--config.model.n_layer=4 ...] [--title=TITLE] [--text=TITLE]
-    python -m benchmarks.leaderboard --table
+    python -m benchmarks.leaderboard --write [--out=FOLDER]
 
 Each seed trains in a process of its own, on the first nine tenths of the text, with a compilation cache that holds its
 training step. The time is that of the process, from its start to its end. The last checkpoint is then scored on the
 last tenth: every character once in consecutive windows, and once more in windows that overlap by half. An entry is a
 JSON file in --out. If the command is interrupted, the same command continues it: a training resumes from its last
-checkpoint, and its time is the sum of its processes' times. --table prints the entries as Markdown.
+checkpoint, and its time is the sum of its processes' times. --write renews the tables of docs/leaderboard.md and the
+figures of the losses from the entries of --out.
 """
 
 import argparse
@@ -17,17 +18,17 @@ import functools
 import hashlib
 import json
 import re
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from benchmarks import leaderboard_report
 from benchmarks.baselines import commit, machine
+from benchmarks.leaderboard_report import Entry
 from chargpt_jax import api
 from chargpt_jax.atomic import write_file
 from chargpt_jax.cli.command_line import parse
@@ -38,6 +39,7 @@ from chargpt_jax.events import Compiled, bits_per_character
 from chargpt_jax.generation.score import score_tokens
 from chargpt_jax.model.init import count_parameters
 from chargpt_jax.storage.checkpoint import Checkpoints
+from chargpt_jax.storage.metrics_log import read_metrics
 from chargpt_jax.storage.workdir import Workdir
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +48,8 @@ ENTRIES = ROOT / "benchmarks" / "results" / "leaderboard"
 TRAIN_SPLIT = 0.9
 """The first nine tenths of the text are trained on; the rest is held out."""
 
-Entry = dict[str, Any]
+MAX_POINTS = 240
+"""Number of training losses in an entry, at most; each is a mean."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +203,18 @@ def entry(attempt: Attempt, workdir: Path, journal: Journal) -> Entry:
         "processes": journal.processes,
         "nats": scored,
         "bits": {name: bits_per_character(loss) for name, loss in scored.items()},
+        "curve": {"training": losses(workdir, "step"), "validation": losses(workdir, "validation")},
         "machine": machine(),
         "commit": commit(str(ROOT)),
     }
+
+
+def losses(workdir: Path, event: str) -> list[list[float]]:
+    """Return the losses of an event of metrics.jsonl: [seconds, nats per character], means if there are many."""
+    log = [line for line in read_metrics(Workdir(workdir).metrics) if line["event"] == event]
+    points = np.array([[line["seconds"], line["loss"]] for line in log])
+    means = [part.mean(axis=0) for part in np.array_split(points, min(len(points), MAX_POINTS))] if log else []
+    return [[round(float(seconds), 1), round(float(loss), 4)] for seconds, loss in means]
 
 
 def half_windows(model: api.Model, tokens: np.ndarray, n_train: int) -> float:
@@ -220,9 +232,10 @@ def half_windows(model: api.Model, tokens: np.ndarray, n_train: int) -> float:
 
 
 def keep(found: Entry, path: Path) -> None:
-    """Write an entry."""
+    """Write an entry, with a point of its curve on a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, (json.dumps(found, indent=1) + "\n").encode())
+    text = re.sub(r"\[\s+([\d.]+),\s+([\d.]+)\s+\]", r"[\1, \2]", json.dumps(found, indent=1))
+    write_file(path, f"{text}\n".encode())
 
 
 def load_entries(folder: Path) -> list[Entry]:
@@ -240,55 +253,13 @@ def load_entries(folder: Path) -> list[Entry]:
     return entries
 
 
-def table(entries: Iterable[Entry]) -> str:
-    """Return the leaderboard as Markdown: a table for each text, a row for each config, the best first."""
-    groups: dict[tuple[Any, ...], list[Entry]] = {}
-    for one in entries:
-        key = one["text"]["name"], one["text"]["sha256"], one["title"], one["config"], tuple(one["flags"])
-        groups.setdefault((*key, one["machine"]["cpu"], one["machine"]["cores"]), []).append(one)
-    lines = []
-    for name, digest in dict.fromkeys(key[:2] for key in groups):
-        own = sorted((found for key, found in groups.items() if key[:2] == (name, digest)), key=_mean_bits)
-        text = own[0][0]["text"]
-        lines += [
-            f"**{name}**: {text['characters']:,} characters, of which the last {text['held_out']:,} are held out.",
-            "",
-            "| entry | parameters | seconds | cores | seeds | bits | worst | nats | bits, half windows |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-            *map(_row, own),
-            "",
-        ]
-    return "\n".join(lines).rstrip()
-
-
-def _mean_bits(found: Sequence[Entry]) -> float:
-    return statistics.mean(one["bits"]["windows"] for one in found)
-
-
-def _row(found: Sequence[Entry]) -> str:
-    """Return the row of one config; `found` are its seeds."""
-    first, bits = found[0], [one["bits"]["windows"] for one in found]
-    cells = [
-        f"{first['title']} (`{first['config']}`)",
-        f"{first['parameters']:,}",
-        f"{statistics.mean(one['seconds'] for one in found):,.0f}",
-        str(first["machine"]["cores"]),
-        ", ".join(str(one["seed"]) for one in found),
-        f"{statistics.mean(bits):.4f}",
-        f"{max(bits):.4f}",
-        f"{statistics.mean(one['nats']['windows'] for one in found):.4f}",
-        f"{statistics.mean(one['bits']['half_windows'] for one in found):.4f}",
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
 def numbers(text: str) -> tuple[int, ...]:
     """Read comma-separated numbers."""
     return tuple(map(int, text.split(",")))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, train and score what has no entry yet, and print the table."""
+    """Parse the command line, train and score what has no entry yet, and print the tables or renew the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="a config file")
     parser.add_argument("--source", help="a text file, or a Project Gutenberg number")
@@ -298,11 +269,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--flag", action="append", default=[], help="a further flag of the training")
     parser.add_argument("--workdirs", type=Path, default=Path("runs/leaderboard"), help="where to train")
     parser.add_argument("--out", type=Path, default=ENTRIES, help="where the entries are")
-    parser.add_argument("--table", action="store_true", help="print the table of the entries, and train nothing")
+    parser.add_argument("--write", action="store_true", help="renew the page and its figures, and train nothing")
     args = parser.parse_args(argv)
-    if not args.table and not (args.config and args.source):
-        parser.error("give --config and --source, or --table")
-    for seed in () if args.table else args.seeds:
+    if not args.write and not (args.config and args.source):
+        parser.error("give --config and --source, or --write")
+    for seed in () if args.write else args.seeds:
         source = str(Path(args.source).resolve()) if Path(args.source).is_file() else args.source
         attempt = Attempt(args.config, source, seed, tuple(args.flag), args.title, args.text)
         path = args.out / f"{attempt.name}.json"
@@ -313,7 +284,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = entry(attempt, folder / "run", journal)
         keep(found, path)
         print(f"{attempt.name}: {found['bits']['windows']:.4f} bits in {found['seconds']:,.0f} s", file=sys.stderr)
-    print(table(load_entries(args.out)))
+    entries = load_entries(args.out)
+    print(leaderboard_report.tables(entries))
+    if args.write:
+        leaderboard_report.write(entries)
 
 
 def console(main: Callable[[], None]) -> None:

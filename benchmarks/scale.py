@@ -90,6 +90,7 @@ def measured(cell: Cell, source: str, text: str, workdir: Path) -> Entry:
     attempt = cell.attempt(source, text)
     journal = train(attempt, workdir)
     found = entry(attempt, workdir / "run", journal)
+    del found["curve"]
     return {**found, **dataclasses.asdict(cell), "settings": cell.settings()}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.markdown import table
+from benchmarks.markdown import between_markers, table
 from chargpt_jax.pictures.plots.axes import BOTTOM, MARGIN, TOP, WIDTH, Axis, dots, frame, line_path, span
 from chargpt_jax.pictures.svg import Entry as Legend
 from chargpt_jax.pictures.svg import figure, legend
@@ -209,15 +209,8 @@ def pictures(results: Sequence[Result]) -> dict[str, str]:
 
 
 def renewed(page: str, results: Sequence[Result]) -> str:
-    """Return the page with the current tables between its markers.
-
-    Raises:
-        ValueError: if the page does not have both markers exactly once.
-    """
-    found = re.split(r"(?<=<!-- scale: begin -->)\n.*?\n(?=<!-- scale: end -->)", page, flags=re.DOTALL)
-    if len(found) != 2:
-        raise ValueError("The page must have the markers <!-- scale: begin --> and <!-- scale: end --> once.")
-    return f"\n\n{section(results)}\n\n".join(found)
+    """Return the page with the current tables between its markers."""
+    return between_markers(page, "scale", section(results))
 
 
 def write(results: Sequence[Result], path: Path = RESULTS, page: Path = PAGE) -> None:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import leaderboard
+from benchmarks import leaderboard, leaderboard_report
 from benchmarks.leaderboard import Attempt, Journal
+from benchmarks.markdown import between_markers
 from chargpt_jax import api
 from chargpt_jax.errors import UserError
 from chargpt_jax.storage.workdir import Workdir
@@ -91,6 +92,10 @@ def test_entry_says_what_was_trained(entries):
     assert entries[0]["seconds"] > 0
     assert (entries[1]["seed"], entries[1]["config"], entries[1]["text"]["name"]) == (1, "mine.py", "words")
     assert entries[0]["nats"] != entries[1]["nats"]
+    training, validation = (entries[0]["curve"][kind] for kind in ("training", "validation"))
+    assert len(training) > 1
+    assert validation[-1][1] == pytest.approx(entries[0]["nats"]["windows"], abs=1e-4)
+    assert validation[-1][0] <= entries[0]["seconds"]
 
 
 @pytest.mark.slow
@@ -101,8 +106,7 @@ def test_finished_entries_are_not_trained_again(entered, command, entries, capsy
     worst = max(one["bits"]["windows"] for one in entries.values())
     assert f"| {worst:.4f} |" in table
     assert "| Mine (`mine.py`) |" in table
-    leaderboard.main(["--table", f"--out={entered / 'entries'}"])
-    assert capsys.readouterr().out == table
+    assert table == leaderboard_report.tables(entries.values()) + "\n"
 
 
 @pytest.mark.slow
@@ -150,7 +154,7 @@ def test_seeds_must_be_numbers(seeds, capsys):
 def test_file_that_is_no_entry_is_named(tmp_path):
     (tmp_path / "mine.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"mine\.json is not an entry .*: remove it"):
-        leaderboard.main(["--table", f"--out={tmp_path}"])
+        leaderboard.main(["--write", f"--out={tmp_path}"])
 
 
 @pytest.mark.slow
@@ -161,8 +165,61 @@ def test_failing_training_is_reported_and_leaves_no_entry(entered, tmp_path):
     assert not (tmp_path / "entries").exists()
 
 
-def test_page_has_the_table_of_the_committed_entries():
-    page = (leaderboard.ROOT / "docs" / "leaderboard.md").read_text(encoding="utf-8")
-    assert (
-        leaderboard.table(leaderboard.load_entries(leaderboard.ENTRIES)) or "No entry has been measured yet."
-    ) in page
+@pytest.mark.parametrize("count", [0, 1, 7, leaderboard.MAX_POINTS, 1001])
+def test_many_losses_become_means_that_cover_all(count, tmp_path):
+    rng = np.random.default_rng(count)
+    lines = [{"event": "validation", "step": 1, "loss": 9.0, "bits_per_character": 13.0, "seconds": 0.5}]
+    lines += [{"event": "step", "step": i + 1, "loss": rng.uniform(1, 3), "seconds": i + 1.0} for i in range(count)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    found = leaderboard.losses(tmp_path, "step")
+    assert len(found) == min(count, leaderboard.MAX_POINTS)
+    assert [seconds for seconds, _ in found] == sorted(seconds for seconds, _ in found)
+    if count <= leaderboard.MAX_POINTS:
+        assert found == [[line["seconds"], round(line["loss"], 4)] for line in lines[1:]]
+    else:
+        assert np.mean([loss for _, loss in found]) == pytest.approx(np.mean([x["loss"] for x in lines[1:]]), rel=0.01)
+    assert leaderboard.losses(tmp_path, "validation") == [[0.5, 9.0]]
+
+
+def made(config: str, seed: int, bits: float, **changes: object) -> dict:
+    scores = {"windows": bits, "half_windows": bits - 0.01}
+    return {
+        **{"title": "Mine", "config": config, "flags": [], "seed": seed, "parameters": 1000, "seconds": 599.6},
+        **{"text": {"name": "Book", "sha256": "1", "characters": 10_000, "held_out": 1000}},
+        **{"nats": {name: 0.7 * value for name, value in scores.items()}, "bits": scores},
+        **{"curve": {"training": [[6.0, 2.0], [60.0, 1.0]], "validation": [[61.0, 0.7 * bits]]}},
+        **{"machine": {"cpu": "EPYC", "cores": 2}, **changes},
+    }
+
+
+def test_rows_are_configs_with_the_mean_and_the_worst_of_their_seeds():
+    entries = [made("a.py", 0, 2.0), made("b.py", 0, 1.5), made("a.py", 1, 2.1)]
+    entries.append(made("a.py", 0, 1.9, machine={"cpu": "Xeon", "cores": 4}))
+    rows = [line for line in leaderboard_report.tables(entries).splitlines() if line.startswith("| Mine")]
+    assert rows == [
+        "| Mine (`b.py`) | 2 cores of EPYC | 1,000 | 600 | 0 | 1.5000 | 1.5000 | 1.0500 | 1.4900 |",
+        "| Mine (`a.py`) | 4 cores of Xeon | 1,000 | 600 | 0 | 1.9000 | 1.9000 | 1.3300 | 1.8900 |",
+        "| Mine (`a.py`) | 2 cores of EPYC | 1,000 | 600 | 0, 1 | 2.0500 | 2.1000 | 1.4350 | 2.0400 |",
+    ]
+
+
+def test_write_renews_tables_and_figures(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A\n\n<!-- leaderboard: begin -->\n\nOld.\n\n<!-- leaderboard: end -->\n\nB.\n", encoding="utf-8")
+    entries = [made("a.py", 0, 2.0), made("a.py", 1, 3.0)]
+    leaderboard_report.write(entries, page)
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# A\n\n<!-- leaderboard: begin -->\n\n**Book**: 10,000 characters")
+    assert text.endswith("|\n\n<!-- leaderboard: end -->\n\nB.\n")
+    assert "Old." not in text
+    assert [path.name for path in tmp_path.glob("*.svg")] == ["loss_a.svg"]
+    assert "best validation 1.400 nats" in (tmp_path / "loss_a.svg").read_text(encoding="utf-8")
+
+
+def test_page_and_figures_are_those_of_the_committed_entries():
+    """To renew them: python -m benchmarks.leaderboard --write"""
+    entries = leaderboard.load_entries(leaderboard.ENTRIES)
+    page = leaderboard_report.PAGE.read_text(encoding="utf-8")
+    assert between_markers(page, "leaderboard", leaderboard_report.tables(entries)) == page
+    found = {p.name: p.read_text(encoding="utf-8") for p in leaderboard_report.PAGE.parent.glob("loss_*.svg")}
+    assert found == leaderboard_report.pictures(entries)
