@@ -109,7 +109,7 @@ def test_same_command_resumes_and_another_size_is_refused(capsys):
     assert (saved.model.n_embd, saved.scheduler.minutes) == (load_config("sized:0.1").model.n_embd, 2.0)
     capsys.readouterr()
     assert main(["chargpt", "--config=sized:0.3", *words]) == 2
-    assert "model.n_embd: saved 48, given 64" in capsys.readouterr().err
+    assert "model.n_embd: saved 48, given 80" in capsys.readouterr().err
     assert Workdir("run").load_config() == saved
 
 

@@ -153,7 +153,7 @@ def test_best_of_each_number_of_minutes_is_bold_and_missing_cells_are_empty():
     assert [[row[0], *row[-2:]] for row in rows] == [
         *(["0.1", "**2.5000**", "2.2500"], ["0.3", "**2.5000**", ""], ["1", "", "**2.1250**"])
     ]
-    assert rows[1][2] == "5 x 64"
+    assert rows[1][2] == "5 x 80"
 
 
 def test_details_have_the_seeds_and_the_epochs():
