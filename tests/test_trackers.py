@@ -6,6 +6,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,9 +90,16 @@ def test_wandb_run_has_the_losses_of_each_axis(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     send_all("wandb", tmp_path)
     (path,) = (tmp_path / "run" / "tracking").glob("wandb/offline-run-*/*.wandb")
+
+    def written():
+        return [wandb_internal_pb2.Record.FromString(data) for data in records(path.read_bytes())]
+
+    for _ in range(100):  # W&B's own process may write the end of the file after `finish` has returned
+        if any(record.WhichOneof("record_type") == "exit" for record in written()):
+            break
+        time.sleep(0.1)
     found = {}
-    for data in records(path.read_bytes()):
-        record = wandb_internal_pb2.Record.FromString(data)
+    for record in written():
         if record.WhichOneof("record_type") != "history":
             continue
         numbers = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
