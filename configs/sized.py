@@ -17,9 +17,8 @@ of embeddings has 128 rows, for up to 127 distinct characters. From the size s i
     batch size 4 (s / 0.25)^(1/3)                an even number, at least 2
 
 A model with fewer heads learns less per step, but its steps are faster. From width 64 on, matrix multiplications are in
-bfloat16. From width 128 on, the weight decay is 0.05, and below there is none. Dropout is 0.05: a training of many
-more epochs than these needs more of it. The rules pass near two recipes that were searched for, book.py (0.25 million)
-and shakespeare.py (1.9 million).
+bfloat16. From width 128 on, the weight decay is 0.05, and below there is none. Dropout is 0.05. The rules pass near two
+recipes that were searched for, book.py (0.25 million) and shakespeare.py (1.9 million).
 """
 
 from chargpt_jax.config import Config
@@ -32,6 +31,9 @@ EMBEDDINGS = 128
 
 WIDE = 128
 """The width from which on heads are 32 wide, and weights decay."""
+
+ATTENTION = 2 / 3
+"""Width of all heads together, as a part of the model's width."""
 
 LOW_PRECISION = 64
 """The width from which on matrix multiplications are in bfloat16."""
@@ -60,12 +62,12 @@ def depth(size: float) -> int:
 def widths(size: float, n_layer: int) -> tuple[int, int, int, int]:
     """Return n_embd, n_head, n_head_dim and n_ff of a model of a size in million parameters."""
     parameters = 1e6 * size
-    squares = n_layer * (4 * 2 / 3 + 2 * 4)  # parameters per C^2, but for the embeddings
+    squares = n_layer * (4 * ATTENTION + 2 * 4)  # parameters per C^2, but for the embeddings
     exact = ((EMBEDDINGS**2 + 4 * squares * parameters) ** 0.5 - EMBEDDINGS) / (2 * squares)
     unit = 16 if exact < WIDE else 32
     n_embd = unit * max(1, round(exact / unit))
     n_head_dim = 32 if n_embd >= WIDE else 16
-    n_head = max(3, round(2 / 3 * n_embd / n_head_dim))
+    n_head = max(3, round(ATTENTION * n_embd / n_head_dim))
     per_layer = (parameters - EMBEDDINGS * n_embd) / n_layer
     n_ff = (per_layer - 4 * n_embd * n_head * n_head_dim) / (2 * n_embd)
     return n_embd, n_head, n_head_dim, 8 * max(1, round(n_ff / 8))
